@@ -1,0 +1,1 @@
+"""Weights that come with swd, the embedded teacher and its judge: the package ``swd.assets``."""

@@ -1,0 +1,1 @@
+"""Hydra configuration, importable as the package ``swd.conf`` (``pkg://swd.conf``)."""

@@ -1,0 +1,6 @@
+"""Draw pictures: `python sample.py prompts='[a red star above a blue ring]' seed=3`; `python sample.py --help` lists everything."""
+
+from swd.cli import launch
+
+if __name__ == "__main__":
+    launch("sample")

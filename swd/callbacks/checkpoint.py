@@ -1,0 +1,111 @@
+"""Checkpoints that hold only what is trained, and finding the one to resume from."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import DictConfig, OmegaConf
+
+from swd.types import UserError
+
+COMPARED = ("task", "model", "schedule", "loss", "data", "seed")
+
+
+class Checkpoint(ModelCheckpoint):
+    """Save every so many iterations, and at the end, into `checkpoints/` of the run folder.
+
+    Args:
+        every: iterations between checkpoints.
+        keep: how many are kept.
+    """
+
+    def __init__(self, every: int = 100, keep: int = 2) -> None:
+        super().__init__(
+            filename="iteration-{step}",
+            auto_insert_metric_name=False,
+            every_n_train_steps=every,
+            save_top_k=keep,
+            monitor="step",
+            mode="max",
+            save_last=False,
+            save_on_train_epoch_end=False,
+        )
+        self.every = every
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
+        super().setup(trainer, pl_module, stage)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if trainer.global_step != self._last_global_step_saved:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+def find_checkpoint(resume: str | None, runs: Path, cfg: DictConfig) -> str | None:
+    """The checkpoint to continue from.
+
+    Args:
+        resume: None: start afresh; "auto": the newest valid one under `runs`, if any; else a file or a run folder.
+        runs: where runs of this name live.
+        cfg: the configuration of this run, which must agree with the checkpoint's.
+
+    Raises:
+        UserError: if a named checkpoint is missing or unreadable, or belongs to another configuration.
+    """
+    if resume is None:
+        return None
+    root = runs if resume == "auto" else Path(resume)
+    if root.is_file():
+        candidates = [root]
+    else:
+        candidates = sorted(root.glob("**/checkpoints/*.ckpt"), key=lambda p: p.stat().st_mtime, reverse=True)
+    for path in candidates:
+        if not readable(path):
+            warnings.warn(f"{path} is damaged and was passed over", stacklevel=2)
+            continue
+        difference = config_difference(path, cfg)
+        if difference is None:
+            return str(path)
+        if resume != "auto":
+            raise UserError(f"resume={resume} was made with another configuration: {difference}")
+    if resume == "auto":
+        return None
+    raise UserError(f"resume={resume} holds no valid checkpoint; give a .ckpt file, a run folder, or auto")
+
+
+def readable(path: Path) -> bool:
+    """Whether a checkpoint loads and holds what is needed."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # truncated, not a checkpoint, unsafe: none of them can be resumed from
+        return False
+    return "state_dict" in checkpoint and "optimizer_states" in checkpoint
+
+
+def config_difference(path: Path, cfg: DictConfig) -> str | None:
+    """The first difference between this configuration and the one beside a checkpoint, None where they agree."""
+    file = path.parent.parent / "config.yaml"
+    if not file.is_file():
+        return None
+    old, new = OmegaConf.load(file), OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    for section in COMPARED:
+        difference = _differs(OmegaConf.select(old, section), OmegaConf.select(new, section), section)
+        if difference:
+            return difference
+    return None
+
+
+def _differs(old: Any, new: Any, path: str) -> str | None:
+    if isinstance(old, DictConfig) and isinstance(new, DictConfig):
+        for key in sorted({*old, *new}, key=str):
+            difference = _differs(old.get(key), new.get(key), f"{path}.{key}")
+            if difference:
+                return difference
+        return None
+    return None if old == new else f"{path} was {old}, now {new}"

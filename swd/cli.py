@@ -1,0 +1,118 @@
+"""Entry points: `swd COMMAND ...`, `python train.py ...`. Compose, run, and turn a user's error into one line."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from swd.types import UserError
+
+COMMANDS = {
+    "train": "distil a model, or train one of the embedded ones (experiment=shapes_teacher ...)",
+    "sample": "draw pictures of prompts",
+    "demo": "distil, sample, evaluate and report on the embedded teacher",
+}
+
+
+def main() -> None:
+    """The installed `swd` command."""
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if command in ("-h", "--help"):
+        print("usage: swd COMMAND [key=value ...]\n\nScale-wise distillation of diffusion models.\n\ncommands:")
+        for name, text in COMMANDS.items():
+            print(f"  {name:8}{text}")
+        print("\nswd COMMAND --help lists the options of a command.")
+        return
+    if command == "--version":
+        from swd import __version__
+
+        print(f"swd {__version__}")
+        return
+    if command not in COMMANDS:
+        _fail(f"unknown command {command!r}; commands are {', '.join(COMMANDS)}")
+    sys.argv = [f"swd {command}", *sys.argv[2:]]
+    launch(command)
+
+
+def launch(command: str) -> None:
+    """Compose the configuration of `command` from the command line and call `swd.COMMAND.run` with it.
+
+    Exits with status 2 and one line on standard error if the input was wrong, in a sweep too.
+    """
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us instead of Hydra's own printer
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import hydra
+
+    run: Callable[..., None] = importlib.import_module(f"swd.{command}").run
+    main = hydra.main(version_base="1.3", config_path=config_path(), config_name=command)
+    with user_errors():
+        main(_guarded(run))()
+
+
+def _guarded(run: Callable[..., None]) -> Callable[..., None]:
+    """`run`, ended by its own user errors before Hydra adds lines to them."""
+
+    def job(cfg: object) -> None:
+        with user_errors():
+            run(cfg)
+
+    return job
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn wrong input into one line and exit status 2; leave defects of the program their traceback."""
+    from hydra.errors import HydraException, InstantiationException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from swd.config import one_line
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        cause = _user_error(error)
+        if cause is not None:
+            _fail(one_line(cause))
+        if isinstance(error, HydraException | OmegaConfBaseException) and not isinstance(error, InstantiationException):
+            _fail(_hydra_message(one_line(error)))
+        raise
+
+
+def config_path() -> str:
+    """Folder of the configuration: `conf/` of a checkout, else the one installed as `swd.conf`."""
+    folder = Path(__file__).parents[1] / "conf"
+    return str(folder) if (folder / "train.yaml").is_file() else "pkg://swd.conf"
+
+
+def _user_error(error: BaseException | None) -> BaseException | None:
+    while error is not None:
+        if isinstance(error, UserError | PermissionError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _hydra_message(text: str) -> str:
+    """Hydra's own errors, reworded to name the fix."""
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    if unknown:
+        known = "; --help and --cfg job list what there is"
+        return f"unknown key {unknown.group(1)}{known}"
+    group = re.search(r"Could not find '([^']+)' Available options in '([^']+)':\s*(.*?)(?:Config search path.*)?$", text)
+    if group:
+        return f"there is no {group.group(1)}; options of {group.group(2)} are: {', '.join(group.group(3).split())}"
+    return text
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

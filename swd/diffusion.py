@@ -1,0 +1,76 @@
+"""The diffusion processes: how data is noised, and how a network's prediction turns back into clean data.
+
+A process knows three things: `add_noise`, `to_x0`, and its table of noise levels from which losses draw by index. All
+arithmetic is float32, whatever the inputs' dtype.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import ClassVar, Protocol
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+IndexRange = tuple[int, int]
+
+
+class Process(Protocol):
+    """What a diffusion process offers. Index ranges are inclusive at both ends."""
+
+    ranges: ClassVar[dict[str, IndexRange]]
+
+    def level(self, index: Tensor) -> Tensor:
+        """Noise level sigma `[B]` of table indices `[B]`."""
+        ...
+
+    def add_noise(self, x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
+        """The noised latent `x_t`, float32."""
+        ...
+
+    def to_x0(self, x_t: Tensor, prediction: Tensor, sigma: Tensor) -> Tensor:
+        """The clean latent that `prediction` implies, float32."""
+        ...
+
+
+class RectifiedFlow:
+    """Rectified flow (SD3.5, FLUX, Wan): networks predict the velocity `eps - x0` (SwD paper, section 2).
+
+    `ranges` gives the table indices each loss draws from: the critic anywhere, DMD and GAN sigma below 0.79, MMD below
+    0.61 (section 3).
+    """
+
+    ranges: ClassVar[dict[str, IndexRange]] = {"critic": (0, 27), "dmd": (12, 27), "gan": (12, 27), "mmd": (18, 27)}
+
+    @property
+    def table(self) -> Tensor:
+        """The 29 noise levels from 1 to 0, float32."""
+        return rectified_flow_table()
+
+    def level(self, index: Tensor) -> Tensor:
+        return self.table[index]
+
+    def add_noise(self, x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
+        s = expand(sigma, x0)
+        return (1 - s) * x0.float() + s * eps.float()
+
+    def to_x0(self, x_t: Tensor, prediction: Tensor, sigma: Tensor) -> Tensor:
+        return x_t.float() - expand(sigma, x_t) * prediction.float()
+
+
+@cache
+def rectified_flow_table() -> Tensor:
+    """The one table of noise levels for all rectified-flow families, `[29]` float32 from 1 to 0.
+
+    It is diffusers' Euler scheduler with shift 3 at 28 steps, which applies the shift twice (released configuration).
+    """
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0)
+    scheduler.set_timesteps(28)
+    return scheduler.sigmas.to(torch.float32)
+
+
+def expand(sigma: Tensor, like: Tensor) -> Tensor:
+    """View `sigma` `[B]` or a scalar so that it broadcasts over `like` `[B, ...]`, float32 on its device."""
+    sigma = sigma.to(device=like.device, dtype=torch.float32)
+    return sigma.reshape(-1, *([1] * (like.ndim - 1))) if sigma.ndim else sigma

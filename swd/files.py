@@ -1,0 +1,58 @@
+"""Files are written aside and renamed, so that nothing is ever half-written, and never overwritten silently."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from swd.types import UserError
+
+
+def write_aside(path: Path, write: Callable[[Path], object]) -> Path:
+    """Call `write` on a temporary sibling of `path`, then rename it to `path`.
+
+    A folder that is already at `path` is replaced only after the new one is complete.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        new = work / path.name
+        write(new)
+        if path.is_dir():
+            os.rename(path, work / "old")
+        os.replace(new, path)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return path
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text file aside, then rename it."""
+    return write_aside(path, lambda new: new.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Write JSON aside, then rename it."""
+    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def claim_folder(folder: Path, marker: str = "config.yaml") -> Path:
+    """Create an output folder that no earlier run has used.
+
+    Raises:
+        UserError: if it cannot be written, or `marker` shows that another run owns it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"output folder {folder} cannot be written ({error.strerror}); choose another with output=") from None
+    if (folder / marker).exists():
+        raise UserError(f"output folder {folder} already holds a run; choose another folder")
+    return folder

@@ -1,0 +1,30 @@
+"""Pictures as tensors, PIL images and sheets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image
+from torch import Tensor
+
+
+def to_pil(pixels: Tensor) -> Image.Image:
+    """A PIL image of `[3, H, W]` in [-1, 1], rounded as diffusers does."""
+    array = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().cpu().permute(1, 2, 0).numpy()
+    return Image.fromarray(array)
+
+
+def grid(rows: Sequence[Sequence[Tensor]], gap: int = 2) -> Image.Image:
+    """One sheet of rows of pictures `[3, H, W]` in [-1, 1]; smaller ones keep their size, bottom-aligned."""
+    images = [[to_pil(pixels) for pixels in row] for row in rows]
+    widths = [max(row[column].width for row in images) for column in range(len(images[0]))]
+    heights = [max(image.height for image in row) for row in images]
+    sheet = Image.new("RGB", (sum(widths) + gap * (len(widths) - 1), sum(heights) + gap * (len(heights) - 1)), "white")
+    y = 0
+    for row, height in zip(images, heights, strict=True):
+        x = 0
+        for image, width in zip(row, widths, strict=True):
+            sheet.paste(image, (x, y + height - image.height))
+            x += width + gap
+        y += height + gap
+    return sheet

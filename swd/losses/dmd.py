@@ -1,0 +1,57 @@
+"""Distribution matching distillation: the reverse KL by a real and a fake score."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from swd.diffusion import IndexRange
+from swd.losses.base import CriticStep, FakePass, GeneratorStep, LossTerm, Metrics
+from swd.losses.functional import dmd_direction, dmd_loss
+
+
+class DMD(LossTerm):
+    """DMD (SwD paper, section 3.3): the student follows fake minus real score on its own noised output.
+
+    Args:
+        weight: of the generator's loss.
+        guidance_scale: classifier-free guidance of the teacher; 1 turns it off.
+        indices: noise-level indices of the generator's draw, both ends included; None: the process' own (12..27).
+        critic_indices: of the critic's draw; None: the whole table.
+    """
+
+    name = "dmd"
+    trains_fake = True
+    generator_pass = FakePass(prediction=True)
+    critic_pass = FakePass(prediction=True)
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        guidance_scale: float = 7.0,
+        indices: tuple[int, int] | None = None,
+        critic_indices: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight, self.guidance_scale = weight, guidance_scale
+        self.indices, self.critic_indices = indices, critic_indices
+
+    def generator(self, step: GeneratorStep) -> tuple[Tensor, Metrics]:
+        process = step.networks.process
+        noised = step.noise_fake("renoise", self.indices or process.ranges["dmd"])
+        x0_fake, _ = step.fake_pass(noised)
+        assert x0_fake is not None
+        with torch.no_grad():
+            x_t = noised.x_t.detach()
+            x0_real = step.networks.guided_x0(x_t, noised.sigma, step.conditioning, step.empty, self.guidance_scale)
+            direction = dmd_direction(step.x0_hat, x0_real, x0_fake)
+        loss = dmd_loss(step.x0_hat, direction)
+        return self.weight * loss, {"dmd": loss.detach(), "dmd_gap": (x0_fake - x0_real).abs().mean()}
+
+    def critic(self, step: CriticStep) -> tuple[Tensor, Metrics]:
+        indices: IndexRange = self.critic_indices or step.networks.process.ranges["critic"]
+        x0_fake, _ = step.fake_pass(step.noise_fake("renoise", indices))
+        assert x0_fake is not None
+        loss = F.mse_loss(x0_fake, step.x0_hat.float())
+        return loss, {"fake_score": loss.detach()}

@@ -1,0 +1,68 @@
+"""Adversarial term: a small head on the fake network's features tells generated from real latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from swd.diffusion import IndexRange
+from swd.losses.base import CriticStep, FakePass, GeneratorStep, LossTerm, Metrics
+from swd.losses.functional import discriminator_logits, gan_discriminator_loss, gan_generator_loss
+from swd.modules.gan_head import GANHead
+
+
+class GAN(LossTerm):
+    """GAN (SwD paper, section 3.3; DMD2): the discriminator reads the fake network's features of noised latents.
+
+    With DMD it judges the same noised sample that DMD draws, in the same forward; without, its own draw.
+
+    Args:
+        weight: of the generator's loss.
+        discriminator_weight: of the discriminator's loss.
+        blocks: whose features the head reads; one head for all, logits averaged.
+        layers: stages of the head.
+        indices: noise-level indices of the generator's draw, both ends included; None: the process' own (12..27).
+        critic_indices: of the critic's draw; None: the whole table.
+    """
+
+    name = "gan"
+    trains_fake = True
+
+    def __init__(
+        self,
+        weight: float = 5e-3,
+        discriminator_weight: float = 1e-2,
+        blocks: Sequence[int] = (11,),
+        layers: int = 4,
+        indices: tuple[int, int] | None = None,
+        critic_indices: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight, self.discriminator_weight, self.blocks = weight, discriminator_weight, tuple(blocks)
+        self.indices, self.critic_indices = indices, critic_indices
+        self.layers = layers
+        self.generator_pass = self.critic_pass = FakePass(blocks=self.blocks)
+
+    def build(self, width: int) -> None:
+        self.head = GANHead(width, self.layers)
+
+    def blocks_used(self) -> tuple[int, ...]:
+        return self.blocks
+
+    def generator(self, step: GeneratorStep) -> tuple[Tensor, Metrics]:
+        noised = step.noise_fake("renoise", self.indices or step.networks.process.ranges["gan"])
+        _, features = step.fake_pass(noised)
+        loss = gan_generator_loss(discriminator_logits(self.head, [features[b] for b in self.blocks]))
+        return self.weight * loss, {"gan": loss.detach()}
+
+    def critic(self, step: CriticStep) -> tuple[Tensor, Metrics]:
+        indices: IndexRange = self.critic_indices or step.networks.process.ranges["critic"]
+        _, features = step.fake_pass(step.noise_fake("renoise", indices))
+        real = step.noise_real("renoise", indices)
+        real_features = step.networks.features("fake", real.x_t, real.sigma, step.conditioning, self.blocks)
+        fake_logits = discriminator_logits(self.head, [features[b] for b in self.blocks])
+        real_logits = discriminator_logits(self.head, real_features)
+        loss = gan_discriminator_loss(fake_logits, real_logits)
+        right = ((fake_logits < 0).float().mean() + (real_logits > 0).float().mean()) / 2
+        return self.discriminator_weight * loss, {"discriminator": loss.detach(), "discriminator_accuracy": right.detach()}

@@ -1,0 +1,74 @@
+"""Maximum mean discrepancy between the features of generated and real latents: the paper's new loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from swd.losses.base import GeneratorStep, LossTerm, Metrics
+from swd.losses.functional import Distance, Kernel, Reduce, mmd_loss
+from swd.types import Noised
+
+
+class MMD(LossTerm):
+    """MMD (SwD paper, section 3.3, eq. 2) on features of the teacher or the fake network.
+
+    Args:
+        weight: of the loss.
+        blocks: whose features are compared; the loss is their mean.
+        features: network that the features come from; None: the fake where one is trained, else the teacher.
+        kernel: "linear" compares token means, "rbf" all pairs of tokens.
+        distance: "pseudo_huber" or "squared" (eq. 2), for the linear kernel.
+        c: pseudo-Huber constant.
+        bandwidth: sigma of the rbf kernel.
+        reduce: compare per image, or the batch as one set.
+        noise: "range" noises both sides alike; "none" compares clean latents (ablation).
+        indices: noise-level indices, both ends included; None: the process' own (18..27).
+    """
+
+    name = "mmd"
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        blocks: Sequence[int] = (11,),
+        features: Literal["teacher", "fake"] | None = None,
+        kernel: Kernel = "linear",
+        distance: Distance = "pseudo_huber",
+        c: float = 0.001,
+        bandwidth: float = 100.0,
+        reduce: Reduce = "image",
+        noise: Literal["range", "none"] = "range",
+        indices: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight, self.blocks, self.features = weight, tuple(blocks), features
+        self.kernel, self.distance, self.c, self.bandwidth = kernel, distance, c, bandwidth
+        self.reduce, self.noise, self.indices = reduce, noise, indices
+
+    def blocks_used(self) -> tuple[int, ...]:
+        return self.blocks
+
+    def generator(self, step: GeneratorStep) -> tuple[Tensor, Metrics]:
+        fake, real = self._noised(step)
+        role = self.features or "teacher"
+        f_fake = step.networks.features(role, fake.x_t, fake.sigma, step.conditioning, self.blocks)
+        with torch.no_grad():
+            f_real = step.networks.features(role, real.x_t, real.sigma, step.conditioning, self.blocks)
+        losses = [
+            mmd_loss(r, f, self.kernel, self.distance, self.c, self.bandwidth, self.reduce)
+            for r, f in zip(f_real, f_fake, strict=True)
+        ]
+        loss = torch.stack(losses).mean()
+        return self.weight * loss, {"mmd": loss.detach()}
+
+    def _noised(self, step: GeneratorStep) -> tuple[Noised, Noised]:
+        """Fake and real latents at the same level with the same noise; its own draw, not DMD's."""
+        if self.noise == "none":
+            sigma = torch.zeros(len(step.x0_hat), device=step.x0_hat.device)
+            return Noised(step.x0_hat, sigma), Noised(step.x0_real, sigma)
+        indices = self.indices or step.networks.process.ranges["mmd"]
+        return step.noise_fake("mmd", indices), step.noise_real("mmd", indices)

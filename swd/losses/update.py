@@ -1,0 +1,97 @@
+"""One update's loss from a set of terms: pure functions over steps, used by the distiller and by the golden tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import or_
+
+import torch
+from torch import Tensor
+
+from swd.losses.base import CriticStep, FakePass, GeneratorStep, LossTerm, Metrics, Networks
+from swd.losses.mmd import MMD
+from swd.schedule import Interval, upsample
+from swd.types import Conditioning, Draws, UserError
+
+
+def student_x0(networks: Networks, interval: Interval, source: Tensor, conditioning: Conditioning, draws: Draws) -> Tensor:
+    """The student's clean prediction at the target size (SwD paper, section 3.2).
+
+    Args:
+        networks: the roles.
+        interval: the step of the schedule.
+        source: clean latents `[B, C, *interval.source]`.
+        conditioning: B rows.
+        draws: where the noise comes from.
+
+    Returns:
+        `x0_hat` `[B, C, *interval.target]`, float32.
+    """
+    z = upsample(source.float(), interval.target)
+    sigma = torch.full((len(z),), interval.sigma, device=z.device)
+    x_t = networks.process.add_noise(z, draws.noise("student/noise", z), sigma)
+    return networks.x0("student", x_t, sigma, conditioning)[0]
+
+
+def generator_gradient(terms: Mapping[str, LossTerm], step: GeneratorStep) -> tuple[Tensor, Tensor, Metrics]:
+    """Total generator loss, its gradient with respect to `step.x0_hat` (a leaf), and metrics.
+
+    Terms are differentiated one after the other, so that one feature graph is alive at a time, and with
+    `autograd.grad`, so that nothing leaks into the fake network's gradients.
+    """
+    total = torch.zeros((), device=step.x0_hat.device)
+    gradient = torch.zeros_like(step.x0_hat)
+    metrics: Metrics = {}
+    for name in sorted(terms, key=_shared_pass_first(terms)):
+        loss, values = terms[name].generator(step)
+        gradient += torch.autograd.grad(loss, step.x0_hat)[0]
+        total += loss.detach()
+        metrics |= values
+        del loss
+    return total, gradient, metrics
+
+
+def _shared_pass_first(terms: Mapping[str, LossTerm]):  # type: ignore[no-untyped-def]
+    """Order terms so that those reading the shared fake pass run next to each other."""
+    return lambda name: (not terms[name].generator_pass.blocks, not terms[name].generator_pass.prediction, name)
+
+
+def critic_loss(terms: Mapping[str, LossTerm], step: CriticStep) -> tuple[Tensor, Metrics]:
+    """Total critic loss and metrics of the terms that train the fake network."""
+    losses, metrics = [], {}
+    for term in trainers(terms).values():
+        loss, values = term.critic(step)
+        losses.append(loss)
+        metrics |= values
+    return torch.stack(losses).sum(), metrics
+
+
+def trainers(terms: Mapping[str, LossTerm]) -> dict[str, LossTerm]:
+    """The terms that train the fake network."""
+    return {name: term for name, term in terms.items() if term.trains_fake}
+
+
+def wanted(terms: Mapping[str, LossTerm], attribute: str) -> FakePass:
+    """Union of what terms want of the fake pass; `attribute` is "generator_pass" or "critic_pass"."""
+    passes: Sequence[FakePass] = [getattr(term, attribute) for term in terms.values()]
+    return reduce(or_, passes, FakePass())
+
+
+def settle_features(terms: Mapping[str, LossTerm]) -> None:
+    """Decide where MMD reads its features: the fake network where one is trained, else the teacher.
+
+    Raises:
+        UserError: if there is no term at all, or `features=fake` is asked for and no term trains a fake network.
+    """
+    if not terms:
+        raise UserError("loss is empty; choose at least one term, e.g. loss=mmd or loss=swd")
+    has_fake = bool(trainers(terms))
+    for name, term in terms.items():
+        if not isinstance(term, MMD):
+            continue
+        if term.features == "fake" and not has_fake:
+            raise UserError(
+                f"loss.{name}.features=fake, but no term trains a fake network; add dmd or gan, or use features=teacher"
+            )
+        term.features = term.features or ("fake" if has_fake else "teacher")

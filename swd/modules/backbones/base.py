@@ -1,0 +1,161 @@
+"""The contract of a backbone: the one place that knows how a network family wants to be called."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from swd.diffusion import Process
+from swd.types import Conditioning, Size, UserError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a network's own configuration says about valid input.
+
+    Attributes:
+        divisor: latent sides must be multiples of this (patch size).
+        max_side: largest latent side that the positional embedding covers, None without a limit.
+        blocks: number of blocks that features can be read from.
+        width: feature width D.
+    """
+
+    divisor: int
+    max_side: int | None
+    blocks: int
+    width: int
+
+    def check_size(self, size: Size) -> None:
+        """Raise UserError for a latent size that the network would truncate or cannot place."""
+        for side in size[-2:]:
+            if side % self.divisor:
+                lower = side - side % self.divisor
+                raise UserError(
+                    f"size {size}: {side} is not divisible by the patch size {self.divisor}; "
+                    f"use {lower or self.divisor} or {lower + self.divisor}"
+                )
+            if self.max_side and side > self.max_side:
+                raise UserError(f"size {size}: {side} is beyond the positional limit {self.max_side} of this model")
+
+    def check_block(self, block: int) -> None:
+        """Raise UserError for a feature block that does not exist."""
+        if not 0 <= block < self.blocks:
+            raise UserError(f"feature block {block} does not exist; this model has blocks 0 to {self.blocks - 1}")
+
+
+class _Done(Exception):
+    """Ends a forward pass early, once the last block asked for has run."""
+
+
+class Backbone(nn.Module, ABC):
+    """A denoising network under one contract.
+
+    Everything outside speaks of `x_t`, `sigma` and `Conditioning`; packing, position ids, timestep units and guidance
+    inputs stay inside. A new family implements `limits`, `block_list`, `call` and, where a block does not return its
+    image stream alone, `image_stream`.
+
+    Args:
+        network: the diffusers model.
+    """
+
+    process: ClassVar[Process]
+    subfolder: ClassVar[str] = "transformer"
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    @staticmethod
+    @abstractmethod
+    def limits_of(config: dict[str, Any]) -> Limits:
+        """Limits from the network's `config.json`, before any weight is loaded."""
+
+    @property
+    @abstractmethod
+    def block_list(self) -> Sequence[nn.Module]:
+        """The blocks, counted from 0."""
+
+    @abstractmethod
+    def call(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's prediction `[B, C, *size]`, in the network's own dtype."""
+
+    def image_stream(self, output: Any) -> Tensor:
+        """The image tokens `[B, L, D]` in a block's output."""
+        tensor: Tensor = output
+        return tensor
+
+    @property
+    def limits(self) -> Limits:
+        """Limits of this network."""
+        return self.limits_of(dict(self.network.config))  # type: ignore[arg-type]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the frozen weights."""
+        return next(self.network.parameters()).dtype
+
+    def predict(
+        self,
+        x_t: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        blocks: Sequence[int] = (),
+        grad_to_features_only: bool = False,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Prediction and features in one pass.
+
+        Args:
+            x_t: noised latent `[B, C, *size]`.
+            sigma: noise levels `[B]` or a scalar.
+            conditioning: B rows.
+            blocks: whose features are wanted.
+            grad_to_features_only: blocks behind the last one asked for run without a graph (the prediction is
+                detached), which saves their activations.
+
+        Returns:
+            The prediction `[B, C, *size]` and one `[B, L, D]` per block asked for.
+        """
+        found: dict[int, Tensor] = {}
+
+        def keep(block: int, tensor: Tensor) -> None:
+            found[block] = tensor
+            if grad_to_features_only and block == max(blocks):
+                torch.set_grad_enabled(False)
+
+        with self._hooks(blocks, keep), torch.set_grad_enabled(torch.is_grad_enabled()):
+            prediction = self.call(x_t, sigma, conditioning)
+        return prediction, [found[block] for block in blocks]
+
+    def features(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning, blocks: Sequence[int]) -> list[Tensor]:
+        """Features `[B, L, D]` per block asked for; stops at the last of them."""
+        found: dict[int, Tensor] = {}
+
+        def keep(block: int, tensor: Tensor) -> None:
+            found[block] = tensor
+            if block == max(blocks):
+                raise _Done
+
+        with self._hooks(blocks, keep):
+            try:
+                self.call(x_t, sigma, conditioning)
+            except _Done:
+                pass
+        return [found[block] for block in blocks]
+
+    @contextmanager
+    def _hooks(self, blocks: Sequence[int], keep: Callable[[int, Tensor], None]) -> Iterator[None]:
+        def hook_of(block: int) -> Callable[..., None]:
+            return lambda module, args, output: keep(block, self.image_stream(output))
+
+        handles = [self.block_list[b].register_forward_hook(hook_of(b)) for b in sorted(set(blocks))]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()

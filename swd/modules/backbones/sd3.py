@@ -1,0 +1,47 @@
+"""Stable Diffusion 3 and 3.5 (the embedded shapes teacher is one too)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from swd.diffusion import Process, RectifiedFlow, expand
+from swd.modules.backbones.base import Backbone, Limits
+from swd.types import Conditioning
+
+
+class SD3Backbone(Backbone):
+    """`SD3Transformer2DModel`: velocity prediction, timestep 0..1000, joint blocks of text and image tokens."""
+
+    process: ClassVar[Process] = RectifiedFlow()
+
+    @staticmethod
+    def limits_of(config: dict[str, Any]) -> Limits:
+        patch = config["patch_size"]
+        return Limits(
+            divisor=patch,
+            max_side=config["pos_embed_max_size"] * patch,
+            blocks=config["num_layers"],
+            width=config["num_attention_heads"] * config["attention_head_dim"],
+        )
+
+    @property
+    def block_list(self) -> Sequence[nn.Module]:
+        return self.network.transformer_blocks  # type: ignore[return-value]
+
+    def image_stream(self, output: Any) -> Tensor:
+        tensor: Tensor = output[1]  # (text tokens, image tokens)
+        return tensor
+
+    def call(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        timestep = 1000 * expand(sigma, x_t.new_empty(1)).expand(len(x_t))
+        prediction: Tensor = self.network(
+            hidden_states=x_t.to(self.dtype),
+            timestep=timestep,
+            encoder_hidden_states=conditioning.embeds.to(self.dtype),
+            pooled_projections=conditioning.pooled.to(self.dtype),  # type: ignore[union-attr]
+            return_dict=False,
+        )[0]
+        return prediction

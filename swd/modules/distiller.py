@@ -1,0 +1,243 @@
+"""The LightningModule: wiring, alternation, optimizers. Equations live in losses, grids in schedule, VAE in encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+from torch.nn import ModuleDict
+from torch.optim import AdamW, Optimizer
+
+from swd.losses.base import CriticStep, GeneratorStep, LossTerm, Metrics
+from swd.losses.update import critic_loss, generator_gradient, settle_features, student_x0, trainers, wanted
+from swd.modules.encoders import SD3Encoders
+from swd.modules.networks import Role, SharedBase
+from swd.modules.pretrained import Pretrained
+from swd.sampling import initial_latents, sample_latents
+from swd.schedule import Interval, ScaleSchedule, downscale
+from swd.scheduler import ScaleWiseScheduler
+from swd.types import Batch, Conditioning, SeededDraws, UserError
+
+
+class Distiller(LightningModule):
+    """Scale-wise distillation of one pretrained model (SwD paper, algorithm 1).
+
+    One call of `training_step` is one update on one fresh batch: `critic_updates` critic updates, then a generator
+    update, make an iteration. Iteration k trains step `k mod N` of the schedule. `global_step` counts iterations.
+
+    Args:
+        model: the teacher.
+        schedule: noise levels and sizes.
+        loss: terms by name, at least one.
+        seed: of every random draw.
+        critic_updates: critic updates before each generator update; without effect where no term trains a critic.
+        lr: student's learning rate.
+        critic_lr: fake network's and head's learning rate; None: the student's.
+        betas: of AdamW.
+        weight_decay: of AdamW.
+        clip: gradient norm is clipped to this, for each optimizer.
+        checkpointing: recompute activations in the backward pass.
+
+    Raises:
+        UserError: if schedule, loss and model do not fit together.
+    """
+
+    def __init__(
+        self,
+        model: Pretrained,
+        schedule: ScaleSchedule,
+        loss: Mapping[str, LossTerm],
+        seed: int = 0,
+        critic_updates: int = 5,
+        lr: float = 5e-6,
+        critic_lr: float | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.01,
+        clip: float = 10.0,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False  # checkpoints hold only what is trained
+        self.model, self.schedule, self.seed = model, schedule, seed
+        self.terms: Any = ModuleDict(dict(loss))
+        settle_features(self.terms)
+        check_fit(model, schedule, self.terms)
+        self.critic_updates = critic_updates if trainers(self.terms) else 0
+        if critic_updates < 1 and trainers(self.terms):
+            raise UserError(f"task.critic_updates={critic_updates}; dmd and gan need at least 1")
+        self.lr, self.critic_lr = lr, lr if critic_lr is None else critic_lr
+        self.betas, self.weight_decay, self.clip = betas, weight_decay, clip
+        self.checkpointing = checkpointing
+        self.updates = 0
+        self.networks: SharedBase
+        self._encoders: SD3Encoders
+        self._empty: Conditioning | None = None
+
+    # Building
+
+    @property
+    def updates_per_iteration(self) -> int:
+        """Batches that one iteration uses."""
+        return self.critic_updates + 1
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """Trainable roles; without a critic no fake network exists at all."""
+        return ("student", "fake") if self.critic_updates else ("student",)
+
+    def configure_model(self) -> None:
+        if hasattr(self, "networks"):
+            return
+        device = self.device if self._trainer is None else self.trainer.strategy.root_device
+        self.networks = self.model.networks(self.roles, self.seed, device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            for term in self.terms.values():
+                term.build(self.model.limits.width)
+        if self.checkpointing:
+            self.networks.enable_checkpointing()
+        # Frozen helpers stay out of the module tree: neither checkpoints nor DDP should see them.
+        object.__setattr__(self, "_encoders", self.model.encoders(device).to(device))
+
+    @property
+    def encoders(self) -> SD3Encoders:
+        """Text encoders and VAE."""
+        return self._encoders
+
+    @property
+    def empty(self) -> Conditioning:
+        """The encoded empty prompt, one row."""
+        if self._empty is None:
+            self._empty = self.encoders.encode_prompts([""])
+        return self._empty.to(self.device)
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        options: dict[str, Any] = {"betas": tuple(self.betas), "weight_decay": self.weight_decay}
+        optimizers: list[Optimizer] = [AdamW(self.networks.role_parameters("student"), lr=self.lr, **options)]
+        if self.critic_updates:
+            critic = [*self.networks.role_parameters("fake"), *self.terms.parameters()]
+            optimizers.append(AdamW(critic, lr=self.critic_lr, **options))
+        return optimizers
+
+    # One update
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        iteration, update = divmod(self.updates, self.updates_per_iteration)
+        interval = self.schedule.interval(iteration % len(self.schedule))
+        draws = SeededDraws(self.seed, iteration, update, first=self.global_rank * len(batch))
+        conditioning = self.encoders.encode_prompts(batch.prompts).to(self.device)
+        source, target = self._latents(batch, interval, draws)
+
+        if update < self.critic_updates:
+            self._critic_update(interval, source, target, conditioning, draws)
+        else:
+            self._generator_update(interval, source, target, conditioning, draws)
+        self.updates += 1
+
+    def _latents(self, batch: Batch, interval: Interval, draws: SeededDraws) -> tuple[Tensor, Tensor]:
+        """Latents at the source and target size, each downscaled in pixels from full size and then encoded."""
+
+        def encode(size: tuple[int, ...]) -> Tensor:
+            return self.encoders.encode(downscale(batch.pixels, self.encoders.pixel_size(size)), draws)
+
+        target = encode(interval.target)
+        return (target if interval.source == interval.target else encode(interval.source)), target
+
+    def _critic_update(
+        self, interval: Interval, source: Tensor, target: Tensor, conditioning: Conditioning, draws: SeededDraws
+    ) -> None:
+        with torch.no_grad():
+            x0_hat = student_x0(self.networks, interval, source, conditioning, draws)
+        step = CriticStep(
+            self.networks, conditioning, self.empty, x0_hat, target, draws, wanted(trainers(self.terms), "critic_pass")
+        )
+        loss, metrics = critic_loss(self.terms, step)
+        optimizer = self._optimizer("fake")
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        self.clip_gradients(optimizer, self.clip, "norm")
+        optimizer.step()
+        self._report(metrics, interval)
+
+    def _generator_update(
+        self, interval: Interval, source: Tensor, target: Tensor, conditioning: Conditioning, draws: SeededDraws
+    ) -> None:
+        x0_hat = student_x0(self.networks, interval, source, conditioning, draws)
+        leaf = x0_hat.detach().requires_grad_()
+        step = GeneratorStep(
+            self.networks, conditioning, self.empty, leaf, target, draws, wanted(self.terms, "generator_pass")
+        )
+        loss, gradient, metrics = generator_gradient(self.terms, step)
+        optimizer = self._optimizer("student")
+        optimizer.zero_grad()
+        self.manual_backward((x0_hat * gradient).sum())
+        self.clip_gradients(optimizer, self.clip, "norm")
+        optimizer.step()
+        distance = (leaf.detach() - target).square().mean()
+        self._report({"loss": loss, "x0_mse": distance} | metrics, interval)
+
+    def _optimizer(self, role: Literal["student", "fake"]) -> Any:
+        optimizers = self.optimizers()
+        if role == "student":
+            return optimizers[0] if isinstance(optimizers, list) else optimizers
+        assert isinstance(optimizers, list)
+        critic: Any = optimizers[1]
+        # Lightning adds both optimizers' steps into `global_step`; only the student's count as iterations.
+        critic._on_before_step = critic._on_after_step = lambda: None
+        return critic
+
+    def _report(self, metrics: Metrics, interval: Interval) -> None:
+        names = {f"train/{name}": value for name, value in metrics.items()}
+        self.log_dict(names, on_step=True, on_epoch=False, batch_size=1)
+        self.last_metrics = {name: value.detach() for name, value in metrics.items()} | {
+            "step": torch.tensor(float(interval.index + 1))
+        }
+
+    # Sampling
+
+    @torch.no_grad()
+    def sample(self, prompts: list[str], seeds: list[int], keep_x0: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """Draw pictures with the student, by the sampler that the exported model uses.
+
+        Returns:
+            Pictures `[B, 3, H, W]` in [-1, 1], and on request the decoded prediction of every step.
+        """
+        scheduler = self.scheduler()
+        scheduler.keep_x0 = keep_x0
+        latents = initial_latents(seeds, self.model.channels, self.schedule.sizes[0]).to(self.device)
+        conditioning = self.encoders.encode_prompts(prompts).to(self.device)
+        latents = sample_latents(self.networks, scheduler, latents, conditioning)
+        return self.encoders.decode(latents), [self.encoders.decode(x) for x in scheduler.x0_predictions]
+
+    def scheduler(self) -> ScaleWiseScheduler:
+        """The sampler of this schedule and model."""
+        return self.schedule.scheduler(self.model.limits.divisor)
+
+    # Checkpoints: only what is trained, and where the data stands
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trained = {key for key, parameter in self.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint["swd"] = {"updates": self.updates}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.updates = int(checkpoint["swd"]["updates"])
+        missing = {k for k, p in self.named_parameters() if p.requires_grad} - set(checkpoint["state_dict"])
+        if missing:
+            raise UserError(f"the checkpoint has no weights for {sorted(missing)[0]}; it belongs to another configuration")
+
+
+def check_fit(model: Pretrained, schedule: ScaleSchedule, terms: Mapping[str, LossTerm]) -> None:
+    """Raise UserError if the model cannot take a size of the schedule or lacks a block that a term reads."""
+    for size in schedule.sizes:
+        model.limits.check_size(size)
+    for name, term in terms.items():
+        for block in term.blocks_used():
+            try:
+                model.limits.check_block(block)
+            except UserError as error:
+                raise UserError(f"loss.{name}.blocks: {error}") from None

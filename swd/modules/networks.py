@@ -1,0 +1,191 @@
+"""Student, teacher and fake score as roles of one frozen base with LoRA adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from swd.modules.backbones.base import Backbone
+from swd.types import Conditioning, UserError
+
+Role = Literal["student", "fake", "teacher"]
+
+SD3_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
+
+
+class SharedBase(nn.Module):
+    """One frozen network in device memory that plays all roles.
+
+    The student and the fake score are LoRA adapters on it; the teacher is the base with both off, bit for bit.
+    Adapters are switched by `role`, which sets peft's per-layer state directly: peft's own switches flip
+    `requires_grad`, and between a forward and its backward that loses gradients without a word.
+
+    Args:
+        backbone: the base, frozen here.
+        rank: LoRA rank r.
+        alpha: LoRA alpha; the update is scaled by alpha / r. None: alpha = r.
+        targets: names of the linear layers that get an adapter.
+        roles: which trainable roles exist; MMD alone needs no "fake".
+        seed: of the adapters' initial weights.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        rank: int = 64,
+        alpha: float | None = None,
+        targets: Sequence[str] = SD3_TARGETS,
+        roles: Sequence[Role] = ("student", "fake"),
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone.requires_grad_(False)
+        self.process = backbone.process
+        self.roles = tuple(roles)
+        with torch.random.fork_rng(devices=[]):
+            for number, name in enumerate(self.roles):
+                torch.manual_seed(2 * seed + number)
+                self._add_adapter(name, rank, alpha, targets)
+        self._layers = [m for m in self.backbone.network.modules() if isinstance(m, LoraLayer)]
+        self._current: Role = "teacher"
+        with self.role("teacher"):
+            pass
+        self._self_test()
+
+    def _add_adapter(self, name: str, rank: int, alpha: float | None, targets: Sequence[str]) -> None:
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
+            init_lora_weights="gaussian",
+            target_modules=list(targets),
+        )
+        self.backbone.network.add_adapter(config, adapter_name=name)  # type: ignore[operator]
+        for key, parameter in self.backbone.network.named_parameters():
+            if f".{name}." in key:
+                parameter.data = parameter.data.float()
+
+    def _self_test(self) -> None:
+        """Private peft attributes drive `role`: fail at start-up, not silently, should they change."""
+        if not self._layers:
+            raise UserError("no layer of this model matches model.targets; nothing would be trained")
+        layer = self._layers[0]
+        with self.role(self.roles[0]):
+            if list(layer.active_adapters) != [self.roles[0]] or layer.disable_adapters:
+                raise RuntimeError("this peft version does not follow _active_adapter; swd needs peft 0.17 to 0.21")
+        with self.role("teacher"):
+            if not layer.disable_adapters:
+                raise RuntimeError("this peft version does not follow _disable_adapters; swd needs peft 0.17 to 0.21")
+        frozen = [k for k, p in self.named_parameters() if "lora_" in k and not p.requires_grad]
+        for key in frozen:
+            self.get_parameter(key).requires_grad_(True)
+
+    @contextmanager
+    def role(self, role: Role) -> Iterator[None]:
+        """Play `role` inside the context."""
+        before = self._current
+        self._set(role)
+        try:
+            yield
+        finally:
+            self._set(before)
+
+    def _set(self, role: Role) -> None:
+        if role != "teacher" and role not in self.roles:
+            raise UserError(f"role {role!r} does not exist here; trainable roles are {list(self.roles)}")
+        self._current = role
+        off = role == "teacher"
+        for layer in self._layers:
+            layer._disable_adapters = off
+            if not off:
+                layer._active_adapter = [role]
+
+    def enable_checkpointing(self) -> None:
+        """Recompute activations in the backward pass, block by block, in the role of the forward pass."""
+
+        def in_role(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            role = self._current
+
+            def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+                return nullcontext(), self.role(role)
+
+            return checkpoint(module.__call__, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+        self.backbone.network.enable_gradient_checkpointing(in_role)  # type: ignore[operator]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bf16 arithmetic over a bf16 base; the float32 LoRA weights are cast on the way in, their gradients stay float32."""
+        dtype = self.backbone.dtype
+        if dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(next(self.backbone.parameters()).device.type, dtype)
+
+    # What losses and samplers ask
+
+    def x0(
+        self,
+        role: Role,
+        x_t: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        blocks: Sequence[int] = (),
+        grad_to_features_only: bool = False,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Clean prediction `[B, C, *size]` float32 of a role, and features of `blocks`."""
+        with self.role(role), self.autocast():
+            prediction, features = self.backbone.predict(x_t, sigma, conditioning, blocks, grad_to_features_only)
+        return self.process.to_x0(x_t, prediction, sigma), features
+
+    def features(
+        self, role: Role, x_t: Tensor, sigma: Tensor, conditioning: Conditioning, blocks: Sequence[int]
+    ) -> list[Tensor]:
+        """Features `[B, L, D]` of `blocks` of a role, with early exit."""
+        with self.role(role), self.autocast():
+            return self.backbone.features(x_t, sigma, conditioning, blocks)
+
+    def guided_x0(
+        self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning, empty: Conditioning, guidance: float
+    ) -> Tensor:
+        """The teacher's clean prediction with classifier-free guidance: `empty + guidance * (text - empty)`."""
+        if guidance == 1.0:
+            return self.x0("teacher", x_t, sigma, conditioning)[0]
+        both = Conditioning.cat([conditioning, empty.expand(len(x_t))])
+        x0 = self.x0("teacher", torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both)[0]
+        text, unconditional = x0.chunk(2)
+        return unconditional + guidance * (text - unconditional)
+
+    # Weights
+
+    def role_parameters(self, role: Role) -> list[nn.Parameter]:
+        """The trainable parameters of a role."""
+        return [p for key, p in self.named_parameters() if f".{role}." in key and "lora_" in key]
+
+    def adapter_state(self, role: Role) -> dict[str, Tensor]:
+        """A role's LoRA weights in peft's layout, without the adapter's name."""
+        state: dict[str, Tensor] = get_peft_model_state_dict(self.backbone.network, adapter_name=role)
+        return {key: value.detach().clone() for key, value in state.items()}
+
+    def load_adapter(self, role: Role, state: dict[str, Tensor]) -> None:
+        """Set a role's LoRA weights.
+
+        Raises:
+            UserError: if a key or a shape does not fit.
+        """
+        own = self.adapter_state(role)
+        if set(own) != set(state):
+            odd = sorted(set(own) ^ set(state))[0]
+            raise UserError(f"adapter does not fit this model: {len(state)} tensors, expected {len(own)} (e.g. {odd})")
+        for key, value in state.items():
+            if value.shape != own[key].shape:
+                raise UserError(
+                    f"adapter does not fit: {key} has shape {tuple(value.shape)}, expected {tuple(own[key].shape)}; "
+                    "check the rank"
+                )
+        set_peft_model_state_dict(self.backbone.network, state, adapter_name=role)

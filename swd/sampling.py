@@ -1,0 +1,66 @@
+"""Sampling with the networks in hand; same operations as the stock pipeline with `ScaleWiseScheduler`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swd.modules.networks import Role, SharedBase
+from swd.scheduler import ScaleWiseScheduler
+from swd.types import Conditioning, Size
+
+
+def initial_latents(seeds: Sequence[int], channels: int, size: Size) -> Tensor:
+    """Pure noise `[B, C, *size]`, each row from its own seed, as diffusers draws it from a list of generators."""
+    rows = [torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    return torch.cat(rows)
+
+
+@torch.no_grad()
+def sample_latents(
+    networks: SharedBase,
+    scheduler: Any,
+    latents: Tensor,
+    conditioning: Conditioning,
+    empty: Conditioning | None = None,
+    guidance_scale: float = 1.0,
+    role: Role = "student",
+    steps: int | None = None,
+) -> Tensor:
+    """Run a diffusers scheduler over one role of the networks.
+
+    Args:
+        networks: roles on one base.
+        scheduler: a `ScaleWiseScheduler`, or any diffusers scheduler of the process.
+        latents: initial noise `[B, C, *first_size]`.
+        conditioning: B rows; `empty`: one row, needed with guidance.
+        guidance_scale: above 1 switches classifier-free guidance on.
+        role: who predicts.
+        steps: number of steps, for schedulers that do not know it.
+
+    Returns:
+        Clean latents `[B, C, *last_size]`.
+    """
+    scheduler.set_timesteps(steps or scheduler.num_inference_steps, device=latents.device)
+    guided = guidance_scale > 1 and empty is not None
+    if guided:
+        assert empty is not None
+        conditioning = Conditioning.cat([empty.expand(len(latents)), conditioning])
+    x = latents
+    with networks.role(role), networks.autocast():
+        for i, timestep in enumerate(scheduler.timesteps):
+            x_in = torch.cat([x, x]) if guided else x
+            prediction, _ = networks.backbone.predict(x_in, scheduler.sigmas[i].expand(len(x_in)), conditioning)
+            if guided:
+                without, text = prediction.chunk(2)
+                prediction = without + guidance_scale * (text - without)
+            x = scheduler.step(prediction, timestep, x, return_dict=False)[0]
+    return x
+
+
+def progressive(scheduler: ScaleWiseScheduler) -> list[Tensor]:
+    """The clean predictions of every size from the last run; needs `scheduler.keep_x0 = True` before it."""
+    return scheduler.x0_predictions

@@ -1,0 +1,86 @@
+"""Scale schedules: the noise level and the latent size of every generation step, and resizing between sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from swd.scheduler import ScaleWiseScheduler, upsample
+from swd.types import Size, UserError
+
+__all__ = ["Interval", "ScaleSchedule", "downscale", "upsample"]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """One step of the schedule as training sees it (SwD paper, section 3.2).
+
+    Attributes:
+        index: which step, from 0.
+        sigma: noise level at which the student starts.
+        source: latent size of the previous step's prediction.
+        target: latent size that the student predicts at; at least `source`.
+    """
+
+    index: int
+    sigma: float
+    source: Size
+    target: Size
+
+
+class ScaleSchedule:
+    """Noise levels `sigma_1 > ... > sigma_N` with sizes `s_1 <= ... <= s_N` (SwD paper, section 3.1).
+
+    Args:
+        sigmas: N noise levels in (0, 1], strictly decreasing.
+        sizes: N latent side lengths, (H, W) or (F, H, W); sides never shrink.
+
+    Raises:
+        UserError: if a rule above is broken.
+    """
+
+    def __init__(self, sigmas: Sequence[float], sizes: Sequence[int | Sequence[int]]) -> None:
+        self.sigmas = tuple(float(s) for s in sigmas)
+        self.sizes: tuple[Size, ...] = tuple((s, s) if isinstance(s, int) else tuple(s) for s in sizes)
+        self._check()
+
+    def _check(self) -> None:
+        if not self.sigmas:
+            raise UserError("schedule.sigmas is empty; give at least one noise level, e.g. [1.0]")
+        if len(self.sigmas) != len(self.sizes):
+            raise UserError(
+                f"schedule has {len(self.sigmas)} sigmas but {len(self.sizes)} sizes; give one size per sigma"
+            )
+        for sigma in self.sigmas:
+            if not 0 < sigma <= 1:
+                raise UserError(f"schedule.sigmas contains {sigma}; noise levels lie in (0, 1]")
+        for a, b in zip(self.sigmas, self.sigmas[1:], strict=False):
+            if not b < a:
+                raise UserError(f"schedule.sigmas must be strictly decreasing, but {b} follows {a}")
+        for size in self.sizes:
+            if len(size) not in (2, 3) or len(size) != len(self.sizes[0]) or min(size) < 1:
+                raise UserError(f"schedule.sizes contains {size}; every size is a side, (H, W) or (F, H, W), all alike")
+        for small, large in zip(self.sizes, self.sizes[1:], strict=False):
+            if any(b < a for a, b in zip(small, large, strict=True)):
+                raise UserError(f"schedule.sizes must not shrink, but {large} follows {small}")
+
+    def __len__(self) -> int:
+        return len(self.sigmas)
+
+    def interval(self, i: int) -> Interval:
+        """Step `i` (from 0); the first step's source and target are both the first size."""
+        return Interval(i, self.sigmas[i], self.sizes[max(i - 1, 0)], self.sizes[i])
+
+    def scheduler(self, divisor: int = 1) -> ScaleWiseScheduler:
+        """The sampler of this schedule."""
+        sizes = [s[0] if len(s) == 2 and s[0] == s[1] else list(s) for s in self.sizes]
+        return ScaleWiseScheduler(sigmas=list(self.sigmas), sizes=sizes, divisor=divisor)
+
+
+def downscale(pixels: Tensor, size: Sequence[int]) -> Tensor:
+    """Area-downscale pictures `[B, C, H, W]` to (H, W) in pixels, from full size directly (SwD paper, section 3.2)."""
+    size = tuple(size)
+    return pixels if tuple(pixels.shape[2:]) == size else F.interpolate(pixels, size=size, mode="area")

@@ -1,0 +1,114 @@
+"""`train.py`: compose -> check -> instantiate -> fit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning import LightningModule, Trainer
+from omegaconf import DictConfig, OmegaConf
+
+from swd.callbacks.checkpoint import find_checkpoint
+from swd.config import check
+from swd.files import claim_folder, write_json, write_text
+
+ROOT = {"seed": int, "name": str, "output": str, "folder": str, "resume": str | None}
+PACKAGES = ("swd", "torch", "lightning", "hydra-core", "diffusers", "peft", "transformers", "torchmetrics")
+
+
+def run(cfg: DictConfig) -> None:
+    """Train what the configuration says."""
+    fit(cfg)
+
+
+def fit(cfg: DictConfig) -> tuple[LightningModule, Trainer]:
+    """Check, build and train; everything that the run makes goes to `cfg.folder`.
+
+    Raises:
+        UserError: for wrong input, before any model is loaded.
+    """
+    check(cfg, ROOT)
+    quiet()
+    folder = Path(cfg.folder)
+    task: LightningModule = instantiate(cfg.task, _convert_="all")
+    data = instantiate(cfg.data, _convert_="all")
+    checkpoint = find_checkpoint(cfg.resume, folder.parent, cfg)
+    # Under a launcher each process runs this; only the first one owns the folder.
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0:
+        record(cfg, claim_folder(folder), checkpoint)
+    trainer = build_trainer(cfg, folder)
+    trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+    return task, trainer
+
+
+def build_trainer(cfg: DictConfig, folder: Path) -> Trainer:
+    """The Trainer with this project's fixed choices: manual optimization counts iterations, order is our own."""
+    options = dict(instantiate(cfg.trainer, _convert_="all", _partial_=True).keywords)
+    if options.get("strategy") == "auto" and _processes(options) > 1:
+        # Student and fake network step in turn, so some parameters have no gradient in each update.
+        options["strategy"] = "ddp_find_unused_parameters_true"
+    callbacks = [instantiate(node, _convert_="all") for node in (cfg.get("callbacks") or {}).values()]
+    logger: Any = instantiate(cfg.logger, _convert_="all") if cfg.get("logger") else False
+    return Trainer(
+        **{
+            "max_epochs": 1,
+            "default_root_dir": str(folder),
+            "callbacks": callbacks,
+            "logger": logger,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": True,
+            "num_sanity_val_steps": 0,
+            "use_distributed_sampler": False,
+        }
+        | options
+    )
+
+
+def _processes(options: dict[str, Any]) -> int:
+    devices, nodes = options.get("devices", 1), options.get("num_nodes", 1)
+    if devices == "auto":
+        devices = max(torch.cuda.device_count(), 1) if options.get("accelerator") != "cpu" else 1
+    return int(devices if isinstance(devices, int) else len(devices)) * int(nodes)
+
+
+def record(cfg: DictConfig, folder: Path, checkpoint: str | None) -> None:
+    """Write the resolved configuration, the command and the versions into the run folder."""
+    versions = {name: version(name) for name in PACKAGES}
+    write_json(
+        folder / "run.json",
+        {
+            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "resumed_from": checkpoint,
+            "python": platform.python_version(),
+            "versions": versions,
+        },
+    )
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+
+
+def quiet() -> None:
+    """Silence notices that a user cannot act on."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for pattern in (".*does not have many workers.*", ".*LitLogger.*", ".*`weights_only`.*", ".*litlogger.*"):
+        warnings.filterwarnings("ignore", pattern)
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+

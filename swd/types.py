@@ -1,0 +1,143 @@
+"""Small data classes and protocols that the rest of the package shares."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Size = tuple[int, ...]
+"""Latent side lengths: (H, W) for images, (F, H, W) for video."""
+
+
+class UserError(ValueError):
+    """Wrong input: the message is one line with what was wrong, the value, and the fix (exit code 2)."""
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a network is told besides the noised latent.
+
+    Attributes:
+        embeds: text token embeddings `[B, L, D]`.
+        pooled: pooled text embedding `[B, P]`, or None for families without one.
+    """
+
+    embeds: Tensor
+    pooled: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.embeds.shape[0]
+
+    def map(self, function) -> Conditioning:  # type: ignore[no-untyped-def]
+        """Apply `function` to every tensor."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: function(v) for k, v in values.items() if v is not None})
+
+    def to(self, *args: object) -> Conditioning:
+        """Move or cast every tensor, as `Tensor.to` does."""
+        return self.map(lambda tensor: tensor.to(*args))
+
+    def expand(self, batch: int) -> Conditioning:
+        """Repeat a single row (the empty prompt) to `batch` rows without copying memory."""
+        return self.map(lambda tensor: tensor.expand(batch, *tensor.shape[1:]))
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """Stack several conditionings along the batch axis."""
+        first = parts[0]
+        values = {
+            f.name: torch.cat([getattr(part, f.name) for part in parts])
+            for f in fields(first)
+            if getattr(first, f.name) is not None
+        }
+        return replace(first, **values)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of training data.
+
+    Attributes:
+        pixels: full-resolution images `[B, 3, H, W]` in [-1, 1].
+        prompts: B captions.
+    """
+
+    pixels: Tensor
+    prompts: list[str]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def to(self, *args: object) -> Batch:
+        """Move the pixels, as `Tensor.to` does."""
+        return replace(self, pixels=self.pixels.to(*args))
+
+
+@dataclass(frozen=True)
+class Noised:
+    """A latent after noising: `x_t` `[B, C, *size]` at noise level `sigma` `[B]`."""
+
+    x_t: Tensor
+    sigma: Tensor
+
+
+class Draws(Protocol):
+    """Source of every random number that an update needs; tests feed stored numbers through it."""
+
+    def noise(self, purpose: str, like: Tensor) -> Tensor:
+        """Standard Gaussian noise, float32, of the shape and on the device of `like` `[B, ...]`."""
+        ...
+
+    def index(self, purpose: str, low: int, high: int, batch: int) -> Tensor:
+        """One integer per sample, uniform on low..high, both included: `[B]` int64 on the CPU."""
+        ...
+
+
+@dataclass(frozen=True)
+class SeededDraws:
+    """Draws that depend only on (seed, iteration, update, purpose, position in the global batch).
+
+    Neither resuming nor another number of processes or workers changes them. They are made on the CPU, so that the
+    device does not change them either.
+
+    Attributes:
+        seed: the run's seed.
+        iteration: generator update counter k, from 0.
+        update: 0..n_fake - 1 for critic updates, n_fake for the generator update.
+        first: position of this process's first sample in the global batch.
+    """
+
+    seed: int
+    iteration: int = 0
+    update: int = 0
+    first: int = 0
+
+    def generator(self, purpose: str, row: int) -> torch.Generator:
+        """The generator of one sample for one purpose."""
+        key = f"{self.seed}/{purpose}/{self.iteration}/{self.update}/{self.first + row}"
+        return torch.Generator().manual_seed(stable_hash(key.encode()))
+
+    def noise(self, purpose: str, like: Tensor) -> Tensor:
+        rows = [torch.randn(like.shape[1:], generator=self.generator(purpose, i)) for i in range(len(like))]
+        return torch.stack(rows).to(like.device)
+
+    def index(self, purpose: str, low: int, high: int, batch: int) -> Tensor:
+        draws = [torch.randint(low, high + 1, (), generator=self.generator(purpose, i)) for i in range(batch)]
+        return torch.stack(draws)
+
+
+def stable_hash(data: bytes) -> int:
+    """A 63-bit hash that is the same in every process and on every machine."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
+
+
+def check_shape(name: str, tensor: Tensor, expected: Sequence[int | None]) -> None:
+    """Raise ValueError that states the expected and the actual shape; None in `expected` matches anything."""
+    actual = tuple(tensor.shape)
+    if len(actual) != len(expected) or any(e is not None and a != e for a, e in zip(actual, expected, strict=True)):
+        raise ValueError(f"{name} has shape {actual}, expected {tuple(expected)} (None: any)")

@@ -1,0 +1,38 @@
+"""Shared fixtures; tests run offline, on the CPU and without an account."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+DATA = Path(__file__).parent / "data"
+
+
+class Golden:
+    """Reference numbers by name, as tensors."""
+
+    def __init__(self, path: Path) -> None:
+        self.arrays = np.load(path)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return torch.from_numpy(self.arrays[name].copy())
+
+    def names(self, prefix: str) -> list[str]:
+        return [name for name in self.arrays.files if name.startswith(prefix)]
+
+
+@pytest.fixture(scope="session")
+def golden() -> Golden:
+    return Golden(DATA / "golden.npz")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
