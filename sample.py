@@ -1,4 +1,4 @@
-"""Draw pictures: `python sample.py prompts='[a red star above a blue ring]' seed=3`; `python sample.py --help` lists everything."""
+"""Draw pictures: `python sample.py prompts='[a red star above a blue ring]' seed=3`; `--help` lists everything."""
 
 from swd.cli import launch
 

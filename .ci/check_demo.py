@@ -17,8 +17,9 @@ from pathlib import Path
 
 ROW_NUMBERS = ("steps", "nfe", "gflop", "ms_per_image", "fid", "prompt_accuracy")
 MIN_ROWS = 2  # a teacher and a student
+RATIOS = ("gflop_of_full_size_steps", "accuracy_of_teacher", "fid_of_teacher", "speedup_over_teacher")
 # Only distances to the data must fall: adversarial and score-difference losses need not.
-FALLING_LOSSES = ("x0_mse",)
+FALLING_LOSSES = ("x0_mse", "mmd")
 
 COMMON_VOID_TAGS = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta"}
 VOID_TAGS = {*COMMON_VOID_TAGS, "source", "track", "wbr"}
@@ -106,9 +107,23 @@ def check_rows(rows: object) -> list[str]:
     return failures
 
 
+def check_ratios(ratios: object) -> list[str]:
+    """Each has a ``value``; whether it is as ``expected`` is for the full demo to say, not for a shortened one."""
+    if not isinstance(ratios, dict):
+        return [f"ratios: expected an object, got {ratios!r}"]
+    values = {name: ratios[name].get("value") if isinstance(ratios.get(name), dict) else None for name in RATIOS}
+    failures = [f"ratios: {name} is {value!r}" for name, value in values.items() if not is_number(value)]
+    cost = values["gflop_of_full_size_steps"]
+    if is_number(cost) and cost > 0.56:  # counted, not measured: training cannot excuse it
+        failures.append(f"ratios: the student takes {cost:.2f} of the cost of full-size steps, more than 0.56")
+    return failures
+
+
 def check_wall_seconds(wall_seconds: object) -> list[str]:
     if not isinstance(wall_seconds, dict) or not wall_seconds:
         return [f"wall_seconds: expected seconds by phase, got {wall_seconds!r}"]
+    if "total" not in wall_seconds:
+        return ["wall_seconds: total is missing"]
     wrong = {phase: value for phase, value in wall_seconds.items() if not is_number(value) or value < 0}
     return [f"wall_seconds: {phase} is {value!r}" for phase, value in wrong.items()]
 
@@ -166,6 +181,7 @@ def check_demo(folder: Path, since: float = 0.0) -> list[str]:
     return [
         *stale,
         *row_failures,
+        *check_ratios(found.get("ratios")),
         *check_wall_seconds(found.get("wall_seconds")),
         *check_losses(found.get("losses")),
         *check_report(report.read_text(encoding="utf-8"), names),

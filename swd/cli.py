@@ -18,6 +18,18 @@ COMMANDS = {
     "demo": "distil, sample, evaluate and report on the embedded teacher",
 }
 
+# Notices of libraries that a user cannot act on.
+NOTICES = (
+    ".*`torch_dtype` is deprecated.*",
+    ".*Already found a `peft_config`.*",
+    ".*LeafSpec.*",
+    ".*module\\(s\\) in eval mode.*",
+    ".*Experiment logs directory.*",
+    ".*does not have many workers.*",
+    ".*`weights_only`.*",
+    ".*Deterministic behavior.*",
+)
+
 
 def main() -> None:
     """The installed `swd` command."""
@@ -47,8 +59,12 @@ def launch(command: str) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us instead of Hydra's own printer
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import warnings
+
     import hydra
 
+    for text in NOTICES:
+        warnings.filterwarnings("ignore", text)
     run: Callable[..., None] = importlib.import_module(f"swd.{command}").run
     main = hydra.main(version_base="1.3", config_path=config_path(), config_name=command)
     with user_errors():
@@ -107,7 +123,9 @@ def _hydra_message(text: str) -> str:
     if unknown:
         known = "; --help and --cfg job list what there is"
         return f"unknown key {unknown.group(1)}{known}"
-    group = re.search(r"Could not find '([^']+)' Available options in '([^']+)':\s*(.*?)(?:Config search path.*)?$", text)
+    group = re.search(
+        r"Could not find '([^']+)' Available options in '([^']+)':\s*(.*?)(?:Config search path.*)?$", text
+    )
     if group:
         return f"there is no {group.group(1)}; options of {group.group(2)} are: {', '.join(group.group(3).split())}"
     return text

@@ -36,7 +36,8 @@ def check(cfg: DictConfig, root: Mapping[str, Any] | None = None) -> None:
     for key, hint in (root or {}).items():
         if key in plain and not fits(plain[key], hint):
             raise UserError(_bad_value(key, plain[key], hint))
-    _check_node(plain, "")
+    # The task repeats the groups that it is built from: name their keys where the user knows them.
+    _check_node({key: plain[key] for key in sorted(plain, key=lambda k: k == "task")}, "")
 
 
 def _check_node(node: Any, path: str) -> None:
@@ -82,7 +83,7 @@ def _check_call(node: dict[str, Any], path: str) -> None:
 def fits(value: Any, hint: Any) -> bool:
     """Whether a plain configuration value can be passed where `hint` is annotated."""
     origin, args = get_origin(hint), get_args(hint)
-    if hint is Any or isinstance(value, dict) and "_target_" in value:
+    if hint is Any or (isinstance(value, dict) and "_target_" in value):
         return True
     if origin in (Union, types.UnionType):
         return any(fits(value, arg) for arg in args)

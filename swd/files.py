@@ -23,12 +23,23 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> Path:
     try:
         new = work / path.name
         write(new)
-        if path.is_dir():
-            os.rename(path, work / "old")
-        os.replace(new, path)
+        replace(path, new, work / "old")
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return path
+
+
+def replace(path: Path, new: Path, old: Path) -> None:
+    """Rename `new` to `path`; a folder at `path` goes to `old` meanwhile, and back if that fails."""
+    if not path.is_dir():
+        os.replace(new, path)
+        return
+    os.rename(path, old)
+    try:
+        os.replace(new, path)
+    except BaseException:
+        os.rename(old, path)
+        raise
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -52,7 +63,9 @@ def claim_folder(folder: Path, marker: str = "config.yaml") -> Path:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"output folder {folder} cannot be written ({error.strerror}); choose another with output=") from None
+        raise UserError(
+            f"output folder {folder} cannot be written ({error.strerror}); choose another with output="
+        ) from None
     if (folder / marker).exists():
         raise UserError(f"output folder {folder} already holds a run; choose another folder")
     return folder

@@ -143,7 +143,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
 
     def scale_noise(self, *args: Any, **kwargs: Any) -> Tensor:
         """Image-to-image pipelines call this; a scale-wise model starts from pure noise only."""
-        raise ValueError("image-to-image (strength) is not supported by a scale-wise model: use the text-to-image pipeline")
+        raise ValueError("a scale-wise model starts from pure noise: use the text-to-image pipeline, without strength")
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
         """Identity: the network takes the noised latent as it is."""

@@ -57,7 +57,7 @@ def build_trainer(cfg: DictConfig, folder: Path) -> Trainer:
     logger: Any = instantiate(cfg.logger, _convert_="all") if cfg.get("logger") else False
     return Trainer(
         **{
-            "max_epochs": 1,
+            "max_epochs": -1,  # steps count; a finished epoch must not keep a longer run from continuing
             "default_root_dir": str(folder),
             "callbacks": callbacks,
             "logger": logger,
@@ -97,18 +97,13 @@ def record(cfg: DictConfig, folder: Path, checkpoint: str | None) -> None:
 def quiet() -> None:
     """Silence notices that a user cannot act on."""
     import logging
-    import warnings
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for pattern in (".*does not have many workers.*", ".*LitLogger.*", ".*`weights_only`.*", ".*litlogger.*"):
-        warnings.filterwarnings("ignore", pattern)
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
 
     diffusers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-
-

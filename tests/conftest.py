@@ -10,9 +10,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
+from swd import cli
+
 DATA = Path(__file__).parent / "data"
+
+
+NOTICES = (
+    *cli.NOTICES,
+    ".*The dirpath has changed from.*",
+    ".*with manual optimization and every_n_train_steps.*",
+    ".*resuming from a checkpoint that ended before the epoch ended.*",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Leave out notices of libraries that nobody here can act on."""
+    for text in NOTICES:
+        config.addinivalue_line("filterwarnings", f"ignore:{text}")
 
 
 class Golden:
@@ -31,6 +48,14 @@ class Golden:
 @pytest.fixture(scope="session")
 def golden() -> Golden:
     return Golden(DATA / "golden.npz")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random pipeline in diffusers layout."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-sd3"
+    tiny.build_pipeline().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(autouse=True)

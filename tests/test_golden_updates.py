@@ -58,9 +58,9 @@ class StoredDraws:
     """Draws in the reference's order of calls."""
 
     def __init__(self, golden: Golden, case: str, order: Sequence[str]) -> None:
-        self.stored = {
-            f"{purpose}/noise": golden[f"e2e/{case}/noise{i}"] for i, purpose in enumerate(order)
-        } | {f"{purpose}/index": golden[f"e2e/{case}/idx_noisy{i}"] for i, purpose in enumerate(order[1:])}
+        self.stored = {f"{purpose}/noise": golden[f"e2e/{case}/noise{i}"] for i, purpose in enumerate(order)} | {
+            f"{purpose}/index": golden[f"e2e/{case}/idx_noisy{i}"] for i, purpose in enumerate(order[1:])
+        }
 
     def noise(self, purpose: str, like: Tensor) -> Tensor:
         return self.stored[purpose]

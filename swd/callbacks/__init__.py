@@ -1,7 +1,7 @@
 """Callbacks: progress, checkpoints, samples."""
 
-from swd.callbacks.checkpoint import Checkpoint
+from swd.callbacks.checkpoint import Checkpoint, SaveAdapter
 from swd.callbacks.progress import Progress
 from swd.callbacks.samples import Samples
 
-__all__ = ["Checkpoint", "Progress", "Samples"]
+__all__ = ["Checkpoint", "Progress", "Samples", "SaveAdapter"]

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
+from swd.export import save_adapter
+from swd.modules.distiller import Distiller
 from swd.types import UserError
 
 COMPARED = ("task", "model", "schedule", "loss", "data", "seed")
@@ -41,10 +43,32 @@ class Checkpoint(ModelCheckpoint):
         self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
         super().setup(trainer, pl_module, stage)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        # Where a resumed run starts there is a checkpoint already; another would lie between two iterations.
+        self._last_global_step_saved = trainer.global_step
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         if trainer.global_step != self._last_global_step_saved:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+class SaveAdapter(Callback):
+    """Write the student's adapter and its schedule to `adapter/` of the run folder when training ends."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(pl_module, Distiller) and trainer.is_global_zero:
+            model = pl_module.model
+            save_adapter(
+                Path(trainer.default_root_dir) / "adapter",
+                pl_module.networks.adapter_state("student"),
+                model.rank,
+                model.rank if model.alpha is None else model.alpha,
+                pl_module.scheduler(),
+                base=model.folder.name,
+                part=model.backbone_class.subfolder,
+            )
 
 
 def find_checkpoint(resume: str | None, runs: Path, cfg: DictConfig) -> str | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 SHOWN = ("dmd", "mmd", "gan", "fake_score", "discriminator", "x0_mse", "loss")
 
@@ -22,20 +22,20 @@ class Progress(Callback):
     def __init__(self, description: str = "iteration", lines: int = 10) -> None:
         self.description, self.lines = description, lines
         self.console = Console(stderr=True)
-        self.bar: Bar | None = None
+        self.bar: bars.Progress | None = None
         self._shown = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or not self.console.is_terminal:
             return
-        self.bar = Bar(
-            TextColumn(self.description),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=20),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[losses]}"),
+        self.bar = bars.Progress(
+            bars.TextColumn(self.description),
+            bars.MofNCompleteColumn(),
+            bars.BarColumn(bar_width=20),
+            bars.TimeElapsedColumn(),
+            bars.TextColumn("left"),
+            bars.TimeRemainingColumn(),
+            bars.TextColumn("{task.fields[losses]}"),
             console=self.console,
             transient=False,
         )
@@ -44,7 +44,7 @@ class Progress(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         step = trainer.global_step
-        if not trainer.is_global_zero or step == self._shown:
+        if not trainer.is_global_zero or step in (0, self._shown):
             return
         self._shown = step
         if self.bar is not None:

@@ -10,6 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from swd.files import write_aside
 from swd.images import grid
+from swd.modules.distiller import Distiller
 
 
 class Samples(Callback):
@@ -34,7 +35,7 @@ class Samples(Callback):
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = trainer.global_step
-        if step == self._drawn or not trainer.is_global_zero or not hasattr(pl_module, "sample"):
+        if step == self._drawn or not trainer.is_global_zero or not isinstance(pl_module, Distiller):
             return
         self._drawn = step
         seeds = [self.seed + i for i in range(len(self.prompts))]

@@ -77,7 +77,13 @@ class PairData(LightningDataModule):
         super().__init__()
         if batch_size < 1:
             raise UserError(f"data.batch_size={batch_size}; use at least 1")
-        self.dataset, self.batch_size, self.workers, self.seed, self.endless = dataset, batch_size, workers, seed, endless
+        self.dataset, self.batch_size, self.workers, self.seed, self.endless = (
+            dataset,
+            batch_size,
+            workers,
+            seed,
+            endless,
+        )
 
     def train_dataloader(self) -> DataLoader[Any]:
         trainer, task = self.trainer, self.trainer.lightning_module  # type: ignore[union-attr]

@@ -65,4 +65,7 @@ class GAN(LossTerm):
         real_logits = discriminator_logits(self.head, real_features)
         loss = gan_discriminator_loss(fake_logits, real_logits)
         right = ((fake_logits < 0).float().mean() + (real_logits > 0).float().mean()) / 2
-        return self.discriminator_weight * loss, {"discriminator": loss.detach(), "discriminator_accuracy": right.detach()}
+        return self.discriminator_weight * loss, {
+            "discriminator": loss.detach(),
+            "discriminator_accuracy": right.detach(),
+        }

@@ -15,7 +15,9 @@ from swd.schedule import Interval, upsample
 from swd.types import Conditioning, Draws, UserError
 
 
-def student_x0(networks: Networks, interval: Interval, source: Tensor, conditioning: Conditioning, draws: Draws) -> Tensor:
+def student_x0(
+    networks: Networks, interval: Interval, source: Tensor, conditioning: Conditioning, draws: Draws
+) -> Tensor:
     """The student's clean prediction at the target size (SwD paper, section 3.2).
 
     Args:
@@ -59,7 +61,8 @@ def _shared_pass_first(terms: Mapping[str, LossTerm]):  # type: ignore[no-untype
 
 def critic_loss(terms: Mapping[str, LossTerm], step: CriticStep) -> tuple[Tensor, Metrics]:
     """Total critic loss and metrics of the terms that train the fake network."""
-    losses, metrics = [], {}
+    losses: list[Tensor] = []
+    metrics: Metrics = {}
     for term in trainers(terms).values():
         loss, values = term.critic(step)
         losses.append(loss)

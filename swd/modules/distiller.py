@@ -1,4 +1,4 @@
-"""The LightningModule: wiring, alternation, optimizers. Equations live in losses, grids in schedule, VAE in encoders."""
+"""The LightningModule: wiring, alternation, optimizers. Equations are in losses, grids in schedule."""
 
 from __future__ import annotations
 
@@ -63,16 +63,18 @@ class Distiller(LightningModule):
         self.automatic_optimization = False
         self.strict_loading = False  # checkpoints hold only what is trained
         self.model, self.schedule, self.seed = model, schedule, seed
+        settle_features(loss)
+        check_fit(model, schedule, loss)
         self.terms: Any = ModuleDict(dict(loss))
-        settle_features(self.terms)
-        check_fit(model, schedule, self.terms)
-        self.critic_updates = critic_updates if trainers(self.terms) else 0
-        if critic_updates < 1 and trainers(self.terms):
+        self.critic_updates = critic_updates if trainers(loss) else 0
+        if critic_updates < 1 and trainers(loss):
             raise UserError(f"task.critic_updates={critic_updates}; dmd and gan need at least 1")
         self.lr, self.critic_lr = lr, lr if critic_lr is None else critic_lr
         self.betas, self.weight_decay, self.clip = betas, weight_decay, clip
         self.checkpointing = checkpointing
         self.updates = 0
+        self.last_metrics: Metrics = {}
+        self._critic_metrics: list[Metrics] = []
         self.networks: SharedBase
         self._encoders: SD3Encoders
         self._empty: Conditioning | None = None
@@ -161,7 +163,7 @@ class Distiller(LightningModule):
         self.manual_backward(loss)
         self.clip_gradients(optimizer, self.clip, "norm")
         optimizer.step()
-        self._report(metrics, interval)
+        self._critic_metrics.append(metrics)
 
     def _generator_update(
         self, interval: Interval, source: Tensor, target: Tensor, conditioning: Conditioning, draws: SeededDraws
@@ -191,11 +193,20 @@ class Distiller(LightningModule):
         return critic
 
     def _report(self, metrics: Metrics, interval: Interval) -> None:
-        names = {f"train/{name}": value for name, value in metrics.items()}
-        self.log_dict(names, on_step=True, on_epoch=False, batch_size=1)
-        self.last_metrics = {name: value.detach() for name, value in metrics.items()} | {
-            "step": torch.tensor(float(interval.index + 1))
-        }
+        """Log one row an iteration: the generator's metrics and the means of its critic updates'."""
+        critic = {name: torch.stack([m[name] for m in self._critic_metrics]).mean() for name in self._critic_names()}
+        self._critic_metrics.clear()
+        local = metrics | critic
+        values = self.trainer.strategy.reduce(torch.stack([v.float() for v in local.values()]), reduce_op="mean")
+        self.last_metrics = dict(zip(local, values, strict=True))
+        row = {f"train/{name}": float(value) for name, value in self.last_metrics.items()}
+        row["train/interval"] = float(interval.index)
+        # Not `self.log`: it counts batches, and repeats an iteration's row at every batch of the next one.
+        for logger in self.trainer.loggers:
+            logger.log_metrics(row, step=self.global_step)
+
+    def _critic_names(self) -> list[str]:
+        return list(self._critic_metrics[0]) if self._critic_metrics else []
 
     # Sampling
 
@@ -228,7 +239,9 @@ class Distiller(LightningModule):
         self.updates = int(checkpoint["swd"]["updates"])
         missing = {k for k, p in self.named_parameters() if p.requires_grad} - set(checkpoint["state_dict"])
         if missing:
-            raise UserError(f"the checkpoint has no weights for {sorted(missing)[0]}; it belongs to another configuration")
+            raise UserError(
+                f"the checkpoint has no weights for {sorted(missing)[0]}; it belongs to another configuration"
+            )
 
 
 def check_fit(model: Pretrained, schedule: ScaleSchedule, terms: Mapping[str, LossTerm]) -> None:

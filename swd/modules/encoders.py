@@ -18,10 +18,10 @@ class SD3Encoders(nn.Module):
     Args:
         pipeline: the pipeline; its transformer may be None.
         max_text_tokens: T5 tokens that reach the transformer.
-        cache: how many encoded prompts are kept in memory.
+        cache: how many encoded lists of prompts are kept in memory.
     """
 
-    def __init__(self, pipeline: Any, max_text_tokens: int = 256, cache: int = 4096) -> None:
+    def __init__(self, pipeline: Any, max_text_tokens: int = 256, cache: int = 8) -> None:
         super().__init__()
         self.pipeline = pipeline
         self.max_text_tokens, self.cache_size = max_text_tokens, cache
@@ -31,7 +31,7 @@ class SD3Encoders(nn.Module):
             for encoder in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
             if encoder is not None
         )
-        self._prompts: OrderedDict[str, Conditioning] = OrderedDict()
+        self._known: OrderedDict[tuple[str, ...], Conditioning] = OrderedDict()
 
     @property
     def factor(self) -> int:
@@ -46,27 +46,32 @@ class SD3Encoders(nn.Module):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning of B prompts, as the stock pipeline computes it; known prompts come from memory."""
-        new = [p for p in dict.fromkeys(prompts) if p not in self._prompts]
-        if new:
+        """Conditioning of B prompts, as the stock pipeline computes it; known lists come from memory.
+
+        Whole lists, not single prompts: how many prompts are encoded together changes the last bits, and a resumed run
+        has another history than the one it continues.
+        """
+        key = tuple(prompts)
+        if key not in self._known:
+            different = list(dict.fromkeys(key))
             embeds, _, pooled, _ = self.pipeline.encode_prompt(
-                prompt=new,
+                prompt=different,
                 prompt_2=None,
                 prompt_3=None,
                 do_classifier_free_guidance=False,
                 device=self.device,
                 max_sequence_length=self.max_text_tokens,
             )
-            for i, prompt in enumerate(new):
-                self._prompts[prompt] = Conditioning(embeds[i : i + 1], pooled[i : i + 1])
-        result = Conditioning.cat([self._prompts[p] for p in prompts])
-        while len(self._prompts) > self.cache_size:
-            self._prompts.popitem(last=False)
-        return result
+            rows = [different.index(prompt) for prompt in key]
+            self._known[key] = Conditioning(embeds[rows], pooled[rows])
+        self._known.move_to_end(key)
+        while len(self._known) > self.cache_size:
+            self._known.popitem(last=False)
+        return self._known[key]
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, draws: Draws) -> Tensor:
-        """Latents `[B, C, H/8, W/8]` of pictures `[B, 3, H, W]` in [-1, 1]: one draw of the posterior, shifted, scaled."""
+        """Latents `[B, C, H/8, W/8]` of pictures `[B, 3, H, W]` in [-1, 1]: a posterior draw, scaled."""
         posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         mean, std = posterior.mean.float(), posterior.std.float()
         x0 = mean + std * draws.noise(f"posterior/{tuple(mean.shape[2:])}", mean)

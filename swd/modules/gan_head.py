@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ class GANHead(nn.Module):
     def __init__(self, width: int, layers: int = 4) -> None:
         super().__init__()
         widths = [int(w) for w in np.linspace(width, 1, layers + 1)]
-        stages = zip(widths, widths[1:], strict=False)
+        stages = pairwise(widths)
         self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(a), nn.GELU(), nn.Linear(a, b)) for a, b in stages)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
@@ -50,11 +51,15 @@ class SharedBase(nn.Module):
         self.backbone = backbone.requires_grad_(False)
         self.process = backbone.process
         self.roles = tuple(roles)
+        check_targets(backbone.network, targets)
         with torch.random.fork_rng(devices=[]):
             for number, name in enumerate(self.roles):
                 torch.manual_seed(2 * seed + number)
                 self._add_adapter(name, rank, alpha, targets)
         self._layers = [m for m in self.backbone.network.modules() if isinstance(m, LoraLayer)]
+        for layer in self._layers:
+            # peft would cast bf16 input up to the float32 LoRA weights, only for autocast to cast it down again.
+            layer.cast_input_dtype_enabled = self.backbone.dtype == torch.float32  # type: ignore[assignment]
         self._current: Role = "teacher"
         with self.role("teacher"):
             pass
@@ -67,15 +72,15 @@ class SharedBase(nn.Module):
             init_lora_weights="gaussian",
             target_modules=list(targets),
         )
-        self.backbone.network.add_adapter(config, adapter_name=name)  # type: ignore[operator]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*Already found a `peft_config`.*")  # the second adapter is wanted
+            self.backbone.network.add_adapter(config, adapter_name=name)  # type: ignore[operator]
         for key, parameter in self.backbone.network.named_parameters():
             if f".{name}." in key:
                 parameter.data = parameter.data.float()
 
     def _self_test(self) -> None:
         """Private peft attributes drive `role`: fail at start-up, not silently, should they change."""
-        if not self._layers:
-            raise UserError("no layer of this model matches model.targets; nothing would be trained")
         layer = self._layers[0]
         with self.role(self.roles[0]):
             if list(layer.active_adapters) != [self.roles[0]] or layer.disable_adapters:
@@ -121,7 +126,7 @@ class SharedBase(nn.Module):
         self.backbone.network.enable_gradient_checkpointing(in_role)  # type: ignore[operator]
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bf16 arithmetic over a bf16 base; the float32 LoRA weights are cast on the way in, their gradients stay float32."""
+        """bf16 arithmetic over a bf16 base; LoRA weights are cast on the way in and stay float32."""
         dtype = self.backbone.dtype
         if dtype == torch.float32:
             return nullcontext()
@@ -189,3 +194,13 @@ class SharedBase(nn.Module):
                     "check the rank"
                 )
         set_peft_model_state_dict(self.backbone.network, state, adapter_name=role)
+
+
+def check_targets(network: nn.Module, targets: Sequence[str]) -> None:
+    """Raise UserError for a target that names no linear layer: it would silently stay without an adapter."""
+    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if not targets:
+        raise UserError("model.targets is empty; name the linear layers to adapt, e.g. [to_q, to_k, to_v]")
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            raise UserError(f"model.targets: no linear layer of this model is called {target!r}; check its spelling")

@@ -87,6 +87,11 @@ class Pretrained:
         """Latent channels C."""
         return int(self.network_config["in_channels"])
 
+    @property
+    def native_size(self) -> int:
+        """Latent side of the pictures that the model draws by default."""
+        return int(self.network_config["sample_size"])
+
     def dtype(self, device: torch.device | str = "cpu") -> torch.dtype:
         """The base's dtype on `device`."""
         if self.precision == "auto":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -141,11 +141,8 @@ class Backbone(nn.Module, ABC):
             if block == max(blocks):
                 raise _Done
 
-        with self._hooks(blocks, keep):
-            try:
-                self.call(x_t, sigma, conditioning)
-            except _Done:
-                pass
+        with self._hooks(blocks, keep), suppress(_Done):
+            self.call(x_t, sigma, conditioning)
         return [found[block] for block in blocks]
 
     @contextmanager

@@ -1,0 +1,406 @@
+"""Captioned pictures of coloured shapes, drawn on demand: unlimited, and the same on every machine.
+
+A scene holds one to three objects in different cells of a 3x3 grid over a textured background. Its caption follows
+a small grammar::
+
+    caption  := objects [ "on a" BACKGROUND "background" ]
+    objects  := mention                                            one object, anywhere
+              | mention "and" mention                              two objects, anywhere
+              | mention RELATION mention                           two objects
+              | mention RELATION mention "and" RELATION mention    three; both relations are about the first mention
+    mention  := ("a" | "an") [ SIZE ] [ COLOUR ] SHAPE
+
+so "a red star left of a ring and above a blue heart" says that the star is left of the ring and that the star is
+above the heart. `left of` means the same row and a smaller column, `above` the same column and a smaller row;
+`right of` and `below` are their opposites. A word that a caption leaves out is random in the picture.
+
+Some (colour, shape) pairs are never drawn for the splits "train" and "val"; every caption of the split "heldout"
+names at least one of them. The split "all" draws every pair equally often.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+RESOLUTION = 128
+GRID = 3
+SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "diamond")
+SIZES = {"small": 24.0, "large": 38.0}  # across, in pixels of a 128x128 picture
+RELATIONS = ("left of", "right of", "above", "below")
+SPLITS = ("train", "val", "heldout", "all")
+
+COLOURS = {
+    "red": (0.86, 0.10, 0.12),
+    "orange": (0.97, 0.50, 0.06),
+    "yellow": (0.98, 0.88, 0.16),
+    "green": (0.14, 0.64, 0.20),
+    "cyan": (0.16, 0.84, 0.88),
+    "blue": (0.12, 0.26, 0.92),
+    "purple": (0.54, 0.14, 0.74),
+    "pink": (0.98, 0.52, 0.74),
+}
+BACKGROUNDS = {
+    "white": (0.93, 0.93, 0.93),
+    "gray": (0.50, 0.50, 0.50),
+    "black": (0.07, 0.07, 0.07),
+    "navy": (0.07, 0.10, 0.30),
+    "sand": (0.79, 0.70, 0.50),
+}
+HELD_OUT = frozenset({("red", "square"), ("yellow", "star"), ("green", "ring"), ("blue", "heart"), ("pink", "cross")})
+PAIRS = tuple(itertools.product(COLOURS, SHAPES))
+TRAIN_PAIRS = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
+
+_GLUE = ("a", "an", "and", "on", "background", "left", "right", "of", "above", "below")
+WORDS = tuple(dict.fromkeys([*_GLUE, *SIZES, *COLOURS, *SHAPES, *BACKGROUNDS]))
+"""Every word that a caption can hold."""
+
+
+@dataclass(frozen=True)
+class Mention:
+    """What a caption says about one object; None where it says nothing."""
+
+    shape: str
+    colour: str | None = None
+    size: str | None = None
+
+    def caption(self) -> str:
+        words = [word for word in (self.size, self.colour, self.shape) if word]
+        return " ".join(["an" if words[0][0] in "aeiou" else "a", *words])
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a caption says about a picture.
+
+    `relations` holds one entry per mention after the first, and relates the *first* mention to that one; it is
+    empty when the caption merely lists its objects.
+    """
+
+    mentions: tuple[Mention, ...]
+    relations: tuple[str, ...] = ()
+    background: str | None = None
+
+    def caption(self) -> str:
+        """The caption, lower case, in the grammar of this module."""
+        first, *others = [mention.caption() for mention in self.mentions]
+        if self.relations:
+            text = first + " " + " and ".join(f"{r} {m}" for r, m in zip(self.relations, others, strict=True))
+        else:
+            text = " and ".join([first, *others])
+        return f"{text} on a {self.background} background" if self.background else text
+
+
+@dataclass(frozen=True)
+class Object:
+    """One drawn object: what it is, and its cell of the grid (row and column in 0..2)."""
+
+    shape: str
+    colour: str
+    size: str
+    row: int
+    column: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything a picture shows. `seed` fixes what captions never name: jitter, rotation, shading, texture."""
+
+    objects: tuple[Object, ...]
+    background: str
+    relations: tuple[str, ...] = ()
+    seed: int = 0
+
+    def prompt(self) -> Prompt:
+        """The description that leaves nothing out."""
+        mentions = tuple(Mention(o.shape, o.colour, o.size) for o in self.objects)
+        return Prompt(mentions, self.relations, self.background)
+
+    def caption(self) -> str:
+        """The caption that leaves nothing out."""
+        return self.prompt().caption()
+
+
+def related(relation: str, a: tuple[int, int], b: tuple[int, int]) -> bool:
+    """Whether cell `a` stands in `relation` to cell `b`; cells are (row, column)."""
+    if relation in ("right of", "below"):
+        a, b = b, a
+    if relation in ("left of", "right of"):
+        return a[0] == b[0] and a[1] < b[1]
+    if relation in ("above", "below"):
+        return a[1] == b[1] and a[0] < b[0]
+    raise ValueError(f"unknown relation {relation!r}: use one of {', '.join(RELATIONS)}")
+
+
+# --- captions back to what they say -----------------------------------------------------------------------------
+
+_MENTION = rf"an? (?:({'|'.join(SIZES)}) )?(?:({'|'.join(COLOURS)}) )?({'|'.join(SHAPES)})"
+_RELATION = f"({'|'.join(RELATIONS)})"
+_CAPTION = re.compile(
+    rf"{_MENTION}(?: {_RELATION} {_MENTION}(?: and {_RELATION} {_MENTION})?| and {_MENTION})?"
+    rf"(?: on an? ({'|'.join(BACKGROUNDS)}) background)?"
+)
+
+
+def parse_caption(text: str) -> Prompt:
+    """Read a caption back.
+
+    Case, repeated spaces and a final full stop do not matter.
+
+    Raises:
+        ValueError: when the text is outside the grammar of this module.
+    """
+    match = _CAPTION.fullmatch(" ".join(text.lower().strip().rstrip(".").split()))
+    if match is None:
+        raise ValueError(
+            f"cannot read the caption {text!r}: write it like 'a small red star above a blue ring on a gray "
+            f"background' (shapes: {', '.join(SHAPES)}; colours: {', '.join(COLOURS)}; "
+            f"backgrounds: {', '.join(BACKGROUNDS)})"
+        )
+    g = match.groups()
+    found = [(None, g[0:3]), (g[3], g[4:7]), (g[7], g[8:11]), (None, g[11:14])]
+    mentions = tuple(Mention(shape, colour, size) for _, (size, colour, shape) in found if shape)
+    return Prompt(mentions, tuple(relation for relation, _ in found if relation), g[14])
+
+
+# --- drawing a scene at random ----------------------------------------------------------------------------------
+
+
+@cache
+def _layouts(relations: tuple[str, ...], count: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Every placement of `count` objects in different cells that keeps the relations of the first to the others."""
+    cells = tuple(itertools.product(range(GRID), range(GRID)))
+    return tuple(
+        placed
+        for placed in itertools.permutations(cells, count)
+        if all(related(r, placed[0], other) for r, other in zip(relations, placed[1:], strict=False))
+    )
+
+
+def _pick(rng: np.random.Generator, options: tuple):  # type: ignore[type-arg, no-untyped-def]
+    return options[int(rng.integers(len(options)))]
+
+
+def _draw_pairs(rng: np.random.Generator, count: int, split: str) -> tuple[list[tuple[str, str]], int | None]:
+    """Different (colour, shape) pairs, and the position of the one that has to be held out, if any."""
+    pool = PAIRS if split in ("heldout", "all") else TRAIN_PAIRS
+    pairs = [pool[i] for i in rng.choice(len(pool), size=count, replace=False)]
+    if split != "heldout":
+        return pairs, None
+    at = int(rng.integers(count))
+    free = tuple(pair for pair in sorted(HELD_OUT) if pair not in pairs[:at] + pairs[at + 1 :])
+    pairs[at] = _pick(rng, free)
+    return pairs, at
+
+
+def draw_scene(rng: np.random.Generator, split: str = "train") -> tuple[Scene, Prompt]:
+    """A random scene and a caption that leaves some of it out.
+
+    Raises:
+        ValueError: for an unknown split.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
+    count = int(rng.choice(3, p=(0.25, 0.45, 0.30))) + 1
+    relations: tuple[str, ...] = ()
+    if count == 3 or (count == 2 and rng.random() < 0.85):
+        relations = tuple(RELATIONS[i] for i in rng.choice(4, size=count - 1, replace=False))
+    cells = _pick(rng, _layouts(relations, count))
+    pairs, held_out = _draw_pairs(rng, count, split)
+    sizes = tuple(SIZES)
+    objects = tuple(
+        Object(shape, colour, _pick(rng, sizes), row, column)
+        for (colour, shape), (row, column) in zip(pairs, cells, strict=True)
+    )
+    scene = Scene(objects, _pick(rng, tuple(BACKGROUNDS)), relations, int(rng.integers(2**31)))
+
+    named = rng.random((count, 2)) < (0.85, 0.5)  # how often a colour and a size are named
+    mentions = tuple(
+        Mention(o.shape, o.colour if named[i, 0] or i == held_out else None, o.size if named[i, 1] else None)
+        for i, o in enumerate(objects)
+    )
+    return scene, Prompt(mentions, relations, scene.background if rng.random() < 0.6 else None)
+
+
+# --- from a scene to pixels -------------------------------------------------------------------------------------
+
+
+def _box(x: np.ndarray, y: np.ndarray, half_x: float, half_y: float) -> np.ndarray:
+    return np.maximum(np.abs(x) - half_x, np.abs(y) - half_y)
+
+
+def _fold(x: np.ndarray, y: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates in one half of one of the `n` equal sectors around the centre; the first axis points up."""
+    radius, angle = np.hypot(x, y), np.arctan2(x, -y)
+    sector = 2 * np.pi / n
+    angle = np.abs(angle - sector * np.round(angle / sector))
+    return radius * np.cos(angle), radius * np.sin(angle)
+
+
+def _star(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+    # In a folded sector the outline is the segment from the tip to the notch; its line's normal gives the distance.
+    along, across = _fold(x, y, 5)
+    notch_x, notch_y = 0.46 * radius * np.cos(np.pi / 5), 0.46 * radius * np.sin(np.pi / 5)
+    normal = np.array([notch_y, radius - notch_x]) / np.hypot(notch_y, radius - notch_x)
+    return (along - radius) * normal[0] + across * normal[1]
+
+
+def _heart(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+    # A square standing on its corner, and a disc on each of its two upper sides.
+    half = 0.56 * radius
+    y = y - 0.08 * radius
+    diagonal = half * np.sqrt(0.5)
+    corner = (np.abs(x) + np.abs(y)) * np.sqrt(0.5) - half
+    lobe = np.hypot(np.abs(x) - diagonal, y + diagonal) - half
+    return np.minimum(corner, lobe)
+
+
+def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+    """Signed distance to a shape's outline, negative inside, exact near the outline's smooth parts.
+
+    Args:
+        shape: one of `SHAPES`.
+        x, y: coordinates relative to the shape's centre in pixels, y pointing down.
+        radius: half of the shape's nominal size in pixels.
+    """
+    if shape == "circle":
+        return np.hypot(x, y) - 0.95 * radius
+    if shape == "ring":
+        return np.abs(np.hypot(x, y) - 0.74 * radius) - 0.25 * radius
+    if shape == "square":
+        return _box(x, y, 0.82 * radius, 0.82 * radius)
+    if shape == "cross":
+        return np.minimum(_box(x, y, 0.98 * radius, 0.29 * radius), _box(x, y, 0.29 * radius, 0.98 * radius))
+    if shape == "diamond":
+        return (np.abs(x) / 0.66 + np.abs(y) - radius) / np.hypot(1 / 0.66, 1)
+    if shape == "triangle":
+        return _fold(x, 0.2 * radius - y, 3)[0] - 0.56 * radius  # folded upside down: sides, not tips
+    if shape == "star":
+        return _star(x, y - 0.05 * radius, 1.06 * radius)
+    if shape == "heart":
+        return _heart(x, y, radius)
+    raise ValueError(f"unknown shape {shape!r}: use one of {', '.join(SHAPES)}")
+
+
+@cache
+def _noise_tile(side: int = 256) -> np.ndarray:
+    """A periodic [side, side] texture with an amplitude that falls as 1/frequency, of zero mean and unit deviation."""
+    white = np.fft.rfft2(np.random.default_rng(0).standard_normal((side, side)))
+    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
+    pink = np.fft.irfft2(white / np.maximum(frequency, 2 / side), s=(side, side))
+    return ((pink - pink.mean()) / pink.std()).astype(np.float32)
+
+
+def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    tile = _noise_tile()
+    top, left = rng.integers(len(tile) - height), rng.integers(len(tile) - width)
+    patch = tile[top : top + height, left : left + width]
+    return patch[:: _pick(rng, (1, -1)), :: _pick(rng, (1, -1))]
+
+
+def _background(rng: np.random.Generator, name: str) -> np.ndarray:
+    """[128, 128, 3] in about [0, 1]: the named colour, a linear gradient and a fine texture."""
+    line = np.linspace(-1, 1, RESOLUTION, dtype=np.float32)
+    angle, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0.02, 0.10)
+    light = (strength * np.sin(angle)) * line[:, None] + (strength * np.cos(angle)) * line[None]
+    light = light + 0.02 * _texture(rng, RESOLUTION, RESOLUTION)
+    tint = rng.uniform(-0.02, 0.02, 3)
+    return light[..., None].astype(np.float32) + (np.array(BACKGROUNDS[name]) + tint).astype(np.float32)
+
+
+def _shading(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+    """What multiplies an object's colour: a gradient, and stripes or grain on some."""
+    angle = rng.uniform(0, 2 * np.pi)
+    shade = 1 + rng.uniform(0.05, 0.2) * (x * np.cos(angle) + y * np.sin(angle)) / radius
+    kind = rng.random()
+    if kind < 0.3:
+        angle, period = rng.uniform(0, np.pi), rng.uniform(5, 9)
+        shade = shade + 0.10 * np.sin((x * np.cos(angle) + y * np.sin(angle)) * (2 * np.pi / period))
+    elif kind < 0.7:
+        shade = shade + 0.05 * _texture(rng, *x.shape)
+    return shade
+
+
+def _paint(canvas: np.ndarray, rng: np.random.Generator, thing: Object) -> None:
+    """Blend one object into the [128, 128, 3] canvas, in place, touching only a window around it."""
+    radius = SIZES[thing.size] / 2 * rng.uniform(0.95, 1.05)
+    cell = RESOLUTION / GRID
+    centre_x = (thing.column + 0.5) * cell + rng.uniform(-2.5, 2.5)
+    centre_y = (thing.row + 0.5) * cell + rng.uniform(-2.5, 2.5)
+    reach = 1.15 * radius + 2
+    top, bottom = max(0, int(centre_y - reach)), min(RESOLUTION, int(centre_y + reach) + 1)
+    left, right = max(0, int(centre_x - reach)), min(RESOLUTION, int(centre_x + reach) + 1)
+    ys, xs = np.mgrid[top:bottom, left:right].astype(np.float32) + 0.5
+    xs, ys = xs - centre_x, ys - centre_y
+
+    angle = rng.uniform(-0.2, 0.2)
+    turned_x, turned_y = xs * np.cos(angle) + ys * np.sin(angle), ys * np.cos(angle) - xs * np.sin(angle)
+    # Coverage of a pixel that a straight edge crosses: half a pixel either side of the outline.
+    cover = np.clip(0.5 - signed_distance(thing.shape, turned_x, turned_y, radius), 0, 1)[..., None]
+    colour = (np.array(COLOURS[thing.colour]) + rng.uniform(-0.03, 0.03, 3)).astype(np.float32)
+    window = canvas[top:bottom, left:right]
+    window += cover * (colour * _shading(rng, xs, ys, radius)[..., None] - window)
+
+
+def render(scene: Scene, size: int = RESOLUTION) -> Tensor:
+    """Draw a scene: [3, size, size] float32 in [-1, 1]. Smaller sizes are area averages of the 128x128 picture."""
+    if size < 1:
+        raise ValueError(f"size must be at least 1 pixel, got {size}: use 128, 96, 64 or 48")
+    rng = np.random.default_rng(scene.seed)
+    canvas = _background(rng, scene.background)
+    for thing in scene.objects:
+        _paint(canvas, rng, thing)
+    pixels = torch.from_numpy(np.clip(canvas, 0, 1).transpose(2, 0, 1).copy()) * 2 - 1
+    if size != RESOLUTION:
+        mode = "area" if size < RESOLUTION else "bilinear"
+        pixels = F.interpolate(pixels[None], size=(size, size), mode=mode)[0]
+    return pixels
+
+
+class ShapesDataset(Dataset[dict[str, object]]):
+    """Pictures and captions by index; item i depends on (seed, split, i) alone.
+
+    An item is `{"pixels": [3, resolution, resolution] in [-1, 1], "prompt": str, "index": int}`.
+
+    Args:
+        split: "train", "val" (as train, other pictures), "heldout" (pairs never drawn for those two) or "all".
+        seed: 0 or more.
+        length: number of items; any, since items are drawn on demand.
+        resolution: side of the pictures in pixels.
+    """
+
+    def __init__(
+        self, split: str = "train", seed: int = 0, length: int = 100_000, resolution: int = RESOLUTION
+    ) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
+        if seed < 0 or length < 1 or resolution < 1:
+            raise ValueError(
+                f"seed must be 0 or more, length and resolution positive: got {seed}, {length}, {resolution}"
+            )
+        self.split, self.seed, self.length, self.resolution = split, seed, length, resolution
+
+    def __len__(self) -> int:
+        return self.length
+
+    def draw(self, index: int) -> tuple[Scene, Prompt]:
+        """The scene and the caption's content of item `index`.
+
+        Raises:
+            IndexError: outside [0, length).
+        """
+        if not 0 <= index < self.length:
+            raise IndexError(f"index {index} is outside [0, {self.length})")
+        return draw_scene(np.random.default_rng([self.seed, SPLITS.index(self.split), index]), self.split)
+
+    def __getitem__(self, index: int) -> dict[str, object]:
+        scene, prompt = self.draw(index)
+        return {"pixels": render(scene, self.resolution), "prompt": prompt.caption(), "index": index}

@@ -1,0 +1,32 @@
+"""What a network's forward pass costs, counted on the meta device: no weights, no arithmetic, no time."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from swd.modules.pretrained import Pretrained
+from swd.types import Conditioning, Size
+
+
+def forward_gflop(model: Pretrained, size: Size, conditioning: Conditioning) -> float:
+    """GFLOP of one forward pass of the bare denoising network on one sample; a multiply-add counts as two.
+
+    LoRA is not counted: a student's adapter is merged into the weights when it is used. The count is of matrix
+    products, convolutions and attention; the meta device is needed because on the CPU attention would be left out.
+
+    Args:
+        model: whose network.
+        size: latent (H, W) or (F, H, W).
+        conditioning: any rows; only their shapes matter.
+    """
+    with torch.device("meta"):
+        network = model.network_class.from_config(model.network_config)
+        backbone = model.backbone_class(network).eval()
+        x_t = torch.empty(1, model.channels, *size)
+        sigma = torch.ones(1)
+    row = conditioning.map(lambda tensor: torch.empty_like(tensor[:1], device="meta"))
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        backbone.call(x_t, sigma, row)
+    return counter.get_total_flops() / 1e9

@@ -1,0 +1,1 @@
+"""Tasks that train the embedded teacher and its judge; FlowMatching also adapts other teachers."""

@@ -1,0 +1,64 @@
+"""The diffusion process against closed forms in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from swd.diffusion import RectifiedFlow, expand, rectified_flow_table
+
+PROCESS = RectifiedFlow()
+
+
+def sample(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_table_is_a_line_shifted_twice() -> None:
+    def shift(t: np.ndarray) -> np.ndarray:
+        return 3 * t / (1 + 2 * t)
+
+    line = np.linspace(1.0, shift(np.array(0.001)), 28)
+    expected = np.append(shift(line), 0.0)
+    assert_close(rectified_flow_table().double(), torch.from_numpy(expected), rtol=0, atol=1e-6)
+
+
+def test_levels_are_table_entries() -> None:
+    index = torch.tensor([0, 27, 14, 28])
+    assert torch.equal(PROCESS.level(index), rectified_flow_table()[index])
+    for low, high in PROCESS.ranges.values():
+        assert 0 <= low <= high < 28
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 3, 3), (5, 4, 2, 3, 3)])
+def test_add_noise_is_a_straight_line(shape: tuple[int, ...]) -> None:
+    x0, eps, sigma = sample(*shape), sample(*shape, seed=1), torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
+    s = sigma.double().view(-1, *[1] * (len(shape) - 1))
+    x_t = PROCESS.add_noise(x0, eps, sigma)
+    assert_close(x_t.double(), (1 - s) * x0.double() + s * eps.double(), rtol=0, atol=1e-6)
+    assert torch.equal(x_t[0], x0[0]) and torch.equal(x_t[-1], eps[-1])
+
+
+def test_the_true_velocity_gives_back_the_data() -> None:
+    table = rectified_flow_table()
+    x0, eps = sample(29, 4, 6, 6), sample(29, 4, 6, 6, seed=1)
+    x_t = PROCESS.add_noise(x0, eps, table)
+    assert_close(PROCESS.to_x0(x_t, eps - x0, table), x0, rtol=0, atol=1e-6)
+
+
+def test_inputs_of_low_precision_are_computed_in_float32() -> None:
+    x0, eps, sigma = sample(2, 4, 6, 6).bfloat16(), sample(2, 4, 6, 6, seed=1).bfloat16(), torch.tensor([0.3, 0.7])
+    x_t = PROCESS.add_noise(x0, eps, sigma)
+    assert x_t.dtype == PROCESS.to_x0(x0, eps, sigma).dtype == torch.float32
+    assert torch.equal(x_t, PROCESS.add_noise(x0.float(), eps.float(), sigma))
+
+
+@pytest.mark.parametrize("like", [torch.zeros(3, 4), torch.zeros(3, 4, 5, 5), torch.zeros(3, 4, 2, 5, 5)])
+def test_levels_broadcast_over_samples(like: torch.Tensor) -> None:
+    sigma = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+    view = expand(sigma, like)
+    assert view.shape == (3, *[1] * (like.ndim - 1)) and view.dtype == torch.float32
+    assert torch.equal((like + view).flatten(1)[:, 0], sigma.float())
+    assert expand(torch.tensor(0.5), like).shape == ()

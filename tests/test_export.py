@@ -1,0 +1,75 @@
+"""The adapter folder: both layouts, alpha folded in, and the errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from diffusers import SD3Transformer2DModel
+from peft import PeftModel
+from torch.testing import assert_close
+
+from swd.export import PEFT_WEIGHTS, find_adapter, load_adapter, save_adapter
+from swd.scheduler import ScaleWiseScheduler
+from swd.types import UserError
+
+
+def saved(folder: Path, networks, alpha: float = 4) -> Path:
+    scheduler = tiny.build_schedule().scheduler(2)
+    return save_adapter(folder, networks.adapter_state("student"), 4, alpha, scheduler, "tiny", "transformer")
+
+
+@pytest.mark.parametrize("alpha", [4, 12])
+def test_peft_loads_the_folder_and_predicts_the_same(tmp_path: Path, alpha: float) -> None:
+    networks = tiny.build_networks(rank=4, alpha=alpha)
+    folder = saved(tmp_path / "adapter", networks, alpha)
+    x, conditioning, sigma = tiny.build_latents(), tiny.build_conditioning(), torch.tensor([0.9, 0.3])
+    expected = networks.x0("student", x, sigma, conditioning)[0]
+
+    loaded: SD3Transformer2DModel = PeftModel.from_pretrained(tiny.build_transformer(), folder)
+    velocity = loaded(
+        hidden_states=x,
+        timestep=1000 * sigma,
+        encoder_hidden_states=conditioning.embeds,
+        pooled_projections=conditioning.pooled,
+        return_dict=False,
+    )[0]
+    assert_close(networks.process.to_x0(x, velocity, sigma), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_state_and_schedule_survive_the_folder(tmp_path: Path) -> None:
+    networks = tiny.build_networks()
+    folder = saved(tmp_path / "adapter", networks)
+    state, config = load_adapter(folder)
+    own = networks.adapter_state("student")
+    assert state.keys() == own.keys() and all(torch.equal(state[k], own[k]) for k in own)
+    assert (config["r"], config["lora_alpha"]) == (4, 4)
+    scheduler = ScaleWiseScheduler.from_pretrained(folder)
+    assert list(scheduler.config.sigmas) == list(tiny.SIGMAS)
+    assert [size[0] for size in scheduler.base_sizes] == list(tiny.SIZES)
+    assert scheduler.config.interpolation == "bicubic"
+
+
+def test_an_existing_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "adapter", tiny.build_networks())
+    (folder / "stale.txt").write_text("old")
+    saved(folder, tiny.build_networks(seed=1))
+    assert not (folder / "stale.txt").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_find_adapter(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="train first"):
+        find_adapter("latest", tmp_path)
+    folder = saved(tmp_path / "run" / "time" / "adapter", tiny.build_networks())
+    for name in ("latest", str(folder), str(folder.parent)):
+        assert find_adapter(name, tmp_path) == folder
+    with pytest.raises(UserError, match="does not exist"):
+        find_adapter(str(tmp_path / "nowhere"), tmp_path)
+    with pytest.raises(UserError, match="holds no adapter"):
+        find_adapter(str(tmp_path), tmp_path)
+    (folder / PEFT_WEIGHTS).unlink()
+    with pytest.raises(UserError, match=f"{PEFT_WEIGHTS} is missing"):
+        load_adapter(folder)

@@ -1,0 +1,214 @@
+"""Whole runs through `swd.train.fit` on the tiny pipeline."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+from tiny import composed, overrides
+from torch import Tensor
+
+from swd.modules.distiller import Distiller
+from swd.train import fit
+from swd.types import UserError
+
+
+def train(model: Path, folder: Path, *arguments: str, **more: Any) -> tuple[Distiller, Trainer]:
+    task, trainer = fit(composed([*overrides(model, folder, **more), *arguments]))
+    assert isinstance(task, Distiller)
+    return task, trainer
+
+
+def trained(task: Distiller) -> dict[str, Tensor]:
+    return {key: p.detach().clone() for key, p in task.named_parameters() if p.requires_grad}
+
+
+def optimizer_tensors(trainer: Trainer) -> list[Tensor]:
+    states = [state for optimizer in trainer.optimizers for state in optimizer.state_dict()["state"].values()]
+    return [state[name] for state in states for name in sorted(state)]
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same_state(a: tuple[Distiller, Trainer], b: tuple[Distiller, Trainer]) -> None:
+    ours, theirs = trained(a[0]), trained(b[0])
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        assert torch.equal(theirs[key], value), key
+    for x, y in zip(optimizer_tensors(a[1]), optimizer_tensors(b[1]), strict=True):
+        assert torch.equal(x, y)
+    assert a[0].updates == b[0].updates and a[1].global_step == b[1].global_step
+
+
+@pytest.mark.parametrize("loss", ["swd", "mmd", "dmd", "gan", "dmd_mmd", "dmd_gan", "mmd_gan"])
+def test_two_iterations_of_every_loss(tiny_model: Path, tmp_path: Path, loss: str) -> None:
+    task, trainer = train(tiny_model, tmp_path, loss=loss)
+    per_iteration = 1 if loss == "mmd" else 3
+    assert trainer.global_step == 2 and task.updates == 2 * per_iteration
+    assert trainer.fit_loop.epoch_loop.batch_progress.total.completed == 2 * per_iteration
+    names = {"swd": ("dmd", "mmd", "gan")}.get(loss, tuple(loss.split("_")))
+    metrics = rows(tmp_path)
+    assert [int(float(row["step"])) for row in metrics] == [1, 2]
+    for row in metrics:
+        for name in (*names, "loss", "x0_mse"):
+            assert torch.tensor(float(row[f"train/{name}"])).isfinite(), name
+    fresh = Distiller(task.model, task.schedule, dict(task.terms), seed=0, critic_updates=2)
+    fresh.configure_model()
+    for role in task.roles:
+        before, after = (d.networks.adapter_state(role) for d in (fresh, task))
+        assert any(not torch.equal(before[key], after[key]) for key in before), role
+    assert ("fake" in task.networks.roles) == (loss != "mmd")
+    base = {k: v for k, v in fresh.networks.state_dict().items() if "lora_" not in k}
+    state = task.networks.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in base.items())
+
+
+@pytest.mark.parametrize(
+    ("loss", "workers", "more"), [("swd", 0, {}), ("mmd", 0, {}), ("dmd_mmd", 2, {"data__endless": "false", "data__dataset__length": 20})]
+)
+def test_a_resumed_run_equals_a_straight_one_bit_for_bit(
+    tiny_model: Path, tmp_path: Path, loss: str, workers: int, more: dict[str, str]
+) -> None:
+    """The second half runs in another folder, with another history of prompts seen."""
+    options: dict[str, Any] = {"loss": loss, "data__workers": workers, **more}
+    straight = train(tiny_model, tmp_path / "straight", **options, trainer__max_steps=4)
+    train(tiny_model, tmp_path / "half", **options, trainer__max_steps=2)
+    rest = train(tiny_model, tmp_path / "rest", **options, trainer__max_steps=4, resume=tmp_path / "half")
+    assert straight[1].global_step == 4
+    assert_same_state(rest, straight)
+    assert rows(tmp_path / "half") + rows(tmp_path / "rest") == rows(tmp_path / "straight")
+
+
+def test_checkpoints_hold_only_what_is_trained(tiny_model: Path, tmp_path: Path) -> None:
+    task, _ = train(tiny_model, tmp_path, loss="swd")
+    files = list((tmp_path / "checkpoints").glob("*.ckpt"))
+    assert [file.name for file in files] == ["iteration-2.ckpt"]
+    checkpoint = torch.load(files[0], weights_only=True)
+    assert checkpoint["state_dict"].keys() == trained(task).keys()
+    assert all("lora_" in key or "head" in key for key in checkpoint["state_dict"])
+    assert len(checkpoint["optimizer_states"]) == 2
+    elements = sum(v.numel() for v in checkpoint["state_dict"].values())
+    assert files[0].stat().st_size < 4 * 3 * elements + 200_000  # weights and two moments
+
+
+def test_checkpoints_are_kept_at_whole_iterations(tiny_model: Path, tmp_path: Path) -> None:
+    options = {"loss": "dmd", "trainer__max_steps": 5, "callbacks__checkpoint__every": 2}
+    train(tiny_model, tmp_path / "a", **options)
+    names = sorted(file.name for file in (tmp_path / "a" / "checkpoints").iterdir())
+    assert names == ["iteration-4.ckpt", "iteration-5.ckpt"]
+    train(tiny_model, tmp_path / "b", **options | {"trainer__max_steps": 7}, resume=tmp_path / "a")
+    for file in (tmp_path / "b" / "checkpoints").iterdir():
+        checkpoint = torch.load(file, weights_only=True)
+        assert checkpoint["swd"]["updates"] == 3 * checkpoint["global_step"]
+
+
+def damage(file: Path) -> None:
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2])
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(tiny_model: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"loss": "dmd", "callbacks__checkpoint__every": 1, "trainer__max_steps": 2}
+    straight = train(tiny_model, tmp_path / "a" / "straight", **options)
+    newest = tmp_path / "a" / "straight" / "checkpoints" / "iteration-2.ckpt"
+    assert newest.is_file()
+    damage(newest)
+    with pytest.warns(UserWarning, match=r"iteration-2\.ckpt is damaged"):
+        rest = train(tiny_model, tmp_path / "a" / "rest", **options, resume="auto")
+    assert_same_state(rest, straight)
+
+
+def test_resume_auto_starts_afresh_where_there_is_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    a = train(tiny_model, tmp_path / "a" / "run", loss="mmd", trainer__max_steps=1, resume="auto")
+    b = train(tiny_model, tmp_path / "b" / "run", loss="mmd", trainer__max_steps=1)
+    assert_same_state(a, b)
+
+
+def test_resume_auto_takes_the_newest_run_of_the_same_configuration(tiny_model: Path, tmp_path: Path) -> None:
+    train(tiny_model, tmp_path / "one", loss="mmd", trainer__max_steps=1)
+    train(tiny_model, tmp_path / "two", loss="mmd", trainer__max_steps=1, task__lr=0.5)
+    task, _ = train(tiny_model, tmp_path / "three", loss="mmd", trainer__max_steps=1, resume="auto")
+    record = (tmp_path / "three" / "run.json").read_text()
+    assert str(tmp_path / "one" / "checkpoints") in record
+    assert task.updates == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"task__lr": 0.5}, r"task\.lr was 0\.001, now 0\.5"),
+        ({"loss": "dmd"}, "loss|task.loss"),
+        ({"schedule__sizes": "[4,4,8]"}, "sizes"),
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"data__batch_size": 2}, r"data\.batch_size was 4, now 2"),
+    ],
+)
+def test_resuming_another_configuration_is_refused_with_the_difference(
+    tiny_model: Path, tmp_path: Path, change: dict[str, Any], difference: str
+) -> None:
+    options: dict[str, Any] = {"loss": "mmd", "task__lr": 0.001}
+    train(tiny_model, tmp_path / "a", **options, trainer__max_steps=1)
+    with pytest.raises(UserError, match=difference) as caught:
+        train(tiny_model, tmp_path / "b", **options | change, resume=tmp_path / "a")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "b" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("resume", ["missing.ckpt", "."])
+def test_resuming_what_is_not_there_is_refused(tiny_model: Path, tmp_path: Path, resume: str) -> None:
+    with pytest.raises(UserError, match="resume="):
+        train(tiny_model, tmp_path / "run", loss="mmd", resume=tmp_path / resume)
+
+
+def test_sizes_may_repeat(tiny_model: Path, tmp_path: Path) -> None:
+    task, trainer = train(tiny_model, tmp_path, loss="mmd", schedule__sizes="[4,4,8]", trainer__max_steps=3)
+    assert trainer.global_step == 3
+    assert [row["train/interval"] for row in rows(tmp_path)] == ["0.0", "1.0", "2.0"]
+    pictures, steps = task.sample(["a red star"], [0], keep_x0=True)
+    assert pictures.shape == (1, 3, 64, 64) and [s.shape[-1] for s in steps] == [32, 32, 64]
+
+
+@pytest.mark.parametrize("loss", ["swd", "mmd"])
+def test_a_bf16_base_trains_float32_adapters(tiny_model: Path, tmp_path: Path, loss: str) -> None:
+    task, trainer = train(tiny_model, tmp_path, loss=loss, model__precision="bf16")
+    for key, parameter in task.networks.named_parameters():
+        assert parameter.dtype == (torch.float32 if "lora_" in key else torch.bfloat16), key
+    assert all(t.dtype == torch.float32 for t in optimizer_tensors(trainer))
+    assert torch.tensor(float(rows(tmp_path)[-1]["train/loss"])).isfinite()
+
+
+def test_checkpointing_changes_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    a = train(tiny_model, tmp_path / "a", loss="swd")
+    b = train(tiny_model, tmp_path / "b", loss="swd", task__checkpointing="true")
+    assert_same_state(a, b)
+
+
+def test_drawing_samples_changes_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    a = train(tiny_model, tmp_path / "a", loss="dmd")
+    sampling = ["callbacks=[checkpoint,samples]", "callbacks.samples.every=1", "callbacks.samples.prompts=[a red star]"]
+    b = train(tiny_model, tmp_path / "b", *sampling, loss="dmd")
+    assert_same_state(a, b)
+    pictures = sorted(file.name for file in (tmp_path / "b" / "samples").iterdir())
+    assert pictures == ["iteration-000001.png", "iteration-000002.png"]
+
+
+def test_a_used_folder_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    train(tiny_model, tmp_path, loss="mmd", trainer__max_steps=1)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    with pytest.raises(UserError, match="already holds a run"):
+        train(tiny_model, tmp_path, loss="mmd", trainer__max_steps=1)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_the_run_folder_says_how_it_was_made(tiny_model: Path, tmp_path: Path) -> None:
+    train(tiny_model, tmp_path, loss="mmd", trainer__max_steps=1)
+    config = (tmp_path / "config.yaml").read_text()
+    assert "${" not in config and f"path: {tiny_model}" in config
+    assert '"torch"' in (tmp_path / "run.json").read_text()
