@@ -257,12 +257,12 @@ def read_losses(path: Path) -> dict[str, list[float]]:
 
 
 def first_and_last(curve: Sequence[float], cycle: int) -> list[float]:
-    """Mean over the first and over the last eighth, both whole cycles of the schedule.
+    """Mean over the first and over the last fifth at most, both whole cycles of the schedule.
 
     A loss depends on the step of the schedule that is trained, so that other windows would compare sizes.
     """
     cycles = max(1, len(curve) // cycle)
-    window = cycle * max(1, min(10, cycles // 8))
+    window = cycle * max(1, min(10, cycles // 5))
     first, last = curve[:window], curve[-window:]
     return [sum(first) / len(first), sum(last) / len(last)]
 

@@ -199,6 +199,7 @@ def test_losses_are_compared_over_whole_cycles() -> None:
     assert first == last == 2.5
     assert demo.first_and_last([8.0, 6.0, 4.0, 2.0], 2) == [7.0, 3.0]
     assert demo.first_and_last([8.0, 6.0], 4) == [7.0, 7.0]
+    assert demo.first_and_last([float(i) for i in range(20)], 2) == [1.5, 17.5]  # two cycles of ten
 
 
 def test_losses_are_read_from_the_runs_table(tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from swd.data.shapes import SPLITS, ShapesDataset
 from swd.metrics.judge import Judge, prompt_accuracy
+from swd.modules.pretrained import resolve_asset
 from swd.shapes_pipeline import TEXT_TOKENS
 
-ASSETS = Path(__file__).parents[2] / "assets"
 SEED = 1_000_003
 """Seed of the pictures that figures are measured on; trainings use small ones."""
 
@@ -105,17 +105,18 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[128], help="sides in pixels")
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--guidance", type=float, default=4.0)
-    parser.add_argument("--pipeline", type=Path, default=ASSETS / "shapes-sd3")
-    parser.add_argument("--judge", type=Path, default=ASSETS / "shapes-judge")
+    parser.add_argument("--pipeline", type=Path, help="default: the embedded teacher")
+    parser.add_argument("--judge", type=Path, help="default: the embedded judge")
     a = parser.parse_args()
-    judge = Judge.from_pretrained(a.judge)
+    folder = a.pipeline or resolve_asset("swd://assets/shapes-sd3")
+    judge = Judge.from_pretrained(a.judge or resolve_asset("swd://assets/shapes-judge"))
     sizes = tuple(a.sizes)
     if a.what == "judge":
         result = measure_judge(judge, a.split, a.pictures)
     elif a.what == "vae":
-        result = measure_vae(judge, a.pipeline, a.split, a.pictures, sizes)
+        result = measure_vae(judge, folder, a.split, a.pictures, sizes)
     else:
-        result = measure_teacher(judge, a.pipeline, a.split, a.pictures, sizes, a.steps, a.guidance)
+        result = measure_teacher(judge, folder, a.split, a.pictures, sizes, a.steps, a.guidance)
     print(json.dumps(result))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -50,7 +50,9 @@ class VAETask(L.LightningModule):
         crop, crop_chance: side of the window, and how often a larger picture is cut to it.
         ema: decay of the averaged weights, which are what is written.
         save_every: steps between writes.
-        seed: of the sizes drawn, and of the skeleton.
+        part: "all" starts afresh; "decoder" goes on from the VAE in `path` and leaves its encoder as it is, so that
+            networks trained on its latents stay valid.
+        seed: of every draw, and of the skeleton.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class VAETask(L.LightningModule):
         crop_chance: float = 0.8,
         ema: float = 0.998,
         save_every: int = 500,
+        part: Literal["all", "decoder"] = "all",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -80,7 +83,10 @@ class VAETask(L.LightningModule):
         self.pick = torch.Generator().manual_seed(seed)
         if not (self.path / "model_index.json").exists():
             save_pipeline(build_pipeline(seed), self.path)
-        self.vae = build_pipeline(seed).vae.to(memory_format=torch.channels_last)
+        vae = build_pipeline(seed).vae if part == "all" else AutoencoderKL.from_pretrained(self.path / "vae").train()
+        self.part, self.vae = part, vae.to(memory_format=torch.channels_last)
+        if part == "decoder":
+            self.vae.encoder.requires_grad_(False)
         self.average = averaged(self.vae, ema)
         self.recent: deque[Tensor] = deque(maxlen=16)  # what the latents' scale is measured on
 
@@ -95,7 +101,8 @@ class VAETask(L.LightningModule):
         pixels = self.maybe_crop(pixels).contiguous(memory_format=torch.channels_last)
         posterior = self.vae.encode(pixels).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        latents = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
+        noise = torch.randn(mean.shape, generator=self.pick).to(mean.device)
+        latents = mean + noise * (0.5 * logvar).exp()
         output = self.vae.decode(latents).sample.float()
 
         reconstruction = reconstruction_loss(output, pixels, self.square_weight, self.edge_weight)
@@ -140,12 +147,14 @@ class VAETask(L.LightningModule):
         if not self.trainer.is_global_zero:
             return
         vae = copy.deepcopy(self.average.module).eval()
-        mean, deviation = self.measure_latents(vae, torch.cat(list(self.recent)))
-        vae.register_to_config(shift_factor=round(mean, 4), scaling_factor=round(1 / deviation, 4))
+        if self.part == "all":
+            mean, deviation = self.measure_latents(vae, torch.cat(list(self.recent)))
+            vae.register_to_config(shift_factor=round(mean, 4), scaling_factor=round(1 / deviation, 4))
         replace_files(self.path / "vae", vae.to(torch.float16).save_pretrained)
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.Adam(self.vae.parameters(), lr=self.lr, betas=(0.9, 0.99))
+        trained = [p for p in self.vae.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(trained, lr=self.lr, betas=(0.9, 0.99))
         total = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(self.warmup, total, 0.01))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
