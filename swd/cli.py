@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import re
@@ -33,6 +34,9 @@ NOTICES = (
 
 def main() -> None:
     """The installed `swd` command."""
+    if "SWD_COMMAND" in os.environ and "LOCAL_RANK" in os.environ:  # a process that distributed training started
+        launch(os.environ["SWD_COMMAND"])
+        return
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in ("-h", "--help"):
         print("usage: swd COMMAND [key=value ...]\n\nScale-wise distillation of diffusion models.\n\ncommands:")
@@ -47,7 +51,8 @@ def main() -> None:
         return
     if command not in COMMANDS:
         _fail(f"unknown command {command!r}; commands are {', '.join(COMMANDS)}")
-    sys.argv = [f"swd {command}", *sys.argv[2:]]
+    os.environ["SWD_COMMAND"] = command
+    sys.argv = [sys.argv[0], *sys.argv[2:]]
     launch(command)
 
 
@@ -67,18 +72,36 @@ def launch(command: str) -> None:
         warnings.filterwarnings("ignore", text)
     run: Callable[..., None] = importlib.import_module(f"swd.{command}").run
     main = hydra.main(version_base="1.3", config_path=config_path(), config_name=command)
-    with user_errors():
-        main(_guarded(run))()
-
-
-def _guarded(run: Callable[..., None]) -> Callable[..., None]:
-    """`run`, ended by its own user errors before Hydra adds lines to them."""
+    started = False
 
     def job(cfg: object) -> None:
-        with user_errors():
+        nonlocal started
+        started = True
+        with user_errors():  # here, before Hydra adds lines to them
             run(cfg)
 
-    return job
+    try:
+        with user_errors(), _short_usage():
+            main(job)()
+    except OSError as error:
+        if started:
+            raise
+        _fail(f"output folder {error.filename} cannot be written ({error.strerror}); choose another with output=")
+
+
+@contextmanager
+def _short_usage() -> Iterator[None]:
+    """argparse's complaint about the command line on one line, without its usage text."""
+
+    def error(parser: argparse.ArgumentParser, message: str) -> None:
+        _fail(f"{message}; options such as -m come before key=value, see --help")
+
+    original = argparse.ArgumentParser.error
+    argparse.ArgumentParser.error = error  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        argparse.ArgumentParser.error = original  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -86,6 +109,7 @@ def user_errors() -> Iterator[None]:
     """Turn wrong input into one line and exit status 2; leave defects of the program their traceback."""
     from hydra.errors import HydraException, InstantiationException
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     from swd.config import one_line
 
@@ -98,7 +122,11 @@ def user_errors() -> Iterator[None]:
         cause = _user_error(error)
         if cause is not None:
             _fail(one_line(cause))
-        if isinstance(error, HydraException | OmegaConfBaseException) and not isinstance(error, InstantiationException):
+        if isinstance(error, InstantiationException) and isinstance(error.__cause__, ValueError):
+            _fail(one_line(error.__cause__))  # a constructor refused what the configuration gave it
+        if isinstance(error, InstantiationException):
+            raise
+        if isinstance(error, HydraException | OmegaConfBaseException | YAMLError):
             _fail(_hydra_message(one_line(error)))
         raise
 

@@ -15,6 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from swd.types import UserError
 
+NODES = ("task", "model", "schedule", "data", "trainer", "logger")
+"""Groups whose option is one constructor."""
+COLLECTIONS = ("loss", "callbacks")
+"""Groups whose option is several constructors by name."""
 SPECIAL = {"_target_", "_convert_", "_recursive_", "_partial_", "_args_"}
 
 
@@ -23,7 +27,7 @@ def check(cfg: DictConfig, root: Mapping[str, Any] | None = None) -> None:
 
     Args:
         cfg: the configuration.
-        root: types of the plain values at the root.
+        root: types of the plain values at the root; None: those are not looked at.
 
     Raises:
         UserError: naming the key, the value and the fix.
@@ -33,11 +37,33 @@ def check(cfg: DictConfig, root: Mapping[str, Any] | None = None) -> None:
     except OmegaConfBaseException as error:
         raise UserError(f"configuration does not resolve: {one_line(error)}") from None
     assert isinstance(plain, dict)
-    for key, hint in (root or {}).items():
-        if key in plain and not fits(plain[key], hint):
-            raise UserError(_bad_value(key, plain[key], hint))
+    if root is not None:
+        _check_root(plain, root)
+    for group in COLLECTIONS:
+        _check_collection(plain.get(group), group)
     # The task repeats the groups that it is built from: name their keys where the user knows them.
     _check_node({key: plain[key] for key in sorted(plain, key=lambda k: k == "task")}, "")
+
+
+def _check_root(plain: dict[str, Any], root: Mapping[str, Any]) -> None:
+    known = [*root, *NODES, *COLLECTIONS]
+    for key, value in plain.items():
+        if key not in known:
+            raise UserError(_unknown_key(key, key, known))
+        if key in root and not fits(value, root[key]):
+            raise UserError(_bad_value(key, value, root[key]))
+
+
+def _check_collection(nodes: Any, group: str) -> None:
+    """Every entry must be a constructor: a misspelt name would leave a stray dictionary."""
+    if not isinstance(nodes, dict):
+        return
+    known = [name for name, node in nodes.items() if isinstance(node, dict) and "_target_" in node]
+    for name, node in nodes.items():
+        if node is None:
+            raise UserError(f"{group}.{name} is null; to leave it out, use ~{group}.{name}")
+        if name not in known:
+            raise UserError(_unknown_key(f"{group}.{name}", name, known))
 
 
 def _check_node(node: Any, path: str) -> None:
@@ -103,7 +129,7 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, list) and all(fits(v, args[0]) for v in value)
     if origin in (dict, Mapping):
         return isinstance(value, dict) and all(fits(v, args[1]) for v in value.values())
-    return not isinstance(value, int | float | str)
+    return not isinstance(value, int | float | str | dict | list)
 
 
 def _unknown_key(path: str, key: str, known: list[str]) -> str:

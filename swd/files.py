@@ -52,8 +52,13 @@ def write_json(path: Path, value: Any) -> Path:
     return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def claim_folder(folder: Path, marker: str = "config.yaml") -> Path:
+def claim_folder(folder: Path, marker: str = "config.yaml", reserve: bool = False) -> Path:
     """Create an output folder that no earlier run has used.
+
+    Args:
+        folder: what to create.
+        marker: the file that says that a run owns the folder.
+        reserve: create the marker, empty; of two runs that start at once, one is refused.
 
     Raises:
         UserError: if it cannot be written, or `marker` shows that another run owns it.
@@ -66,6 +71,12 @@ def claim_folder(folder: Path, marker: str = "config.yaml") -> Path:
         raise UserError(
             f"output folder {folder} cannot be written ({error.strerror}); choose another with output="
         ) from None
-    if (folder / marker).exists():
-        raise UserError(f"output folder {folder} already holds a run; choose another folder")
+    taken = UserError(f"output folder {folder} already holds a run; choose another folder")
+    if not reserve and (folder / marker).exists():
+        raise taken
+    try:
+        if reserve:
+            (folder / marker).touch(exist_ok=False)
+    except FileExistsError:
+        raise taken from None
     return folder

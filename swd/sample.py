@@ -12,26 +12,21 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image, PngImagePlugin
 
-from swd import __version__
+from swd import __version__, train
 from swd.config import check, to_plain
 from swd.export import DIFFUSERS_WEIGHTS, SCHEDULER_CONFIG, find_adapter, load_adapter
 from swd.files import claim_folder, write_aside
 from swd.images import to_pil
 from swd.modules.pretrained import Pretrained
 from swd.scheduler import ScaleWiseScheduler
-from swd.train import quiet
 from swd.types import UserError
 
-ROOT = {
+ROOT = train.ROOT | {
     "prompts": list[str] | str,
-    "seed": int,
     "images_per_prompt": int,
     "batch_size": int,
     "adapter": str | None,
     "show_sizes": bool,
-    "name": str,
-    "output": str,
-    "folder": str,
 }
 
 
@@ -52,7 +47,7 @@ class Request:
 def run(cfg: DictConfig) -> None:
     """Draw what the configuration asks for; prints the path of every file."""
     check(cfg, ROOT)
-    quiet()
+    train.quiet()
     requests = plan(cfg)
     model: Pretrained = instantiate(cfg.model, _convert_="all")
     adapter = None if cfg.adapter is None else find_adapter(cfg.adapter, Path(cfg.output))

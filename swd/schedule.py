@@ -81,6 +81,13 @@ class ScaleSchedule:
 
 
 def downscale(pixels: Tensor, size: Sequence[int]) -> Tensor:
-    """Area-downscale pictures `[B, C, H, W]` to (H, W) in pixels, from full size directly (SwD paper, section 3.2)."""
+    """Area-downscale pictures `[B, C, H, W]` to (H, W) in pixels, from full size directly (SwD paper, section 3.2).
+
+    Raises:
+        UserError: if the pictures are smaller than that.
+    """
     size = tuple(size)
+    if any(side < wanted for side, wanted in zip(pixels.shape[2:], size, strict=True)):
+        have = tuple(pixels.shape[2:])
+        raise UserError(f"pictures of {have} pixels cannot be shrunk to {size}; use larger pictures or smaller sizes")
     return pixels if tuple(pixels.shape[2:]) == size else F.interpolate(pixels, size=size, mode="area")

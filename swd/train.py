@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from lightning import LightningModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
 from swd.callbacks.checkpoint import find_checkpoint
-from swd.config import check
+from swd.config import check, one_line
 from swd.files import claim_folder, write_json, write_text
+from swd.types import UserError
 
 ROOT = {"seed": int, "name": str, "output": str, "folder": str, "resume": str | None}
 PACKAGES = ("swd", "torch", "lightning", "hydra-core", "diffusers", "peft", "transformers", "torchmetrics")
@@ -24,6 +27,7 @@ PACKAGES = ("swd", "torch", "lightning", "hydra-core", "diffusers", "peft", "tra
 
 def run(cfg: DictConfig) -> None:
     """Train what the configuration says."""
+    check(cfg, ROOT)
     fit(cfg)
 
 
@@ -33,59 +37,87 @@ def fit(cfg: DictConfig) -> tuple[LightningModule, Trainer]:
     Raises:
         UserError: for wrong input, before any model is loaded.
     """
-    check(cfg, ROOT)
     quiet()
     folder = Path(cfg.folder)
-    task: LightningModule = instantiate(cfg.task, _convert_="all")
-    data = instantiate(cfg.data, _convert_="all")
+    task, data = prepare(cfg)
     checkpoint = find_checkpoint(cfg.resume, folder.parent, cfg)
     # Under a launcher each process runs this; only the first one owns the folder.
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0:
-        record(cfg, claim_folder(folder), checkpoint)
+        record(cfg, claim_folder(folder, reserve=True), checkpoint)
     trainer = build_trainer(cfg, folder)
     trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
     return task, trainer
 
 
+def prepare(cfg: DictConfig) -> tuple[LightningModule, Any]:
+    """The task and its data, checked against each other; no weights are loaded.
+
+    Raises:
+        UserError: for wrong input.
+    """
+    check(cfg)
+    for key, least in (("seed", 0), ("trainer.max_steps", 1)):
+        value = OmegaConf.select(cfg, key)
+        if value < least:
+            raise UserError(f"{key}={value}; use {least} or more")
+    task: LightningModule = instantiate(cfg.task, _convert_="all")
+    data = instantiate(cfg.data, _convert_="all")
+    processes = _processes(trainer_options(cfg))
+    if data.batch_size % processes:
+        raise UserError(
+            f"data.batch_size={data.batch_size} does not divide over {processes} processes; use a multiple of {processes}"
+        )
+    return task, data
+
+
+def trainer_options(cfg: DictConfig) -> dict[str, Any]:
+    """The Trainer's arguments in the configuration."""
+    return dict(instantiate(cfg.trainer, _convert_="all", _partial_=True).keywords)
+
+
 def build_trainer(cfg: DictConfig, folder: Path) -> Trainer:
     """The Trainer with this project's fixed choices: manual optimization counts iterations, order is our own."""
-    options = dict(instantiate(cfg.trainer, _convert_="all", _partial_=True).keywords)
+    options = trainer_options(cfg)
     if options.get("strategy") == "auto" and _processes(options) > 1:
         # Student and fake network step in turn, so some parameters have no gradient in each update.
         options["strategy"] = "ddp_find_unused_parameters_true"
     callbacks = [instantiate(node, _convert_="all") for node in (cfg.get("callbacks") or {}).values()]
     logger: Any = instantiate(cfg.logger, _convert_="all") if cfg.get("logger") else False
-    return Trainer(
-        **{
-            "max_epochs": -1,  # steps count; a finished epoch must not keep a longer run from continuing
-            "default_root_dir": str(folder),
-            "callbacks": callbacks,
-            "logger": logger,
-            "log_every_n_steps": 1,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "enable_checkpointing": True,
-            "num_sanity_val_steps": 0,
-            "use_distributed_sampler": False,
-        }
-        | options
-    )
+    fixed = {
+        "max_epochs": -1,  # steps count; a finished epoch must not keep a longer run from continuing
+        "default_root_dir": str(folder),
+        "callbacks": callbacks,
+        "logger": logger,
+        "log_every_n_steps": 1,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+    }
+    try:
+        return Trainer(**fixed | options)
+    except (MisconfigurationException, ValueError) as error:
+        raise UserError(f"trainer: {one_line(error)}") from None
 
 
 def _processes(options: dict[str, Any]) -> int:
     devices, nodes = options.get("devices", 1), options.get("num_nodes", 1)
-    if devices == "auto":
-        devices = max(torch.cuda.device_count(), 1) if options.get("accelerator") != "cpu" else 1
-    return int(devices if isinstance(devices, int) else len(devices)) * int(nodes)
+    if isinstance(devices, str) and devices != "auto":
+        devices = int(devices) if devices.lstrip("-").isdigit() else devices.split(",")
+    if devices in ("auto", -1):
+        devices = torch.cuda.device_count() if options.get("accelerator") != "cpu" else 1
+    return max(devices if isinstance(devices, int) else len(devices), 1) * max(int(nodes), 1)
 
 
 def record(cfg: DictConfig, folder: Path, checkpoint: str | None) -> None:
     """Write the resolved configuration, the command and the versions into the run folder."""
     versions = {name: version(name) for name in PACKAGES}
+    command = [os.environ["SWD_COMMAND"]] if "SWD_COMMAND" in os.environ else []  # of the installed `swd`
     write_json(
         folder / "run.json",
         {
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": " ".join([Path(sys.argv[0]).name, *command, *sys.argv[1:]]),
             "resumed_from": checkpoint,
             "python": platform.python_version(),
             "versions": versions,

@@ -27,6 +27,8 @@ class Checkpoint(ModelCheckpoint):
     """
 
     def __init__(self, every: int = 100, keep: int = 2) -> None:
+        if every < 1 or keep < 1:
+            raise UserError(f"callbacks.checkpoint: every={every}, keep={keep}; use at least 1 of each")
         super().__init__(
             filename="iteration-{step}",
             auto_insert_metric_name=False,

@@ -10,6 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from swd.files import write_aside
 from swd.images import grid
+from swd.types import UserError
 from swd.modules.distiller import Distiller
 
 
@@ -23,6 +24,8 @@ class Samples(Callback):
     """
 
     def __init__(self, prompts: Sequence[str], every: int = 100, seed: int = 0) -> None:
+        if every < 1 or not prompts:
+            raise UserError(f"callbacks.samples: every={every} with {len(prompts)} prompts; use at least 1 of each")
         self.prompts, self.every, self.seed = list(prompts), every, seed
         self._drawn = -1
 

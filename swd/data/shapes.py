@@ -1,6 +1,6 @@
 """Captioned pictures of coloured shapes, drawn on demand: unlimited, and the same on every machine.
 
-A scene holds one to three objects in different cells of a 3x3 grid over a textured background. Its caption follows
+A scene holds one to three objects in different cells of a 2x2 grid over a textured background. Its caption follows
 a small grammar::
 
     caption  := objects [ "on a" BACKGROUND "background" ]
@@ -32,9 +32,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 RESOLUTION = 128
-GRID = 3
+GRID = 2
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "diamond")
-SIZES = {"small": 24.0, "large": 38.0}  # across, in pixels of a 128x128 picture
+SIZES = {"small": 34.0, "large": 52.0}  # across, in pixels of a 128x128 picture
 RELATIONS = ("left of", "right of", "above", "below")
 SPLITS = ("train", "val", "heldout", "all")
 
@@ -101,7 +101,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Object:
-    """One drawn object: what it is, and its cell of the grid (row and column in 0..2)."""
+    """One drawn object: what it is, and its cell of the grid (row and column in 0..GRID-1)."""
 
     shape: str
     colour: str
@@ -185,6 +185,12 @@ def _layouts(relations: tuple[str, ...], count: int) -> tuple[tuple[tuple[int, i
     )
 
 
+@cache
+def _possible_relations(count: int) -> tuple[tuple[str, ...], ...]:
+    """Every choice of different relations, of the first of `count` objects to the others, that fits on the grid."""
+    return tuple(r for r in itertools.permutations(RELATIONS, count - 1) if _layouts(r, count))
+
+
 def _pick(rng: np.random.Generator, options: tuple):  # type: ignore[type-arg, no-untyped-def]
     return options[int(rng.integers(len(options)))]
 
@@ -212,7 +218,7 @@ def draw_scene(rng: np.random.Generator, split: str = "train") -> tuple[Scene, P
     count = int(rng.choice(3, p=(0.25, 0.45, 0.30))) + 1
     relations: tuple[str, ...] = ()
     if count == 3 or (count == 2 and rng.random() < 0.85):
-        relations = tuple(RELATIONS[i] for i in rng.choice(4, size=count - 1, replace=False))
+        relations = _pick(rng, _possible_relations(count))
     cells = _pick(rng, _layouts(relations, count))
     pairs, held_out = _draw_pairs(rng, count, split)
     sizes = tuple(SIZES)

@@ -10,6 +10,7 @@ from swd.diffusion import IndexRange
 from swd.losses.base import CriticStep, FakePass, GeneratorStep, LossTerm, Metrics
 from swd.losses.functional import discriminator_logits, gan_discriminator_loss, gan_generator_loss
 from swd.modules.gan_head import GANHead
+from swd.types import UserError
 
 
 class GAN(LossTerm):
@@ -39,6 +40,10 @@ class GAN(LossTerm):
         critic_indices: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
+        if not blocks:
+            raise UserError("loss.gan.blocks is empty; name at least one feature block")
+        if layers < 1:
+            raise UserError(f"loss.gan.layers={layers}; use at least 1")
         self.weight, self.discriminator_weight, self.blocks = weight, discriminator_weight, tuple(blocks)
         self.indices, self.critic_indices = indices, critic_indices
         self.layers = layers

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from swd.losses.base import GeneratorStep, LossTerm, Metrics
 from swd.losses.functional import Distance, Kernel, Reduce, mmd_loss
-from swd.types import Noised
+from swd.types import Noised, UserError
 
 
 class MMD(LossTerm):
@@ -45,6 +45,10 @@ class MMD(LossTerm):
         indices: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
+        if not blocks:
+            raise UserError("loss.mmd.blocks is empty; name at least one feature block")
+        if not c >= 0 or not bandwidth > 0:
+            raise UserError(f"loss.mmd: c={c}, bandwidth={bandwidth}; use c of 0 or more and a bandwidth above 0")
         self.weight, self.blocks, self.features = weight, tuple(blocks), features
         self.kernel, self.distance, self.c, self.bandwidth = kernel, distance, c, bandwidth
         self.reduce, self.noise, self.indices = reduce, noise, indices

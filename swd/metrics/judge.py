@@ -55,7 +55,7 @@ class _Block(nn.Module):
 
 
 class Judge(nn.Module):
-    """Reads shape (or nothing), colour and size in each cell of the 3x3 grid, and the background.
+    """Reads shape (or nothing), colour and size in each cell of the grid, and the background.
 
     Args:
         widths: channels at strides 2, 4 and 8.
@@ -90,7 +90,7 @@ class Judge(nn.Module):
         return self.body(pixels)
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Logits: shape [B, 9, 3, 3], colour [B, 8, 3, 3], size [B, 2, 3, 3] and background [B, 5].
+        """Logits: shape [B, 9, G, G], colour [B, 8, G, G], size [B, 2, G, G] (grid of G x G cells) and background [B, 5].
 
         Args:
             pixels: [B, 3, 128, 128] in [-1, 1].

@@ -70,6 +70,7 @@ class Distiller(LightningModule):
         if critic_updates < 1 and trainers(loss):
             raise UserError(f"task.critic_updates={critic_updates}; dmd and gan need at least 1")
         self.lr, self.critic_lr = lr, lr if critic_lr is None else critic_lr
+        check_optimizer(lr=lr, critic_lr=self.critic_lr, clip=clip, betas=betas, weight_decay=weight_decay)
         self.betas, self.weight_decay, self.clip = betas, weight_decay, clip
         self.checkpointing = checkpointing
         self.updates = 0
@@ -246,11 +247,30 @@ class Distiller(LightningModule):
 
 def check_fit(model: Pretrained, schedule: ScaleSchedule, terms: Mapping[str, LossTerm]) -> None:
     """Raise UserError if the model cannot take a size of the schedule or lacks a block that a term reads."""
+    model.check_targets()
     for size in schedule.sizes:
         model.limits.check_size(size)
+    last = model.backbone_class.process.ranges["critic"][1]
     for name, term in terms.items():
         for block in term.blocks_used():
             try:
                 model.limits.check_block(block)
             except UserError as error:
                 raise UserError(f"loss.{name}.blocks: {error}") from None
+        for key in ("indices", "critic_indices"):
+            low, high = getattr(term, key, None) or (0, last)
+            if not 0 <= low <= high <= last:
+                raise UserError(f"loss.{name}.{key}=[{low}, {high}]; use [low, high] with 0 <= low <= high <= {last}")
+
+
+def check_optimizer(
+    lr: float, critic_lr: float, clip: float, betas: tuple[float, float], weight_decay: float
+) -> None:
+    """Raise UserError for a value that AdamW or clipping cannot work with."""
+    for key, value in {"lr": lr, "critic_lr": critic_lr, "clip": clip}.items():
+        if not value > 0:
+            raise UserError(f"task.{key}={value}; use a number above 0")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"task.betas={list(betas)}; use two numbers from 0 to below 1")
+    if not weight_decay >= 0:
+        raise UserError(f"task.weight_decay={weight_decay}; use 0 or more")

@@ -15,7 +15,7 @@ from diffusers import StableDiffusion3Pipeline
 from swd.modules.backbones.base import Backbone, Limits
 from swd.modules.backbones.sd3 import SD3Backbone
 from swd.modules.encoders import SD3Encoders
-from swd.modules.networks import SD3_TARGETS, Role, SharedBase
+from swd.modules.networks import SD3_TARGETS, Role, SharedBase, check_targets
 from swd.types import UserError
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -63,7 +63,25 @@ class Pretrained:
         self.teacher_steps = teacher_steps
         if rank < 1:
             raise UserError(f"model.rank={rank}; a LoRA rank is at least 1")
+        if alpha is not None and not alpha > 0:
+            raise UserError(f"model.alpha={alpha}; use a number above 0, or null for alpha = rank")
         check_pipeline_folder(self.folder)
+        self._check_family()
+
+    def _check_family(self) -> None:
+        index = read_json(self.folder / "model_index.json")
+        expected = self.backbone_class.network_type
+        actual = (index.get(self.backbone_class.subfolder) or [None, "nothing"])[1]
+        if actual != expected:
+            raise UserError(
+                f"model.path={self.folder} holds {actual} as {self.backbone_class.subfolder}, but "
+                f"model.family={self.family} is for {expected}"
+            )
+
+    def check_targets(self) -> None:
+        """Raise UserError if a target names no layer of the network; loads no weights."""
+        with torch.device("meta"):
+            check_targets(self.network_class.from_config(self.network_config), self.targets)
 
     @property
     def backbone_class(self) -> type[Backbone]:
@@ -73,9 +91,7 @@ class Pretrained:
     @cached_property
     def network_config(self) -> dict[str, Any]:
         """The denoising network's `config.json`."""
-        text = (self.folder / self.backbone_class.subfolder / "config.json").read_text()
-        config: dict[str, Any] = json.loads(text)
-        return config
+        return read_json(self.folder / self.backbone_class.subfolder / "config.json")
 
     @property
     def limits(self) -> Limits:
@@ -108,7 +124,7 @@ class Pretrained:
     @property
     def network_class(self) -> Any:
         """The diffusers class of the denoising network, as `model_index.json` names it."""
-        library, name = json.loads((self.folder / "model_index.json").read_text())[self.backbone_class.subfolder]
+        library, name = read_json(self.folder / "model_index.json")[self.backbone_class.subfolder]
         return getattr(importlib.import_module(library), name)
 
     def pipeline(self, dtype: torch.dtype = torch.float32, **overrides: Any) -> StableDiffusion3Pipeline:
@@ -148,12 +164,55 @@ def check_pipeline_folder(folder: Path) -> None:
         raise UserError(f"model.path={folder} does not exist; give a diffusers pipeline folder")
     if not index.is_file():
         raise UserError(f"model.path={folder} has no model_index.json; give a diffusers pipeline folder")
-    for name, entry in json.loads(index.read_text()).items():
+    for name, entry in read_json(index).items():
         if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
             continue
-        part = folder / name
-        if not part.is_dir():
+        if not (folder / name).is_dir() or not any((folder / name).iterdir()):
             raise UserError(f"model.path={folder} is incomplete: subfolder {name!r} is missing; download it again")
-        is_model = (part / "config.json").is_file() or not any(word in name for word in ("tokenizer", "scheduler"))
-        if is_model and not any(part.glob("*.safetensors")):
-            raise UserError(f"model.path={folder} is incomplete: {name!r} has no .safetensors weights")
+        if not any(word in name for word in ("tokenizer", "scheduler", "processor", "feature_extractor")):
+            check_model_folder(folder / name)
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raise UserError unless `folder` holds a model's configuration and whole safetensors files."""
+    where = f"model.path={folder.parent} is incomplete: {folder.name!r}"
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{where} has no config.json; download it again")
+    read_json(folder / "config.json")
+    files = {file.name for file in folder.glob("*.safetensors")}
+    if not files:
+        raise UserError(f"{where} has no .safetensors weights")
+    for index in folder.glob("*.safetensors.index.json"):
+        missing = set(read_json(index)["weight_map"].values()) - files
+        if missing:
+            raise UserError(f"{where} has no {min(missing)}; download it again")
+    for name in sorted(files):
+        if not is_whole(folder / name):
+            raise UserError(f"{where} has a damaged {name}; download it again")
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a safetensors file is as long as its header says; the weights are not read."""
+    try:
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(min(length, 2**27)))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return file.stat().st_size == 8 + length + max(ends, default=0)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: if it is none.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{file} is damaged: it holds no JSON object; download it again")
+    return value

@@ -24,15 +24,20 @@ class Limits:
         max_side: largest latent side that the positional embedding covers, None without a limit.
         blocks: number of blocks that features can be read from.
         width: feature width D.
+        axes: of a latent size, 2 for (H, W), 3 for (F, H, W).
     """
 
     divisor: int
     max_side: int | None
     blocks: int
     width: int
+    axes: int = 2
 
     def check_size(self, size: Size) -> None:
         """Raise UserError for a latent size that the network would truncate or cannot place."""
+        if len(size) != self.axes:
+            expected = "(H, W)" if self.axes == 2 else "(F, H, W)"
+            raise UserError(f"size {size} has {len(size)} axes; this model takes {expected}")
         for side in size[-2:]:
             if side % self.divisor:
                 lower = side - side % self.divisor
@@ -61,11 +66,12 @@ class Backbone(nn.Module, ABC):
     image stream alone, `image_stream`.
 
     Args:
-        network: the diffusers model.
+        network: the diffusers model, of the class named `network_type`.
     """
 
     process: ClassVar[Process]
     subfolder: ClassVar[str] = "transformer"
+    network_type: ClassVar[str]
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ class SD3Backbone(Backbone):
     """`SD3Transformer2DModel`: velocity prediction, timestep 0..1000, joint blocks of text and image tokens."""
 
     process: ClassVar[Process] = RectifiedFlow()
+    network_type: ClassVar[str] = "SD3Transformer2DModel"
 
     @staticmethod
     def limits_of(config: dict[str, Any]) -> Limits:

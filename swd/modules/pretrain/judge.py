@@ -21,7 +21,7 @@ IGNORE = -100
 
 
 def targets(scene: Scene) -> dict[str, Tensor]:
-    """Class indices of a scene: shape, colour, size [3, 3] and background []."""
+    """Class indices of a scene: shape, colour, size [G, G] and background []."""
     shape = torch.full((GRID, GRID), NOTHING)
     colour, size = torch.full((GRID, GRID), IGNORE), torch.full((GRID, GRID), IGNORE)
     for thing in scene.objects:

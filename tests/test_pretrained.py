@@ -1,0 +1,172 @@
+"""Model folders are checked before anything is loaded from them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from swd.modules.pretrained import Pretrained, is_whole, resolve_asset
+from swd.types import UserError
+
+
+def pretrained(folder: Path | str, **more: Any) -> Pretrained:
+    return Pretrained("sd3", str(folder), **({"rank": 4, "precision": "fp32", "feature_blocks": (1,)} | more))
+
+
+def test_limits_come_from_configuration_files(tiny_model: Path) -> None:
+    model = pretrained(tiny_model)
+    limits = model.limits
+    assert (limits.divisor, limits.max_side, limits.blocks, limits.width) == (2, 12, 3, 16)
+    assert model.channels == 4
+    model.check_targets()
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        ((4, 7), ["7", "not divisible by the patch size 2", "use 6 or 8"]),
+        ((1, 4), ["1", "use 2 or 2"]),
+        ((4, 14), ["14", "positional limit 12"]),
+        ((2, 4, 4), ["(2, 4, 4)", "3 axes", "(H, W)"]),
+    ],
+)
+def test_sizes_that_the_network_cannot_take_are_refused(tiny_model: Path, size: tuple[int, ...], words: list[str]) -> None:
+    limits = pretrained(tiny_model).limits
+    limits.check_size((4, 12))
+    with pytest.raises(UserError) as caught:
+        limits.check_size(size)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("block", [-1, 3, 77])
+def test_blocks_that_do_not_exist_are_refused(tiny_model: Path, block: int) -> None:
+    limits = pretrained(tiny_model).limits
+    limits.check_block(0), limits.check_block(2)
+    with pytest.raises(UserError, match=f"block {block} does not exist; this model has blocks 0 to 2"):
+        limits.check_block(block)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def rename_network(file: Path) -> None:
+    index = json.loads(file.read_text())
+    index["transformer"] = ["diffusers", "FluxTransformer2DModel"]
+    file.write_text(json.dumps(index))
+
+
+def shard(file: Path) -> None:
+    index = {"weight_map": {"a": file.name, "b": "part-2-of-2.safetensors"}}
+    (file.parent / f"{file.name}.index.json").write_text(json.dumps(index))
+
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "no index": ("model_index.json", Path.unlink, "has no model_index.json"),
+    "broken index": ("model_index.json", lambda f: f.write_text("{"), "model_index.json is damaged"),
+    "no tokenizer": ("tokenizer_3", shutil.rmtree, "'tokenizer_3' is missing"),
+    "empty tokenizer": ("tokenizer_3", lambda f: [p.unlink() for p in f.iterdir()], "'tokenizer_3' is missing"),
+    "no weights": (WEIGHTS, Path.unlink, "'transformer' has no .safetensors"),
+    "no vae weights": ("vae/diffusion_pytorch_model.safetensors", Path.unlink, "'vae' has no .safetensors"),
+    "no text encoder": ("text_encoder_2/config.json", Path.unlink, "'text_encoder_2' has no config.json"),
+    "no network configuration": ("transformer/config.json", Path.unlink, "'transformer' has no config.json"),
+    "broken configuration": ("transformer/config.json", lambda f: f.write_text("no"), "config.json is damaged"),
+    "truncated weights": (WEIGHTS, truncate, "'transformer' has a damaged diffusion_pytorch_model.safetensors"),
+    "empty weights": (WEIGHTS, lambda f: f.write_bytes(b""), "damaged"),
+    "page instead of weights": (WEIGHTS, lambda f: f.write_text("<html>not found</html>"), "damaged"),
+    "missing shard": (WEIGHTS, shard, "has no part-2-of-2.safetensors"),
+    "another family": ("model_index.json", rename_network, "FluxTransformer2DModel.*model.family=sd3"),
+}
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES))
+def test_an_incomplete_model_folder_is_refused_in_one_line(tiny_model: Path, tmp_path: Path, damage: str) -> None:
+    name, break_it, message = DAMAGES[damage]
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    pretrained(folder)
+    break_it(folder / name)
+    with pytest.raises(UserError, match=message) as caught:
+        pretrained(folder)
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_whole_weights_are_whole(tiny_model: Path) -> None:
+    files = list(tiny_model.glob("*/*.safetensors"))
+    assert len(files) == 5 and all(map(is_whole, files))
+
+
+def test_missing_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        pretrained(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="does not ship"):
+        resolve_asset("swd://assets/nothing")
+
+
+@pytest.mark.parametrize("values", [{"rank": 0}, {"rank": -4}, {"alpha": 0.0}, {"alpha": -1.0}, {"alpha": float("nan")}])
+def test_impossible_adapters_are_refused(tiny_model: Path, values: dict[str, Any]) -> None:
+    key = next(iter(values))
+    with pytest.raises(UserError, match=rf"model\.{key}="):
+        pretrained(tiny_model, **values)
+
+
+def test_unknown_targets_are_refused_without_loading(tiny_model: Path) -> None:
+    with pytest.raises(UserError, match="to_qq"):
+        pretrained(tiny_model, targets=("to_q", "to_qq")).check_targets()
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_base_has_the_precision_asked_for(tiny_model: Path, precision: str, dtype: torch.dtype) -> None:
+    networks = pretrained(tiny_model, precision=precision).networks(("student",))
+    assert networks.backbone.dtype == dtype
+
+
+def test_prompts_are_encoded_as_the_stock_pipeline_does(tiny_model: Path) -> None:
+    model = pretrained(tiny_model, max_text_tokens=12)
+    encoders, pipe = model.encoders(), model.pipeline()
+    prompts = ["a red star", "a green heart", "a red star"]
+    with torch.no_grad():
+        embeds, empty, pooled, empty_pooled = pipe.encode_prompt(prompts[:2], None, None, max_sequence_length=12)
+    actual = encoders.encode_prompts(prompts)
+    assert torch.equal(actual.embeds, embeds[[0, 1, 0]]) and torch.equal(actual.pooled, pooled[[0, 1, 0]])
+    assert actual.embeds.shape[1] == 24 + 12, "CLIP's tokens and T5's"
+    nothing = encoders.encode_prompts([""])
+    torch.testing.assert_close(nothing.embeds, empty[:1])
+    torch.testing.assert_close(nothing.pooled, empty_pooled[:1])
+
+
+def test_encoding_does_not_depend_on_what_was_encoded_before(tiny_model: Path) -> None:
+    a, b = pretrained(tiny_model).encoders(), pretrained(tiny_model).encoders()
+    prompts = [f"a {colour} star" for colour in ("red", "green", "blue", "pink", "cyan")]
+    for prompt in prompts[:4]:
+        a.encode_prompts([prompt])
+    for field in ("embeds", "pooled"):
+        assert torch.equal(getattr(a.encode_prompts(prompts), field), getattr(b.encode_prompts(prompts), field))
+
+
+def test_latents_are_a_shifted_and_scaled_draw_of_the_posterior(tiny_model: Path) -> None:
+    encoders = pretrained(tiny_model).encoders()
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    eps = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+
+    class Stored:
+        def noise(self, purpose: str, like: torch.Tensor) -> torch.Tensor:
+            assert purpose == "posterior/(4, 4)" and like.shape == eps.shape
+            return eps
+
+    with torch.no_grad():
+        posterior = encoders.vae.encode(pixels).latent_dist
+        expected = (posterior.mean + posterior.std * eps - 0.1) * 1.7
+        torch.testing.assert_close(encoders.encode(pixels, Stored()), expected)
+        decoded = encoders.vae.decode(expected / 1.7 + 0.1).sample.clamp(-1, 1)
+        torch.testing.assert_close(encoders.decode(expected), decoded)
+    assert encoders.pixel_size((4, 6)) == (32, 48)
+    assert not any(p.requires_grad for p in encoders.parameters())
