@@ -33,7 +33,7 @@ def check(cfg: DictConfig, root: Mapping[str, Any] | None = None) -> None:
         UserError: naming the key, the value and the fix.
     """
     try:
-        plain = OmegaConf.to_container(cfg, resolve=True)
+        plain: Any = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"configuration does not resolve: {one_line(error)}") from None
     assert isinstance(plain, dict)

@@ -65,7 +65,8 @@ def prepare(cfg: DictConfig) -> tuple[LightningModule, Any]:
     processes = _processes(trainer_options(cfg))
     if data.batch_size % processes:
         raise UserError(
-            f"data.batch_size={data.batch_size} does not divide over {processes} processes; use a multiple of {processes}"
+            f"data.batch_size={data.batch_size} does not divide over {processes} processes; "
+            f"use a multiple of {processes}"
         )
     return task, data
 

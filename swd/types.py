@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class Conditioning:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: function(v) for k, v in values.items() if v is not None})
 
-    def to(self, *args: object) -> Conditioning:
+    def to(self, *args: Any) -> Conditioning:
         """Move or cast every tensor, as `Tensor.to` does."""
         return self.map(lambda tensor: tensor.to(*args))
 
@@ -73,7 +73,7 @@ class Batch:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def to(self, *args: object) -> Batch:
+    def to(self, *args: Any) -> Batch:
         """Move the pixels, as `Tensor.to` does."""
         return replace(self, pixels=self.pixels.to(*args))
 

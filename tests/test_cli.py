@@ -233,9 +233,7 @@ def shell(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
 
 
-@pytest.mark.parametrize(
-    "arguments", [["nokey=1"], ["schedule.sizes=[6,8,12,99]"], ["-m", "loss=mmd,dmd", "task.lr=fast"]]
-)
+@pytest.mark.parametrize("arguments", [["schedule.sizes=[6,8,12,99]"], ["-m", "loss=mmd,dmd", "task.lr=fast"]])
 def test_in_a_process_of_its_own(arguments: list[str], tmp_path: Path) -> None:
     result = shell(sys.executable, str(ROOT / "train.py"), *arguments)
     assert result.returncode == 2 and result.stdout == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -16,14 +17,14 @@ from swd.types import Batch, UserError
 def global_order(length: int | None, batch_size: int, total: int, start: int = 0, world: int = 1, seed: int = 0):
     """Indices of every global batch, put together from all processes."""
     parts = [list(GlobalBatches(length, batch_size, start, total, seed, rank, world)) for rank in range(world)]
-    return [sum(batches, []) for batches in zip(*parts, strict=True)]
+    return [list(chain(*batches)) for batches in zip(*parts, strict=True)]
 
 
 @pytest.mark.parametrize(("length", "batch_size"), [(12, 4), (10, 4), (7, 4), (3, 8), (1, 4)])
 def test_every_epoch_covers_the_data_exactly_once(length: int, batch_size: int) -> None:
     epochs = 4
     total = -(-epochs * length // batch_size)
-    flat = sum(global_order(length, batch_size, total), [])[: epochs * length]
+    flat = list(chain(*global_order(length, batch_size, total)))[: epochs * length]
     orders = [flat[i * length : (i + 1) * length] for i in range(epochs)]
     for order in orders:
         assert Counter(order) == Counter(range(length))
@@ -45,7 +46,7 @@ def test_the_order_follows_the_seed() -> None:
 
 
 def test_endless_data_counts_up() -> None:
-    assert sum(global_order(None, 4, 3), []) == list(range(12))
+    assert list(chain(*global_order(None, 4, 3))) == list(range(12))
 
 
 def test_the_length_counts_skipped_batches_too() -> None:
@@ -105,3 +106,12 @@ def test_empty_data_is_refused(dataset: Any) -> None:
     data.trainer = StubTrainer(0)  # type: ignore[assignment]
     with pytest.raises(UserError, match="empty"):
         data.train_dataloader()
+
+
+def test_endless_data_that_ends_is_refused() -> None:
+    data = PairData(Numbers(47), batch_size=4, endless=True)
+    data.trainer = StubTrainer(0)  # type: ignore[assignment]
+    with pytest.raises(UserError, match=r"47 samples.*48 fresh ones.*data\.endless=false"):
+        data.train_dataloader()
+    data.dataset = Numbers(48)
+    assert sum([len(batch) for batch in data.train_dataloader()], 0) == 48

@@ -92,3 +92,11 @@ def test_a_read_only_folder_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="cannot be written"):
         claim_folder(tmp_path / "run")
+
+
+def test_of_two_runs_that_start_at_once_one_is_refused(tmp_path: Path) -> None:
+    claim_folder(tmp_path / "run", reserve=True)
+    with pytest.raises(UserError, match="already holds a run"):
+        claim_folder(tmp_path / "run", reserve=True)
+    with pytest.raises(UserError, match="already holds a run"):
+        claim_folder(tmp_path / "run")

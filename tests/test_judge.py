@@ -9,7 +9,7 @@ from swd.data.shapes import Object, Prompt, ShapesDataset, parse_caption
 from swd.metrics.judge import Judge, Reading, prompt_accuracy, score_reading, summarise
 
 ASSET = Path(__file__).parents[1] / "assets" / "shapes-judge"
-STAR, RING = Object("star", "red", "small", 1, 0), Object("ring", "blue", "large", 1, 2)
+STAR, RING = Object("star", "red", "small", 1, 0), Object("ring", "blue", "large", 1, 1)
 PROMPT = parse_caption("a small red star left of a blue ring on a gray background")
 
 
@@ -56,9 +56,9 @@ def test_only_what_the_caption_names_is_scored() -> None:
 
 def test_same_shapes_are_matched_by_the_relation() -> None:
     prompt = parse_caption("a star left of a star and above a star")
-    corner, right, below = (Object("star", "red", "small", *cell) for cell in ((0, 0), (0, 1), (2, 0)))
+    corner, right, below = (Object("star", "red", "small", *cell) for cell in ((0, 0), (0, 1), (1, 0)))
     assert accuracy(prompt, below, right, corner)["exact_match"] == 1
-    assert accuracy(prompt, below, right, Object("star", "red", "small", 1, 1))["relation"] == 0.5
+    assert accuracy(prompt, corner, right)["relation"] == 0.5  # nothing below
 
 
 def test_wrong_input_is_named() -> None:

@@ -295,7 +295,8 @@ def test_ranges_can_be_chosen() -> None:
 def test_dmd_direction_closed_form() -> None:
     hat, real, fake = (build_latents(BATCH, 5, seed) for seed in range(3))
     expected = torch.stack([
-        (f.double() - r.double()) / (h.double() - r.double()).abs().mean() for h, r, f in zip(hat, real, fake, strict=True)
+        (f.double() - r.double()) / (h.double() - r.double()).abs().mean()
+        for h, r, f in zip(hat, real, fake, strict=True)
     ])  # fmt: skip
     assert_close(L.dmd_direction(hat, real, fake).double(), expected, rtol=1e-5, atol=1e-6)
     leaf = hat.clone().requires_grad_()
@@ -375,7 +376,9 @@ def test_mmd_closed_forms(reduce: L.Reduce) -> None:
         "squared": means.square().sum(),
     }
     for distance, value in expected.items():
-        assert_close(L.mmd_loss(real, fake, distance=distance, c=0.01, reduce=reduce).double(), value, rtol=1e-5, atol=0)
+        assert_close(
+            L.mmd_loss(real, fake, distance=distance, c=0.01, reduce=reduce).double(), value, rtol=1e-5, atol=0
+        )
     for bandwidth in (1.0, 5.0):
         value = sum(rbf_closed_form(r, f, bandwidth) for r, f in sets) / len(sets)
         actual = L.mmd_loss(real, fake, kernel="rbf", bandwidth=bandwidth, reduce=reduce)

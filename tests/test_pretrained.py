@@ -36,7 +36,9 @@ def test_limits_come_from_configuration_files(tiny_model: Path) -> None:
         ((2, 4, 4), ["(2, 4, 4)", "3 axes", "(H, W)"]),
     ],
 )
-def test_sizes_that_the_network_cannot_take_are_refused(tiny_model: Path, size: tuple[int, ...], words: list[str]) -> None:
+def test_sizes_that_the_network_cannot_take_are_refused(
+    tiny_model: Path, size: tuple[int, ...], words: list[str]
+) -> None:
     limits = pretrained(tiny_model).limits
     limits.check_size((4, 12))
     with pytest.raises(UserError) as caught:
@@ -111,7 +113,9 @@ def test_missing_folders_are_refused(tmp_path: Path) -> None:
         resolve_asset("swd://assets/nothing")
 
 
-@pytest.mark.parametrize("values", [{"rank": 0}, {"rank": -4}, {"alpha": 0.0}, {"alpha": -1.0}, {"alpha": float("nan")}])
+@pytest.mark.parametrize(
+    "values", [{"rank": 0}, {"rank": -4}, {"alpha": 0.0}, {"alpha": -1.0}, {"alpha": float("nan")}]
+)
 def test_impossible_adapters_are_refused(tiny_model: Path, values: dict[str, Any]) -> None:
     key = next(iter(values))
     with pytest.raises(UserError, match=rf"model\.{key}="):

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import csv
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning import Trainer
-from tiny import composed, overrides
+from lightning import Callback, Trainer
+from tiny import SIZES, composed, overrides
 from torch import Tensor
 
+from swd.callbacks.checkpoint import readable
 from swd.modules.distiller import Distiller
+from swd.schedule import downscale
 from swd.train import fit
-from swd.types import UserError
+from swd.types import Batch, SeededDraws, UserError
 
 
 def train(model: Path, folder: Path, *arguments: str, **more: Any) -> tuple[Distiller, Trainer]:
@@ -70,8 +76,67 @@ def test_two_iterations_of_every_loss(tiny_model: Path, tmp_path: Path, loss: st
     assert all(torch.equal(state[key], value) for key, value in base.items())
 
 
+def test_critic_updates_come_first_each_on_a_fresh_batch(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, int]] = []
+    prompts: list[str] = []
+    latents = Distiller._latents
+
+    def spy(self: Distiller, batch: Batch, *args: Any) -> tuple[Tensor, Tensor]:
+        prompts.extend(batch.prompts)
+        return latents(self, batch, *args)
+
+    monkeypatch.setattr(Distiller, "_latents", spy)
+    for kind in ("critic", "generator"):
+        update = getattr(Distiller, f"_{kind}_update")
+
+        def noted(self: Distiller, interval: Any, *args: Any, kind: str = kind, update: Any = update) -> None:
+            seen.append((kind, interval.index))
+            update(self, interval, *args)
+
+        monkeypatch.setattr(Distiller, f"_{kind}_update", noted)
+    cfg = composed(overrides(tiny_model, tmp_path, loss="dmd", trainer__max_steps=4))
+    _, trainer = fit(cfg)
+    updates = ["critic", "critic", "generator"]
+    assert seen == [(kind, interval) for interval in (0, 1, 2, 0) for kind in updates]
+    dataset = trainer.datamodule.dataset
+    assert prompts == [dataset[i]["prompt"] for i in range(4 * 3 * 4)]
+
+
+class NormSpy(Callback):
+    """Notes the gradient norm that each optimizer step sees."""
+
+    norms: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.norms.append(torch.stack([g.norm() for g in gradients]).norm().item())
+
+
+@pytest.mark.parametrize(("clip", "clipped"), [(1e-4, True), (1e4, False)])
+def test_gradients_of_both_optimizers_are_clipped(tiny_model: Path, tmp_path: Path, clip: float, clipped: bool) -> None:
+    NormSpy.norms = []
+    train(tiny_model, tmp_path, f"+callbacks.spy._target_={__name__}.NormSpy", loss="dmd", task__clip=clip)
+    assert len(NormSpy.norms) == 6
+    for norm in NormSpy.norms:
+        assert norm == pytest.approx(clip, rel=1e-3) if clipped else norm < clip
+
+
+def test_both_sizes_are_encoded_from_full_resolution(tiny_model: Path, tmp_path: Path) -> None:
+    task, _ = train(tiny_model, tmp_path, loss="mmd", trainer__max_steps=1)
+    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    draws = SeededDraws(0)
+    for i, (small, large) in enumerate(zip((SIZES[0], *SIZES), SIZES, strict=False)):
+        source, target = task._latents(Batch(pixels, ["a", "b"]), task.schedule.interval(i), draws)
+        for latent, side in ((source, small), (target, large)):
+            expected = task.encoders.encode(downscale(pixels, (8 * side, 8 * side)), draws)
+            assert latent.shape[-1] == side and torch.equal(latent, expected)
+
+
 @pytest.mark.parametrize(
-    ("loss", "workers", "more"), [("swd", 0, {}), ("mmd", 0, {}), ("dmd_mmd", 2, {"data__endless": "false", "data__dataset__length": 20})]
+    ("loss", "workers", "more"),
+    [("swd", 0, {}), ("mmd", 0, {}), ("dmd_mmd", 2, {"data__endless": "false", "data__dataset__length": 20})],
 )
 def test_a_resumed_run_equals_a_straight_one_bit_for_bit(
     tiny_model: Path, tmp_path: Path, loss: str, workers: int, more: dict[str, str]
@@ -143,11 +208,12 @@ def test_resume_auto_takes_the_newest_run_of_the_same_configuration(tiny_model: 
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
-        ({"task__lr": 0.5}, r"task\.lr was 0\.001, now 0\.5"),
-        ({"loss": "dmd"}, "loss|task.loss"),
-        ({"schedule__sizes": "[4,4,8]"}, "sizes"),
-        ({"seed": 1}, "seed was 0, now 1"),
-        ({"data__batch_size": 2}, r"data\.batch_size was 4, now 2"),
+        ({"task__lr": 0.5}, r": task\.lr was 0\.001, now 0\.5"),
+        ({"loss": "dmd"}, r": loss\.dmd was None, now {"),
+        ({"loss__mmd__c": 0.1}, r": loss\.mmd\.c was 0\.001, now 0\.1"),
+        ({"schedule__sizes": "[4,4,8]"}, r": schedule\.sizes was \[4, 6, 8\], now \[4, 4, 8\]"),
+        ({"seed": 1}, ": seed was 0, now 1"),
+        ({"data__batch_size": 2}, r": data\.batch_size was 4, now 2"),
     ],
 )
 def test_resuming_another_configuration_is_refused_with_the_difference(
@@ -165,6 +231,26 @@ def test_resuming_another_configuration_is_refused_with_the_difference(
 def test_resuming_what_is_not_there_is_refused(tiny_model: Path, tmp_path: Path, resume: str) -> None:
     with pytest.raises(UserError, match="resume="):
         train(tiny_model, tmp_path / "run", loss="mmd", resume=tmp_path / resume)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_killed_at_any_moment_resumes_bit_for_bit(tiny_model: Path, tmp_path: Path, kill: signal.Signals) -> None:
+    options: dict[str, Any] = {"loss": "swd", "callbacks__checkpoint__every": 1}
+    arguments = overrides(tiny_model, tmp_path / "a" / "killed", **options, trainer__max_steps=10_000)
+    program = Path(__file__).parents[1] / "train.py"
+    with subprocess.Popen([sys.executable, str(program), *arguments], cwd=tmp_path) as process:
+        checkpoints = tmp_path / "a" / "killed" / "checkpoints"
+        while not (checkpoints / "iteration-3.ckpt").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(kill)
+        assert process.wait(60) != 0
+    last = max(int(file.stem.split("-")[1]) for file in checkpoints.iterdir() if readable(file))
+    rest = train(tiny_model, tmp_path / "a" / "rest", **options, resume="auto", trainer__max_steps=last + 1)
+    straight = train(tiny_model, tmp_path / "b" / "straight", **options, trainer__max_steps=last + 1)
+    assert rest[0].updates == 3 * (last + 1)
+    assert_same_state(rest, straight)
 
 
 def test_sizes_may_repeat(tiny_model: Path, tmp_path: Path) -> None:

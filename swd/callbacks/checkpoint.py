@@ -15,7 +15,7 @@ from swd.export import save_adapter
 from swd.modules.distiller import Distiller
 from swd.types import UserError
 
-COMPARED = ("task", "model", "schedule", "loss", "data", "seed")
+COMPARED = ("seed", "model", "schedule", "loss", "data", "task")  # the task repeats the groups that it is built from
 
 
 class Checkpoint(ModelCheckpoint):
@@ -92,14 +92,14 @@ def find_checkpoint(resume: str | None, runs: Path, cfg: DictConfig) -> str | No
     else:
         candidates = sorted(root.glob("**/checkpoints/*.ckpt"), key=lambda p: p.stat().st_mtime, reverse=True)
     for path in candidates:
-        if not readable(path):
-            warnings.warn(f"{path} is damaged and was passed over", stacklevel=2)
-            continue
         difference = config_difference(path, cfg)
-        if difference is None:
+        if difference is not None:
+            if resume != "auto":
+                raise UserError(f"resume={resume} was made with another configuration: {difference}")
+            continue
+        if readable(path):
             return str(path)
-        if resume != "auto":
-            raise UserError(f"resume={resume} was made with another configuration: {difference}")
+        warnings.warn(f"{path} is damaged and was passed over", stacklevel=2)
     if resume == "auto":
         return None
     raise UserError(f"resume={resume} holds no valid checkpoint; give a .ckpt file, a run folder, or auto")

@@ -10,8 +10,8 @@ from lightning import Callback, LightningModule, Trainer
 
 from swd.files import write_aside
 from swd.images import grid
-from swd.types import UserError
 from swd.modules.distiller import Distiller
+from swd.types import UserError
 
 
 class Samples(Callback):

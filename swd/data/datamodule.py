@@ -88,8 +88,14 @@ class PairData(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         trainer, task = self.trainer, self.trainer.lightning_module  # type: ignore[union-attr]
         total = trainer.max_steps * getattr(task, "updates_per_iteration", 1)  # type: ignore[union-attr]
+        length = _length(self.dataset)
+        if self.endless and length < total * self.batch_size:
+            raise UserError(
+                f"the dataset has {length} samples, but this run uses {total * self.batch_size} fresh ones; "
+                "set data.endless=false to repeat them"
+            )
         sampler = GlobalBatches(
-            None if self.endless else _length(self.dataset),
+            None if self.endless else length,
             self.batch_size,
             getattr(task, "updates", 0),
             total,

@@ -89,14 +89,14 @@ class Step:
         return Noised(self.networks.process.add_noise(self.x0_real, eps, noised.sigma), noised.sigma)
 
     def _draw(self, purpose: str, indices: IndexRange) -> tuple[Noised, Tensor]:
-        key = (purpose, tuple(indices))
+        key = (purpose, (indices[0], indices[1]))
         if key not in self._noised:
             process = self.networks.process
             index = self.draws.index(f"{purpose}/index", *indices, len(self.x0_hat))
             sigma = process.level(index).to(self.x0_hat.device)
             eps = self.draws.noise(f"{purpose}/noise", self.x0_hat)
             self._noised[key] = Noised(process.add_noise(self.x0_hat, eps, sigma), sigma), eps
-        return self._noised[key]  # type: ignore[index]
+        return self._noised[key]
 
     def fake_pass(self, noised: Noised) -> tuple[Tensor | None, dict[int, Tensor]]:
         """Clean prediction (None if no term wants it) and features by block, from one forward of the fake network."""

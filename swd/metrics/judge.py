@@ -90,7 +90,7 @@ class Judge(nn.Module):
         return self.body(pixels)
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Logits: shape [B, 9, G, G], colour [B, 8, G, G], size [B, 2, G, G] (grid of G x G cells) and background [B, 5].
+        """Logits: shape [B, 9, G, G], colour [B, 8, G, G], size [B, 2, G, G], background [B, 5]; G is GRID.
 
         Args:
             pixels: [B, 3, 128, 128] in [-1, 1].

@@ -205,6 +205,7 @@ class Distiller(LightningModule):
         # Not `self.log`: it counts batches, and repeats an iteration's row at every batch of the next one.
         for logger in self.trainer.loggers:
             logger.log_metrics(row, step=self.global_step)
+            logger.save()
 
     def _critic_names(self) -> list[str]:
         return list(self._critic_metrics[0]) if self._critic_metrics else []
@@ -263,9 +264,7 @@ def check_fit(model: Pretrained, schedule: ScaleSchedule, terms: Mapping[str, Lo
                 raise UserError(f"loss.{name}.{key}=[{low}, {high}]; use [low, high] with 0 <= low <= high <= {last}")
 
 
-def check_optimizer(
-    lr: float, critic_lr: float, clip: float, betas: tuple[float, float], weight_decay: float
-) -> None:
+def check_optimizer(lr: float, critic_lr: float, clip: float, betas: tuple[float, float], weight_decay: float) -> None:
     """Raise UserError for a value that AdamW or clipping cannot work with."""
     for key, value in {"lr": lr, "critic_lr": critic_lr, "clip": clip}.items():
         if not value > 0:

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel:
     """An exponential moving average of `model`'s parameters that forgets its start: decay is at most (1+n)/(10+n)."""
 
     @torch.no_grad()
-    def update(average: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+    def update(average: Any, current: Any, count: Tensor | int) -> None:
         n = int(count)
         torch._foreach_lerp_(average, current, 1 - min(decay, (1 + n) / (10 + n)))
 

@@ -126,12 +126,10 @@ class FlowMatching(L.LightningModule):
             raise UserError(
                 f"task.size_weights has {len(self.size_weights)} entries for {len(self.sizes)} sizes; give one per size"
             )
-        limits = self.model.limits
         for size in self.sizes:
-            if any(side < 1 or side % limits.divisor or side > limits.max_side for side in size):
-                raise UserError(
-                    f"task.sizes has {size}; sides must be multiples of {limits.divisor}, at most {limits.max_side}"
-                )
+            if min(size) < 1:
+                raise UserError(f"task.sizes has {size}; sides are at least 1")
+            self.model.limits.check_size(size)
         if self.reuse < 1:
             raise UserError(f"task.reuse={self.reuse}; use at least 1")
 
@@ -229,7 +227,8 @@ class FlowMatching(L.LightningModule):
     def export(self) -> None:
         """Write the averaged network into the pipeline folder `out`."""
         if self.trainer.is_global_zero:
-            network = copy.deepcopy(self.average.module).to(self.save_dtype)
+            network: Any = copy.deepcopy(self.average.module)
+            network.to(self.save_dtype)
             replace_files(self.out / self.model.backbone_class.subfolder, network.save_pretrained)
 
     def configure_optimizers(self) -> Any:

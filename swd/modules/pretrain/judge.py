@@ -130,7 +130,8 @@ class JudgeTask(L.LightningModule):
         self.out, self.lr, self.warmup, self.weight_decay = Path(out), lr, warmup, weight_decay
         self.save_every = save_every
         self.generator = torch.Generator().manual_seed(seed)
-        self.judge = Judge(widths, features).to(memory_format=torch.channels_last)
+        self.judge = Judge(widths, features)
+        self.judge.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = averaged(self.judge, ema)
 
     @property
@@ -143,7 +144,7 @@ class JudgeTask(L.LightningModule):
         logits = self.judge(pixels)
         loss = judge_loss(logits, batch["targets"])
         accuracy = {f"accuracy/{k}": v for k, v in judge_accuracy(logits, batch["targets"]).items()}
-        self.last_metrics = {"loss": loss.detach(), **accuracy}
+        self.last_metrics: dict[str, Any] = {"loss": loss.detach(), **accuracy}
         self.log_dict(self.last_metrics)
         return loss
 
@@ -158,7 +159,8 @@ class JudgeTask(L.LightningModule):
     def export(self) -> None:
         """Write the averaged judge."""
         if self.trainer.is_global_zero:
-            replace_files(self.out, copy.deepcopy(self.average.module).eval().save_pretrained)
+            judge: Any = copy.deepcopy(self.average.module)
+            replace_files(self.out, judge.eval().save_pretrained)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.judge.parameters(), lr=self.lr, weight_decay=self.weight_decay)

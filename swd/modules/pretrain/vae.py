@@ -146,7 +146,8 @@ class VAETask(L.LightningModule):
         """Write the averaged VAE in half precision, with the shift and the scale that normalise its latents."""
         if not self.trainer.is_global_zero:
             return
-        vae = copy.deepcopy(self.average.module).eval()
+        vae: Any = copy.deepcopy(self.average.module)
+        vae.eval()
         if self.part == "all":
             mean, deviation = self.measure_latents(vae, torch.cat(list(self.recent)))
             vae.register_to_config(shift_factor=round(mean, 4), scaling_factor=round(1 / deviation, 4))
