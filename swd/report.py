@@ -260,7 +260,10 @@ def _curves(page: Page) -> str:
         "<p class='legend'><span><i class='raw'></i>each iteration</span>"
         f"<span><i class='mean'></i>mean over the schedule's {page.cycle} steps</span></p>"
     )
-    note = "Adversarial and score losses need not fall; the distances to the data, x0_mse and mmd, should."
+    note = (
+        "dmd, mmd and their sum should fall. Adversarial and fake-score losses need not, nor x0_mse: "
+        "sharp pictures are further from the data than blurred ones."
+    )
     return f"{legend}\n<div class='charts'>{charts}</div>\n<p class='note'>{note}</p>"
 
 

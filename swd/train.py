@@ -45,7 +45,12 @@ def fit(cfg: DictConfig) -> tuple[LightningModule, Trainer]:
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0:
         record(cfg, claim_folder(folder, reserve=True), checkpoint)
     trainer = build_trainer(cfg, folder)
-    trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+    except SystemExit:  # what Lightning makes of Ctrl-C
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
     return task, trainer
 
 

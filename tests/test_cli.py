@@ -214,6 +214,10 @@ def test_wrong_input_to_sample(refused: Refused, arguments: list[str], words: st
     assert words in refused(f"output={Path.cwd() / 'out'}", *arguments, command="sample")
 
 
+def test_wrong_input_to_a_sweep_of_samples(refused: Refused) -> None:
+    assert "seed='x'" in refused("-m", f"output={Path.cwd() / 'out'}", "adapter=null", "seed=1,x", command="sample")
+
+
 def test_an_unknown_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["swd", "trian"])
     with pytest.raises(SystemExit) as caught:

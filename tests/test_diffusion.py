@@ -53,6 +53,9 @@ def test_inputs_of_low_precision_are_computed_in_float32() -> None:
     x_t = PROCESS.add_noise(x0, eps, sigma)
     assert x_t.dtype == PROCESS.to_x0(x0, eps, sigma).dtype == torch.float32
     assert torch.equal(x_t, PROCESS.add_noise(x0.float(), eps.float(), sigma))
+    one = torch.tensor(0.3)  # a tensor without axes does not promote its partner
+    assert torch.equal(PROCESS.add_noise(x0, eps, one)[0], x_t[0])
+    assert torch.equal(PROCESS.to_x0(x0, eps, one)[0], PROCESS.to_x0(x0, eps, sigma)[0])
 
 
 @pytest.mark.parametrize("like", [torch.zeros(3, 4), torch.zeros(3, 4, 5, 5), torch.zeros(3, 4, 2, 5, 5)])

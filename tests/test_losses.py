@@ -34,6 +34,7 @@ class Spy:
     calls: list[tuple[str, str, Tensor, Tensor]] = field(default_factory=list)  # role, what, x_t, sigma
     indices: dict[str, tuple[int, int]] = field(default_factory=dict)
     noises: list[str] = field(default_factory=list)
+    graphs: list[bool] = field(default_factory=list)  # whether features, call by call, can be differentiated
 
     @property
     def process(self):
@@ -45,7 +46,9 @@ class Spy:
 
     def features(self, role, x_t, sigma, conditioning, blocks):
         self.calls.append((role, "features", x_t.detach(), sigma))
-        return self.networks.features(role, x_t, sigma, conditioning, blocks)
+        features = self.networks.features(role, x_t, sigma, conditioning, blocks)
+        self.graphs.append(features[0].requires_grad)
+        return features
 
     def guided_x0(self, x_t, sigma, conditioning, empty, guidance):
         self.calls.append(("teacher", "guided", x_t.detach(), sigma))
@@ -430,6 +433,14 @@ def test_every_option_of_mmd_compares_features_of_like_noised_latents(options: d
         named = {k: v for k, v in options.items() if k in ("kernel", "bandwidth", "distance", "reduce")}
         expected = torch.stack([L.mmd_loss(r, f, **named) for r, f in zip(real, fake, strict=True)]).mean()
     assert_close(metrics["mmd"], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("names", ["mmd", "dmd+mmd"])
+def test_features_of_the_data_keep_no_graph(names: str) -> None:
+    terms = make_terms(names)
+    spy = make_spy(terms)
+    generator_update(spy, terms)
+    assert spy.graphs == [True, False]
 
 
 @pytest.mark.parametrize(("names", "role"), [("mmd", "teacher"), ("dmd+mmd", "fake"), ("mmd+gan", "fake")])

@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from lightning import Callback, Trainer
 from tiny import SIZES, composed, overrides
 from torch import Tensor
 
 from swd.callbacks.checkpoint import readable
+from swd.cli import launch
 from swd.modules.distiller import Distiller
 from swd.schedule import downscale
 from swd.train import fit
@@ -233,6 +236,24 @@ def test_resuming_what_is_not_there_is_refused(tiny_model: Path, tmp_path: Path,
         train(tiny_model, tmp_path / "run", loss="mmd", resume=tmp_path / resume)
 
 
+@pytest.mark.filterwarnings("error:Callback .* raised")  # Hydra only warns of a callback that breaks
+def test_a_sweep_leaves_one_folder_a_run(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = ("folder=", "name=")
+    arguments = [a for a in overrides(tiny_model, tmp_path, trainer__max_steps=1) if not a.startswith(own)]
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", f"output={tmp_path}", *arguments, "loss=mmd,dmd_gan"])
+    GlobalHydra.instance().clear()
+    try:
+        launch("train")
+    finally:
+        HydraConfig.instance().cfg = None
+    (sweep,) = (tmp_path / "sweep").iterdir()
+    runs = sorted(file for file in sweep.iterdir() if file.is_dir())
+    assert [run.name for run in runs] == ["0_shapes-mmd", "1_shapes-dmd_gan"]
+    for run, term in zip(runs, ("mmd", "dmd"), strict=True):
+        assert f"train/{term}" in rows(run)[0]
+        assert (run / "checkpoints" / "iteration-1.ckpt").is_file()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_killed_at_any_moment_resumes_bit_for_bit(tiny_model: Path, tmp_path: Path, kill: signal.Signals) -> None:
@@ -245,7 +266,7 @@ def test_a_run_killed_at_any_moment_resumes_bit_for_bit(tiny_model: Path, tmp_pa
             assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(kill)
-        assert process.wait(60) != 0
+        assert process.wait(60) == {signal.SIGKILL: -9, signal.SIGINT: 130}[kill]
     last = max(int(file.stem.split("-")[1]) for file in checkpoints.iterdir() if readable(file))
     rest = train(tiny_model, tmp_path / "a" / "rest", **options, resume="auto", trainer__max_steps=last + 1)
     straight = train(tiny_model, tmp_path / "b" / "straight", **options, trainer__max_steps=last + 1)

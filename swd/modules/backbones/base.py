@@ -41,9 +41,10 @@ class Limits:
         for side in size[-2:]:
             if side % self.divisor:
                 lower = side - side % self.divisor
+                valid = sorted({lower or self.divisor, lower + self.divisor})
                 raise UserError(
                     f"size {size}: {side} is not divisible by the patch size {self.divisor}; "
-                    f"use {lower or self.divisor} or {lower + self.divisor}"
+                    f"use {' or '.join(map(str, valid))}"
                 )
             if self.max_side and side > self.max_side:
                 raise UserError(f"size {size}: {side} is beyond the positional limit {self.max_side} of this model")
