@@ -229,6 +229,7 @@ class FlowMatching(L.LightningModule):
         if self.trainer.is_global_zero:
             network: Any = copy.deepcopy(self.average.module)
             network.to(self.save_dtype)
+            network.register_to_config(_name_or_path="")  # not where this machine keeps it
             replace_files(self.out / self.model.backbone_class.subfolder, network.save_pretrained)
 
     def configure_optimizers(self) -> Any:
