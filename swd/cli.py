@@ -16,6 +16,7 @@ from swd.types import UserError
 COMMANDS = {
     "train": "distil a model, or train one of the embedded ones (experiment=shapes_teacher ...)",
     "sample": "draw pictures of prompts",
+    "export": "write a student as one folder for diffusers, peft and ComfyUI",
     "demo": "distil, sample, evaluate and report on the embedded teacher",
 }
 
@@ -70,6 +71,7 @@ def launch(command: str) -> None:
 
     for text in NOTICES:
         warnings.filterwarnings("ignore", text)
+    warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {message}\n"
     run: Callable[..., None] = importlib.import_module(f"swd.{command}").run
     main = hydra.main(version_base="1.3", config_path=config_path(), config_name=command)
     started = False

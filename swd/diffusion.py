@@ -13,6 +13,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from swd.scheduler import signal_levels, vp_timestep
+
 IndexRange = tuple[int, int]
 
 
@@ -20,9 +22,14 @@ class Process(Protocol):
     """What a diffusion process offers. Index ranges are inclusive at both ends."""
 
     ranges: ClassVar[dict[str, IndexRange]]
+    prediction_type: ClassVar[str]
 
     def level(self, index: Tensor) -> Tensor:
         """Noise level sigma `[B]` of table indices `[B]`."""
+        ...
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """What networks are fed for `sigma`, on a scale of 0 to 1000."""
         ...
 
     def add_noise(self, x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
@@ -42,6 +49,7 @@ class RectifiedFlow:
     """
 
     ranges: ClassVar[dict[str, IndexRange]] = {"critic": (0, 27), "dmd": (12, 27), "gan": (12, 27), "mmd": (18, 27)}
+    prediction_type: ClassVar[str] = "flow"
 
     @property
     def table(self) -> Tensor:
@@ -51,12 +59,44 @@ class RectifiedFlow:
     def level(self, index: Tensor) -> Tensor:
         return self.table[index]
 
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return 1000 * sigma.float()
+
     def add_noise(self, x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
         s = expand(sigma, x0)
         return (1 - s) * x0.float() + s * eps.float()
 
     def to_x0(self, x_t: Tensor, prediction: Tensor, sigma: Tensor) -> Tensor:
         return x_t.float() - expand(sigma, x_t) * prediction.float()
+
+
+class VariancePreserving:
+    """Discrete variance-preserving diffusion (SDXL): networks predict the noise `eps`.
+
+    The level is `sigma = t / 1000`; `t = min(round(1000 sigma), 999)` indexes the signal levels `abar` of Stable
+    Diffusion's scaled-linear table of betas and feeds the network. Index ranges are in units of t: MMD below 400
+    (SwD paper, section 3.3), DMD and GAN up to 790, the critic anywhere.
+    """
+
+    ranges: ClassVar[dict[str, IndexRange]] = {"critic": (0, 999), "dmd": (0, 790), "gan": (0, 790), "mmd": (0, 399)}
+    prediction_type: ClassVar[str] = "epsilon"
+
+    def level(self, index: Tensor) -> Tensor:
+        return index.float() / 1000
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return vp_timestep(sigma)
+
+    def add_noise(self, x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
+        abar = self._abar(sigma, x0)
+        return abar.sqrt() * x0.float() + (1 - abar).sqrt() * eps.float()
+
+    def to_x0(self, x_t: Tensor, prediction: Tensor, sigma: Tensor) -> Tensor:
+        abar = self._abar(sigma, x_t)
+        return (x_t.float() - (1 - abar).sqrt() * prediction.float()) / abar.sqrt()
+
+    def _abar(self, sigma: Tensor, like: Tensor) -> Tensor:
+        return expand(signal_levels()[vp_timestep(sigma).cpu()], like)
 
 
 @cache

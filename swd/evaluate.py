@@ -27,7 +27,7 @@ from swd.metrics.fid import frechet_distance
 from swd.metrics.flops import forward_gflop
 from swd.metrics.judge import ATTRIBUTES, Judge, Score, score_pictures, summarise
 from swd.modules.distiller import Distiller
-from swd.modules.networks import SharedBase
+from swd.modules.networks import Networks, SharedBase
 from swd.sampling import initial_latents, sample_latents
 from swd.types import Conditioning, UserError
 
@@ -240,8 +240,14 @@ def teacher_pictures(task: Distiller, scheduler: Any, steps: int, prompts: list[
 
 
 @contextmanager
-def merged_student(networks: SharedBase) -> Iterator[None]:
-    """Inside, the student's LoRA is part of the weights, as in a student put to use; after it, all is as before."""
+def merged_student(networks: Networks) -> Iterator[None]:
+    """Inside, the student's LoRA is part of the weights, as in a student put to use; after it, all is as before.
+
+    A whole copy has nothing to merge, and 8-bit weights cannot take it.
+    """
+    if not isinstance(networks, SharedBase) or networks.quantized:
+        yield
+        return
     layers = [m for m in networks.backbone.network.modules() if isinstance(m, LoraLayer)]
     kept = [layer.get_base_layer().weight.detach().clone() for layer in layers]
     try:

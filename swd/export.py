@@ -1,93 +1,216 @@
-"""The student's adapter as a folder that stock diffusers and peft load."""
+"""The student as one folder that stock diffusers, peft and ComfyUI load, with its schedule and its sampler.
+
+`swd export run=... to=...` writes it, loads it back both ways, and refuses to finish if any output differs.
+"""
 
 from __future__ import annotations
 
-import json
+import inspect
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from peft import PeftModel
+from safetensors.torch import save_file
 from torch import Tensor
 
-from swd.files import write_aside, write_json
+from swd import __version__, scheduler, train
+from swd.adapters import (
+    DIFFUSERS_WEIGHTS,
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    SCHEDULER_CONFIG,
+    Adapter,
+    check_fits,
+    load,
+    locate,
+    write_layouts,
+)
+from swd.config import check
+from swd.files import write_aside
+from swd.modules.backbones.base import Backbone
+from swd.modules.pretrained import Pretrained
 from swd.scheduler import ScaleWiseScheduler
-from swd.types import UserError
+from swd.types import Size, UserError
 
-PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-DIFFUSERS_WEIGHTS, SCHEDULER_CONFIG = "pytorch_lora_weights.safetensors", "scheduler_config.json"
+ROOT = train.ROOT | {"run": str, "to": str, "verify": bool}
+COMFY_WEIGHTS, SCHEDULER_FILE = "comfyui.safetensors", "scale_wise_scheduler.py"
 
 
-def save_adapter(
-    folder: Path, state: dict[str, Tensor], rank: int, alpha: float, scheduler: ScaleWiseScheduler, base: str, part: str
+def run(cfg: DictConfig) -> None:
+    """Export what the configuration says; prints the folder."""
+    check(cfg, ROOT)
+    train.quiet()
+    target = Path(cfg.to)
+    if target.exists() and any(target.iterdir()):
+        raise UserError(f"to={cfg.to} exists already and is not empty; choose another folder")
+    source = locate(cfg.run, Path(cfg.output))
+    adapter = load(source)
+    model: Pretrained = instantiate(model_of(source, cfg), _convert_="all")
+    check_fits(adapter, model)
+    schedule = schedule_of(source, cfg, model)
+    print(export(adapter, model, schedule, target, cfg.verify))
+
+
+def model_of(source: Path, cfg: DictConfig) -> Any:
+    """The model that a run was trained with; for an adapter from elsewhere, the one on the command line."""
+    file = source.parent / "config.yaml"
+    return OmegaConf.load(file).model if file.is_file() else cfg.model
+
+
+def schedule_of(source: Path, cfg: DictConfig, model: Pretrained) -> ScaleWiseScheduler:
+    """The schedule beside an adapter; for one that has none, the one on the command line."""
+    folder = source if source.is_dir() else source.parent
+    if (folder / SCHEDULER_CONFIG).is_file():
+        return ScaleWiseScheduler.from_pretrained(folder)
+    schedule = instantiate(cfg.schedule, _convert_="all")
+    return schedule.scheduler(model.limits.divisor, model.backbone_class.process.prediction_type)
+
+
+# Writing
+
+
+def comfy_state(backbone: type[Backbone], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The adapter under the names that ComfyUI reads for this family."""
+    renamed = {}
+    for key, value in state.items():
+        module, _, kind = key.rpartition(".lora_")
+        name = backbone.comfy_key(module)
+        if name.startswith("lora_unet_"):  # kohya's layout
+            kohya = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}[kind]
+            renamed[f"{name}.{kohya}"] = value.contiguous()
+            renamed[f"{name}.alpha"] = torch.tensor(float(state[f"{module}.lora_A.weight"].shape[0]))
+        else:
+            renamed[f"{name}.lora_{kind}"] = value.contiguous()
+    return renamed
+
+
+def export(
+    adapter: Adapter, model: Pretrained, schedule: ScaleWiseScheduler, target: Path, verify: bool = True
 ) -> Path:
-    """Write one folder for `PeftModel.from_pretrained` and for `pipe.load_lora_weights`, with its schedule.
+    """Write the folder, load it back, compare, and only then move it to `target`.
 
-    Args:
-        folder: replaced as a whole once the new one is complete.
-        state: LoRA weights in peft's layout without a prefix, `MODULE.lora_A.weight` `[r, in]`, `MODULE.lora_B.weight`
-            `[out, r]`.
-        rank: r.
-        alpha: folded into `lora_B` as alpha / rank, since loaders disagree about where to look for it.
-        scheduler: the sampler.
-        base: what the adapter was trained on, for the record.
-        part: the pipeline's name of the network, "transformer" or "unet".
+    Raises:
+        UserError: if what comes back predicts anything else than the adapter.
     """
-    scale = alpha / rank
-    folded = {k: (v * scale if ".lora_B." in k else v).contiguous() for k, v in state.items()}
+    backbone = model.backbone_class
 
     def write(new: Path) -> None:
         new.mkdir()
-        save_file({f"base_model.model.{k}": v for k, v in folded.items()}, new / PEFT_WEIGHTS)
-        save_file({f"{part}.{k}": v for k, v in folded.items()}, new / DIFFUSERS_WEIGHTS)
-        config = {
-            "peft_type": "LORA",
-            "base_model_name_or_path": base,
-            "r": rank,
-            "lora_alpha": rank,
-            "target_modules": sorted({k.rsplit(".lora_", 1)[0] for k in folded}),
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "init_lora_weights": "gaussian",
-            "inference_mode": True,
-        }
-        write_json(new / PEFT_CONFIG, config)
-        scheduler.save_pretrained(new)
+        write_layouts(new, adapter.state, model.path, backbone.subfolder)
+        comfy = comfy_state(backbone, adapter.state)
+        if set(comfy) != {f"{backbone.subfolder}.{key}" for key in adapter.state}:
+            save_file(comfy, new / COMFY_WEIGHTS)
+        schedule.save_pretrained(new)
+        (new / SCHEDULER_FILE).write_text(inspect.getsource(scheduler), encoding="utf-8")
+        (new / "README.md").write_text(card(adapter, model, schedule), encoding="utf-8")
+        if verify:
+            compare(new, adapter, model, schedule)
 
-    return write_aside(folder, write)
+    return write_aside(target, write)
 
 
-def find_adapter(path: str, outputs: Path) -> Path:
-    """The adapter folder behind what a user names.
+# Checking
 
-    Args:
-        path: an adapter folder, a run folder, or "latest" for the newest run under `outputs`.
 
-    Raises:
-        UserError: if there is none.
-    """
-    if path == "latest":
-        found = sorted(outputs.glob(f"**/adapter/{PEFT_CONFIG}"), key=lambda p: p.stat().st_mtime)
-        if not found:
+@torch.no_grad()
+def compare(folder: Path, adapter: Adapter, model: Pretrained, schedule: ScaleWiseScheduler) -> None:
+    """Raise UserError unless both ways of loading `folder` predict what the adapter's weights say."""
+    size = schedule.base_sizes[0]
+    expected = predict(merged(model, adapter), model, size)
+    for way, network in (("peft", _with_peft(folder, model)), ("diffusers", _with_diffusers(folder, model))):
+        actual = predict(network, model, size)
+        error = ((actual - expected).norm() / expected.norm()).item()
+        if not error < 1e-3:
             raise UserError(
-                f"adapter=latest, but no run under {outputs} holds one; train first, or give adapter=FOLDER"
+                f"export refused: the network loaded by {way} differs by {error:.2g} (relative); please report"
             )
-        return found[-1].parent
-    folder = Path(path)
-    for candidate in (folder, folder / "adapter"):
-        if (candidate / PEFT_CONFIG).is_file():
-            return candidate
-    reason = "holds no adapter" if folder.exists() else "does not exist"
-    raise UserError(f"adapter={path} {reason}; give a run folder or a folder with {PEFT_CONFIG} and {PEFT_WEIGHTS}")
 
 
-def load_adapter(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """LoRA weights without a prefix, and the peft configuration, of an adapter folder.
+def merged(model: Pretrained, adapter: Adapter) -> Any:
+    """The network with the adapter added to its weights, in float32."""
+    network = _network(model)
+    weights = dict(network.named_parameters())
+    for module in adapter.modules:
+        weight = weights[f"{module}.weight"]
+        update = adapter.state[f"{module}.lora_B.weight"] @ adapter.state[f"{module}.lora_A.weight"]
+        weight += update.to(weight).view_as(weight)
+    return network
 
-    Raises:
-        UserError: if the weights are missing; only safetensors are read.
-    """
-    weights = folder / PEFT_WEIGHTS
-    if not weights.is_file():
-        raise UserError(f"adapter {folder} is incomplete: {PEFT_WEIGHTS} is missing")
-    config: dict[str, Any] = json.loads((folder / PEFT_CONFIG).read_text())
-    return {k.removeprefix("base_model.model."): v for k, v in load_file(weights).items()}, config
+
+def _network(model: Pretrained) -> Any:
+    return model.network("cpu").network.float().eval()
+
+
+def _with_peft(folder: Path, model: Pretrained) -> Any:
+    return PeftModel.from_pretrained(_network(model), str(folder)).eval()
+
+
+def _with_diffusers(folder: Path, model: Pretrained) -> Any:
+    part = model.backbone_class.subfolder
+    pipe = model.pipeline(**{part: _network(model)})
+    pipe.load_lora_weights(str(folder), weight_name=DIFFUSERS_WEIGHTS)
+    return getattr(pipe, part).eval()
+
+
+def predict(network: Any, model: Pretrained, size: Size) -> Tensor:
+    """One forward pass on random inputs, the same for every network of the model."""
+    backbone = model.backbone_class(network, model.embedded_guidance)
+    generator = torch.Generator().manual_seed(0)
+    x_t = torch.randn(1, model.channels, *size, generator=generator)
+    conditioning = backbone.random_conditioning(model.network_config, 1, 8)
+    return backbone.call(x_t, torch.tensor([0.9]), conditioning).float()
+
+
+# The card
+
+_SNIPPET = """import torch
+from diffusers import {pipeline}
+from {module} import ScaleWiseScheduler  # the file in this folder
+
+pipe = {pipeline}.from_pretrained("{base}", torch_dtype=torch.bfloat16).to("cuda")
+pipe.load_lora_weights("FOLDER", weight_name="{weights}")
+scheduler = ScaleWiseScheduler.from_pretrained("FOLDER")
+scheduler.attach(pipe)
+latents = scheduler.initial_latents({initial}, generator=torch.Generator().manual_seed(0))
+result = pipe(
+    "a prompt",
+    latents=latents.to("cuda", torch.bfloat16),
+    num_inference_steps={steps},
+{arguments}
+)
+"""
+
+
+def card(adapter: Adapter, model: Pretrained, schedule: ScaleWiseScheduler) -> str:
+    """README of an exported folder: what it is, and a snippet that samples it without `swd` installed."""
+    backbone, final = model.backbone_class, schedule.base_sizes[-1]
+    factor = 8
+    arguments = dict(backbone.sampling_arguments(model.max_text_tokens, model.embedded_guidance))
+    arguments |= {"height": final[-2] * factor, "width": final[-1] * factor}
+    if backbone.video:
+        arguments["num_frames"] = 4 * (final[0] - 1) + 1
+    initial = f"1, channels={model.channels}" + (", packed=True" if backbone.packed else "")
+    snippet = _SNIPPET.format(
+        pipeline=backbone.pipeline_type,
+        module=SCHEDULER_FILE.removesuffix(".py"),
+        base=model.path,
+        weights=DIFFUSERS_WEIGHTS,
+        initial=initial,
+        steps=len(schedule.config.sigmas),
+        arguments="\n".join(f"    {key}={value!r}," for key, value in arguments.items()),
+    )
+    sizes = ", ".join("x".join(map(str, size)) for size in schedule.base_sizes)
+    return (
+        f"---\nbase_model: {model.path}\nlibrary_name: diffusers\ntags: [lora, scale-wise-distillation]\n---\n"
+        f"# Scale-wise student of {model.path}\n\n"
+        f"A LoRA of rank {max(adapter.ranks)} that draws in {len(schedule.config.sigmas)} steps, at latent sizes "
+        f"{sizes} and noise levels {', '.join(f'{s:.4g}' for s in schedule.config.sigmas)} "
+        "([Scale-wise Distillation](https://arxiv.org/abs/2503.16397)).\n\n"
+        f"```python\n{snippet}```\n\n"
+        f"Files: `{PEFT_WEIGHTS}` with `{PEFT_CONFIG}` for peft, `{DIFFUSERS_WEIGHTS}` for diffusers (and "
+        f"ComfyUI, unless `{COMFY_WEIGHTS}` is there), `{SCHEDULER_CONFIG}` and `{SCHEDULER_FILE}` for the sampler.\n\n"
+        f"Exported by swd {__version__}.\n"
+    )

@@ -1,38 +1,53 @@
-"""`sample.py`: pictures of prompts with the stock diffusers pipeline, the student's adapter and its schedule."""
+"""`sample.py`: pictures and videos of prompts with the stock diffusers pipeline, an adapter and its schedule."""
 
 from __future__ import annotations
 
+import csv
+import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from diffusers import AutoencoderTiny
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image, PngImagePlugin
+from torch import Tensor
 
-from swd import __version__, train
+from swd import __version__, train, video
+from swd.adapters import Adapter, check_fits, load, locate
 from swd.config import check, to_plain
-from swd.export import DIFFUSERS_WEIGHTS, SCHEDULER_CONFIG, find_adapter, load_adapter
+from swd.export import schedule_of
 from swd.files import claim_folder, write_aside
 from swd.images import to_pil
 from swd.modules.pretrained import Pretrained
 from swd.scheduler import ScaleWiseScheduler
-from swd.types import UserError
+from swd.types import Size, UserError
 
 ROOT = train.ROOT | {
     "prompts": list[str] | str,
+    "prompts_file": str | None,
     "images_per_prompt": int,
     "batch_size": int,
     "adapter": str | None,
+    "height": int | None,
+    "width": int | None,
+    "aspect": str | None,
+    "frames": int | None,
+    "tiny_vae": str | None,
+    "compile": bool,
+    "offload": Literal["none", "model", "sequential"],
     "show_sizes": bool,
+    "fps": int,
 }
 
 
 @dataclass(frozen=True)
 class Request:
-    """One picture to draw."""
+    """One picture or video to draw."""
 
     prompt: str
     seed: int
@@ -50,20 +65,37 @@ def run(cfg: DictConfig) -> None:
     train.quiet()
     requests = plan(cfg)
     model: Pretrained = instantiate(cfg.model, _convert_="all")
-    adapter = None if cfg.adapter is None else find_adapter(cfg.adapter, Path(cfg.output))
-    folder = claim_files(Path(cfg.folder), requests)
-    print(f"model {model.folder.name}, " + (f"adapter {adapter}" if adapter else "no adapter: the teacher"))
+    size = final_size(cfg, model)
+    source = None if cfg.adapter is None else locate(cfg.adapter, Path(cfg.output))
+    adapter = None if source is None else load(source)
+    if adapter is not None:
+        check_fits(adapter, model)
+    if model.backbone_class.video:
+        video.check_available()
+    ending = "mp4" if model.backbone_class.video else "png"
+    folder = claim_files(Path(cfg.folder), requests, ending)
+    schedule = None if source is None else schedule_of(source, cfg, model)
+    print(f"model {model.name}, " + (f"adapter {source}" if source else "no adapter: the teacher"))
 
-    pipe = build_pipeline(model, adapter)
+    pipe = build_pipeline(model, adapter, schedule, cfg)
+    info = {
+        "model": to_plain(cfg.model),
+        "adapter": source,
+        "adapter_hash": adapter.hash if adapter else None,
+        "schedule": dict(schedule.config) if schedule else None,
+    }
     for start in range(0, len(requests), cfg.batch_size):
         batch = requests[start : start + cfg.batch_size]
-        final, sizes = draw(pipe, model, batch)
+        final, sizes = draw(pipe, model, batch, size, show_sizes=cfg.show_sizes)
         for i, request in enumerate(batch):
-            info = {"prompt": request.prompt, "seed": request.seed, "adapter": adapter, "model": to_plain(cfg.model)}
-            print(save(final[i], folder / f"{request.stem}.png", info))
-            for number, pictures in enumerate(sizes if cfg.show_sizes else [], 1):
-                side = "x".join(map(str, reversed(pictures[i].size)))
-                print(save(pictures[i], folder / f"{request.stem}_step{number}_{side}.png", info))
+            told = {"prompt": request.prompt, "seed": request.seed, **info}
+            print(save(final[i], folder / f"{request.stem}.{ending}", told, cfg.fps))
+            for number, drawn in enumerate(sizes, 1):
+                side = "x".join(map(str, reversed(drawn[i].shape[-2:])))
+                print(save(drawn[i], folder / f"{request.stem}_step{number}_{side}.{ending}", told, cfg.fps))
+
+
+# What is asked for
 
 
 def plan(cfg: DictConfig) -> list[Request]:
@@ -72,93 +104,230 @@ def plan(cfg: DictConfig) -> list[Request]:
     Raises:
         UserError: for an empty list of prompts, an empty prompt, or counts below 1.
     """
-    prompts = [cfg.prompts] if isinstance(cfg.prompts, str) else list(cfg.prompts)
-    if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise UserError(f"prompts={prompts} holds nothing to draw; give prompts='[a red star above a blue ring]'")
-    for key in ("images_per_prompt", "batch_size"):
+    for key in ("images_per_prompt", "batch_size", "fps"):
         if cfg[key] < 1:
             raise UserError(f"{key}={cfg[key]}; use at least 1")
     if cfg.seed < 0:
         raise UserError(f"seed={cfg.seed}; use 0 or more")
-    repeated = [prompt for prompt in prompts for _ in range(cfg.images_per_prompt)]
-    return [Request(prompt, cfg.seed + i) for i, prompt in enumerate(repeated)]
+    if cfg.prompts_file is not None:
+        rows = read_prompts(Path(cfg.prompts_file))
+    else:
+        rows = [(prompt, None) for prompt in ([cfg.prompts] if isinstance(cfg.prompts, str) else cfg.prompts)]
+    if not rows or not all(prompt.strip() for prompt, _ in rows):
+        raise UserError(
+            f"prompts={[prompt for prompt, _ in rows][:3]} holds nothing to draw; "
+            "give prompts='[a red star above a blue ring]'"
+        )
+    requests, running = [], cfg.seed
+    for prompt, seed in rows:
+        for copy in range(cfg.images_per_prompt):
+            requests.append(Request(prompt, running if seed is None else seed + copy))
+            running += 1
+    return requests
 
 
-def claim_files(folder: Path, requests: list[Request]) -> Path:
+def read_prompts(file: Path) -> list[tuple[str, int | None]]:
+    """Prompts, and their seeds where given, of a text file (one a line) or a CSV file with a column "prompt".
+
+    Raises:
+        UserError: if the file is missing, empty, or has no such column.
+    """
+    if not file.is_file():
+        raise UserError(f"prompts_file={file} does not exist; give a .txt file with a prompt a line, or a .csv file")
+    text = file.read_text(encoding="utf-8-sig")
+    if file.suffix.lower() != ".csv":
+        lines = [line.strip() for line in text.splitlines()]
+        rows: list[tuple[str, int | None]] = [(line, None) for line in lines if line]
+    else:
+        table = csv.DictReader(text.splitlines())
+        if "prompt" not in (table.fieldnames or []):
+            raise UserError(f"prompts_file={file} has columns {table.fieldnames}; one must be called prompt")
+        rows = []
+        for number, row in enumerate(table, 2):
+            seed = (row.get("seed") or "").strip()
+            if seed and not seed.isdigit():
+                raise UserError(f"prompts_file={file}, line {number}: seed {seed!r} is not a whole number of 0 or more")
+            rows.append(((row["prompt"] or "").strip(), int(seed) if seed else None))
+    if not rows:
+        raise UserError(f"prompts_file={file} holds no prompt")
+    return rows
+
+
+def final_size(cfg: DictConfig, model: Pretrained) -> Size:
+    """Latent size of finished pictures: from `height` and `width`, from `aspect`, or the model's own.
+
+    Raises:
+        UserError: if it is not a size that the model can take.
+    """
+    factor, (*frames, height, width) = model.factor, model.size
+    if cfg.aspect is not None:
+        if cfg.height is not None or cfg.width is not None:
+            raise UserError(f"aspect={cfg.aspect} beside height and width; give one or the other")
+        height, width = aspect_size(cfg.aspect, height * width, model.limits.divisor)
+    for key, old in (("height", height), ("width", width)):
+        pixels = cfg[key]
+        if pixels is not None and (pixels < 1 or pixels % (factor * model.limits.divisor)):
+            step = factor * model.limits.divisor
+            near = max(step, round(pixels / step) * step)
+            raise UserError(f"{key}={pixels} is not a multiple of {step} pixels; use {near}")
+        if key == "height":
+            height = old if pixels is None else pixels // factor
+        else:
+            width = old if pixels is None else pixels // factor
+    if cfg.frames is not None:
+        if not frames:
+            raise UserError(f"frames={cfg.frames}, but {model.family} draws pictures; leave it out")
+        if cfg.frames < 1 or (cfg.frames - 1) % model.frame_factor:
+            raise UserError(f"frames={cfg.frames}; use 1 more than a multiple of {model.frame_factor}, e.g. 81")
+        frames = [(cfg.frames - 1) // model.frame_factor + 1]
+    size = (*frames, height, width)
+    model.limits.check_size(size)
+    return size
+
+
+def aspect_size(aspect: str, area: int, divisor: int) -> tuple[int, int]:
+    """Latent (height, width) of about `area` in the proportion `aspect`, "WIDTH:HEIGHT".
+
+    Raises:
+        UserError: if that is not a proportion.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)", aspect)
+    if not match or not all(float(part) > 0 for part in match.groups()):
+        raise UserError(f"aspect={aspect}; give WIDTH:HEIGHT, e.g. aspect=16:9")
+    ratio = float(match[1]) / float(match[2])
+    sides = (math.sqrt(area / ratio), math.sqrt(area * ratio))
+    height, width = (max(1, round(side / divisor)) * divisor for side in sides)
+    return height, width
+
+
+def claim_files(folder: Path, requests: list[Request], ending: str) -> Path:
     """Create the output folder; refuse to replace a picture that is already there."""
     claim_folder(folder)
-    for request in requests:
-        if (folder / f"{request.stem}.png").exists():
-            raise UserError(f"{folder / request.stem}.png exists already; choose another folder or seed")
+    stems = [request.stem for request in requests]
+    for stem in stems:
+        if stems.count(stem) > 1:
+            raise UserError(f"two requests would be called {stem}.{ending}; give them different seeds")
+        if (folder / f"{stem}.{ending}").exists():
+            raise UserError(f"{folder / stem}.{ending} exists already; choose another folder or seed")
     return folder
 
 
-def build_pipeline(model: Pretrained, adapter: Path | None, dtype: torch.dtype = torch.float32) -> Any:
+# Drawing
+
+
+def build_pipeline(
+    model: Pretrained,
+    adapter: Adapter | None = None,
+    schedule: ScaleWiseScheduler | None = None,
+    cfg: DictConfig | None = None,
+) -> Any:
     """The stock pipeline of the model; with an adapter, its LoRA weights and its scale-wise scheduler.
 
-    Raises:
-        UserError: if the adapter does not fit the model.
+    Args:
+        model: the base.
+        adapter: what the student learnt; None: the teacher.
+        schedule: the student's sampler.
+        cfg: `tiny_vae`, `compile` and `offload`; None: none of them.
     """
-    if adapter is not None:
-        check_adapter(model, adapter)
-    pipe: Any = model.pipeline(dtype)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = model.dtype(device)
+    pipe = model.pipeline(dtype)
     pipe.set_progress_bar_config(disable=True)
+    part = model.backbone_class.subfolder
     if adapter is not None:
-        pipe.load_lora_weights(str(adapter), weight_name=DIFFUSERS_WEIGHTS)
-        pipe.scheduler = ScaleWiseScheduler.from_pretrained(adapter)
-    return pipe.to("cuda") if torch.cuda.is_available() else pipe
+        assert schedule is not None
+        # The scale is folded in, and diffusers takes alpha = rank without any.
+        pipe.load_lora_weights({f"{part}.{key}": value.to(dtype) for key, value in adapter.state.items()})
+        schedule.attach(pipe)
+    if cfg is None:
+        return pipe.to(device)
+    if cfg.tiny_vae is not None:
+        pipe.vae = load_tiny_vae(cfg.tiny_vae, pipe.vae, dtype)
+    if cfg.compile:
+        getattr(pipe, part).compile_repeated_blocks(dynamic=True)
+    if cfg.offload == "none":
+        return pipe.to(device)
+    if device.type != "cuda":
+        raise UserError(
+            f"offload={cfg.offload} moves weights to a GPU and back, and this machine has none; leave it out"
+        )
+    pipe.enable_model_cpu_offload() if cfg.offload == "model" else pipe.enable_sequential_cpu_offload()
+    return pipe
 
 
-def check_adapter(model: Pretrained, adapter: Path) -> None:
-    """Raise UserError if the adapter was made for another network."""
-    state, config = load_adapter(adapter)
-    if not (adapter / SCHEDULER_CONFIG).is_file():
-        raise UserError(f"adapter {adapter} has no {SCHEDULER_CONFIG}; export it again")
-    with torch.device("meta"):
-        network = model.network_class.from_config(model.network_config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-    for key, value in state.items():
-        layer, kind = key.rsplit(".lora_", 1)
-        shape = shapes.get(f"{layer}.weight")
-        side = None if shape is None else shape[1] if kind.startswith("A") else shape[0]
-        if side is None or side != value.shape[1 if kind.startswith("A") else 0]:
-            base = config.get("base_model_name_or_path")
-            raise UserError(f"adapter {adapter} (made for {base}) does not fit model {model.folder.name}: {layer}")
+def load_tiny_vae(path: str, full: Any, dtype: torch.dtype) -> Any:
+    """A distilled decoder in place of the VAE: a small fraction of its time, at some loss.
+
+    Raises:
+        UserError: if it cannot be loaded or is for other latents.
+    """
+    try:
+        tiny = AutoencoderTiny.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"tiny_vae={path} cannot be loaded ({reason[:160]})") from None
+    if tiny.config.latent_channels != full.config.latent_channels:
+        raise UserError(
+            f"tiny_vae={path} decodes {tiny.config.latent_channels} channels, this model's latents have "
+            f"{full.config.latent_channels}"
+        )
+    return tiny
 
 
 @torch.no_grad()
-def draw(pipe: Any, model: Pretrained, requests: list[Request]) -> tuple[list[Image.Image], list[list[Image.Image]]]:
-    """Pictures of a batch of requests, and, from a scale-wise scheduler, the decoded prediction of every step."""
-    arguments: dict[str, Any] = {"max_sequence_length": model.max_text_tokens}
-    scheduler = pipe.scheduler
-    factor = pipe.vae_scale_factor
-    if isinstance(scheduler, ScaleWiseScheduler):
-        scheduler.keep_x0 = True
-        height, width = (side * factor for side in scheduler.base_sizes[0])
-        arguments |= {"num_inference_steps": scheduler.num_inference_steps, "guidance_scale": 1.0}
-    else:
-        height = width = model.native_size * factor
-        arguments |= {"num_inference_steps": model.teacher_steps, "guidance_scale": model.guidance_scale}
+def draw(
+    pipe: Any, model: Pretrained, requests: list[Request], size: Size | None = None, show_sizes: bool = True
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Pictures `[3, H, W]` or videos `[3, F, H, W]` in [-1, 1] of a batch of requests.
+
+    Args:
+        pipe: from `build_pipeline`.
+        model: its model.
+        requests: prompts and seeds.
+        size: latent size of the finished ones; None: the model's own.
+        show_sizes: also decode the prediction of every step, if the scheduler is scale-wise.
+
+    Returns:
+        The finished ones, and for every step its predictions.
+    """
+    backbone, scheduler, size = model.backbone_class, pipe.scheduler, size or model.size
+    pixels = model.pixel_size(size)
+    arguments: dict[str, Any] = {"height": pixels[-2], "width": pixels[-1], "output_type": "latent"}
+    if backbone.video:
+        arguments["num_frames"] = pixels[0]
     generators = [torch.Generator().manual_seed(request.seed) for request in requests]
-    prompts = [request.prompt for request in requests]
-    images = pipe(prompts, height=height, width=width, generator=generators, **arguments).images
-    if not isinstance(scheduler, ScaleWiseScheduler):
-        return images, []
-    return images, [[to_pil(x) for x in decode(pipe, x0)] for x0 in scheduler.x0_predictions]
+    arguments |= backbone.sampling_arguments(model.max_text_tokens, model.embedded_guidance)
+    if isinstance(scheduler, ScaleWiseScheduler):
+        scheduler.keep_x0 = show_sizes
+        latents = scheduler.initial_latents(
+            len(requests), model.channels, size[-2], size[-1], size[0] if backbone.video else None, generators
+        )
+        arguments |= {
+            "latents": backbone.to_pipeline(latents).to(pipe._execution_device, model.latent_dtype(pipe)),
+            "num_inference_steps": scheduler.num_inference_steps,
+        }
+    else:
+        arguments |= {"num_inference_steps": model.teacher_steps, "generator": generators}
+        if model.guidance_scale != 1.0:
+            arguments["guidance_scale"] = model.guidance_scale
+    latents = pipe([request.prompt for request in requests], **arguments)[0]
+    latents = backbone.from_pipeline(latents, size)
+    encoders = backbone.encoders_type(pipe, model.max_text_tokens)
+    final = list(encoders.decode(latents).cpu())
+    if not (show_sizes and isinstance(scheduler, ScaleWiseScheduler)):
+        return final, []
+    return final, [list(encoders.decode(x0.to(latents.device)).cpu()) for x0 in scheduler.x0_predictions]
 
 
-def decode(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Pictures `[B, 3, H, W]` in [-1, 1] of a pipeline's latents."""
-    vae = pipe.vae
-    pixels: torch.Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor)[0]
-    return pixels
-
-
-def save(image: Image.Image, path: Path, info: dict[str, Any]) -> Path:
-    """Write a PNG with its origin in the metadata, never over an existing file."""
+def save(drawn: Tensor, path: Path, info: dict[str, Any], fps: int = 16) -> Path:
+    """Write a PNG or an MP4 with its origin in the metadata, never over an existing file."""
     if path.exists():
         raise UserError(f"{path} exists already; choose another folder or seed")
+    told = {key: str(value) for key, value in {**info, "software": f"swd {__version__}"}.items() if value is not None}
+    if drawn.ndim == 4:
+        return write_aside(path, lambda new: video.write(new, drawn, fps, json.dumps(told)))
     meta = PngImagePlugin.PngInfo()
-    for key, value in {**info, "software": f"swd {__version__}"}.items():
-        meta.add_text(key, str(value))
+    for key, value in told.items():
+        meta.add_text(key, value)
+    image: Image.Image = to_pil(drawn)
     return write_aside(path, lambda new: image.save(new, format="PNG", pnginfo=meta))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swd.modules.networks import Role, SharedBase
+from swd.modules.networks import Networks, Role
 from swd.scheduler import ScaleWiseScheduler
 from swd.types import Conditioning, Size
 
@@ -21,7 +21,7 @@ def initial_latents(seeds: Sequence[int], channels: int, size: Size) -> Tensor:
 
 @torch.no_grad()
 def sample_latents(
-    networks: SharedBase,
+    networks: Networks,
     scheduler: Any,
     latents: Tensor,
     conditioning: Conditioning,
@@ -53,7 +53,9 @@ def sample_latents(
     with networks.role(role), networks.autocast():
         for i, timestep in enumerate(scheduler.timesteps):
             x_in = torch.cat([x, x]) if guided else x
-            prediction, _ = networks.backbone.predict(x_in, scheduler.sigmas[i].expand(len(x_in)), conditioning)
+            prediction, _ = networks.backbone_of(role).predict(
+                x_in, scheduler.sigmas[i].expand(len(x_in)), conditioning
+            )
             if guided:
                 without, text = prediction.chunk(2)
                 prediction = without + guidance_scale * (text - without)

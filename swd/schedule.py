@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from swd.scheduler import ScaleWiseScheduler, upsample
+from swd.scheduler import ScaleWiseScheduler, blend_frames, upsample
 from swd.types import Size, UserError
 
 __all__ = ["Interval", "ScaleSchedule", "downscale", "upsample"]
@@ -74,20 +74,37 @@ class ScaleSchedule:
         """Step `i` (from 0); the first step's source and target are both the first size."""
         return Interval(i, self.sigmas[i], self.sizes[max(i - 1, 0)], self.sizes[i])
 
-    def scheduler(self, divisor: int = 1) -> ScaleWiseScheduler:
+    def scheduler(self, divisor: int = 1, prediction_type: str = "flow") -> ScaleWiseScheduler:
         """The sampler of this schedule."""
         sizes = [s[0] if len(s) == 2 and s[0] == s[1] else list(s) for s in self.sizes]
-        return ScaleWiseScheduler(sigmas=list(self.sigmas), sizes=sizes, divisor=divisor)
+        return ScaleWiseScheduler(
+            sigmas=list(self.sigmas), sizes=sizes, divisor=divisor, prediction_type=prediction_type
+        )
 
 
 def downscale(pixels: Tensor, size: Sequence[int]) -> Tensor:
-    """Area-downscale pictures `[B, C, H, W]` to (H, W) in pixels, from full size directly (SwD paper, section 3.2).
+    """Area-downscale pictures or videos to a size in pixels, from full size directly (SwD paper, section 3.2).
+
+    A video loses frames first: those at `linspace(0, F - 1, n)`, blended linearly from their neighbours.
+
+    Args:
+        pixels: `[B, C, H, W]` or `[B, C, F, H, W]`.
+        size: (H, W) or (F, H, W).
 
     Raises:
-        UserError: if the pictures are smaller than that.
+        UserError: if the pictures are smaller than that, or of other axes.
     """
-    size = tuple(size)
-    if any(side < wanted for side, wanted in zip(pixels.shape[2:], size, strict=True)):
-        have = tuple(pixels.shape[2:])
+    size, have = tuple(size), tuple(pixels.shape[2:])
+    if len(size) != len(have):
+        raise UserError(
+            f"data of {have} pixels do not fit sizes of {size}: give pictures for (H, W), videos for (F, H, W)"
+        )
+    if any(side < wanted for side, wanted in zip(have, size, strict=True)):
         raise UserError(f"pictures of {have} pixels cannot be shrunk to {size}; use larger pictures or smaller sizes")
-    return pixels if tuple(pixels.shape[2:]) == size else F.interpolate(pixels, size=size, mode="area")
+    if have == size:
+        return pixels
+    if len(size) == 2:
+        return F.interpolate(pixels, size=size, mode="area")
+    frames = blend_frames(pixels, size[0])
+    flat = F.interpolate(frames.transpose(1, 2).flatten(0, 1), size=size[1:], mode="area")
+    return flat.unflatten(0, (len(pixels), size[0])).transpose(1, 2)

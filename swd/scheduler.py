@@ -2,8 +2,12 @@
 
 This file stands alone: it needs torch and diffusers only, so that an exported model can carry it along.
 
-    pipe.scheduler = ScaleWiseScheduler.from_pretrained(folder)
-    pipe(prompt, num_inference_steps=4, guidance_scale=1.0, height=8 * first_size, width=8 * first_size)
+    scheduler = ScaleWiseScheduler.from_pretrained(folder)
+    scheduler.attach(pipe)
+    latents = scheduler.initial_latents(1, channels=16, height=128, width=128, generator=generator)
+    pipe(prompt, latents=latents, height=1024, width=1024, num_inference_steps=4, guidance_scale=1.0)
+
+Stable Diffusion 3, SDXL and Wan pipelines also start from `height` and `width` (`num_frames`) of the first size.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -38,15 +43,61 @@ def upsample(x0: Tensor, size: Sequence[int]) -> Tensor:
         return x0
     if x0.ndim == 4:
         return F.interpolate(x0, size=size, mode=INTERPOLATION, align_corners=False)
-    batch, channels, frames = x0.shape[:3]
+    batch, _, frames = x0.shape[:3]
     flat = x0.transpose(1, 2).flatten(0, 1)
     flat = F.interpolate(flat, size=size[1:], mode=INTERPOLATION, align_corners=False)
-    video = flat.unflatten(0, (batch, frames)).transpose(1, 2)
-    if frames == size[0]:
+    return blend_frames(flat.unflatten(0, (batch, frames)).transpose(1, 2), size[0])
+
+
+def blend_frames(video: Tensor, frames: int) -> Tensor:
+    """Another number of frames, each blended linearly from its neighbours; the first and the last stay.
+
+    Args:
+        video: `[B, C, F, H, W]`.
+        frames: how many are wanted.
+    """
+    count = video.shape[2]
+    if count == frames:
         return video
-    lines = video.flatten(3).transpose(2, 3).flatten(0, 2).unsqueeze(1)  # [B*C*H*W, 1, F]
-    lines = F.interpolate(lines, size=size[0], mode="linear", align_corners=True)
-    return lines.unflatten(0, (batch, channels, -1)).squeeze(3).transpose(2, 3).unflatten(3, size[1:])
+    place = torch.linspace(0, count - 1, frames, dtype=torch.float64)
+    left = place.floor().long().clamp(max=max(count - 2, 0))
+    share = (place - left).to(torch.float32).to(video.device).view(1, 1, -1, 1, 1)
+    right = (left + 1).clamp(max=count - 1)
+    left, right = left.to(video.device), right.to(video.device)
+    return ((1 - share) * video.index_select(2, left) + share * video.index_select(2, right)).to(video.dtype)
+
+
+@cache
+def signal_levels() -> Tensor:
+    """`abar` of Stable Diffusion's 1000 steps, float32: betas between 0.00085 and 0.012, linear in their roots."""
+    roots = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float32)
+    return torch.cumprod(1 - roots.square(), 0)
+
+
+def vp_timestep(sigma: Tensor) -> Tensor:
+    """The step of a variance-preserving network at level `sigma`: `min(round(1000 sigma), 999)`, int64."""
+    return (1000 * sigma.float()).round().long().clamp(0, 999)
+
+
+def pack(latents: Tensor) -> Tensor:
+    """2x2 patches as tokens, `[B, C, H, W]` to `[B, H/2 * W/2, 4 C]`: how FLUX carries latents."""
+    batch, channels, height, width = latents.shape
+    patches = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(batch, height // 2 * (width // 2), 4 * channels)
+
+
+def unpack(tokens: Tensor, size: Sequence[int]) -> Tensor:
+    """The inverse of `pack`, to (H, W)."""
+    batch, _, width = tokens.shape
+    grid = tokens.view(batch, size[0] // 2, size[1] // 2, width // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return grid.reshape(batch, width // 4, size[0], size[1])
+
+
+def position_ids(size: Sequence[int], device: Any = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """FLUX's position ids `[H/2 * W/2, 3]` of a latent size: zero, row, column."""
+    rows, columns = (torch.arange(side // 2, device=device, dtype=dtype) for side in size)
+    places = torch.meshgrid(rows, columns, indexing="ij")
+    return torch.stack([torch.zeros_like(places[0]), *places], -1).flatten(0, 1)
 
 
 @dataclass
@@ -69,6 +120,8 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         num_train_timesteps: what the network's timestep is at sigma 1.
         divisor: latent side lengths are rounded to a multiple of this when the call's aspect ratio differs.
         interpolation: how clean predictions are upsampled; only "bicubic" is known.
+        prediction_type: what the network predicts: "flow", the velocity of rectified flow, or "epsilon", the noise of
+            the variance-preserving process (SDXL).
 
     Raises:
         ValueError: if the schedule is inconsistent, or a pipeline asks for something else than this schedule.
@@ -85,13 +138,17 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         num_train_timesteps: int = 1000,
         divisor: int = 1,
         interpolation: str = INTERPOLATION,
+        prediction_type: str = "flow",
     ) -> None:
+        if prediction_type not in ("flow", "epsilon"):
+            raise ValueError(f"prediction_type {prediction_type!r} is not known; use 'flow' or 'epsilon'")
         if interpolation != INTERPOLATION:
             raise ValueError(f"interpolation {interpolation!r} is not known; models are trained with {INTERPOLATION!r}")
         if len(sigmas) != len(sizes):
             raise ValueError(f"{len(sigmas)} sigmas but {len(sizes)} sizes; give one size per sigma")
         self.base_sizes = [(s, s) if isinstance(s, int) else tuple(s) for s in sizes]
         self.keep_x0 = False
+        self._planned: list[tuple[int, ...]] = list(self.base_sizes)
         self.set_timesteps(len(sigmas))
 
     # What pipelines call before the loop
@@ -122,6 +179,8 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"sigmas={list(sigmas)} differ from this model's schedule {own}; leave sigmas out")
         self.sigmas = torch.tensor([*own, 0.0], dtype=torch.float32, device=device)
         self.timesteps = self.config.num_train_timesteps * self.sigmas[:-1]
+        if self.config.prediction_type == "epsilon":
+            self.timesteps = vp_timestep(self.sigmas[:-1])
         self.num_inference_steps = len(own)
         self.sizes = list(self.base_sizes)
         self.x0_predictions: list[Tensor] = []
@@ -154,6 +213,72 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         """Number of steps done."""
         return self._step_index
 
+    def initial_latents(
+        self,
+        batch: int,
+        channels: int,
+        height: int | None = None,
+        width: int | None = None,
+        frames: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        packed: bool = False,
+    ) -> Tensor:
+        """Pure noise at the first size, for a pipeline's `latents=`.
+
+        Args:
+            batch: number of samples.
+            channels: latent channels.
+            height, width, frames: *final* latent size; the schedule's own by default. The first size follows.
+            generator: one, or one a sample.
+            packed: as FLUX's tokens `[B, L, 4 C]`.
+
+        Returns:
+            `[B, C, *first_size]` float32, or tokens.
+
+        Raises:
+            ValueError: if there are not as many generators as samples.
+        """
+        final = self.base_sizes[-1]
+        sides = (height or final[-2], width or final[-1])
+        wanted: tuple[int, ...] = sides if len(final) == 2 else (frames or final[0], *sides)
+        first = self._plan(wanted)[0]
+        if isinstance(generator, Sequence):
+            if len(generator) != batch:
+                raise ValueError(f"{len(generator)} generators for {batch} samples; give one each")
+            rows = [torch.randn(1, channels, *first, generator=g) for g in generator]
+            noise = torch.cat(rows)
+        else:
+            noise = torch.randn(batch, channels, *first, generator=generator)
+        return pack(noise) if packed else noise
+
+    def attach(self, pipe: Any) -> Any:
+        """Make a diffusers pipeline sample with this schedule; returns the pipeline.
+
+        FLUX's position ids are made once for the final size; its transformer gets those of each step's own size.
+        """
+        pipe.scheduler = self
+        network = getattr(pipe, "transformer", None)
+        if network is not None and hasattr(network.config, "axes_dims_rope"):
+            for handle in getattr(network, "_scale_wise_hooks", []):
+                handle.remove()  # an earlier schedule's
+            hook = network.register_forward_pre_hook(self._refresh_ids, with_kwargs=True)
+            network._scale_wise_hooks = [hook]
+        return pipe
+
+    def _refresh_ids(self, network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        ids = kwargs["img_ids"]
+        size = self._token_size(kwargs["hidden_states"])
+        return args, kwargs | {"img_ids": position_ids(size, ids.device, ids.dtype)}
+
+    def _token_size(self, tokens: Tensor) -> tuple[int, ...]:
+        """Latent size of packed tokens at the current step."""
+        size = self.sizes[self._step_index] if self._step_index else self._planned[0]
+        if size[0] * size[1] != 4 * tokens.shape[1]:
+            raise ValueError(
+                f"{tokens.shape[1]} tokens are no latent of size {size}: pass latents=initial_latents(...)"
+            )
+        return size
+
     # The loop
 
     def step(
@@ -168,9 +293,9 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         """One step: clean prediction at this size, upsampled, noised to the next level.
 
         Args:
-            model_output: velocity `[B, C, *size]`.
+            model_output: what the network predicts, of the shape of `sample`.
             timestep: ignored; steps are counted.
-            sample: noised latent `[B, C, *size]`.
+            sample: noised latent `[B, C, *size]`, or FLUX's tokens `[B, L, 4 C]`.
             return_dict: an output object instead of a tuple.
             noise: fresh noise for the next step `[B, C, *next_size]` instead of the one derived from the first latent.
 
@@ -180,16 +305,36 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         i = self._step_index
         if i >= self.num_inference_steps:
             raise ValueError(f"step called more than {self.num_inference_steps} times; call set_timesteps first")
+        packed, dtype = sample.ndim == 3, sample.dtype
+        if packed:
+            size = self._token_size(sample)
+            sample, model_output = unpack(sample, size), unpack(model_output, size)
         if i == 0:
             self.sizes = self._sizes_for(tuple(sample.shape[2:]))
             self._seeds = [_latent_seed(row) for row in sample]
-        x0 = sample.float() - self.sigmas[i].to(sample.device) * model_output.float()
+        x0 = self._to_x0(sample.float(), model_output.float(), i)
         if self.keep_x0:
-            self.x0_predictions.append(x0.to(sample.dtype))
+            self.x0_predictions.append(x0.to(dtype))
         self._step_index = i + 1
         prev = x0 if i + 1 == self.num_inference_steps else self._renoise(x0, i + 1, noise)
-        prev, x0 = prev.to(sample.dtype), x0.to(sample.dtype)
+        if packed:
+            prev, x0 = pack(prev), pack(x0)
+        prev, x0 = prev.to(dtype), x0.to(dtype)
         return ScaleWiseSchedulerOutput(prev_sample=prev, pred_original_sample=x0) if return_dict else (prev, x0)
+
+    def _scales(self, i: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """What signal and noise are multiplied by at step `i`."""
+        sigma = self.sigmas[i]
+        if self.config.prediction_type == "flow":
+            return (1 - sigma).to(like.device), sigma.to(like.device)
+        abar = signal_levels()[vp_timestep(sigma.cpu())]
+        return abar.sqrt().to(like.device), (1 - abar).sqrt().to(like.device)
+
+    def _to_x0(self, sample: Tensor, model_output: Tensor, i: int) -> Tensor:
+        signal, noise = self._scales(i, sample)
+        if self.config.prediction_type == "flow":
+            return sample - noise * model_output
+        return (sample - noise * model_output) / signal
 
     def _renoise(self, x0: Tensor, i: int, noise: Tensor | None) -> Tensor:
         z = upsample(x0, self.sizes[i])
@@ -199,23 +344,34 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
                 for seed in self._seeds
             ]
             noise = torch.stack(rows)
-        sigma = self.sigmas[i].to(z.device)
-        return (1 - sigma) * z + sigma * noise.to(z)
+        signal, level = self._scales(i, z)
+        return signal * z + level * noise.to(z)
+
+    def _plan(self, final: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Remember the sizes of a call that ends at exactly `final`."""
+        base = self.base_sizes
+        if any(side % self.config.divisor for side in final[-2:]):
+            raise ValueError(f"size {final}: sides must be multiples of {self.config.divisor}")
+        self._planned = [*(self._stretched(size, final, base[-1]) for size in base[:-1]), final]
+        return self._planned
+
+    def _stretched(self, size: tuple[int, ...], wanted: tuple[int, ...], base: tuple[int, ...]) -> tuple[int, ...]:
+        """`size` times wanted / base along each axis, rounded to what the network takes."""
+        stretched = []
+        for axis, (side, new, old) in enumerate(zip(size, wanted, base, strict=True)):
+            unit = 1 if len(size) == 3 and axis == 0 else self.config.divisor
+            stretched.append(max(unit, round(new * side / old / unit) * unit))
+        return tuple(stretched)
 
     def _sizes_for(self, first: tuple[int, ...]) -> list[tuple[int, ...]]:
         """The schedule's sizes, stretched to the aspect ratio of the initial latent."""
-        base, divisor = self.base_sizes, self.config.divisor
-        if first == base[0]:
-            return list(base)
+        base = self.base_sizes
+        for known in (self._planned, base):
+            if first == known[0]:
+                return list(known)
         if len(first) != len(base[0]):
             raise ValueError(f"initial latent has size {first}, the schedule's first size is {base[0]}")
-        sizes = []
-        for size in base:
-            grown = []
-            for axis, (side, start) in enumerate(zip(size, base[0], strict=True)):
-                unit = 1 if len(size) == 3 and axis == 0 else divisor
-                grown.append(max(unit, round(first[axis] * side / start / unit) * unit))
-            sizes.append(tuple(grown))
+        sizes = [self._stretched(size, first, base[0]) for size in base]
         sizes[0] = first
         return sizes
 

@@ -25,10 +25,14 @@ class Conditioning:
     Attributes:
         embeds: text token embeddings `[B, L, D]`.
         pooled: pooled text embedding `[B, P]`, or None for families without one.
+        time_ids: SDXL's micro-conditioning in pixels `[B, 6]`: original size, crop, target size; None elsewhere.
+        mask: which text tokens count `[B, L]`, 1 or 0; None where the network sees all of them.
     """
 
     embeds: Tensor
     pooled: Tensor | None = None
+    time_ids: Tensor | None = None
+    mask: Tensor | None = None
 
     def __len__(self) -> int:
         return self.embeds.shape[0]
@@ -63,7 +67,7 @@ class Batch:
     """One batch of training data.
 
     Attributes:
-        pixels: full-resolution images `[B, 3, H, W]` in [-1, 1].
+        pixels: full-resolution images `[B, 3, H, W]` or videos `[B, 3, F, H, W]` in [-1, 1].
         prompts: B captions.
     """
 

@@ -84,7 +84,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "lengths": (["schedule.sigmas=[1.0,0.5]"], ["2 sigmas but 3 sizes"]),
     "nothing": (["schedule.sigmas=[]", "schedule.sizes=[]"], ["schedule.sigmas is empty"]),
     "sizes shrink": (["schedule.sizes=[6,4,8]"], ["must not shrink", "(4, 4) follows (6, 6)"]),
-    "size not divisible": (["schedule.sizes=[4,7,8]"], ["7 is not divisible by the patch size 2", "use 6 or 8"]),
+    "size not divisible": (["schedule.sizes=[4,7,8]"], ["7 is not divisible by 2", "use 6 or 8"]),
     "size beyond the limit": (["schedule.sizes=[4,6,14]"], ["14", "positional limit 12"]),
     "size of 0": (["schedule.sizes=[0,4,8]"], ["(0, 0)"]),
     "video size": (["schedule.sizes=[[1,4,4],[1,6,6],[1,8,8]]"], ["3 axes", "(H, W)"]),

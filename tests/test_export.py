@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from diffusers import SD3Transformer2DModel
 from peft import PeftModel
 from torch.testing import assert_close
 
-from swd.export import PEFT_WEIGHTS, find_adapter, load_adapter, save_adapter
+from swd.adapters import PEFT_CONFIG, PEFT_WEIGHTS, load, locate, save_adapter
 from swd.scheduler import ScaleWiseScheduler
 from swd.types import UserError
 
@@ -42,7 +43,7 @@ def test_peft_loads_the_folder_and_predicts_the_same(tmp_path: Path, alpha: floa
 def test_state_and_schedule_survive_the_folder(tmp_path: Path) -> None:
     networks = tiny.build_networks()
     folder = saved(tmp_path / "adapter", networks)
-    state, config = load_adapter(folder)
+    state, config = load(folder).state, json.loads((folder / PEFT_CONFIG).read_text())
     own = networks.adapter_state("student")
     assert state.keys() == own.keys() and all(torch.equal(state[k], own[k]) for k in own)
     assert (config["r"], config["lora_alpha"]) == (4, 4)
@@ -62,14 +63,14 @@ def test_an_existing_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
 
 def test_find_adapter(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="train first"):
-        find_adapter("latest", tmp_path)
+        locate("latest", tmp_path)
     folder = saved(tmp_path / "run" / "time" / "adapter", tiny.build_networks())
     for name in ("latest", str(folder), str(folder.parent)):
-        assert find_adapter(name, tmp_path) == folder
+        assert locate(name, tmp_path) == folder
     with pytest.raises(UserError, match="does not exist"):
-        find_adapter(str(tmp_path / "nowhere"), tmp_path)
+        locate(str(tmp_path / "nowhere"), tmp_path)
     with pytest.raises(UserError, match="holds no adapter"):
-        find_adapter(str(tmp_path), tmp_path)
+        locate(str(tmp_path), tmp_path)
     (folder / PEFT_WEIGHTS).unlink()
     with pytest.raises(UserError, match=f"{PEFT_WEIGHTS} is missing"):
-        load_adapter(folder)
+        load(folder)

@@ -12,8 +12,9 @@ from tiny import BLOCKS, build_conditioning, build_latents, build_networks, buil
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from swd.modules.backbones.base import TARGETS
 from swd.modules.backbones.sd3 import SD3Backbone
-from swd.modules.networks import SD3_TARGETS, Role, SharedBase
+from swd.modules.networks import Role, SharedBase
 from swd.types import UserError
 
 SIGMA = torch.tensor([0.9, 0.4])
@@ -26,7 +27,7 @@ def predict(networks: SharedBase, role: Role, x: Tensor | None = None) -> Tensor
 def separate_copy(networks: SharedBase, role: Role, rank: int = 4) -> SD3Backbone:
     """A network of its own with the one adapter, switched by nobody."""
     network = build_transformer().requires_grad_(False)
-    network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(SD3_TARGETS)), "default")
+    network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS)), "default")
     parameters = dict(network.named_parameters())
     for key, parameter in networks.backbone.network.named_parameters():
         if f".{role}." in key:

@@ -30,7 +30,7 @@ def test_limits_come_from_configuration_files(tiny_model: Path) -> None:
 @pytest.mark.parametrize(
     ("size", "words"),
     [
-        ((4, 7), ["7", "not divisible by the patch size 2", "use 6 or 8"]),
+        ((4, 7), ["7", "not divisible by 2", "use 6 or 8"]),
         ((1, 4), ["1", "use 2"]),
         ((4, 14), ["14", "positional limit 12"]),
         ((2, 4, 4), ["(2, 4, 4)", "3 axes", "(H, W)"]),

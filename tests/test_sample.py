@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiny
 import torch
@@ -12,8 +11,7 @@ from hydra.utils import instantiate
 from PIL import Image
 
 from swd import sample
-from swd.export import save_adapter
-from swd.images import to_pil
+from swd.adapters import check_fits, load, save_adapter
 from swd.modules.pretrained import Pretrained
 from swd.sampling import initial_latents, sample_latents
 from swd.types import UserError
@@ -49,19 +47,33 @@ def test_equals_the_training_sampler_bit_for_bit(made) -> None:
     encoders = model.encoders()
     latents = initial_latents([3, 4], model.channels, scheduler.base_sizes[0])
     latents = sample_latents(networks, scheduler, latents, encoders.encode_prompts(PROMPTS))
-    expected = [to_pil(x) for x in encoders.decode(latents)]
-    expected_first = [to_pil(x) for x in encoders.decode(scheduler.x0_predictions[0])]
 
-    pipe = sample.build_pipeline(model, folder)
+    pipe = sample.build_pipeline(model, load(folder), tiny.build_schedule().scheduler(2))
     requests = [sample.Request(prompt, 3 + i) for i, prompt in enumerate(PROMPTS)]
     final, sizes = sample.draw(pipe, model, requests)
-    assert torch.equal(torch.stack(sizes_of(final)), torch.stack(sizes_of(expected)))
-    assert torch.equal(torch.stack(sizes_of(sizes[0])), torch.stack(sizes_of(expected_first)))
+    assert torch.equal(torch.stack(final), encoders.decode(latents))
+    assert torch.equal(torch.stack(sizes[0]), encoders.decode(scheduler.x0_predictions[0]))
     assert torch.equal(pipe.scheduler.x0_predictions[-1], latents)
 
 
-def sizes_of(images: list[Image.Image]) -> list[torch.Tensor]:
-    return [torch.from_numpy(np.asarray(image).copy()) for image in images]
+def test_the_first_size_as_height_and_width_gives_the_same(made) -> None:
+    """The short recipe of the README: no `latents`, the pipeline draws the noise itself."""
+    model, _, folder = made
+    pipe = sample.build_pipeline(model, load(folder), tiny.build_schedule().scheduler(2))
+    final, _ = sample.draw(pipe, model, [sample.Request(prompt, 3 + i) for i, prompt in enumerate(PROMPTS)])
+    generators = [torch.Generator().manual_seed(3 + i) for i in range(2)]
+    side = 8 * tiny.SIZES[0]
+    images = pipe(
+        PROMPTS,
+        height=side,
+        width=side,
+        num_inference_steps=3,
+        guidance_scale=1.0,
+        max_sequence_length=12,
+        generator=generators,
+        output_type="pt",
+    ).images
+    torch.testing.assert_close(images * 2 - 1, torch.stack(final), rtol=0, atol=1e-6)  # it goes through [0, 1]
 
 
 def test_run_writes_every_size_with_its_origin_and_never_overwrites(made, tmp_path: Path) -> None:
@@ -105,7 +117,7 @@ def test_an_adapter_of_another_network_is_refused(made, tmp_path: Path) -> None:
     state = {k: torch.cat([v, v], 1) if ".lora_A." in k else v for k, v in networks.adapter_state("student").items()}
     adapter = save_adapter(tmp_path / "a", state, 4, 4, tiny.build_schedule().scheduler(2), "wider", "transformer")
     with pytest.raises(UserError, match=r"made for wider\) does not fit model tiny-sd3"):
-        sample.build_pipeline(model, adapter)
+        check_fits(load(adapter), model)
 
 
 def test_without_an_adapter_the_teacher_draws(made) -> None:
@@ -113,9 +125,73 @@ def test_without_an_adapter_the_teacher_draws(made) -> None:
     model.teacher_steps = 2
     pipe = sample.build_pipeline(model, None)
     images, sizes = sample.draw(pipe, model, [sample.Request("a red star", 0)])
-    assert images[0].size == (64, 64) and sizes == []
+    assert images[0].shape == (3, 64, 64) and sizes == []
 
 
 def test_embedded_teacher_is_configured() -> None:
     model: Pretrained = instantiate(tiny.composed([], "sample").model, _convert_="all")
-    assert (model.native_size, model.channels, model.limits.blocks) == (16, 16, 6)
+    assert (model.size, model.channels, model.limits.blocks) == ((16, 16), 16, 6)
+
+
+# What can be asked for
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.txt", "a red star\n\n a ring \n", [("a red star", 5), ("a ring", 6)]),
+        ("a.csv", 'seed,prompt\n3,"a star, red"\n,a ring\n', [("a star, red", 3), ("a ring", 6)]),
+    ],
+)
+def test_prompts_from_a_file(made, tmp_path: Path, name: str, text: str, expected: list) -> None:
+    (tmp_path / name).write_text(text)
+    cfg = config(made[0], made[2], tmp_path / "out", prompts_file=tmp_path / name, seed=5)
+    assert [(r.prompt, r.seed) for r in sample.plan(cfg)] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "caption\na star\n", "one must be called prompt"),
+        ("a.csv", "prompt,seed\na star,x\n", "line 2: seed 'x'"),
+        ("a.txt", "\n", "holds no prompt"),
+    ],
+)
+def test_wrong_prompt_files_are_named(made, tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        sample.plan(config(made[0], made[2], tmp_path / "out", prompts_file=tmp_path / name))
+    with pytest.raises(UserError, match="does not exist"):
+        sample.plan(config(made[0], made[2], tmp_path / "out", prompts_file=tmp_path / "none.txt"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "size"),
+    [({}, (8, 8)), ({"height": 96}, (12, 8)), ({"height": 96, "width": 48}, (12, 6)), ({"aspect": "9:4"}, (6, 12))],
+)
+def test_final_size(made, tmp_path: Path, asked: dict, size: tuple[int, int]) -> None:
+    assert sample.final_size(config(made[0], made[2], tmp_path, **asked), made[0]) == size
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"height": 100}, "height=100 is not a multiple of 16 pixels; use 96"),
+        ({"aspect": "wide"}, "give WIDTH:HEIGHT"),
+        ({"aspect": "1:1", "width": 64}, "one or the other"),
+        ({"height": 1600}, "beyond the positional limit 12"),
+        ({"frames": 5}, "draws pictures"),
+    ],
+)
+def test_wrong_sizes_are_refused(made, tmp_path: Path, asked: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        sample.final_size(config(made[0], made[2], tmp_path, **asked), made[0])
+
+
+def test_two_pictures_never_share_a_name(made, tmp_path: Path) -> None:
+    cfg = config(made[0], made[2], tmp_path / "out")
+    cfg.prompts = ["a star", "A star!"]
+    (tmp_path / "p.csv").write_text("prompt,seed\na star,1\nA star!,1\n")
+    cfg.prompts_file = str(tmp_path / "p.csv")
+    with pytest.raises(UserError, match="two requests would be called a-star_seed1"):
+        sample.run(cfg)

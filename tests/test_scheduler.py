@@ -13,7 +13,7 @@ from tiny import CHANNELS, SIGMAS, SIZES, TEXT_TOKENS, build_latents, build_netw
 from torch import Tensor
 from torch.testing import assert_close
 
-from swd.modules.encoders import SD3Encoders
+from swd.modules.backbones.sd3 import SD3Encoders
 from swd.modules.networks import SharedBase
 from swd.sampling import initial_latents, sample_latents
 from swd.schedule import upsample

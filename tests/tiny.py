@@ -116,6 +116,7 @@ def overrides(model: Path, folder: Path, **more: Any) -> list[str]:
         "folder": folder,
         "name": "tiny",
         "model.path": model,
+        "model.size": 8,
         "model.rank": 4,
         "model.precision": "fp32",
         "model.feature_blocks": "[1]",

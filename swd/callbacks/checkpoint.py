@@ -11,8 +11,9 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
-from swd.export import save_adapter
+from swd.adapters import save_adapter, save_student
 from swd.modules.distiller import Distiller
+from swd.modules.networks import SharedBase
 from swd.types import UserError
 
 COMPARED = ("seed", "model", "schedule", "loss", "data", "task")  # the task repeats the groups that it is built from
@@ -57,20 +58,28 @@ class Checkpoint(ModelCheckpoint):
 
 
 class SaveAdapter(Callback):
-    """Write the student's adapter and its schedule to `adapter/` of the run folder when training ends."""
+    """Write the student and its schedule into the run folder when training ends.
+
+    An adapter goes to `adapter/`; a student that was trained whole to `student/`, as a diffusers model.
+    """
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if isinstance(pl_module, Distiller) and trainer.is_global_zero:
-            model = pl_module.model
+        if not (isinstance(pl_module, Distiller) and trainer.is_global_zero):
+            return
+        model, networks = pl_module.model, pl_module.networks
+        if isinstance(networks, SharedBase):
             save_adapter(
                 Path(trainer.default_root_dir) / "adapter",
-                pl_module.networks.adapter_state("student"),
+                networks.adapter_state("student"),
                 model.rank,
                 model.rank if model.alpha is None else model.alpha,
                 pl_module.scheduler(),
-                base=model.folder.name,
+                base=model.name,
                 part=model.backbone_class.subfolder,
             )
+        else:
+            network: Any = networks.backbone_of("student").network
+            save_student(Path(trainer.default_root_dir) / "student", network, pl_module.scheduler())
 
 
 def find_checkpoint(resume: str | None, runs: Path, cfg: DictConfig) -> str | None:

@@ -22,7 +22,7 @@ def forward_gflop(model: Pretrained, size: Size, conditioning: Conditioning) -> 
     """
     with torch.device("meta"):
         network = model.network_class.from_config(model.network_config)
-        backbone = model.backbone_class(network).eval()
+        backbone = model.backbone_class(network, model.embedded_guidance).eval()
         x_t = torch.empty(1, model.channels, *size)
         sigma = torch.ones(1)
     row = conditioning.map(lambda tensor: torch.empty_like(tensor[:1], device="meta"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -11,10 +12,12 @@ from torch import Tensor
 from torch.nn import ModuleDict
 from torch.optim import AdamW, Optimizer
 
+from swd.adapters import read_adapter
 from swd.losses.base import CriticStep, GeneratorStep, LossTerm, Metrics
+from swd.losses.dmd import DMD
 from swd.losses.update import critic_loss, generator_gradient, settle_features, student_x0, trainers, wanted
-from swd.modules.encoders import SD3Encoders
-from swd.modules.networks import Role, SharedBase
+from swd.modules.encoders import Encoders
+from swd.modules.networks import Networks, Role, SharedBase
 from swd.modules.pretrained import Pretrained
 from swd.sampling import initial_latents, sample_latents
 from swd.schedule import Interval, ScaleSchedule, downscale
@@ -76,8 +79,8 @@ class Distiller(LightningModule):
         self.updates = 0
         self.last_metrics: Metrics = {}
         self._critic_metrics: list[Metrics] = []
-        self.networks: SharedBase
-        self._encoders: SD3Encoders
+        self.networks: Networks
+        self._encoders: Encoders
         self._empty: Conditioning | None = None
 
     # Building
@@ -97,6 +100,9 @@ class Distiller(LightningModule):
             return
         device = self.device if self._trainer is None else self.trainer.strategy.root_device
         self.networks = self.model.networks(self.roles, self.seed, device)
+        if self.model.init_adapter:
+            assert isinstance(self.networks, SharedBase)
+            self.networks.load_adapter("student", read_adapter(self.model))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             for term in self.terms.values():
@@ -104,10 +110,12 @@ class Distiller(LightningModule):
         if self.checkpointing:
             self.networks.enable_checkpointing()
         # Frozen helpers stay out of the module tree: neither checkpoints nor DDP should see them.
-        object.__setattr__(self, "_encoders", self.model.encoders(device).to(device))
+        encoders = self.model.encoders(device).to(device)
+        encoders.final_size = self.schedule.sizes[-1]
+        object.__setattr__(self, "_encoders", encoders)
 
     @property
-    def encoders(self) -> SD3Encoders:
+    def encoders(self) -> Encoders:
         """Text encoders and VAE."""
         return self._encoders
 
@@ -228,7 +236,7 @@ class Distiller(LightningModule):
 
     def scheduler(self) -> ScaleWiseScheduler:
         """The sampler of this schedule and model."""
-        return self.schedule.scheduler(self.model.limits.divisor)
+        return self.schedule.scheduler(self.model.limits.divisor, self.model.backbone_class.process.prediction_type)
 
     # Checkpoints: only what is trained, and where the data stands
 
@@ -248,7 +256,17 @@ class Distiller(LightningModule):
 
 def check_fit(model: Pretrained, schedule: ScaleSchedule, terms: Mapping[str, LossTerm]) -> None:
     """Raise UserError if the model cannot take a size of the schedule or lacks a block that a term reads."""
-    model.check_targets()
+    if model.tuning == "lora":
+        model.check_targets()
+    if model.init_adapter:
+        read_adapter(model)
+    reason = model.backbone_class.dmd_fails
+    if reason and any(isinstance(term, DMD) for term in terms.values()):
+        warnings.warn(
+            f"DMD is known to fail on {model.family}: {reason} (SwD paper, section 4); loss=mmd is what works",
+            UserWarning,
+            stacklevel=2,
+        )
     for size in schedule.sizes:
         model.limits.check_size(size)
     last = model.backbone_class.process.ranges["critic"][1]

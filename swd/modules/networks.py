@@ -1,8 +1,10 @@
-"""Student, teacher and fake score as roles of one frozen base with LoRA adapters."""
+"""Student, teacher and fake score: roles of one frozen base with LoRA adapters, or separate copies."""
 
 from __future__ import annotations
 
+import copy
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
@@ -14,15 +16,106 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from swd.modules.backbones.base import Backbone
+from swd.modules.backbones.base import TARGETS, Backbone
+from swd.modules.quantize import QuantizedLinear
 from swd.types import Conditioning, UserError
 
 Role = Literal["student", "fake", "teacher"]
 
-SD3_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
+
+class Networks(nn.Module, ABC):
+    """The three roles, whatever they are made of.
+
+    Args:
+        backbone: the teacher.
+        roles: which trainable roles exist; MMD alone needs no "fake".
+    """
+
+    def __init__(self, backbone: Backbone, roles: Sequence[Role]) -> None:
+        super().__init__()
+        self.backbone = backbone.requires_grad_(False)
+        self.process = backbone.process
+        self.roles = tuple(roles)
+        self._current: Role = "teacher"
+
+    # What a kind of networks has to say
+
+    @abstractmethod
+    def backbone_of(self, role: Role) -> Backbone:
+        """The network that plays `role`; call it inside `self.role(role)`."""
+
+    @abstractmethod
+    def role_parameters(self, role: Role) -> list[nn.Parameter]:
+        """The trainable parameters of a role."""
+
+    @abstractmethod
+    def student_state(self) -> dict[str, Tensor]:
+        """What was trained of the student, for export."""
+
+    @abstractmethod
+    def enable_checkpointing(self) -> None:
+        """Recompute activations in the backward pass, block by block, in the role of the forward pass."""
+
+    def _set(self, role: Role) -> None:
+        if role != "teacher" and role not in self.roles:
+            raise UserError(f"role {role!r} does not exist here; trainable roles are {list(self.roles)}")
+        self._current = role
+
+    @contextmanager
+    def role(self, role: Role) -> Iterator[None]:
+        """Play `role` inside the context."""
+        before = self._current
+        self._set(role)
+        try:
+            yield
+        finally:
+            self._set(before)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bf16 arithmetic over a bf16 base; trained weights are cast on the way in and stay float32."""
+        dtype = self.backbone.dtype
+        if dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(next(self.backbone.parameters()).device.type, dtype)
+
+    # What losses and samplers ask
+
+    def x0(
+        self,
+        role: Role,
+        x_t: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        blocks: Sequence[int] = (),
+        grad_to_features_only: bool = False,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Clean prediction `[B, C, *size]` float32 of a role, and features of `blocks`."""
+        with self.role(role), self.autocast():
+            prediction, features = self.backbone_of(role).predict(
+                x_t, sigma, conditioning, blocks, grad_to_features_only
+            )
+        return self.process.to_x0(x_t, prediction, sigma), features
+
+    def features(
+        self, role: Role, x_t: Tensor, sigma: Tensor, conditioning: Conditioning, blocks: Sequence[int]
+    ) -> list[Tensor]:
+        """Features `[B, L, D]` of `blocks` of a role, with early exit."""
+        with self.role(role), self.autocast():
+            return self.backbone_of(role).features(x_t, sigma, conditioning, blocks)
+
+    def guided_x0(
+        self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning, empty: Conditioning, guidance: float
+    ) -> Tensor:
+        """The teacher's clean prediction with classifier-free guidance: `empty + guidance * (text - empty)`."""
+        if guidance == 1.0:
+            return self.x0("teacher", x_t, sigma, conditioning)[0]
+        both = Conditioning.cat([conditioning, empty.expand(len(x_t))])
+        x0 = self.x0("teacher", torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both)[0]
+        text, unconditional = x0.chunk(2)
+        return unconditional + guidance * (text - unconditional)
 
 
-class SharedBase(nn.Module):
+class SharedBase(Networks):
     """One frozen network in device memory that plays all roles.
 
     The student and the fake score are LoRA adapters on it; the teacher is the base with both off, bit for bit.
@@ -43,14 +136,11 @@ class SharedBase(nn.Module):
         backbone: Backbone,
         rank: int = 64,
         alpha: float | None = None,
-        targets: Sequence[str] = SD3_TARGETS,
+        targets: Sequence[str] = TARGETS,
         roles: Sequence[Role] = ("student", "fake"),
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.backbone = backbone.requires_grad_(False)
-        self.process = backbone.process
-        self.roles = tuple(roles)
+        super().__init__(backbone, roles)
         check_targets(backbone.network, targets)
         with torch.random.fork_rng(devices=[]):
             for number, name in enumerate(self.roles):
@@ -60,7 +150,6 @@ class SharedBase(nn.Module):
         for layer in self._layers:
             # peft would cast bf16 input up to the float32 LoRA weights, only for autocast to cast it down again.
             layer.cast_input_dtype_enabled = self.backbone.dtype == torch.float32  # type: ignore[assignment]
-        self._current: Role = "teacher"
         with self.role("teacher"):
             pass
         self._self_test()
@@ -92,20 +181,16 @@ class SharedBase(nn.Module):
         for key in frozen:
             self.get_parameter(key).requires_grad_(True)
 
-    @contextmanager
-    def role(self, role: Role) -> Iterator[None]:
-        """Play `role` inside the context."""
-        before = self._current
-        self._set(role)
-        try:
-            yield
-        finally:
-            self._set(before)
+    def backbone_of(self, role: Role) -> Backbone:
+        return self.backbone
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the base is stored in 8 bits."""
+        return any(isinstance(layer.get_base_layer(), QuantizedLinear) for layer in self._layers)
 
     def _set(self, role: Role) -> None:
-        if role != "teacher" and role not in self.roles:
-            raise UserError(f"role {role!r} does not exist here; trainable roles are {list(self.roles)}")
-        self._current = role
+        super()._set(role)
         off = role == "teacher"
         for layer in self._layers:
             layer._disable_adapters = off
@@ -113,8 +198,6 @@ class SharedBase(nn.Module):
                 layer._active_adapter = [role]
 
     def enable_checkpointing(self) -> None:
-        """Recompute activations in the backward pass, block by block, in the role of the forward pass."""
-
         def in_role(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             role = self._current
 
@@ -125,57 +208,18 @@ class SharedBase(nn.Module):
 
         self.backbone.network.enable_gradient_checkpointing(in_role)  # type: ignore[operator]
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """bf16 arithmetic over a bf16 base; LoRA weights are cast on the way in and stay float32."""
-        dtype = self.backbone.dtype
-        if dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(next(self.backbone.parameters()).device.type, dtype)
-
-    # What losses and samplers ask
-
-    def x0(
-        self,
-        role: Role,
-        x_t: Tensor,
-        sigma: Tensor,
-        conditioning: Conditioning,
-        blocks: Sequence[int] = (),
-        grad_to_features_only: bool = False,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Clean prediction `[B, C, *size]` float32 of a role, and features of `blocks`."""
-        with self.role(role), self.autocast():
-            prediction, features = self.backbone.predict(x_t, sigma, conditioning, blocks, grad_to_features_only)
-        return self.process.to_x0(x_t, prediction, sigma), features
-
-    def features(
-        self, role: Role, x_t: Tensor, sigma: Tensor, conditioning: Conditioning, blocks: Sequence[int]
-    ) -> list[Tensor]:
-        """Features `[B, L, D]` of `blocks` of a role, with early exit."""
-        with self.role(role), self.autocast():
-            return self.backbone.features(x_t, sigma, conditioning, blocks)
-
-    def guided_x0(
-        self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning, empty: Conditioning, guidance: float
-    ) -> Tensor:
-        """The teacher's clean prediction with classifier-free guidance: `empty + guidance * (text - empty)`."""
-        if guidance == 1.0:
-            return self.x0("teacher", x_t, sigma, conditioning)[0]
-        both = Conditioning.cat([conditioning, empty.expand(len(x_t))])
-        x0 = self.x0("teacher", torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both)[0]
-        text, unconditional = x0.chunk(2)
-        return unconditional + guidance * (text - unconditional)
-
     # Weights
 
     def role_parameters(self, role: Role) -> list[nn.Parameter]:
-        """The trainable parameters of a role."""
         return [p for key, p in self.named_parameters() if f".{role}." in key and "lora_" in key]
 
     def adapter_state(self, role: Role) -> dict[str, Tensor]:
         """A role's LoRA weights in peft's layout, without the adapter's name."""
         state: dict[str, Tensor] = get_peft_model_state_dict(self.backbone.network, adapter_name=role)
         return {key: value.detach().clone() for key, value in state.items()}
+
+    def student_state(self) -> dict[str, Tensor]:
+        return self.adapter_state("student")
 
     def load_adapter(self, role: Role, state: dict[str, Tensor]) -> None:
         """Set a role's LoRA weights.
@@ -194,6 +238,40 @@ class SharedBase(nn.Module):
                     "check the rank"
                 )
         set_peft_model_state_dict(self.backbone.network, state, adapter_name=role)
+
+
+class SeparateCopies(Networks):
+    """A whole trainable copy of the network for each role (`tuning: full`), and the frozen teacher.
+
+    Copies are float32 whatever the teacher's dtype, and compute under autocast where that is bf16.
+
+    Args:
+        backbone: the teacher, frozen here.
+        roles: which trainable roles exist.
+    """
+
+    def __init__(self, backbone: Backbone, roles: Sequence[Role] = ("student", "fake")) -> None:
+        super().__init__(backbone, roles)
+        dtype = backbone.dtype
+        self.copies = nn.ModuleDict()
+        for name in self.roles:
+            copied = copy.deepcopy(backbone).float().requires_grad_(True)
+            copied._dtype = dtype
+            self.copies[name] = copied
+
+    def backbone_of(self, role: Role) -> Backbone:
+        return self.backbone if role == "teacher" else self.copies[role]  # type: ignore[return-value]
+
+    def role_parameters(self, role: Role) -> list[nn.Parameter]:
+        return list(self.copies[role].parameters())
+
+    def student_state(self) -> dict[str, Tensor]:
+        network: Any = self.copies["student"].network
+        return {key: value.detach().clone() for key, value in network.state_dict().items()}
+
+    def enable_checkpointing(self) -> None:
+        for role in ("teacher", *self.roles):
+            self.backbone_of(role).network.enable_gradient_checkpointing()  # type: ignore[operator,arg-type]
 
 
 def check_targets(network: nn.Module, targets: Sequence[str]) -> None:

@@ -9,64 +9,88 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import diffusers
 import torch
-from diffusers import StableDiffusion3Pipeline
 
-from swd.modules.backbones.base import Backbone, Limits
-from swd.modules.backbones.sd3 import SD3Backbone
-from swd.modules.encoders import SD3Encoders
-from swd.modules.networks import SD3_TARGETS, Role, SharedBase, check_targets
-from swd.types import UserError
+from swd.modules import hub
+from swd.modules.backbones import load_family
+from swd.modules.backbones.base import TARGETS, Backbone, Limits
+from swd.modules.encoders import Encoders
+from swd.modules.networks import Networks, Role, SeparateCopies, SharedBase, check_targets
+from swd.modules.quantize import Quantization, quantize
+from swd.types import Size, UserError
 
 Precision = Literal["auto", "fp32", "bf16"]
 
-BACKBONES: dict[str, type[Backbone]] = {"sd3": SD3Backbone}
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
+"""A tokenizer folder has at least one of them."""
 
 
 class Pretrained:
-    """A diffusers pipeline folder and how the project uses it. Building one reads configuration files only.
+    """A diffusers pipeline and how the project uses it. Building one reads configuration files only.
 
     Args:
-        family: which backbone.
-        path: folder in diffusers layout, `swd://assets/...` for the embedded ones.
+        family: which backbone: a module of `swd.modules.backbones`, or the dotted name of any other.
+        path: folder in diffusers layout, id of a repository on the Hugging Face hub, or `swd://assets/...` for the
+            embedded ones.
+        revision: branch, tag or commit of a repository on the hub.
+        size: latent side, (H, W) or (F, H, W) of finished pictures; None: the network's own.
+        tuning: "lora" trains adapters on one frozen base; "full" trains whole copies of it.
         rank: LoRA rank.
         alpha: LoRA alpha; None: alpha = rank.
         targets: names of the linear layers that get LoRA.
         precision: dtype of the frozen base; LoRA and losses are always float32. "auto": bf16 where the machine computes
             it natively.
+        quantization: stores the frozen base's linear layers in 8 bits, "int8" or "fp8".
         guidance_scale: classifier-free guidance of the teacher, in DMD and when it samples.
+        embedded_guidance: guidance that a guidance-distilled network (FLUX.1-dev) is fed, in all roles.
         feature_blocks: blocks that MMD and GAN read by default.
         max_text_tokens: length that the pipeline's T5 prompt is padded to.
         teacher_steps: steps of the teacher's own sampler.
+        init_adapter: folder of an adapter to start the student from: a run, an export, or a published PEFT folder.
 
     Raises:
-        UserError: if the folder is missing or incomplete.
+        UserError: if the folder is missing or incomplete, or settings contradict each other.
     """
 
     def __init__(
         self,
-        family: Literal["sd3"],
+        family: str,
         path: str,
+        revision: str | None = None,
+        size: int | Sequence[int] | None = None,
+        tuning: Literal["lora", "full"] = "lora",
         rank: int = 64,
         alpha: float | None = None,
-        targets: Sequence[str] = SD3_TARGETS,
+        targets: Sequence[str] = TARGETS,
         precision: Precision = "auto",
+        quantization: Quantization | None = None,
         guidance_scale: float = 7.0,
+        embedded_guidance: float | None = None,
         feature_blocks: Sequence[int] = (11,),
         max_text_tokens: int = 256,
         teacher_steps: int = 28,
+        init_adapter: str | None = None,
     ) -> None:
-        self.family, self.rank, self.alpha, self.targets = family, rank, alpha, tuple(targets)
-        self.folder = resolve_asset(path)
-        self.precision, self.guidance_scale = precision, guidance_scale
+        self.family, self.backbone_class = family, load_family(family)
+        self.tuning, self.rank, self.alpha, self.targets = tuning, rank, alpha, tuple(targets)
+        self.path, self.revision = path, revision
+        self.precision, self.quantization = precision, quantization
+        self.guidance_scale, self.embedded_guidance = guidance_scale, embedded_guidance
         self.feature_blocks, self.max_text_tokens = tuple(feature_blocks), max_text_tokens
-        self.teacher_steps = teacher_steps
+        self.teacher_steps, self.init_adapter = teacher_steps, init_adapter
+        if tuning == "full" and (quantization or init_adapter):
+            given = "quantization" if quantization else "init_adapter"
+            raise UserError(f"model.tuning=full trains every weight, so model.{given} cannot be set; use tuning=lora")
         if rank < 1:
             raise UserError(f"model.rank={rank}; a LoRA rank is at least 1")
         if alpha is not None and not alpha > 0:
             raise UserError(f"model.alpha={alpha}; use a number above 0, or null for alpha = rank")
-        check_pipeline_folder(self.folder)
+        self.folder = hub.configuration(path, revision) if hub.is_hub_id(path) else resolve_asset(path)
+        check_pipeline_folder(self.folder, weights=not hub.is_hub_id(path))
         self._check_family()
+        self.size: Size = self.limits.native if size is None else (size, size) if isinstance(size, int) else tuple(size)
+        self.limits.check_size(self.size)
 
     def _check_family(self) -> None:
         index = read_json(self.folder / "model_index.json")
@@ -77,21 +101,44 @@ class Pretrained:
                 f"model.path={self.folder} holds {actual} as {self.backbone_class.subfolder}, but "
                 f"model.family={self.family} is for {expected}"
             )
+        self._check_betas()
+        if self.network_config.get("guidance_embeds") and self.embedded_guidance is None:
+            raise UserError(
+                "model.embedded_guidance is null, but this network is fed a guidance scale; FLUX.1-dev's is 4.5"
+            )
+
+    def _check_betas(self) -> None:
+        """A variance-preserving model must have been trained on the levels that `VariancePreserving` knows."""
+        file = self.folder / "scheduler" / "scheduler_config.json"
+        if self.backbone_class.process.prediction_type != "epsilon" or not file.is_file():
+            return
+        expected = {
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "prediction_type": "epsilon",
+        }
+        config = expected | read_json(file)
+        for key, value in expected.items():
+            if config[key] != value:
+                raise UserError(
+                    f"model.path={self.folder}: its scheduler has {key}={config[key]}, only {value} is known"
+                )
 
     def check_targets(self) -> None:
         """Raise UserError if a target names no layer of the network; loads no weights."""
         with torch.device("meta"):
             check_targets(self.network_class.from_config(self.network_config), self.targets)
 
-    @property
-    def backbone_class(self) -> type[Backbone]:
-        """The family's backbone."""
-        return BACKBONES[self.family]
-
     @cached_property
     def network_config(self) -> dict[str, Any]:
         """The denoising network's `config.json`."""
         return read_json(self.folder / self.backbone_class.subfolder / "config.json")
+
+    @property
+    def name(self) -> str:
+        """What people call it: the id on the hub, or the folder's name."""
+        return self.path if hub.is_hub_id(self.path) else self.folder.name
 
     @property
     def limits(self) -> Limits:
@@ -101,12 +148,39 @@ class Pretrained:
     @property
     def channels(self) -> int:
         """Latent channels C."""
-        return int(self.network_config["in_channels"])
+        return self.limits.channels
+
+    @cached_property
+    def vae_config(self) -> dict[str, Any]:
+        """The VAE's `config.json`."""
+        return read_json(self.folder / "vae" / "config.json")
 
     @property
-    def native_size(self) -> int:
-        """Latent side of the pictures that the model draws by default."""
-        return int(self.network_config["sample_size"])
+    def factor(self) -> int:
+        """Pixels per latent along one side."""
+        config = self.vae_config
+        if "encoder_block_out_channels" in config:
+            return int(2 ** (len(config["encoder_block_out_channels"]) - 1))
+        if "block_out_channels" in config:
+            return int(2 ** (len(config["block_out_channels"]) - 1))
+        return int(config.get("scale_factor_spatial", 8))
+
+    @property
+    def frame_factor(self) -> int:
+        """Frames per latent frame, beyond the first one."""
+        return int(self.vae_config.get("scale_factor_temporal", 4))
+
+    def pixel_size(self, size: Size) -> Size:
+        """Size in pixels of a latent size."""
+        sides = tuple(side * self.factor for side in size[-2:])
+        return sides if len(size) == 2 else ((size[0] - 1) * self.frame_factor + 1, *sides)
+
+    def latent_dtype(self, pipe: Any) -> torch.dtype:
+        """What the stock pipeline carries latents in."""
+        if self.backbone_class.float_latents:
+            return torch.float32
+        dtype: torch.dtype = getattr(pipe, self.backbone_class.subfolder).dtype
+        return dtype
 
     def dtype(self, device: torch.device | str = "cpu") -> torch.dtype:
         """The base's dtype on `device`."""
@@ -114,12 +188,29 @@ class Pretrained:
             return torch.bfloat16 if native_bf16(torch.device(device)) else torch.float32
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
-    def networks(self, roles: Sequence[Role], seed: int = 0, device: torch.device | str = "cpu") -> SharedBase:
-        """Load the base and give it its adapters."""
+    def fetch(self) -> Path:
+        """The folder with all weights in it; downloads what is missing of a repository on the hub."""
+        if hub.is_hub_id(self.path):
+            folder = hub.weights(self.path, self.revision)
+            check_pipeline_folder(folder)
+            return folder
+        return self.folder
+
+    def network(self, device: torch.device | str = "cpu") -> Backbone:
+        """Load the denoising network alone."""
         network = self.network_class.from_pretrained(
-            self.folder, subfolder=self.backbone_class.subfolder, torch_dtype=self.dtype(device), use_safetensors=True
+            self.fetch(), subfolder=self.backbone_class.subfolder, torch_dtype=self.dtype(device), use_safetensors=True
         )
-        return SharedBase(self.backbone_class(network), self.rank, self.alpha, self.targets, roles, seed)
+        return self.backbone_class(network, self.embedded_guidance)
+
+    def networks(self, roles: Sequence[Role], seed: int = 0, device: torch.device | str = "cpu") -> Networks:
+        """Load the base and give it its trainable roles: adapters, or copies of it."""
+        if self.tuning == "full":
+            return SeparateCopies(self.network(device), roles)
+        backbone = self.network(device)
+        if self.quantization:
+            quantize(backbone.network, self.targets, self.quantization)
+        return SharedBase(backbone, self.rank, self.alpha, self.targets, roles, seed)
 
     @property
     def network_class(self) -> Any:
@@ -127,15 +218,20 @@ class Pretrained:
         library, name = read_json(self.folder / "model_index.json")[self.backbone_class.subfolder]
         return getattr(importlib.import_module(library), name)
 
-    def pipeline(self, dtype: torch.dtype = torch.float32, **overrides: Any) -> StableDiffusion3Pipeline:
-        """The stock pipeline; `transformer=None` leaves the network out."""
-        return StableDiffusion3Pipeline.from_pretrained(
-            self.folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, **overrides
+    def pipeline(self, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
+        """The stock pipeline; `transformer=None` (or `unet=None`) leaves the network out."""
+        pipeline_class = getattr(diffusers, self.backbone_class.pipeline_type)
+        return pipeline_class.from_pretrained(
+            self.fetch(), torch_dtype=dtype, use_safetensors=True, local_files_only=True, **overrides
         )
 
-    def encoders(self, device: torch.device | str = "cpu") -> SD3Encoders:
+    def encoders(self, device: torch.device | str = "cpu") -> Encoders:
         """Load text encoders and VAE."""
-        return SD3Encoders(self.pipeline(self.dtype(device), transformer=None), self.max_text_tokens)
+        backbone = self.backbone_class
+        pipeline = self.pipeline(self.dtype(device), **{backbone.subfolder: None})
+        if pipeline.vae.config.get("force_upcast"):
+            pipeline.vae.to(torch.float32)  # SDXL's overflows in half precision
+        return backbone.encoders_type(pipeline, self.max_text_tokens)
 
 
 def native_bf16(device: torch.device) -> bool:
@@ -157,8 +253,13 @@ def resolve_asset(path: str) -> Path:
     raise UserError(f"model.path={path} does not ship with this installation; reinstall swd or give a folder")
 
 
-def check_pipeline_folder(folder: Path) -> None:
-    """Raise UserError unless `folder` is a complete diffusers pipeline with safetensors weights."""
+def check_pipeline_folder(folder: Path, weights: bool = True) -> None:
+    """Raise UserError unless `folder` is a complete diffusers pipeline with safetensors weights.
+
+    Args:
+        folder: in diffusers layout.
+        weights: whether weights should be there already.
+    """
     index = folder / "model_index.json"
     if not folder.is_dir():
         raise UserError(f"model.path={folder} does not exist; give a diffusers pipeline folder")
@@ -169,7 +270,11 @@ def check_pipeline_folder(folder: Path) -> None:
             continue
         if not (folder / name).is_dir() or not any((folder / name).iterdir()):
             raise UserError(f"model.path={folder} is incomplete: subfolder {name!r} is missing; download it again")
-        if not any(word in name for word in ("tokenizer", "scheduler", "processor", "feature_extractor")):
+        if "tokenizer" in name and not any((folder / name / file).is_file() for file in TOKENIZER_FILES):
+            raise UserError(
+                f"model.path={folder}: {name!r} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); download it again"
+            )
+        if weights and not any(word in name for word in ("tokenizer", "scheduler", "processor", "feature_extractor")):
             check_model_folder(folder / name)
 
 

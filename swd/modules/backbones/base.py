@@ -12,7 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from swd.diffusion import Process
+from swd.modules.encoders import Encoders
 from swd.types import Conditioning, Size, UserError
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
+"""Linear layers that get LoRA: attention and MLP (SwD paper, appendix C). All five families call them so."""
 
 
 @dataclass(frozen=True)
@@ -20,18 +24,27 @@ class Limits:
     """What a network's own configuration says about valid input.
 
     Attributes:
-        divisor: latent sides must be multiples of this (patch size).
+        divisor: latent sides must be multiples of this: what the patches or the UNet's halvings divide by.
         max_side: largest latent side that the positional embedding covers, None without a limit.
         blocks: number of blocks that features can be read from.
         width: feature width D.
-        axes: of a latent size, 2 for (H, W), 3 for (F, H, W).
+        channels: latent channels C.
+        native: latent size that the model draws by default, (H, W) or (F, H, W).
+        max_frames: largest number of latent frames, None without a limit.
     """
 
     divisor: int
     max_side: int | None
     blocks: int
     width: int
-    axes: int = 2
+    channels: int
+    native: Size
+    max_frames: int | None = None
+
+    @property
+    def axes(self) -> int:
+        """Of a latent size: 2 for (H, W), 3 for (F, H, W)."""
+        return len(self.native)
 
     def check_size(self, size: Size) -> None:
         """Raise UserError for a latent size that the network would truncate or cannot place."""
@@ -43,11 +56,13 @@ class Limits:
                 lower = side - side % self.divisor
                 valid = sorted({lower or self.divisor, lower + self.divisor})
                 raise UserError(
-                    f"size {size}: {side} is not divisible by the patch size {self.divisor}; "
+                    f"size {size}: {side} is not divisible by {self.divisor}, as this network needs; "
                     f"use {' or '.join(map(str, valid))}"
                 )
             if self.max_side and side > self.max_side:
                 raise UserError(f"size {size}: {side} is beyond the positional limit {self.max_side} of this model")
+        if self.max_frames and size[0] > self.max_frames:
+            raise UserError(f"size {size}: {size[0]} frames are beyond the positional limit {self.max_frames}")
 
     def check_block(self, block: int) -> None:
         """Raise UserError for a feature block that does not exist."""
@@ -63,25 +78,77 @@ class Backbone(nn.Module, ABC):
     """A denoising network under one contract.
 
     Everything outside speaks of `x_t`, `sigma` and `Conditioning`; packing, position ids, timestep units and guidance
-    inputs stay inside. A new family implements `limits`, `block_list`, `call` and, where a block does not return its
-    image stream alone, `image_stream`.
+    inputs stay inside. A new family implements `limits_of`, `block_list`, `call` and, where a block does not return its
+    image stream alone, `image_stream`; and it names its encoders and its pipeline.
 
     Args:
         network: the diffusers model, of the class named `network_type`.
+        guidance: guidance scale that a guidance-distilled network is fed; others ignore it.
+
+    Attributes:
+        process: the diffusion process.
+        subfolder: the network's name in the pipeline.
+        network_type: its diffusers class.
+        pipeline_type: the diffusers pipeline that it is part of.
+        encoders_type: text encoders and VAE of that pipeline.
+        video: whether it draws videos.
+        packed: whether its pipeline carries latents as tokens.
+        float_latents: whether its pipeline carries latents in float32 whatever the network's dtype.
+        dmd_fails: why DMD does not work on this family, None where it does.
     """
 
     process: ClassVar[Process]
     subfolder: ClassVar[str] = "transformer"
     network_type: ClassVar[str]
+    pipeline_type: ClassVar[str]
+    encoders_type: ClassVar[type[Encoders]]
+    video: ClassVar[bool] = False
+    packed: ClassVar[bool] = False
+    float_latents: ClassVar[bool] = False
+    dmd_fails: ClassVar[str | None] = None
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, guidance: float | None = None) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.guidance = network, guidance
+        self._dtype: torch.dtype | None = None
 
     @staticmethod
     @abstractmethod
     def limits_of(config: dict[str, Any]) -> Limits:
         """Limits from the network's `config.json`, before any weight is loaded."""
+
+    @staticmethod
+    @abstractmethod
+    def conditioning_widths(config: dict[str, Any]) -> tuple[int, int | None]:
+        """Widths of text tokens and of the pooled embedding (None without one) that the network takes."""
+
+    @classmethod
+    def random_conditioning(cls, config: dict[str, Any], batch: int, tokens: int, seed: int = 0) -> Conditioning:
+        """Conditioning of the right shape and no meaning, to run a network without its encoders."""
+        generator = torch.Generator().manual_seed(seed)
+        width, pooled = cls.conditioning_widths(config)
+        embeds = torch.randn(batch, tokens, width, generator=generator)
+        return Conditioning(embeds, None if pooled is None else torch.randn(batch, pooled, generator=generator))
+
+    @staticmethod
+    def sampling_arguments(max_text_tokens: int, guidance: float | None) -> dict[str, Any]:
+        """What the stock pipeline is called with to draw with a distilled student, beside prompt, size and steps."""
+        return {"guidance_scale": 1.0, "max_sequence_length": max_text_tokens}
+
+    @staticmethod
+    def to_pipeline(latents: Tensor) -> Tensor:
+        """Latents as the stock pipeline carries them."""
+        return latents
+
+    @staticmethod
+    def from_pipeline(latents: Tensor, size: Size) -> Tensor:
+        """The inverse of `to_pipeline`, for latents of `size`."""
+        return latents
+
+    @staticmethod
+    def comfy_key(module: str) -> str:
+        """ComfyUI's name of a LoRA module; `module` is its path in the diffusers network."""
+        return f"transformer.{module}"
 
     @property
     @abstractmethod
@@ -104,8 +171,11 @@ class Backbone(nn.Module, ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the frozen weights."""
-        return next(self.network.parameters()).dtype
+        """The dtype that the network computes in: bf16 as soon as any of its weights is (some families keep a few)."""
+        if self._dtype is None:
+            dtypes = {p.dtype for name, p in self.network.named_parameters() if "lora_" not in name}
+            self._dtype = torch.bfloat16 if torch.bfloat16 in dtypes else torch.float32
+        return self._dtype
 
     def predict(
         self,

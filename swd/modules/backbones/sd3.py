@@ -9,7 +9,23 @@ from torch import Tensor, nn
 
 from swd.diffusion import Process, RectifiedFlow, expand
 from swd.modules.backbones.base import Backbone, Limits
+from swd.modules.encoders import Encoders
 from swd.types import Conditioning
+
+
+class SD3Encoders(Encoders):
+    """Two CLIP encoders and T5; 8x VAE of 16 channels."""
+
+    def text(self, prompts: Sequence[str]) -> Conditioning:
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            prompt=list(prompts),
+            prompt_2=None,
+            prompt_3=None,
+            do_classifier_free_guidance=False,
+            device=self.device,
+            max_sequence_length=self.max_text_tokens,
+        )
+        return Conditioning(embeds, pooled)
 
 
 class SD3Backbone(Backbone):
@@ -17,6 +33,8 @@ class SD3Backbone(Backbone):
 
     process: ClassVar[Process] = RectifiedFlow()
     network_type: ClassVar[str] = "SD3Transformer2DModel"
+    pipeline_type: ClassVar[str] = "StableDiffusion3Pipeline"
+    encoders_type: ClassVar[type[Encoders]] = SD3Encoders
 
     @staticmethod
     def limits_of(config: dict[str, Any]) -> Limits:
@@ -26,7 +44,13 @@ class SD3Backbone(Backbone):
             max_side=config["pos_embed_max_size"] * patch,
             blocks=config["num_layers"],
             width=config["num_attention_heads"] * config["attention_head_dim"],
+            channels=config["in_channels"],
+            native=(config["sample_size"],) * 2,
         )
+
+    @staticmethod
+    def conditioning_widths(config: dict[str, Any]) -> tuple[int, int | None]:
+        return config["joint_attention_dim"], config["pooled_projection_dim"]
 
     @property
     def block_list(self) -> Sequence[nn.Module]:
@@ -37,7 +61,7 @@ class SD3Backbone(Backbone):
         return tensor
 
     def call(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        timestep = 1000 * expand(sigma, x_t.new_empty(1)).expand(len(x_t))
+        timestep = self.process.timestep(expand(sigma, x_t.new_empty(1)).expand(len(x_t)))
         prediction: Tensor = self.network(
             hidden_states=x_t.to(self.dtype),
             timestep=timestep,

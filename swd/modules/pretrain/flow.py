@@ -10,7 +10,7 @@ import copy
 import shutil
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -198,11 +198,10 @@ class FlowMatching(L.LightningModule):
         side = self.encoders.pixel_size(size)
         if tuple(pixels.shape[2:]) != side:
             pixels = F.interpolate(pixels, size=side, mode="area")
-        vae = self.encoders.vae
-        posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean.device)
-        latents = posterior.mean.float() + posterior.std.float() * noise
-        return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+        mean, std = self.encoders.posterior(pixels)
+        latents = mean + std * torch.randn(mean.shape, generator=generator).to(mean.device)
+        shift, scale = self.encoders.shift_and_scale(latents)
+        return (latents - shift) * scale
 
     def drop_captions(self, conditioning: Conditioning, generator: torch.Generator) -> Conditioning:
         """Replace some rows by the encoded empty prompt."""
@@ -213,8 +212,12 @@ class FlowMatching(L.LightningModule):
             mask = dropped.view(-1, *[1] * (kept.ndim - 1)).to(kept.device)
             return torch.where(mask, blank.to(kept), kept)
 
-        pooled = None if conditioning.pooled is None else mix(conditioning.pooled, empty.pooled)
-        return Conditioning(mix(conditioning.embeds, empty.embeds), pooled)
+        values = {
+            f.name: mix(kept, getattr(empty, f.name))
+            for f in fields(conditioning)
+            if (kept := getattr(conditioning, f.name)) is not None
+        }
+        return replace(conditioning, **values)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.average.update_parameters(self.backbone.network)

@@ -1,0 +1,90 @@
+"""FLUX.1-dev: guidance-distilled, 2x2 patches as tokens with rotary positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from swd.diffusion import Process, RectifiedFlow, expand
+from swd.modules.backbones.base import Backbone, Limits
+from swd.modules.encoders import Encoders
+from swd.scheduler import pack, position_ids, unpack
+from swd.types import Conditioning, Size
+
+
+class FluxEncoders(Encoders):
+    """CLIP (pooled) and T5; 8x VAE of 16 channels."""
+
+    def text(self, prompts: Sequence[str]) -> Conditioning:
+        embeds, pooled, _ = self.pipeline.encode_prompt(
+            prompt=list(prompts), prompt_2=None, device=self.device, max_sequence_length=self.max_text_tokens
+        )
+        return Conditioning(embeds, pooled)
+
+
+class FluxBackbone(Backbone):
+    """`FluxTransformer2DModel`: velocity prediction; features are those of the double-stream blocks."""
+
+    process: ClassVar[Process] = RectifiedFlow()
+    network_type: ClassVar[str] = "FluxTransformer2DModel"
+    pipeline_type: ClassVar[str] = "FluxPipeline"
+    encoders_type: ClassVar[type[Encoders]] = FluxEncoders
+    packed: ClassVar[bool] = True
+
+    @staticmethod
+    def limits_of(config: dict[str, Any]) -> Limits:
+        return Limits(
+            divisor=2,
+            max_side=None,
+            blocks=config["num_layers"],
+            width=config["num_attention_heads"] * config["attention_head_dim"],
+            channels=config["in_channels"] // 4,
+            native=(128, 128),
+        )
+
+    @staticmethod
+    def sampling_arguments(max_text_tokens: int, guidance: float | None) -> dict[str, Any]:
+        return {"guidance_scale": guidance, "max_sequence_length": max_text_tokens}
+
+    @staticmethod
+    def conditioning_widths(config: dict[str, Any]) -> tuple[int, int | None]:
+        return config["joint_attention_dim"], config["pooled_projection_dim"]
+
+    @staticmethod
+    def to_pipeline(latents: Tensor) -> Tensor:
+        return pack(latents)
+
+    @staticmethod
+    def from_pipeline(latents: Tensor, size: Size) -> Tensor:
+        return unpack(latents, size)
+
+    @property
+    def block_list(self) -> Sequence[nn.Module]:
+        return self.network.transformer_blocks  # type: ignore[return-value]
+
+    def image_stream(self, output: Any) -> Tensor:
+        tensor: Tensor = output[1]  # (text tokens, image tokens)
+        return tensor
+
+    def call(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        size, dtype = x_t.shape[2:], self.dtype
+        # The stock pipeline rounds the timestep to the network's dtype on its scale of 1000, and divides then.
+        timestep = self.process.timestep(expand(sigma, x_t.new_empty(1)).expand(len(x_t))).to(dtype) / 1000
+        guidance = None
+        if self.network.config.guidance_embeds:  # type: ignore[union-attr]
+            assert self.guidance is not None  # checked with the configuration
+            guidance = torch.full((len(x_t),), self.guidance, device=x_t.device, dtype=torch.float32)
+        tokens: Tensor = self.network(
+            hidden_states=pack(x_t.to(dtype)),
+            timestep=timestep,
+            guidance=guidance,
+            encoder_hidden_states=conditioning.embeds.to(dtype),
+            pooled_projections=conditioning.pooled.to(dtype),  # type: ignore[union-attr]
+            txt_ids=torch.zeros(conditioning.embeds.shape[1], 3, device=x_t.device, dtype=dtype),
+            img_ids=position_ids(size, x_t.device, dtype),
+            return_dict=False,
+        )[0]
+        return unpack(tokens, size)

@@ -1,0 +1,96 @@
+"""SANA 1.0/1.5: linear attention over the latents of a 32x autoencoder, text of a language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from swd.diffusion import Process, RectifiedFlow, expand
+from swd.modules.backbones.base import Backbone, Limits
+from swd.modules.encoders import Encoders
+from swd.types import Conditioning
+
+
+class SanaEncoders(Encoders):
+    """Gemma 2, its padding masked; a deterministic 32x autoencoder of 32 channels."""
+
+    @property
+    def factor(self) -> int:
+        return int(self.pipeline.vae_scale_factor)
+
+    def text(self, prompts: Sequence[str]) -> Conditioning:
+        embeds, mask, _, _ = self.pipeline.encode_prompt(
+            list(prompts),
+            do_classifier_free_guidance=False,
+            device=self.device,
+            max_sequence_length=self.max_text_tokens,
+            complex_human_instruction=None,
+        )
+        return Conditioning(embeds, mask=mask)
+
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        latents: Tensor = self.vae.encode(pixels.to(self.vae.dtype)).latent.float()
+        return latents, torch.zeros_like(latents)
+
+    def shift_and_scale(self, latents: Tensor) -> tuple[Any, Any]:
+        return 0.0, self.vae.config.scaling_factor
+
+
+class SanaBackbone(Backbone):
+    """`SanaTransformer2DModel`: velocity prediction, timestep 0..1000, text by cross-attention."""
+
+    process: ClassVar[Process] = RectifiedFlow()
+    network_type: ClassVar[str] = "SanaTransformer2DModel"
+    pipeline_type: ClassVar[str] = "SanaPipeline"
+    encoders_type: ClassVar[type[Encoders]] = SanaEncoders
+    float_latents: ClassVar[bool] = True
+
+    @staticmethod
+    def limits_of(config: dict[str, Any]) -> Limits:
+        # Without a scale for interpolation there is no positional embedding, and so no limit.
+        bounded = config.get("interpolation_scale") is not None
+        return Limits(
+            divisor=config["patch_size"],
+            max_side=config["sample_size"] if bounded else None,
+            blocks=config["num_layers"],
+            width=config["num_attention_heads"] * config["attention_head_dim"],
+            channels=config["in_channels"],
+            native=(config["sample_size"],) * 2,
+        )
+
+    @staticmethod
+    def conditioning_widths(config: dict[str, Any]) -> tuple[int, int | None]:
+        return config["caption_channels"], None
+
+    @classmethod
+    def random_conditioning(cls, config: dict[str, Any], batch: int, tokens: int, seed: int = 0) -> Conditioning:
+        plain = super().random_conditioning(config, batch, tokens, seed)
+        return replace(plain, mask=torch.ones(batch, tokens))
+
+    @staticmethod
+    def sampling_arguments(max_text_tokens: int, guidance: float | None) -> dict[str, Any]:
+        return {
+            "guidance_scale": 1.0,
+            "max_sequence_length": max_text_tokens,
+            "complex_human_instruction": None,
+            "use_resolution_binning": False,
+        }
+
+    @property
+    def block_list(self) -> Sequence[nn.Module]:
+        return self.network.transformer_blocks  # type: ignore[return-value]
+
+    def call(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        timestep = self.process.timestep(expand(sigma, x_t.new_empty(1)).expand(len(x_t)))
+        prediction: Tensor = self.network(
+            x_t.to(self.dtype),
+            encoder_hidden_states=conditioning.embeds.to(self.dtype),
+            encoder_attention_mask=conditioning.mask,
+            timestep=timestep * self.network.config.timestep_scale,  # type: ignore[union-attr,operator]
+            return_dict=False,
+        )[0]
+        return prediction.float()

@@ -1,0 +1,92 @@
+"""Stable Diffusion XL: a UNet that predicts noise under variance-preserving diffusion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from swd.diffusion import Process, VariancePreserving, expand
+from swd.modules.backbones.base import Backbone, Limits
+from swd.modules.encoders import Encoders
+from swd.types import Conditioning
+
+
+class SDXLEncoders(Encoders):
+    """Two CLIP encoders; 8x VAE of 4 channels. The conditioning names the *final* size in pixels at every step."""
+
+    def text(self, prompts: Sequence[str]) -> Conditioning:
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            prompt=list(prompts), device=self.device, do_classifier_free_guidance=False
+        )
+        height, width = self.pixel_size(self.final_size or (128, 128))
+        ids = torch.tensor([[height, width, 0, 0, height, width]], device=embeds.device, dtype=embeds.dtype)
+        return Conditioning(embeds, pooled, ids.repeat(len(embeds), 1))
+
+
+class SDXLBackbone(Backbone):
+    """`UNet2DConditionModel` of SDXL: noise prediction; its one block of features is the middle block's map."""
+
+    process: ClassVar[Process] = VariancePreserving()
+    subfolder: ClassVar[str] = "unet"
+    network_type: ClassVar[str] = "UNet2DConditionModel"
+    pipeline_type: ClassVar[str] = "StableDiffusionXLPipeline"
+    encoders_type: ClassVar[type[Encoders]] = SDXLEncoders
+    dmd_fails: ClassVar[str | None] = "its teacher draws poorly at low resolution, where DMD then leads the student"
+
+    @staticmethod
+    def limits_of(config: dict[str, Any]) -> Limits:
+        channels = config["block_out_channels"]
+        return Limits(
+            divisor=2 ** (len(channels) - 1),  # odd maps inside the UNet would be resized on the way up
+            max_side=None,
+            blocks=1,
+            width=channels[-1],
+            channels=config["in_channels"],
+            native=(config["sample_size"],) * 2,
+        )
+
+    @staticmethod
+    def sampling_arguments(max_text_tokens: int, guidance: float | None) -> dict[str, Any]:
+        return {"guidance_scale": 1.0}
+
+    @staticmethod
+    def comfy_key(module: str) -> str:
+        """kohya's names."""
+        return f"lora_unet_{module.replace('.', '_')}"
+
+    @staticmethod
+    def conditioning_widths(config: dict[str, Any]) -> tuple[int, int | None]:
+        # The rest of what `add_embedding` takes are the six time ids.
+        rest = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        return config["cross_attention_dim"], rest
+
+    @classmethod
+    def random_conditioning(cls, config: dict[str, Any], batch: int, tokens: int, seed: int = 0) -> Conditioning:
+        plain = super().random_conditioning(config, batch, tokens, seed)
+        return replace(plain, time_ids=torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]]).repeat(batch, 1))
+
+    @property
+    def block_list(self) -> Sequence[nn.Module]:
+        return [self.network.mid_block]  # type: ignore[list-item]
+
+    def image_stream(self, output: Any) -> Tensor:
+        tokens: Tensor = output.flatten(2).transpose(1, 2)  # [B, D, H, W] to [B, H * W, D]
+        return tokens
+
+    def call(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        timestep = self.process.timestep(expand(sigma, x_t.new_empty(1)).expand(len(x_t)))
+        prediction: Tensor = self.network(
+            x_t.to(self.dtype),
+            timestep,
+            encoder_hidden_states=conditioning.embeds.to(self.dtype),
+            added_cond_kwargs={
+                "text_embeds": conditioning.pooled.to(self.dtype),  # type: ignore[union-attr]
+                "time_ids": conditioning.time_ids,
+            },
+            return_dict=False,
+        )[0]
+        return prediction

@@ -1,0 +1,95 @@
+"""Wan 2.1: text to video."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from swd.diffusion import Process, RectifiedFlow, expand
+from swd.modules.backbones.base import Backbone, Limits
+from swd.modules.encoders import Encoders
+from swd.types import Conditioning, Size
+
+
+class WanEncoders(Encoders):
+    """UMT5; causal video VAE, 8x in space and 4x in time, its first frame by itself."""
+
+    @property
+    def factor(self) -> int:
+        return int(self.pipeline.vae_scale_factor_spatial)
+
+    def text(self, prompts: Sequence[str]) -> Conditioning:
+        embeds, _ = self.pipeline.encode_prompt(
+            prompt=list(prompts),
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_text_tokens,
+            device=self.device,
+        )
+        return Conditioning(embeds)
+
+    def shift_and_scale(self, latents: Tensor) -> tuple[Any, Any]:
+        config = self.vae.config
+        mean, std = (
+            torch.tensor(v, device=latents.device).view(1, -1, 1, 1, 1)
+            for v in (config.latents_mean, config.latents_std)
+        )
+        return mean, 1 / std
+
+    def pixel_size(self, size: Size) -> Size:
+        frames = (size[0] - 1) * int(self.pipeline.vae_scale_factor_temporal) + 1
+        return (frames, *(side * self.factor for side in size[1:]))
+
+
+class WanBackbone(Backbone):
+    """`WanTransformer3DModel`: velocity prediction on latents `[B, C, F, H, W]`, timestep 0..1000."""
+
+    process: ClassVar[Process] = RectifiedFlow()
+    network_type: ClassVar[str] = "WanTransformer3DModel"
+    pipeline_type: ClassVar[str] = "WanPipeline"
+    encoders_type: ClassVar[type[Encoders]] = WanEncoders
+    video: ClassVar[bool] = True
+    float_latents: ClassVar[bool] = True
+    dmd_fails: ClassVar[str | None] = "its teacher draws poorly at low resolution, where DMD then leads the student"
+
+    @staticmethod
+    def limits_of(config: dict[str, Any]) -> Limits:
+        frames, height, width = config["patch_size"]
+        assert frames == 1 and height == width, "Wan 2.1 patches are (1, 2, 2)"
+        return Limits(
+            divisor=height,
+            max_side=config["rope_max_seq_len"] * height,
+            blocks=config["num_layers"],
+            width=config["num_attention_heads"] * config["attention_head_dim"],
+            channels=config["in_channels"],
+            native=(21, 60, 104),
+            max_frames=config["rope_max_seq_len"],
+        )
+
+    @staticmethod
+    def comfy_key(module: str) -> str:
+        """ComfyUI keeps the original checkpoint's names."""
+        names = {"attn1": "self_attn", "attn2": "cross_attn", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
+        names |= {"ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2"}
+        for ours, theirs in names.items():
+            module = module.replace(ours, theirs)
+        return f"diffusion_model.{module}"
+
+    @staticmethod
+    def conditioning_widths(config: dict[str, Any]) -> tuple[int, int | None]:
+        return config["text_dim"], None
+
+    @property
+    def block_list(self) -> Sequence[nn.Module]:
+        return self.network.blocks  # type: ignore[return-value]
+
+    def call(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        prediction: Tensor = self.network(
+            hidden_states=x_t.to(self.dtype),
+            timestep=self.process.timestep(expand(sigma, x_t.new_empty(1)).expand(len(x_t))),
+            encoder_hidden_states=conditioning.embeds.to(self.dtype),
+            return_dict=False,
+        )[0]
+        return prediction

@@ -1,0 +1,95 @@
+"""Pipelines from the Hugging Face hub: configuration first, weights when they are needed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from swd.types import UserError
+
+CONFIGURATION = ("*.json", "*.txt", "*.model")
+"""Files that say what a pipeline is, and its tokenizers."""
+NEVER = (
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.msgpack",
+    "*.onnx*",
+    "*.h5",
+    "*.py",
+    "*.fp16.safetensors",
+    "*.bf16.safetensors",
+)
+"""Formats that can run code or belong to other frameworks, and second copies of the weights."""
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a path names a repository on the hub: `owner/name`, and no such folder here."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path)) and not Path(path).exists()
+
+
+def configuration(repository: str, revision: str | None = None) -> Path:
+    """A folder with a repository's configuration files.
+
+    Raises:
+        UserError: if the repository is missing, gated or out of reach.
+    """
+    return _download(repository, revision, CONFIGURATION)
+
+
+def weights(repository: str, revision: str | None = None) -> Path:
+    """A folder with all of a pipeline: only the subfolders that its index names, safetensors only.
+
+    Raises:
+        UserError: if the repository is missing, gated or out of reach.
+    """
+    index = json.loads((configuration(repository, revision) / "model_index.json").read_text())
+    parts = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
+    return _download(repository, revision, [*CONFIGURATION, *(f"{part}/*.safetensors" for part in parts)])
+
+
+def adapter(repository: str) -> Path:
+    """A folder with a published adapter.
+
+    Raises:
+        UserError: if the repository is missing, gated or out of reach.
+    """
+    return _download(repository, None, ["*.json", "*.safetensors"], "adapter")
+
+
+def _download(repository: str, revision: str | None, patterns: Sequence[str], key: str = "model.path") -> Path:
+    where = f"{key}={repository}"
+    try:
+        return Path(
+            snapshot_download(repository, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(NEVER))
+        )
+    except GatedRepoError:
+        raise UserError(
+            f"{where} is gated: accept its licence at https://huggingface.co/{repository}, then run `hf auth login`; "
+            f"or give {key}=FOLDER"
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(f"{where} has no revision {revision!r}; leave model.revision out for the newest") from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{where} is neither a folder here nor a repository on the hub that you can read; check its spelling, "
+            f"`hf auth login` if it is private, or give {key}=FOLDER"
+        ) from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError):
+        raise UserError(
+            f"{where} is not on this machine and the hub cannot be reached; download it where there is network "
+            f"(`hf download {repository}`), or give {key}=FOLDER"
+        ) from None

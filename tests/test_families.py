@@ -1,0 +1,357 @@
+"""The shared contract of all families, on tiny random pipelines."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from PIL import Image
+from tiny import composed
+from torch import Tensor
+from torch.testing import assert_close
+
+from swd.losses import DMD, GAN, MMD, GeneratorStep
+from swd.losses.update import generator_gradient, settle_features, wanted
+from swd.modules.distiller import Distiller
+from swd.modules.networks import Networks, SharedBase
+from swd.modules.pretrained import Pretrained
+from swd.sampling import sample_latents
+from swd.schedule import ScaleSchedule
+from swd.types import Batch, Conditioning, SeededDraws, UserError
+
+PROMPTS = ["a red star", "a large blue ring above a small heart"]
+
+
+@pytest.fixture(scope="module", params=families.FAMILIES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(name: str, tmp_path_factory: pytest.TempPathFactory) -> Pretrained:
+    return families.pretrained(name, families.save(name, tmp_path_factory.mktemp(name) / "pipeline"))
+
+
+def latents(name: str, size: Any = None, batch: int = 2, seed: int = 0) -> Tensor:
+    size = size or families.SIZES[name][-1]
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    return torch.randn(batch, families.CHANNELS[name], *size, generator=torch.Generator().manual_seed(seed))
+
+
+def randomised(networks: Networks) -> SharedBase:
+    """Adapters whose updates are not zero."""
+    assert isinstance(networks, SharedBase)
+    generator = torch.Generator().manual_seed(5)
+    for role in networks.roles:
+        for parameter in networks.role_parameters(role):
+            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return networks
+
+
+def conditioning(model: Pretrained, batch: int = 2) -> Conditioning:
+    return model.backbone_class.random_conditioning(model.network_config, batch, 7)
+
+
+def test_prediction_and_features_have_their_shapes(name: str, model: Pretrained) -> None:
+    backbone, blocks = model.network(), range(model.limits.blocks)
+    for size in (*families.SIZES[name], families.NON_SQUARE[name]):
+        x = latents(name, size)
+        prediction, features = backbone.predict(x, torch.tensor([0.9, 0.3]), conditioning(model), blocks)
+        assert prediction.shape == x.shape and prediction.isfinite().all()
+        assert len(features) == model.limits.blocks
+        for feature in features:
+            assert feature.shape[0] == 2 and feature.shape[2] == model.limits.width
+
+
+def test_early_exit_equals_the_whole_pass(name: str, model: Pretrained) -> None:
+    backbone, x, sigma, text = model.network(), latents(name), torch.tensor([0.9, 0.3]), conditioning(model)
+    last = model.limits.blocks - 1
+    _, whole = backbone.predict(x, sigma, text, (last,))
+    assert torch.equal(backbone.features(x, sigma, text, (last,))[0], whole[0])
+
+
+def test_a_sample_does_not_depend_on_its_batch(name: str, model: Pretrained) -> None:
+    backbone, x, sigma, text = model.network(), latents(name), torch.tensor([0.9, 0.3]), conditioning(model)
+    both = backbone.predict(x, sigma, text)[0]
+    alone = backbone.predict(x[1:], sigma[1:], text.map(lambda t: t[1:]))[0]
+    assert_close(both[1:], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_level_and_text_matter(name: str, model: Pretrained) -> None:
+    backbone, x, text = model.network(), latents(name), conditioning(model)
+    base = backbone.predict(x, torch.tensor([0.9, 0.9]), text)[0]
+    assert not torch.allclose(base, backbone.predict(x, torch.tensor([0.5, 0.5]), text)[0], atol=1e-4)
+    other = model.backbone_class.random_conditioning(model.network_config, 2, 7, seed=9)
+    assert not torch.allclose(base, backbone.predict(x, torch.tensor([0.9, 0.9]), other)[0], atol=1e-5)
+
+
+def test_sizes_that_would_be_truncated_are_refused(name: str, model: Pretrained) -> None:
+    odd = (5, 5) if len(model.limits.native) == 2 else (1, 5, 5)
+    if model.limits.divisor > 1:
+        with pytest.raises(UserError, match="not divisible by 2"):
+            model.limits.check_size(odd)
+    with pytest.raises(UserError, match="takes"):
+        model.limits.check_size((4, 4, 4, 4))
+    with pytest.raises(UserError, match="does not exist"):
+        model.limits.check_block(model.limits.blocks)
+
+
+def test_noise_and_back(name: str, model: Pretrained) -> None:
+    process, x0 = model.backbone_class.process, latents(name)
+    eps, sigma = torch.randn_like(x0), torch.tensor([0.95, 0.2])
+    x_t = process.add_noise(x0, eps, sigma)
+    prediction = eps if process.prediction_type == "epsilon" else eps - x0
+    assert_close(process.to_x0(x_t, prediction, sigma), x0, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_roles_on_one_base_have_the_gradients_of_separate_copies(
+    name: str, model: Pretrained, checkpointing: bool
+) -> None:
+    """The generator's gradient through the fake network's features, and the student's own, as with two networks."""
+    networks = randomised(model.networks(("student", "fake")))
+    if checkpointing:
+        networks.enable_checkpointing()
+    networks.train()
+    student, fake = merged(networks, "student"), merged(networks, "fake")
+    x, sigma, text = latents(name), torch.tensor([0.9, 0.6]), conditioning(model)
+
+    def loss(run_student: Any, run_fake: Any) -> Tensor:
+        x0 = run_student(x)
+        return run_fake(networks.process.add_noise(x0, torch.ones_like(x0), sigma))[0].square().mean()
+
+    shared = loss(
+        lambda z: networks.x0("student", z, sigma, text)[0], lambda z: networks.features("fake", z, sigma, text, (0,))
+    )
+    shared.backward()
+    separate = loss(
+        lambda z: networks.process.to_x0(z, student.predict(z, sigma, text)[0], sigma),
+        lambda z: fake.features(z, sigma, text, (0,)),
+    )
+    separate.backward()
+    assert_close(shared, separate, rtol=1e-4, atol=1e-6)
+    weights = dict(student.network.named_parameters())
+    checked = 0
+    for key, parameter in networks.backbone.network.named_parameters():
+        if ".lora_A.student." not in key:
+            continue
+        module = key.removesuffix(".lora_A.student.weight")
+        grad = weights[f"{module}.weight"].grad
+        if grad is None:
+            continue
+        b = networks.backbone.network.get_parameter(f"{module}.lora_B.student.weight")
+        expected = b.detach().t() @ grad  # scale is 1: dL/dA = B^T dL/dW
+        assert_close(parameter.grad, expected, rtol=2e-3, atol=1e-5)
+        checked += 1
+    assert checked > 3
+
+
+def merged(networks: SharedBase, role: Any) -> Any:
+    """A separate network with a role's update added to its weights."""
+    backbone = copy.deepcopy(networks.backbone)
+    state = networks.adapter_state(role)
+    with torch.no_grad():
+        for module in [m for m in backbone.network.modules() if hasattr(m, "base_layer")]:
+            module._disable_adapters = True
+        layers = dict(backbone.network.named_modules())
+        for key in state:
+            if key.endswith("lora_A.weight"):
+                name = key.removesuffix(".lora_A.weight")
+                layers[name].base_layer.weight += state[f"{name}.lora_B.weight"] @ state[key]
+        for name, layer in list(layers.items()):
+            if hasattr(layer, "base_layer"):
+                parent, _, child = name.rpartition(".")
+                setattr(backbone.network.get_submodule(parent), child, layer.base_layer)
+    return backbone.requires_grad_(True)
+
+
+TERMS = {
+    "swd": lambda: {"dmd": DMD(), "mmd": MMD(blocks=[0]), "gan": GAN(blocks=[0])},
+    "mmd": lambda: {"mmd": MMD(blocks=[0])},
+    "dmd_mmd": lambda: {"dmd": DMD(guidance_scale=2.0), "mmd": MMD(blocks=[0], features="teacher")},
+    "gan": lambda: {"gan": GAN(blocks=[0])},
+}
+
+
+@pytest.mark.parametrize("terms", TERMS)
+def test_every_loss_gives_a_gradient(name: str, model: Pretrained, terms: str) -> None:
+    loss = TERMS[terms]()
+    settle_features(loss)
+    for term in loss.values():
+        term.build(model.limits.width)
+    networks = randomised(model.networks(("student", "fake")))
+    x0_hat = latents(name).requires_grad_()
+    step = GeneratorStep(
+        networks,
+        conditioning(model),
+        model.backbone_class.random_conditioning(model.network_config, 1, 7, 3),
+        x0_hat,
+        latents(name, seed=1),
+        SeededDraws(0),
+        wanted(loss, "generator_pass"),
+    )
+    total, gradient, _ = generator_gradient(loss, step)
+    assert total.isfinite() and gradient.isfinite().all() and gradient.abs().sum() > 0
+    assert all(p.grad is None for p in networks.parameters())
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("terms", ["mmd", "swd"])
+@pytest.mark.filterwarnings("ignore:DMD is known to fail")
+def test_two_iterations_train_the_student(
+    name: str, model: Pretrained, terms: str, tuning: str, tmp_path: Path
+) -> None:
+    import lightning as L
+    from torch.utils.data import DataLoader, Dataset
+
+    pixels = model.pixel_size(model.size)
+
+    class Pairs(Dataset):  # type: ignore[type-arg]
+        def __len__(self) -> int:
+            return 64
+
+        def __getitem__(self, i: int) -> tuple[Tensor, str]:
+            return torch.rand(3, *pixels, generator=torch.Generator().manual_seed(i)) * 2 - 1, PROMPTS[i % 2]
+
+    def collate(items: Any) -> Batch:
+        return Batch(torch.stack([p for p, _ in items]), [t for _, t in items])
+
+    trained = families.pretrained(name, model.folder, tuning=tuning)
+    task = Distiller(
+        trained, ScaleSchedule(families.SIGMAS, families.SIZES[name]), TERMS[terms](), critic_updates=1, lr=1e-3
+    )
+    task.configure_model()
+    before = {k: p.detach().clone() for k, p in task.named_parameters()}
+    trainer = L.Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=str(tmp_path),
+    )
+    trainer.fit(task, DataLoader(Pairs(), batch_size=2, collate_fn=collate))
+    changed = {k for k, p in task.named_parameters() if not torch.equal(p, before[k])}
+    trainable = {k for k, p in task.named_parameters() if p.requires_grad}
+    assert changed and changed <= trainable
+    for role in task.roles:
+        assert any(role in key for key in changed)
+    pictures, steps = task.sample(PROMPTS, [1, 2], keep_x0=True)
+    assert tuple(pictures.shape[2:]) == pixels and pictures.isfinite().all() and len(steps) == 3
+
+
+def test_full_copies_start_as_the_teacher(name: str, model: Pretrained) -> None:
+    networks = families.pretrained(name, model.folder, tuning="full").networks(("student", "fake"))
+    x, sigma, text = latents(name), torch.tensor([0.9, 0.3]), conditioning(model)
+    with torch.no_grad():
+        teacher = networks.x0("teacher", x, sigma, text)[0]
+        assert torch.equal(networks.x0("student", x, sigma, text)[0], teacher)
+    assert all(not p.requires_grad for p in networks.backbone.parameters())
+    assert len(networks.role_parameters("student")) == len(list(networks.backbone.parameters()))
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_an_8_bit_base_predicts_nearly_the_same_and_trains(name: str, model: Pretrained, kind: Any) -> None:
+    x, sigma, text = latents(name), torch.tensor([0.9, 0.3]), conditioning(model)
+    exact = model.networks(("student",))
+    small = families.pretrained(name, model.folder, quantization=kind).networks(("student",))
+    with torch.no_grad():
+        a, b = (n.x0("teacher", x, sigma, text)[0] for n in (exact, small))
+    assert 0 < ((a - b).norm() / a.norm()).item() < {"int8": 0.02, "fp8": 0.08}[kind]
+    small.x0("student", x, sigma, text)[0].square().mean().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in small.role_parameters("student"))
+
+
+@pytest.mark.parametrize("square", [True, False])
+def test_the_stock_pipeline_draws_what_training_draws(name: str, model: Pretrained, square: bool) -> None:
+    from swd.adapters import Adapter
+    from swd.sample import Request, build_pipeline, draw
+
+    networks = randomised(model.networks(("student",)))
+    divisor, kind = model.limits.divisor, model.backbone_class.process.prediction_type
+    schedule = ScaleSchedule(families.SIGMAS, families.SIZES[name])
+    adapter = Adapter(networks.adapter_state("student"), Path("none"))
+    pipe = build_pipeline(model, adapter, schedule.scheduler(divisor, kind))
+    size = model.size if square else families.NON_SQUARE[name]
+    requests = [Request(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
+    final, steps = draw(pipe, model, requests, size)
+
+    encoders = model.encoders()
+    encoders.final_size = size
+    scheduler = schedule.scheduler(divisor, kind)
+    generators = [torch.Generator().manual_seed(r.seed) for r in requests]
+    start = scheduler.initial_latents(
+        2, model.channels, size[-2], size[-1], size[0] if len(size) == 3 else None, generators
+    )
+    clean = sample_latents(networks, scheduler, start, encoders.encode_prompts(PROMPTS))
+    assert tuple(clean.shape[2:]) == size
+    assert_close(torch.stack(final), encoders.decode(clean), rtol=1e-3, atol=1e-3)
+    assert len(steps) == 3
+
+
+def test_sample_writes_files_with_their_origin(name: str, model: Pretrained, tmp_path: Path) -> None:
+    from swd import sample, video
+    from swd.adapters import save_adapter
+
+    networks = randomised(model.networks(("student",)))
+    kind = model.backbone_class.process.prediction_type
+    schedule = ScaleSchedule(families.SIGMAS, families.SIZES[name]).scheduler(model.limits.divisor, kind)
+    part = model.backbone_class.subfolder
+    adapter = save_adapter(tmp_path / "adapter", networks.adapter_state("student"), 4, 4, schedule, "base", part)
+    ending = "mp4" if name == "wan" else "png"
+    cfg = composed(
+        [
+            f"folder={tmp_path / 'out'}",
+            "name=test",
+            f"adapter={adapter}",
+            f"model.family={model.family}",
+            f"model.path={model.folder}",
+            f"model.size={families.SIZES[name][-1]}".replace(" ", ""),
+            f"model.max_text_tokens={model.max_text_tokens}",
+            f"model.targets=[{','.join(model.targets)}]",
+            f"+model.embedded_guidance={model.embedded_guidance or 'null'}",
+            "model.precision=fp32",
+            "show_sizes=true",
+            "seed=3",
+        ],
+        "sample",
+    )
+    cfg.prompts = PROMPTS[:1]
+    sample.run(cfg)
+    files = sorted(p.name for p in (tmp_path / "out").glob(f"*.{ending}"))
+    assert len(files) == 1 + len(families.SIGMAS)
+    final = tmp_path / "out" / f"a-red-star_seed3.{ending}"
+    if ending == "mp4":
+        assert tuple(video.read(final).shape[1:]) == model.pixel_size(model.size)
+        assert b"a red star" in final.read_bytes()
+    else:
+        with Image.open(final) as image:
+            assert (image.height, image.width) == model.pixel_size(model.size)
+            assert image.info["prompt"] == "a red star" and len(image.info["adapter_hash"]) == 16
+            assert str(families.SIGMAS) in image.info["schedule"]
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "vae"])
+def test_a_missing_part_is_named(name: str, model: Pretrained, tmp_path: Path, part: str) -> None:
+    folder = shutil.copytree(model.folder, tmp_path / "copy")
+    for file in (folder / part).iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match=f"{part}"):
+        families.pretrained(name, folder)
+    (folder / part / "other.txt").write_text("x")
+    with pytest.raises(UserError, match="holds no tokenizer" if part == "tokenizer" else "has no config.json"):
+        families.pretrained(name, folder)
+
+
+def test_a_pipeline_of_another_family_is_refused(name: str, model: Pretrained) -> None:
+    other = "flux" if model.family != "flux" else "sdxl"
+    with pytest.raises(UserError, match=f"model.family={other} is for"):
+        Pretrained(other, str(model.folder))
+    with pytest.raises(UserError, match=r"model\.family=fluxx is not known; use one of"):
+        Pretrained("fluxx", str(model.folder))
