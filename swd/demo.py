@@ -42,7 +42,7 @@ ROOT = train.ROOT | {
     "recompute": bool,
     "store_teacher": bool,
 }
-STORED = 2048
+STORED = 1024
 """Pictures whose statistics `store_teacher=true` makes."""
 STORE_COMMAND = "swd demo store_teacher=true"
 BATCH, TIMED_BATCH = 16, 8
