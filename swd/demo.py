@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from swd import evaluate, report, train
+from swd.callbacks.fixed import FixedLosses
 from swd.config import check
 from swd.data.shapes import RESOLUTION
 from swd.evaluate import Advance, Contender, Judged, Row, Timing
@@ -42,7 +43,7 @@ ROOT = train.ROOT | {
     "recompute": bool,
     "store_teacher": bool,
 }
-STORED = 2048
+STORED = 1024
 """Pictures whose statistics `store_teacher=true` makes."""
 STORE_COMMAND = "swd demo store_teacher=true"
 BATCH, TIMED_BATCH = 16, 8
@@ -64,7 +65,8 @@ def run(cfg: DictConfig) -> None:
         return
 
     with clock.phase("distil"):
-        task, trainer = train.fit(cfg)
+        fixed = FixedLosses()
+        task, trainer = train.fit(cfg, fixed)
     if not trainer.is_global_zero:
         return
     assert isinstance(task, Distiller)
@@ -72,6 +74,7 @@ def run(cfg: DictConfig) -> None:
     study = compare(cfg, task, judge, judge_folder, clock)
     with clock.phase("report"):
         results, page = describe(cfg, task, judge, study)
+        results["fixed_losses"] = fixed.losses
     results["wall_seconds"] = clock.seconds()
     finish(cfg, results, page)
 

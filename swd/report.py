@@ -261,7 +261,8 @@ def _curves(page: Page) -> str:
         f"<span><i class='mean'></i>mean over the schedule's {page.cycle} steps</span></p>"
     )
     note = (
-        "dmd, mmd and their sum should fall. Adversarial and fake-score losses need not, nor x0_mse: "
+        "dmd, mmd and their sum should fall over hundreds of iterations; batches differ far more. Adversarial "
+        "and fake-score losses need not, nor x0_mse: "
         "sharp pictures are further from the data than blurred ones."
     )
     return f"{legend}\n<div class='charts'>{charts}</div>\n<p class='note'>{note}</p>"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
@@ -31,8 +31,12 @@ def run(cfg: DictConfig) -> None:
     fit(cfg)
 
 
-def fit(cfg: DictConfig) -> tuple[LightningModule, Trainer]:
+def fit(cfg: DictConfig, *more: Callback) -> tuple[LightningModule, Trainer]:
     """Check, build and train; everything that the run makes goes to `cfg.folder`.
+
+    Args:
+        cfg: the composed configuration.
+        more: callbacks beside the configured ones.
 
     Raises:
         UserError: for wrong input, before any model is loaded.
@@ -44,7 +48,7 @@ def fit(cfg: DictConfig) -> tuple[LightningModule, Trainer]:
     # Under a launcher each process runs this; only the first one owns the folder.
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0:
         record(cfg, claim_folder(folder, reserve=True), checkpoint)
-    trainer = build_trainer(cfg, folder)
+    trainer = build_trainer(cfg, folder, *more)
     try:
         trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
     except SystemExit:  # what Lightning makes of Ctrl-C
@@ -81,13 +85,14 @@ def trainer_options(cfg: DictConfig) -> dict[str, Any]:
     return dict(instantiate(cfg.trainer, _convert_="all", _partial_=True).keywords)
 
 
-def build_trainer(cfg: DictConfig, folder: Path) -> Trainer:
+def build_trainer(cfg: DictConfig, folder: Path, *more: Callback) -> Trainer:
     """The Trainer with this project's fixed choices: manual optimization counts iterations, order is our own."""
     options = trainer_options(cfg)
     if options.get("strategy") == "auto" and _processes(options) > 1:
         # Student and fake network step in turn, so some parameters have no gradient in each update.
         options["strategy"] = "ddp_find_unused_parameters_true"
     callbacks = [instantiate(node, _convert_="all") for node in (cfg.get("callbacks") or {}).values()]
+    callbacks += more
     logger: Any = instantiate(cfg.logger, _convert_="all") if cfg.get("logger") else False
     fixed = {
         "max_epochs": -1,  # steps count; a finished epoch must not keep a longer run from continuing

@@ -1,6 +1,8 @@
 """Training of the embedded models, on tiny ones; and the embedded VAE itself."""
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -16,6 +18,7 @@ from swd.metrics.judge import Judge
 from swd.modules.pretrain.common import averaged, replace_files, warmup_cosine
 from swd.modules.pretrain.flow import FlowMatching, draw_sigma
 from swd.modules.pretrain.judge import IGNORE, JudgeData, JudgeTask, degrade, targets
+from swd.modules.pretrain.muon import MuonAdamW, hidden_matrices
 from swd.modules.pretrain.vae import VAETask
 from swd.modules.pretrained import Pretrained
 from swd.shapes_pipeline import (
@@ -23,6 +26,7 @@ from swd.shapes_pipeline import (
     build_clip_tokenizer,
     build_pipeline,
     build_t5_tokenizer,
+    build_transformer,
     save_pipeline,
 )
 from swd.types import UserError
@@ -148,6 +152,9 @@ def test_noise_levels_follow_the_shifted_logit_normal() -> None:
     assert sigma.median().item() == pytest.approx(0.75, abs=0.005)  # 3 * 0.5 / (1 + 2 * 0.5)
     logit = torch.logit(sigma / (3 - 2 * sigma))
     assert logit.std().item() == pytest.approx(1.0, abs=0.01)
+    few = draw_sigma(8, shift=1.0, spread=1.0, generator=torch.Generator().manual_seed(1))
+    octaves = torch.special.ndtr(torch.logit(few)).mul(8).floor()  # one in each eighth, shuffled
+    assert sorted(octaves.tolist()) == list(range(8)) != octaves.tolist()
 
 
 def test_flow_matching_lowers_the_loss_and_writes_the_network(skeleton: Path, tmp_path: Path) -> None:
@@ -165,6 +172,49 @@ def test_flow_matching_lowers_the_loss_and_writes_the_network(skeleton: Path, tm
     for name, value in task.average.module.state_dict().items():
         assert torch.allclose(value, written.state_dict()[name], atol=1e-3), name
     assert StableDiffusion3Pipeline.from_pretrained(out, local_files_only=True).vae is not None
+
+
+def test_muon_takes_the_hidden_matrices_and_adamw_the_rest() -> None:
+    torch.manual_seed(0)
+    network = build_transformer(layers=2)
+    matrices = hidden_matrices(network.transformer_blocks)
+    before = {name: value.detach().clone() for name, value in network.named_parameters()}
+    optimizer = MuonAdamW(network, matrices, lr=1e-3, muon_lr=1e-2, weight_decay=0.0)
+    for parameter in network.parameters():
+        parameter.grad = torch.randn_like(parameter) * 1e-3
+    optimizer.step()
+    chosen = {id(parameter) for parameter in matrices}
+    for name, parameter in network.named_parameters():
+        change = parameter.detach() - before[name]
+        hidden = name.startswith("transformer_blocks") and name.endswith("weight") and "norm" not in name
+        assert hidden == (id(parameter) in chosen), name
+        if hidden:  # orthogonal up to the iteration's error, scaled to 0.2 of AdamW's step
+            values = torch.linalg.svdvals(change)
+            assert values.quantile(0.05) > 0.5 * values.max(), name  # about 0.05 before
+            assert change.square().mean().sqrt().item() == pytest.approx(0.2 * 1e-2, rel=0.2), name
+        else:
+            assert change.abs().mean().item() == pytest.approx(1e-3, rel=0.01), name
+
+
+def test_muon_continues_from_its_state() -> None:
+    def trained(steps: int, resumed: dict[str, Any] | None = None) -> tuple[nn.Module, MuonAdamW]:
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+        optimizer = MuonAdamW(network, [network[0].weight], lr=1e-2, muon_lr=1e-2)
+        if resumed:
+            network.load_state_dict(resumed["network"])
+            optimizer.load_state_dict(resumed["optimizer"])
+        for _ in range(steps):
+            optimizer.zero_grad()
+            network(torch.ones(2, 8)).square().sum().backward()
+            optimizer.step()
+        return network, optimizer
+
+    half, optimizer = trained(3)
+    state = copy.deepcopy({"network": half.state_dict(), "optimizer": optimizer.state_dict()})
+    whole, resumed = trained(6)[0].state_dict(), trained(3, state)[0].state_dict()
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
 
 
 def test_flow_matching_checks_its_sizes(skeleton: Path) -> None:

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from swd.data.shapes import (
     BACKGROUNDS,
     COLOURS,
-    GRID,
     HELD_OUT,
+    PLACES,
     RELATIONS,
     SHAPES,
     SIZES,
@@ -38,8 +38,8 @@ def test_an_item_depends_on_seed_split_and_index_alone(split: str) -> None:
 
 def test_the_first_picture_never_changes() -> None:
     item = ShapesDataset("train", 0, 1)[0]
-    assert item["prompt"] == "a red circle right of a cross on a sand background"
-    assert item["pixels"].double().mean().item() == pytest.approx(0.22478, abs=1e-4)
+    assert item["prompt"] == "a red cross right of a red star"
+    assert item["pixels"].double().mean().item() == pytest.approx(-0.64006, abs=1e-4)
 
 
 def test_held_out_pairs_are_never_trained_on() -> None:
@@ -126,7 +126,7 @@ def test_edges_are_smooth(shape: str) -> None:
 def test_pictures_show_colour_and_background() -> None:
     for colour, rgb in COLOURS.items():
         for background in BACKGROUNDS:
-            scene = Scene((Object("circle", colour, "large", GRID - 1, GRID - 1),), background, seed=5)
+            scene = Scene((Object("circle", colour, "large", PLACES - 1, PLACES - 1),), background, seed=5)
             pixels = (render(scene) + 1) / 2
             assert pixels.shape == (3, 128, 128)
             assert pixels.dtype == torch.float32

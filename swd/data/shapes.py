@@ -1,11 +1,11 @@
 """Captioned pictures of coloured shapes, drawn on demand: unlimited, and the same on every machine.
 
-A scene holds one to three objects in different cells of a 2x2 grid over a textured background. Its caption follows
-a small grammar::
+A scene holds one to three shaded objects over a shaded background: one in the middle, two side by side or one above
+the other, three in different corners. Its caption follows a small grammar::
 
     caption  := objects [ "on a" BACKGROUND "background" ]
-    objects  := mention                                            one object, anywhere
-              | mention "and" mention                              two objects, anywhere
+    objects  := mention                                            one object
+              | mention "and" mention                              two objects in any arrangement
               | mention RELATION mention                           two objects
               | mention RELATION mention "and" RELATION mention    three; both relations are about the first mention
     mention  := ("a" | "an") [ SIZE ] [ COLOUR ] SHAPE
@@ -13,6 +13,9 @@ a small grammar::
 so "a red star left of a ring and above a blue heart" says that the star is left of the ring and that the star is
 above the heart. `left of` means the same row and a smaller column, `above` the same column and a smaller row;
 `right of` and `below` are their opposites. A word that a caption leaves out is random in the picture.
+
+Relations settle where the objects are, as they do in most pictures that people caption: a denoiser can then read what
+to draw where from the text at noise levels at which nothing of the picture is left.
 
 Some (colour, shape) pairs are never drawn for the splits "train" and "val"; every caption of the split "heldout"
 names at least one of them. The split "all" draws every pair equally often.
@@ -32,9 +35,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 RESOLUTION = 128
-GRID = 2
+PLACES = 3
+"""Places along one side: the middles of the first half, of the whole and of the second half."""
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "diamond")
-SIZES = {"small": 34.0, "large": 52.0}  # across, in pixels of a 128x128 picture
+SIZES = {"small": 38.0, "large": 56.0}  # across, in pixels of a 128x128 picture
 RELATIONS = ("left of", "right of", "above", "below")
 SPLITS = ("train", "val", "heldout", "all")
 
@@ -101,7 +105,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Object:
-    """One drawn object: what it is, and its cell of the grid (row and column in 0..GRID-1)."""
+    """One drawn object: what it is, and its place (row and column in 0..PLACES-1)."""
 
     shape: str
     colour: str
@@ -112,7 +116,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything a picture shows. `seed` fixes what captions never name: jitter, rotation, shading, texture."""
+    """Everything a picture shows. `seed` fixes what captions never name: jitter, rotation, shading."""
 
     objects: tuple[Object, ...]
     background: str
@@ -130,7 +134,7 @@ class Scene:
 
 
 def related(relation: str, a: tuple[int, int], b: tuple[int, int]) -> bool:
-    """Whether cell `a` stands in `relation` to cell `b`; cells are (row, column)."""
+    """Whether place `a` stands in `relation` to place `b`; places are (row, column)."""
     if relation in ("right of", "below"):
         a, b = b, a
     if relation in ("left of", "right of"):
@@ -174,20 +178,28 @@ def parse_caption(text: str) -> Prompt:
 # --- drawing a scene at random ----------------------------------------------------------------------------------
 
 
+_ARRANGEMENTS: dict[int, tuple[tuple[tuple[int, int], ...], ...]] = {
+    1: (((1, 1),),),
+    2: (((1, 0), (1, 2)), ((0, 1), (2, 1))),
+    3: (((0, 0), (0, 2), (2, 0), (2, 2)),),
+}
+"""By number of objects: the sets of places that they are spread over."""
+
+
 @cache
 def _layouts(relations: tuple[str, ...], count: int) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """Every placement of `count` objects in different cells that keeps the relations of the first to the others."""
-    cells = tuple(itertools.product(range(GRID), range(GRID)))
+    """Every placement of `count` objects that keeps the relations of the first to the others."""
     return tuple(
         placed
-        for placed in itertools.permutations(cells, count)
+        for places in _ARRANGEMENTS[count]
+        for placed in itertools.permutations(places, count)
         if all(related(r, placed[0], other) for r, other in zip(relations, placed[1:], strict=False))
     )
 
 
 @cache
 def _possible_relations(count: int) -> tuple[tuple[str, ...], ...]:
-    """Every choice of different relations, of the first of `count` objects to the others, that fits on the grid."""
+    """Every choice of different relations, of the first of `count` objects to the others, that can be placed."""
     return tuple(r for r in itertools.permutations(RELATIONS, count - 1) if _layouts(r, count))
 
 
@@ -217,23 +229,23 @@ def draw_scene(rng: np.random.Generator, split: str = "train") -> tuple[Scene, P
         raise ValueError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
     count = int(rng.choice(3, p=(0.25, 0.45, 0.30))) + 1
     relations: tuple[str, ...] = ()
-    if count == 3 or (count == 2 and rng.random() < 0.85):
+    if count == 3 or (count == 2 and rng.random() < 0.9):
         relations = _pick(rng, _possible_relations(count))
-    cells = _pick(rng, _layouts(relations, count))
+    places = _pick(rng, _layouts(relations, count))
     pairs, held_out = _draw_pairs(rng, count, split)
     sizes = tuple(SIZES)
     objects = tuple(
         Object(shape, colour, _pick(rng, sizes), row, column)
-        for (colour, shape), (row, column) in zip(pairs, cells, strict=True)
+        for (colour, shape), (row, column) in zip(pairs, places, strict=True)
     )
     scene = Scene(objects, _pick(rng, tuple(BACKGROUNDS)), relations, int(rng.integers(2**31)))
 
-    named = rng.random((count, 2)) < (0.85, 0.5)  # how often a colour and a size are named
+    named = rng.random((count, 2)) < (0.9, 0.6)  # how often a colour and a size are named
     mentions = tuple(
         Mention(o.shape, o.colour if named[i, 0] or i == held_out else None, o.size if named[i, 1] else None)
         for i, o in enumerate(objects)
     )
-    return scene, Prompt(mentions, relations, scene.background if rng.random() < 0.6 else None)
+    return scene, Prompt(mentions, relations, scene.background if rng.random() < 0.7 else None)
 
 
 # --- from a scene to pixels -------------------------------------------------------------------------------------
@@ -296,51 +308,27 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> 
     raise ValueError(f"unknown shape {shape!r}: use one of {', '.join(SHAPES)}")
 
 
-@cache
-def _noise_tile(side: int = 256) -> np.ndarray:
-    """A periodic [side, side] texture with an amplitude that falls as 1/frequency, of zero mean and unit deviation."""
-    white = np.fft.rfft2(np.random.default_rng(0).standard_normal((side, side)))
-    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
-    pink = np.fft.irfft2(white / np.maximum(frequency, 2 / side), s=(side, side))
-    return ((pink - pink.mean()) / pink.std()).astype(np.float32)
-
-
-def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    tile = _noise_tile()
-    top, left = rng.integers(len(tile) - height), rng.integers(len(tile) - width)
-    patch = tile[top : top + height, left : left + width]
-    return patch[:: _pick(rng, (1, -1)), :: _pick(rng, (1, -1))]
-
-
 def _background(rng: np.random.Generator, name: str) -> np.ndarray:
-    """[128, 128, 3] in about [0, 1]: the named colour, a linear gradient and a fine texture."""
+    """[128, 128, 3] in about [0, 1]: the named colour under a linear gradient."""
     line = np.linspace(-1, 1, RESOLUTION, dtype=np.float32)
     angle, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0.02, 0.10)
-    light = (strength * np.sin(angle)) * line[:, None] + (strength * np.cos(angle)) * line[None]
-    light = light + 0.02 * _texture(rng, RESOLUTION, RESOLUTION)
+    light = np.float32(strength * np.sin(angle)) * line[:, None] + np.float32(strength * np.cos(angle)) * line[None]
     tint = rng.uniform(-0.02, 0.02, 3)
-    return light[..., None].astype(np.float32) + (np.array(BACKGROUNDS[name]) + tint).astype(np.float32)
+    return light[..., None] + (np.array(BACKGROUNDS[name]) + tint).astype(np.float32)
 
 
 def _shading(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """What multiplies an object's colour: a gradient, and stripes or grain on some."""
+    """What multiplies an object's colour: a linear gradient, of a fifth to either side at most."""
     angle = rng.uniform(0, 2 * np.pi)
-    shade = 1 + rng.uniform(0.05, 0.2) * (x * np.cos(angle) + y * np.sin(angle)) / radius
-    kind = rng.random()
-    if kind < 0.3:
-        angle, period = rng.uniform(0, np.pi), rng.uniform(5, 9)
-        shade = shade + 0.10 * np.sin((x * np.cos(angle) + y * np.sin(angle)) * (2 * np.pi / period))
-    elif kind < 0.7:
-        shade = shade + 0.05 * _texture(rng, *x.shape)
-    return shade
+    return 1 + rng.uniform(0.05, 0.2) * (x * np.cos(angle) + y * np.sin(angle)) / radius
 
 
 def _paint(canvas: np.ndarray, rng: np.random.Generator, thing: Object) -> None:
     """Blend one object into the [128, 128, 3] canvas, in place, touching only a window around it."""
     radius = SIZES[thing.size] / 2 * rng.uniform(0.95, 1.05)
-    cell = RESOLUTION / GRID
-    centre_x = (thing.column + 0.5) * cell + rng.uniform(-2.5, 2.5)
-    centre_y = (thing.row + 0.5) * cell + rng.uniform(-2.5, 2.5)
+    step = RESOLUTION / (PLACES + 1)
+    centre_x = (thing.column + 1) * step + rng.uniform(-2, 2)
+    centre_y = (thing.row + 1) * step + rng.uniform(-2, 2)
     reach = 1.15 * radius + 2
     top, bottom = max(0, int(centre_y - reach)), min(RESOLUTION, int(centre_y + reach) + 1)
     left, right = max(0, int(centre_x - reach)), min(RESOLUTION, int(centre_x + reach) + 1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from swd.data.shapes import (
     BACKGROUNDS,
     COLOURS,
-    GRID,
+    PLACES,
     RESOLUTION,
     SHAPES,
     SIZES,
@@ -28,7 +28,7 @@ from swd.data.shapes import (
 )
 
 NOTHING = len(SHAPES)
-"""The shape class of an empty cell."""
+"""The shape class of an empty place."""
 ATTRIBUTES = ("shape", "colour", "size", "relation", "background", "count")
 
 
@@ -55,7 +55,7 @@ class _Block(nn.Module):
 
 
 class Judge(nn.Module):
-    """Reads shape (or nothing), colour and size in each cell of the grid, and the background.
+    """Reads shape (or nothing), colour and size at each of the places, and the background.
 
     Args:
         widths: channels at strides 2, 4 and 8.
@@ -76,8 +76,10 @@ class Judge(nn.Module):
             _Block(c, features, 1),
         )
         self.outputs = {"shape": NOTHING + 1, "colour": len(COLOURS), "size": len(SIZES)}
-        self.cells = nn.Sequential(
-            nn.Conv2d(2 * features, 2 * features, 1),
+        # Places are half an object's room apart, so a place's window has to know where in it things are.
+        self.places = nn.Sequential(
+            nn.AvgPool2d(2),
+            nn.Conv2d(features, 2 * features, 4, stride=2),
             nn.SiLU(),
             nn.Conv2d(2 * features, sum(self.outputs.values()), 1),
         )
@@ -90,14 +92,13 @@ class Judge(nn.Module):
         return self.body(pixels)
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Logits: shape [B, 9, G, G], colour [B, 8, G, G], size [B, 2, G, G], background [B, 5]; G is GRID.
+        """Logits: shape [B, 9, P, P], colour [B, 8, P, P], size [B, 2, P, P], background [B, 5]; P is PLACES.
 
         Args:
             pixels: [B, 3, 128, 128] in [-1, 1].
         """
         maps = self._map(pixels)
-        pooled = torch.cat([F.adaptive_avg_pool2d(maps, GRID), F.adaptive_max_pool2d(maps, GRID)], dim=1)
-        parts = self.cells(pooled).split(list(self.outputs.values()), dim=1)
+        parts = self.places(maps).split(list(self.outputs.values()), dim=1)
         return dict(zip(self.outputs, parts, strict=True)) | {"background": self.background(maps.mean((2, 3)))}
 
     @torch.no_grad()
@@ -114,7 +115,7 @@ class Judge(nn.Module):
         for i in range(len(pixels)):
             objects = tuple(
                 Object(shapes[shape], colours[int(best["colour"][i, r, c])], sizes[int(best["size"][i, r, c])], r, c)
-                for r, c in itertools.product(range(GRID), range(GRID))
+                for r, c in itertools.product(range(PLACES), range(PLACES))
                 if (shape := int(best["shape"][i, r, c])) != NOTHING
             )
             readings.append(Reading(objects, backgrounds[int(best["background"][i])]))

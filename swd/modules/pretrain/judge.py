@@ -12,23 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from swd.data.shapes import BACKGROUNDS, COLOURS, GRID, RESOLUTION, SHAPES, SIZES, Scene, ShapesDataset
+from swd.data.shapes import BACKGROUNDS, COLOURS, PLACES, RESOLUTION, SHAPES, SIZES, Scene, ShapesDataset
 from swd.metrics.judge import NOTHING, Judge
 from swd.modules.pretrain.common import averaged, replace_files, warmup_cosine
 
 IGNORE = -100
-"""Target of a cell that says nothing: colour and size of an empty one."""
+"""Target of a place that says nothing: colour and size of an empty one."""
 
 
 def targets(scene: Scene) -> dict[str, Tensor]:
-    """Class indices of a scene: shape, colour, size [G, G] and background []."""
-    shape = torch.full((GRID, GRID), NOTHING)
-    colour, size = torch.full((GRID, GRID), IGNORE), torch.full((GRID, GRID), IGNORE)
+    """Class indices of a scene: shape, colour, size [P, P], P being PLACES, and background []."""
+    shape = torch.full((PLACES, PLACES), NOTHING)
+    colour, size = torch.full((PLACES, PLACES), IGNORE), torch.full((PLACES, PLACES), IGNORE)
     for thing in scene.objects:
-        cell = thing.row, thing.column
-        shape[cell] = SHAPES.index(thing.shape)
-        colour[cell] = tuple(COLOURS).index(thing.colour)
-        size[cell] = tuple(SIZES).index(thing.size)
+        place = thing.row, thing.column
+        shape[place] = SHAPES.index(thing.shape)
+        colour[place] = tuple(COLOURS).index(thing.colour)
+        size[place] = tuple(SIZES).index(thing.size)
     return {
         "shape": shape,
         "colour": colour,
@@ -85,13 +85,13 @@ def degrade(pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def judge_loss(logits: dict[str, Tensor], wanted: dict[str, Tensor]) -> Tensor:
-    """Sum of the cross entropies of shape, colour, size and background; empty cells have no colour and no size."""
+    """Sum of the cross entropies of shape, colour, size and background; empty places have no colour and no size."""
     losses = [F.cross_entropy(logits[name].float(), wanted[name], ignore_index=IGNORE) for name in logits]
     return torch.stack(losses).sum()
 
 
 def judge_accuracy(logits: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
-    """Share of right classes per attribute, over cells (pictures for the background)."""
+    """Share of right classes per attribute, over places (pictures for the background)."""
     result = {}
     for name, values in logits.items():
         named = wanted[name] != IGNORE
