@@ -31,6 +31,7 @@ class Model:
     network_config = CONFIG
     backbone_class = SD3Backbone
     channels = 4
+    embedded_guidance = None
 
 
 def by_hand(side: int, text: int) -> float:
