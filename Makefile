@@ -29,7 +29,7 @@ demo-full: $(STAMP)  ## the same at length, about an hour
 	@SWD_SETUP_SECONDS=$$(( $$(date +%s) - $(STARTED) )) $(BIN)/swd demo preset=full $(ARGS)
 
 test: $(STAMP)  ## run the tests (ARGS='-m slow' for the slow ones)
-	@$(BIN)/python -m pytest -q $(ARGS)
+	@$(BIN)/python -m pytest -q -n auto --dist loadfile $(ARGS)
 
 lint: $(STAMP)  ## check style, formatting and types
 	@$(BIN)/ruff check .

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from swd.files import file_hash, write_aside, write_json
 from swd.modules import hub
-from swd.modules.pretrained import Pretrained
+from swd.modules.pretrained import Pretrained, read_json
 from swd.scheduler import ScaleWiseScheduler
 from swd.types import UserError
 
@@ -106,7 +106,7 @@ def _from_peft(folder: Path) -> Adapter:
     file = folder / PEFT_WEIGHTS
     if not file.is_file():
         raise UserError(f"adapter {folder} is incomplete: {PEFT_WEIGHTS} is missing")
-    config = json.loads((folder / PEFT_CONFIG).read_text())
+    config = read_json(folder / PEFT_CONFIG)
     if config.get("use_dora") or config.get("peft_type", "LORA") != "LORA":
         kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
         raise UserError(f"adapter {folder} is {kind}; only LoRA is known")

@@ -47,6 +47,7 @@ STORED = 1024
 """Pictures whose statistics `store_teacher=true` makes."""
 STORE_COMMAND = "swd demo store_teacher=true"
 BATCH, TIMED_BATCH = 16, 8
+DISTILLER = "swd.modules.distiller.Distiller"
 
 
 # The command
@@ -56,9 +57,8 @@ def run(cfg: DictConfig) -> None:
     """Do the whole demo; its files go to `cfg.folder`, copies of results and report beside that folder."""
     clock = Clock(setup=_setup_seconds())
     with clock.phase("start"):
-        check(cfg, ROOT)
         train.quiet()
-        judge_folder = check_settings(cfg)
+        judge_folder = prepare(cfg)
         judge = Judge.from_pretrained(judge_folder)
     if cfg.store_teacher:
         store_teacher(cfg, judge, judge_folder)
@@ -79,6 +79,20 @@ def run(cfg: DictConfig) -> None:
     finish(cfg, results, page)
 
 
+def prepare(cfg: DictConfig) -> Path:
+    """Check everything before anything is loaded; the judge's folder.
+
+    Raises:
+        UserError: naming the setting and the fix.
+    """
+    check(cfg, ROOT)
+    if cfg.task._target_ != DISTILLER:
+        raise UserError("the demo distils; leave out experiment= and task=, or train that with `swd train`")
+    folder = check_settings(cfg)
+    train.prepare(cfg)
+    return folder
+
+
 def check_settings(cfg: DictConfig) -> Path:
     """The judge's folder, once everything that the demo adds to training is known to make sense.
 
@@ -93,21 +107,15 @@ def check_settings(cfg: DictConfig) -> Path:
     if cfg.trainer.max_steps < 1:
         raise UserError(f"trainer.max_steps={cfg.trainer.max_steps}; the demo distils for at least 1 iteration")
     folder = _judge_folder(cfg.judge)
-    side = _last_side(cfg)
-    if side != RESOLUTION:
-        raise UserError(
-            f"the last size of the schedule gives pictures of {side} pixels, but the judge reads {RESOLUTION}; "
-            f"end schedule.sizes with {cfg.schedule.sizes[-1] * RESOLUTION // side}"
-        )
-    return folder
-
-
-def _last_side(cfg: DictConfig) -> int:
-    """Side of the student's pictures in pixels."""
     model: Pretrained = instantiate(cfg.model, _convert_="all")
     schedule: ScaleSchedule = instantiate(cfg.schedule, _convert_="all")
-    blocks = json.loads((model.folder / "vae" / "config.json").read_text())["block_out_channels"]
-    return int(schedule.sizes[-1][-1] * 2 ** (len(blocks) - 1))
+    size = schedule.sizes[-1]
+    if len(size) == 3 or model.pixel_size(size) != (RESOLUTION, RESOLUTION):
+        raise UserError(
+            f"schedule.sizes ends with {size}, but the judge reads pictures of {RESOLUTION}x{RESOLUTION} pixels; "
+            f"end with {RESOLUTION // model.factor}, and use the model shapes"
+        )
+    return folder
 
 
 def _judge_folder(path: str) -> Path:

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
@@ -44,8 +46,8 @@ def run(cfg: DictConfig) -> None:
     check(cfg, ROOT)
     train.quiet()
     target = Path(cfg.to)
-    if target.exists() and any(target.iterdir()):
-        raise UserError(f"to={cfg.to} exists already and is not empty; choose another folder")
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise UserError(f"to={cfg.to} exists already and is no empty folder; choose another")
     source = locate(cfg.run, Path(cfg.output))
     adapter = load(source)
     model: Pretrained = instantiate(model_of(source, cfg), _convert_="all")
@@ -55,9 +57,15 @@ def run(cfg: DictConfig) -> None:
 
 
 def model_of(source: Path, cfg: DictConfig) -> Any:
-    """The model that a run was trained with; for an adapter from elsewhere, the one on the command line."""
+    """The model that a run was trained with; the configuration's if the command line names one, or without a run."""
     file = source.parent / "config.yaml"
-    return OmegaConf.load(file).model if file.is_file() else cfg.model
+    named = any(re.match(r"\+*(model|experiment)[.=@]", override) for override in overrides())
+    return cfg.model if named or not file.is_file() else OmegaConf.load(file).model
+
+
+def overrides() -> list[str]:
+    """What the command line sets, as far as there is one."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def schedule_of(source: Path, cfg: DictConfig, model: Pretrained) -> ScaleWiseScheduler:

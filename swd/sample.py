@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from torch import Tensor
 from swd import __version__, train, video
 from swd.adapters import Adapter, check_fits, load, locate
 from swd.config import check, to_plain
-from swd.export import schedule_of
+from swd.export import model_of, schedule_of
 from swd.files import claim_folder, write_aside
 from swd.images import to_pil
 from swd.modules.pretrained import Pretrained
@@ -61,25 +62,17 @@ class Request:
 
 def run(cfg: DictConfig) -> None:
     """Draw what the configuration asks for; prints the path of every file."""
-    check(cfg, ROOT)
     train.quiet()
-    requests = plan(cfg)
-    model: Pretrained = instantiate(cfg.model, _convert_="all")
-    size = final_size(cfg, model)
-    source = None if cfg.adapter is None else locate(cfg.adapter, Path(cfg.output))
-    adapter = None if source is None else load(source)
-    if adapter is not None:
-        check_fits(adapter, model)
-    if model.backbone_class.video:
-        video.check_available()
+    job = prepare(cfg)
+    requests, model, adapter, schedule, size = job.requests, job.model, job.adapter, job.schedule, job.size
     ending = "mp4" if model.backbone_class.video else "png"
     folder = claim_files(Path(cfg.folder), requests, ending)
-    schedule = None if source is None else schedule_of(source, cfg, model)
+    source = adapter.source.parent if adapter else None
     print(f"model {model.name}, " + (f"adapter {source}" if source else "no adapter: the teacher"))
 
     pipe = build_pipeline(model, adapter, schedule, cfg)
     info = {
-        "model": to_plain(cfg.model),
+        "model": to_plain(job.node),
         "adapter": source,
         "adapter_hash": adapter.hash if adapter else None,
         "schedule": dict(schedule.config) if schedule else None,
@@ -98,6 +91,49 @@ def run(cfg: DictConfig) -> None:
 # What is asked for
 
 
+@dataclass(frozen=True)
+class Job:
+    """What a configuration asks for, checked; nothing large is loaded yet.
+
+    Attributes:
+        requests: the pictures.
+        model: the base, `node` its configuration.
+        adapter, schedule: the student's; None: the teacher draws.
+        size: latent size of finished pictures.
+    """
+
+    requests: list[Request]
+    model: Pretrained
+    node: Any
+    adapter: Adapter | None
+    schedule: ScaleWiseScheduler | None
+    size: Size
+
+
+def prepare(cfg: DictConfig) -> Job:
+    """Check everything that can be checked before weights are loaded.
+
+    A run's adapter brings its own model and schedule, unless the command line names a model.
+
+    Raises:
+        UserError: naming what is wrong and the fix.
+    """
+    check(cfg, ROOT)
+    requests = plan(cfg)
+    source = None if cfg.adapter is None else locate(cfg.adapter, Path(cfg.output))
+    node = cfg.model if source is None else model_of(source, cfg)
+    model: Pretrained = instantiate(node, _convert_="all")
+    adapter = schedule = None
+    if source is not None:
+        adapter = load(source)
+        check_fits(adapter, model)
+        schedule = schedule_of(source, cfg, model)
+    if model.backbone_class.video:
+        video.check_available()
+    size = final_size(cfg, model, model.size if schedule is None else schedule.base_sizes[-1])
+    return Job(requests, model, node, adapter, schedule, size)
+
+
 def plan(cfg: DictConfig) -> list[Request]:
     """The pictures asked for, each with its own seed.
 
@@ -107,8 +143,8 @@ def plan(cfg: DictConfig) -> list[Request]:
     for key in ("images_per_prompt", "batch_size", "fps"):
         if cfg[key] < 1:
             raise UserError(f"{key}={cfg[key]}; use at least 1")
-    if cfg.seed < 0:
-        raise UserError(f"seed={cfg.seed}; use 0 or more")
+    if not 0 <= cfg.seed < 2**63:
+        raise UserError(f"seed={cfg.seed}; use 0 or more, below 2^63")
     if cfg.prompts_file is not None:
         rows = read_prompts(Path(cfg.prompts_file))
     else:
@@ -134,7 +170,10 @@ def read_prompts(file: Path) -> list[tuple[str, int | None]]:
     """
     if not file.is_file():
         raise UserError(f"prompts_file={file} does not exist; give a .txt file with a prompt a line, or a .csv file")
-    text = file.read_text(encoding="utf-8-sig")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"prompts_file={file} is not UTF-8 text; save it as UTF-8") from None
     if file.suffix.lower() != ".csv":
         lines = [line.strip() for line in text.splitlines()]
         rows: list[tuple[str, int | None]] = [(line, None) for line in lines if line]
@@ -153,13 +192,18 @@ def read_prompts(file: Path) -> list[tuple[str, int | None]]:
     return rows
 
 
-def final_size(cfg: DictConfig, model: Pretrained) -> Size:
-    """Latent size of finished pictures: from `height` and `width`, from `aspect`, or the model's own.
+def final_size(cfg: DictConfig, model: Pretrained, native: Size | None = None) -> Size:
+    """Latent size of finished pictures: from `height` and `width`, from `aspect`, or the native one.
+
+    Args:
+        cfg: the configuration.
+        model: what draws.
+        native: the size without any wish: where the student's schedule ends; None: the model's own.
 
     Raises:
         UserError: if it is not a size that the model can take.
     """
-    factor, (*frames, height, width) = model.factor, model.size
+    factor, (*frames, height, width) = model.factor, native or model.size
     if cfg.aspect is not None:
         if cfg.height is not None or cfg.width is not None:
             raise UserError(f"aspect={cfg.aspect} beside height and width; give one or the other")
@@ -203,9 +247,9 @@ def aspect_size(aspect: str, area: int, divisor: int) -> tuple[int, int]:
 def claim_files(folder: Path, requests: list[Request], ending: str) -> Path:
     """Create the output folder; refuse to replace a picture that is already there."""
     claim_folder(folder)
-    stems = [request.stem for request in requests]
-    for stem in stems:
-        if stems.count(stem) > 1:
+    stems = Counter(request.stem for request in requests)
+    for stem, count in stems.items():
+        if count > 1:
             raise UserError(f"two requests would be called {stem}.{ending}; give them different seeds")
         if (folder / f"{stem}.{ending}").exists():
             raise UserError(f"{folder / stem}.{ending} exists already; choose another folder or seed")

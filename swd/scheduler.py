@@ -111,8 +111,8 @@ class ScaleWiseSchedulerOutput(BaseOutput):
 class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
     """Sampler of scale-wise distilled models: predict clean, upsample, noise afresh (SwD paper, section 3.1).
 
-    `step` may return a *larger* sample than it was given. Re-noising draws come from a hash of each sample's own
-    initial latent, so a picture is the same alone or in a batch and follows the caller's generator.
+    `step` may return a *larger* sample than it was given. Re-noising draws come from a hash of the signs of each
+    sample's own initial latent, so a picture is the same alone or in a batch and follows the caller's generator.
 
     Args:
         sigmas: noise level of every step, strictly decreasing, the first at most 1.
@@ -377,5 +377,6 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
 
 
 def _latent_seed(row: Tensor) -> int:
-    data = row.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy().tobytes()
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
+    """A seed from the signs of a latent: they survive rounding, so that half precision draws the same noise."""
+    bits = (row.detach().float() > 0).flatten().to(device="cpu", dtype=torch.uint8)
+    return int.from_bytes(hashlib.blake2b(bits.numpy().tobytes(), digest_size=8).digest(), "little") >> 1

@@ -21,7 +21,7 @@ class CheckSweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         command = config.hydra.job.config_name
-        prepare = getattr(importlib.import_module(f"swd.{command}"), "prepare", check)
+        module = importlib.import_module(f"swd.{command}")
         if not config.hydra.sweeper._target_.endswith(".BasicSweeper"):
             return  # other sweepers choose their values while they run
         with user_errors():
@@ -31,7 +31,9 @@ class CheckSweep(Callback):
                 HydraConfig.instance().set_config(cfg)
                 with open_dict(cfg):
                     del cfg["hydra"]
-                prepare(cfg)
+                check(cfg, module.ROOT)
+                if hasattr(module, "prepare"):
+                    module.prepare(cfg)
 
 
 def jobs(config: DictConfig) -> list[list[str]]:

@@ -51,6 +51,8 @@ def fit(cfg: DictConfig, *more: Callback) -> tuple[LightningModule, Trainer]:
     trainer = build_trainer(cfg, folder, *more)
     try:
         trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+    except MisconfigurationException as error:
+        raise UserError(f"trainer: {one_line(error)}") from None
     except SystemExit:  # what Lightning makes of Ctrl-C
         if trainer.interrupted:
             raise KeyboardInterrupt from None
@@ -65,6 +67,8 @@ def prepare(cfg: DictConfig) -> tuple[LightningModule, Any]:
         UserError: for wrong input.
     """
     check(cfg)
+    if not cfg.seed < 2**31:
+        raise UserError(f"seed={cfg.seed}; use a number below 2^31")
     for key, least in (("seed", 0), ("trainer.max_steps", 1)):
         value = OmegaConf.select(cfg, key)
         if value < least:
@@ -77,6 +81,8 @@ def prepare(cfg: DictConfig) -> tuple[LightningModule, Any]:
             f"data.batch_size={data.batch_size} does not divide over {processes} processes; "
             f"use a multiple of {processes}"
         )
+    if cfg.resume not in (None, "auto"):
+        find_checkpoint(cfg.resume, Path(cfg.output), cfg)
     return task, data
 
 

@@ -263,3 +263,18 @@ def test_statistics_depend_on_every_weight(task: Distiller, judge: Judge, tmp_pa
 def test_records_join() -> None:
     part = Judged(torch.zeros(2, 3), torch.ones(2, len(ATTRIBUTES), 2, dtype=torch.int64))
     assert len(Judged.cat([part, replace(part), part.first(1)])) == 5
+
+
+ASSETS = Path(__file__).parents[1] / "assets"
+
+
+def test_the_stored_statistics_belong_to_the_weights_that_ship() -> None:
+    """Else the demo would draw the teacher's full-length pictures again, and miss its ten minutes."""
+    about = json.loads((ASSETS / "shapes-judge" / "teacher_28steps.json").read_text())
+    assert about["model_sha256"] == evaluate.sha256_of(ASSETS / "shapes-sd3")
+    assert about["judge_sha256"] == evaluate.sha256_of(ASSETS / "shapes-judge")
+    assert about["n_pictures"] >= 1000
+
+
+def test_the_embedded_teacher_is_small() -> None:
+    assert sum(file.stat().st_size for file in (ASSETS / "shapes-sd3").rglob("*") if file.is_file()) <= 12e6

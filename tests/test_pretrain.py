@@ -278,7 +278,6 @@ def test_degraded_pictures_stay_recognisable() -> None:
         assert (degrade(pixels, generator) - pixels).abs().mean() < 0.2
 
 
-@pytest.mark.skipif(not VAE.exists(), reason="the VAE is not trained yet")
 @pytest.mark.parametrize(("side", "psnr"), [(128, 27.0), (64, 25.0), (48, 24.0)])
 def test_the_embedded_vae_keeps_pictures(side: int, psnr: float) -> None:
     vae = AutoencoderKL.from_pretrained(VAE)

@@ -100,16 +100,20 @@ def find_checkpoint(resume: str | None, runs: Path, cfg: DictConfig) -> str | No
         candidates = [root]
     else:
         candidates = sorted(root.glob("**/checkpoints/*.ckpt"), key=lambda p: p.stat().st_mtime, reverse=True)
+    passed: list[str] = []
     for path in candidates:
         difference = config_difference(path, cfg)
         if difference is not None:
             if resume != "auto":
                 raise UserError(f"resume={resume} was made with another configuration: {difference}")
+            passed.append(f"{path.parent.parent}: {difference}")
             continue
         if readable(path):
             return str(path)
         warnings.warn(f"{path} is damaged and was passed over", stacklevel=2)
     if resume == "auto":
+        if passed:
+            warnings.warn(f"resume=auto starts afresh: no run has this configuration ({passed[0]})", stacklevel=2)
         return None
     raise UserError(f"resume={resume} holds no valid checkpoint; give a .ckpt file, a run folder, or auto")
 
@@ -120,7 +124,7 @@ def readable(path: Path) -> bool:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # truncated, not a checkpoint, unsafe: none of them can be resumed from
         return False
-    return "state_dict" in checkpoint and "optimizer_states" in checkpoint
+    return {"state_dict", "optimizer_states", "global_step"} <= set(checkpoint)
 
 
 def config_difference(path: Path, cfg: DictConfig) -> str | None:
@@ -129,6 +133,8 @@ def config_difference(path: Path, cfg: DictConfig) -> str | None:
     if not file.is_file():
         return None
     old, new = OmegaConf.load(file), OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    for config in (old, new):  # changes nothing but speed
+        OmegaConf.update(config, "data.workers", 0, force_add=True)
     for section in COMPARED:
         difference = _differs(OmegaConf.select(old, section), OmegaConf.select(new, section), section)
         if difference:

@@ -1,4 +1,4 @@
-"""Losses on the same pictures with the same draws, before and after training."""
+"""What training did, measured on the same pictures with the same draws."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class FixedLosses(Callback):
         seed: of the draws.
 
     Attributes:
-        losses: name to its value before and after.
+        losses: name to its two values, as above.
     """
 
     def __init__(self, pictures: int = 32, seed: int = 0) -> None:

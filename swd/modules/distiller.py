@@ -246,6 +246,8 @@ class Distiller(LightningModule):
         checkpoint["swd"] = {"updates": self.updates}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "swd" not in checkpoint:
+            raise UserError("the checkpoint is not one of a distillation with this program")
         self.updates = int(checkpoint["swd"]["updates"])
         missing = {k for k, p in self.named_parameters() if p.requires_grad} - set(checkpoint["state_dict"])
         if missing:

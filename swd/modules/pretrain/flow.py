@@ -18,10 +18,14 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
+from swd.modules.backbones.base import Backbone
+from swd.modules.hub import is_hub_id
 from swd.modules.pretrain.common import averaged, replace_files, warmup_cosine
 from swd.modules.pretrain.muon import MuonAdamW, hidden_matrices
 from swd.modules.pretrained import Pretrained
+from swd.schedule import downscale
 from swd.shapes_pipeline import initialise_transformer
 from swd.types import Batch, Conditioning, Size, UserError
 
@@ -117,20 +121,32 @@ class FlowMatching(L.LightningModule):
         self.caption_dropout, self.sigma_shift, self.sigma_spread = caption_dropout, sigma_shift, sigma_spread
         self.reuse, self.compile_blocks = reuse, compile
         self.save_every, self.save_dtype = save_every, SAVE_DTYPES[save_dtype]
+        self.from_scratch, self.ema = from_scratch, ema
         self._check()
 
         self.memory: deque[Encoded] = deque(maxlen=memory)
         self.last_metrics: dict[str, Tensor] = {}
-        network = model.network_class.from_pretrained(
-            model.folder, subfolder=model.backbone_class.subfolder, torch_dtype=torch.float32, use_safetensors=True
-        )
-        if from_scratch:
-            initialise_transformer(network, seed)
-        self.backbone = model.backbone_class(network.train().requires_grad_(True))
-        self.average = averaged(network, ema)
+        self.backbone: Backbone
+        self.average: AveragedModel
         self._encoders: list[Any] = []  # in a list, to stay out of checkpoints and of the optimizer
 
+    def configure_model(self) -> None:
+        if hasattr(self, "backbone"):
+            return
+        model = self.model
+        network = model.network_class.from_pretrained(
+            model.fetch(), subfolder=model.backbone_class.subfolder, torch_dtype=torch.float32, use_safetensors=True
+        )
+        if self.from_scratch:
+            initialise_transformer(network, self.seed)
+        self.backbone = model.backbone_class(network.train().requires_grad_(True), model.embedded_guidance)
+        self.average = averaged(network, self.ema)
+
     def _check(self) -> None:
+        if is_hub_id(self.model.path) and self.out == self.model.folder:
+            raise UserError(f"task.out is missing: {self.model.path} is on the hub; give a folder for the trained copy")
+        if self.from_scratch and self.model.family != "sd3":
+            raise UserError(f"task.from_scratch is for the embedded teacher, not for {self.model.family}; leave it out")
         if len(self.size_weights) != len(self.sizes):
             raise UserError(
                 f"task.size_weights has {len(self.size_weights)} entries for {len(self.sizes)} sizes; give one per size"
@@ -157,7 +173,7 @@ class FlowMatching(L.LightningModule):
     def on_fit_start(self) -> None:
         if self.trainer.is_global_zero and self.out.resolve() != self.model.folder.resolve():
             skip = shutil.ignore_patterns(self.model.backbone_class.subfolder, ".*")
-            shutil.copytree(self.model.folder, self.out, ignore=skip, dirs_exist_ok=True)
+            shutil.copytree(self.model.fetch(), self.out, ignore=skip, dirs_exist_ok=True)
         if self.compile_blocks:
             # One graph for all sizes; beyond its default limit of graphs dynamo would silently run eagerly.
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
@@ -170,12 +186,13 @@ class FlowMatching(L.LightningModule):
         x0, conditioning = self.gather(batch, size, generator)
         conditioning = self.drop_captions(conditioning, generator)
 
+        process = self.backbone.process
         sigma = draw_sigma(len(x0), self.sigma_shift, self.sigma_spread, generator).to(x0)
         eps = torch.randn(x0.shape, generator=generator).to(x0)
-        s = sigma.view(-1, 1, 1, 1)
-        x_t = (1 - s) * x0 + s * eps
-        velocity, _ = self.backbone.predict(x_t, sigma, conditioning)
-        loss = F.mse_loss(velocity.float(), eps - x0)  # arXiv 2210.02747, eq. 9 with straight paths
+        prediction, _ = self.backbone.predict(process.add_noise(x0, eps, sigma), sigma, conditioning)
+        # Straight paths: arXiv 2210.02747, eq. 9; noise prediction: arXiv 2006.11239, eq. 14.
+        target = eps if process.prediction_type == "epsilon" else eps - x0
+        loss = F.mse_loss(prediction.float(), target)
 
         self.last_metrics = {"loss": loss.detach()}
         self.log_dict({"loss": loss.detach(), f"loss/{size[0]}": loss.detach()})
@@ -205,8 +222,7 @@ class FlowMatching(L.LightningModule):
     def encode(self, pixels: Tensor, size: Size, generator: torch.Generator) -> Tensor:
         """Shrink in pixel space, encode, sample the posterior: float32 latents [B, C, *size]."""
         side = self.encoders.pixel_size(size)
-        if tuple(pixels.shape[2:]) != side:
-            pixels = F.interpolate(pixels, size=side, mode="area")
+        pixels = downscale(pixels, side)
         mean, std = self.encoders.posterior(pixels)
         latents = mean + std * torch.randn(mean.shape, generator=generator).to(mean.device)
         shift, scale = self.encoders.shift_and_scale(latents)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from swd.modules.pretrain.common import averaged, replace_files, warmup_cosine
 from swd.shapes_pipeline import build_pipeline, save_pipeline
@@ -81,14 +82,22 @@ class VAETask(L.LightningModule):
         self.crop, self.crop_chance = crop, crop_chance
         self.save_every, self.seed = save_every, seed
         self.pick = torch.Generator().manual_seed(seed)
-        if not (self.path / "model_index.json").exists():
-            save_pipeline(build_pipeline(seed), self.path)
-        vae = build_pipeline(seed).vae if part == "all" else AutoencoderKL.from_pretrained(self.path / "vae").train()
-        self.part, self.vae = part, vae.to(memory_format=torch.channels_last)
-        if part == "decoder":
-            self.vae.encoder.requires_grad_(False)
-        self.average = averaged(self.vae, ema)
+        self.part, self.ema = part, ema
+        self.vae: AutoencoderKL
+        self.average: AveragedModel
         self.recent: deque[Tensor] = deque(maxlen=16)  # what the latents' scale is measured on
+
+    def configure_model(self) -> None:
+        if hasattr(self, "vae"):
+            return
+        if not (self.path / "model_index.json").exists():
+            save_pipeline(build_pipeline(self.seed), self.path)
+        whole = self.part == "all"
+        vae: Any = build_pipeline(self.seed).vae if whole else AutoencoderKL.from_pretrained(self.path / "vae").train()
+        self.vae = vae.to(memory_format=torch.channels_last)
+        if self.part == "decoder":
+            self.vae.encoder.requires_grad_(False)
+        self.average = averaged(self.vae, self.ema)
 
     @property
     def updates(self) -> int:
@@ -136,7 +145,7 @@ class VAETask(L.LightningModule):
         means, squares = [], []
         for side in self.sizes:
             small = F.interpolate(pixels, size=(side, side), mode="area")
-            latents = torch.cat([vae.encode(chunk).latent_dist.sample().float() for chunk in small.split(16)])
+            latents = torch.cat([vae.encode(chunk).latent_dist.sample(self.pick).float() for chunk in small.split(16)])
             means.append(latents.mean())
             squares.append(latents.square().mean())
         mean, square = torch.stack(means).mean(), torch.stack(squares).mean()
