@@ -33,6 +33,7 @@ from swd.adapters import (
 from swd.config import check
 from swd.files import write_aside
 from swd.modules.backbones.base import Backbone
+from swd.modules.hub import is_hub_id
 from swd.modules.pretrained import Pretrained
 from swd.scheduler import ScaleWiseScheduler
 from swd.types import Size, UserError
@@ -195,16 +196,17 @@ result = pipe(
 def card(adapter: Adapter, model: Pretrained, schedule: ScaleWiseScheduler) -> str:
     """README of an exported folder: what it is, and a snippet that samples it without `swd` installed."""
     backbone, final = model.backbone_class, schedule.base_sizes[-1]
-    factor = 8
+    pixels = model.pixel_size(final)
+    base = model.path if is_hub_id(model.path) else str(model.folder)
     arguments = dict(backbone.sampling_arguments(model.max_text_tokens, model.embedded_guidance))
-    arguments |= {"height": final[-2] * factor, "width": final[-1] * factor}
+    arguments |= {"height": pixels[-2], "width": pixels[-1]}
     if backbone.video:
-        arguments["num_frames"] = 4 * (final[0] - 1) + 1
+        arguments["num_frames"] = pixels[0]
     initial = f"1, channels={model.channels}" + (", packed=True" if backbone.packed else "")
     snippet = _SNIPPET.format(
         pipeline=backbone.pipeline_type,
         module=SCHEDULER_FILE.removesuffix(".py"),
-        base=model.path,
+        base=base,
         weights=DIFFUSERS_WEIGHTS,
         initial=initial,
         steps=len(schedule.config.sigmas),

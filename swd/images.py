@@ -9,7 +9,9 @@ from torch import Tensor
 
 
 def to_pil(pixels: Tensor) -> Image.Image:
-    """A PIL image of `[3, H, W]` in [-1, 1], rounded as diffusers does."""
+    """A PIL image of `[3, H, W]` in [-1, 1], rounded as diffusers does; of a video `[3, F, H, W]`, its middle frame."""
+    if pixels.ndim == 4:
+        pixels = pixels[:, pixels.shape[1] // 2]
     array = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().cpu().permute(1, 2, 0).numpy()
     return Image.fromarray(array)
 

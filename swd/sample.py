@@ -288,7 +288,11 @@ def build_pipeline(
     if cfg.tiny_vae is not None:
         pipe.vae = load_tiny_vae(cfg.tiny_vae, pipe.vae, dtype)
     if cfg.compile:
-        getattr(pipe, part).compile_repeated_blocks(dynamic=True)
+        network = getattr(pipe, part)
+        # Some diffusers classes do not say which of their blocks repeat.
+        blocks = model.backbone_class(network).block_list
+        network._repeated_blocks = network._repeated_blocks or [type(blocks[0]).__name__]
+        network.compile_repeated_blocks(dynamic=True)
     if cfg.offload == "none":
         return pipe.to(device)
     if device.type != "cuda":

@@ -30,8 +30,8 @@ NEVER = (
     "*.onnx*",
     "*.h5",
     "*.py",
-    "*.fp16.safetensors",
-    "*.bf16.safetensors",
+    "*.fp16*",
+    "*.bf16*",
 )
 """Formats that can run code or belong to other frameworks, and second copies of the weights."""
 

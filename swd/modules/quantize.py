@@ -56,7 +56,7 @@ class QuantizedLinear(nn.Linear):
 
 @torch.no_grad()
 def quantize(network: nn.Module, targets: Sequence[str], kind: Quantization) -> int:
-    """Replace a network's linear layers named by `targets` in place; they hold nearly all weights.
+    """Replace a network's linear layers named by `targets` in place; modulations and embeddings stay as they are.
 
     Args:
         network: the base, before adapters are added.
