@@ -30,6 +30,7 @@ NOTICES = (
     ".*does not have many workers.*",
     ".*`weights_only`.*",
     ".*Deterministic behavior.*",
+    ".*with manual optimization and every_n_train_steps.*",  # whole iterations are what a resumed run continues from
 )
 
 
