@@ -43,7 +43,7 @@ def fit(cfg: DictConfig, *more: Callback) -> tuple[LightningModule, Trainer]:
     """
     quiet()
     folder = Path(cfg.folder)
-    task, data = prepare(cfg)
+    task, data = build(cfg)
     checkpoint = find_checkpoint(cfg.resume, folder.parent, cfg)
     # Under a launcher each process runs this; only the first one owns the folder.
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0:
@@ -61,6 +61,18 @@ def fit(cfg: DictConfig, *more: Callback) -> tuple[LightningModule, Trainer]:
 
 
 def prepare(cfg: DictConfig) -> tuple[LightningModule, Any]:
+    """`build`, and a named checkpoint is looked at: all that can be checked of a run before its turn.
+
+    Raises:
+        UserError: for wrong input.
+    """
+    built = build(cfg)
+    if cfg.resume not in (None, "auto"):
+        find_checkpoint(cfg.resume, Path(cfg.output), cfg)
+    return built
+
+
+def build(cfg: DictConfig) -> tuple[LightningModule, Any]:
     """The task and its data, checked against each other; no weights are loaded.
 
     Raises:
@@ -81,8 +93,6 @@ def prepare(cfg: DictConfig) -> tuple[LightningModule, Any]:
             f"data.batch_size={data.batch_size} does not divide over {processes} processes; "
             f"use a multiple of {processes}"
         )
-    if cfg.resume not in (None, "auto"):
-        find_checkpoint(cfg.resume, Path(cfg.output), cfg)
     return task, data
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderDC,
-    AutoencoderKL,
     AutoencoderKLWan,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -24,6 +23,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from tiny import build_vae
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -54,23 +54,6 @@ SIZES: dict[str, list[Any]] = {
 NON_SQUARE = dict.fromkeys(FAMILIES, (8, 12)) | {"wan": (3, 8, 12)}
 CHANNELS = dict.fromkeys(FAMILIES, 4) | {"wan": 16}
 SIGMAS = [1.0, 0.8, 0.6]
-
-
-def vae(channels: int, scale: float = 1.7, shift: float | None = 0.1) -> AutoencoderKL:
-    return AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8,) * 4,
-        layers_per_block=1,
-        latent_channels=channels,
-        norm_num_groups=4,
-        scaling_factor=scale,
-        shift_factor=shift,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
 
 
 def clip(vocabulary: int, width: int, projection: bool) -> Any:
@@ -124,7 +107,7 @@ def sd3(dual: tuple[int, ...] = ()) -> StableDiffusion3Pipeline:
     return StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae(4),
+        vae=build_vae(4),
         text_encoder=clip(len(tokens), 16, True),
         tokenizer=tokens,
         text_encoder_2=clip(len(tokens), 16, True),
@@ -150,7 +133,7 @@ def flux() -> FluxPipeline:
     return FluxPipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=vae(4),
+        vae=build_vae(4),
         text_encoder=clip(len(tokens), 16, False),
         tokenizer=tokens,
         text_encoder_2=t5(len(pieces), 32),
@@ -180,7 +163,7 @@ def sdxl() -> StableDiffusionXLPipeline:
     return StableDiffusionXLPipeline(
         unet=unet,
         scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
-        vae=vae(4, 0.13, None),
+        vae=build_vae(4, 0.13, None),
         text_encoder=clip(len(tokens), 16, False),
         tokenizer=tokens,
         text_encoder_2=clip(len(tokens), 16, True),

@@ -84,13 +84,13 @@ def test_critic_updates_come_first_each_on_a_fresh_batch(
 ) -> None:
     seen: list[tuple[str, int]] = []
     prompts: list[str] = []
-    latents = Distiller._latents
+    latents = Distiller.latents
 
     def spy(self: Distiller, batch: Batch, *args: Any) -> tuple[Tensor, Tensor]:
         prompts.extend(batch.prompts)
         return latents(self, batch, *args)
 
-    monkeypatch.setattr(Distiller, "_latents", spy)
+    monkeypatch.setattr(Distiller, "latents", spy)
     for kind in ("critic", "generator"):
         update = getattr(Distiller, f"_{kind}_update")
 
@@ -131,7 +131,7 @@ def test_both_sizes_are_encoded_from_full_resolution(tiny_model: Path, tmp_path:
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     draws = SeededDraws(0)
     for i, (small, large) in enumerate(zip((SIZES[0], *SIZES), SIZES, strict=False)):
-        source, target = task._latents(Batch(pixels, ["a", "b"]), task.schedule.interval(i), draws)
+        source, target = task.latents(Batch(pixels, ["a", "b"]), task.schedule.interval(i), draws)
         for latent, side in ((source, small), (target, large)):
             expected = task.encoders.encode(downscale(pixels, (8 * side, 8 * side)), draws)
             assert latent.shape[-1] == side and torch.equal(latent, expected)

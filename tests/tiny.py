@@ -45,23 +45,27 @@ def build_transformer(seed: int = 0) -> SD3Transformer2DModel:
     ).eval()
 
 
-def build_pipeline() -> StableDiffusion3Pipeline:
-    clip, t5 = build_clip_tokenizer(), build_t5_tokenizer()
-    transformer = build_transformer()
-    vae = AutoencoderKL(
+def build_vae(channels: int = CHANNELS, scale: float = 1.7, shift: float | None = 0.1) -> AutoencoderKL:
+    return AutoencoderKL(
         in_channels=3,
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(8,) * 4,
         layers_per_block=1,
-        latent_channels=CHANNELS,
+        latent_channels=channels,
         norm_num_groups=4,
-        scaling_factor=1.7,
-        shift_factor=0.1,
+        scaling_factor=scale,
+        shift_factor=shift,
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
+
+
+def build_pipeline() -> StableDiffusion3Pipeline:
+    clip, t5 = build_clip_tokenizer(), build_t5_tokenizer()
+    transformer = build_transformer()
+    vae = build_vae()
     return StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0),

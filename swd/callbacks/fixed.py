@@ -9,10 +9,9 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from swd.data.datamodule import collate
-from swd.losses.functional import mmd_loss
+from swd.losses import MMD, GeneratorStep
 from swd.losses.update import student_x0
 from swd.modules.distiller import Distiller
-from swd.schedule import downscale
 from swd.types import Batch, SeededDraws
 
 
@@ -55,31 +54,18 @@ class FixedLosses(Callback):
     @torch.no_grad()
     def measure(self, task: Distiller, batch: Batch) -> dict[str, float]:
         """`mmd`, and the scores' errors by role."""
-        networks, encoders, process = task.networks, task.encoders, task.networks.process
-        conditioning = encoders.encode_prompts(batch.prompts).to(task.device)
-        pixels = batch.pixels.to(task.device)
+        networks, batch = task.networks, batch.to(task.device)
+        conditioning = task.encoders.encode_prompts(batch.prompts).to(task.device)
+        mmd = MMD(blocks=task.model.feature_blocks, features="teacher")
         totals: dict[str, list[Tensor]] = {}
         for k in range(len(task.schedule)):
             interval, draws = task.schedule.interval(k), SeededDraws(self.seed, k)
-
-            def encode(size: tuple[int, ...], draws: SeededDraws = draws) -> Tensor:
-                return encoders.encode(downscale(pixels, encoders.pixel_size(size)), draws)
-
-            x0_hat = student_x0(networks, interval, encode(interval.source), conditioning, draws)
-            x0_real = encode(interval.target)
-
-            def noised(x0: Tensor, purpose: str, draws: SeededDraws = draws) -> tuple[Tensor, Tensor]:
-                index = draws.index(f"{purpose}/index", *process.ranges[purpose], len(x0))
-                sigma = process.level(index).to(x0.device)
-                return process.add_noise(x0, draws.noise(f"{purpose}/noise", x0), sigma), sigma
-
-            features = [
-                networks.features("teacher", *noised(x0, "mmd"), conditioning, task.model.feature_blocks)
-                for x0 in (x0_real, x0_hat)
-            ]
-            losses = [mmd_loss(real, fake) for real, fake in zip(*features, strict=True)]
-            totals.setdefault("mmd", []).append(torch.stack(losses).mean())
+            source, x0_real = task.latents(batch, interval, draws)
+            x0_hat = student_x0(networks, interval, source, conditioning, draws)
+            step = GeneratorStep(networks, conditioning, task.empty, x0_hat, x0_real, draws)
+            totals.setdefault("mmd", []).append(mmd.generator(step)[1]["mmd"])
+            noised = step.noise_fake("critic", networks.process.ranges["critic"])
             for role in ("teacher", "fake") if "fake" in networks.roles else ():
-                x0 = networks.x0(role, *noised(x0_hat, "critic"), conditioning)[0]  # type: ignore[arg-type]
+                x0 = networks.x0(role, noised.x_t, noised.sigma, conditioning)[0]  # type: ignore[arg-type]
                 totals.setdefault(role, []).append((x0 - x0_hat).square().mean())
         return {name: torch.stack(values).mean().item() for name, values in totals.items()}

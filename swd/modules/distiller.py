@@ -141,7 +141,7 @@ class Distiller(LightningModule):
         interval = self.schedule.interval(iteration % len(self.schedule))
         draws = SeededDraws(self.seed, iteration, update, first=self.global_rank * len(batch))
         conditioning = self.encoders.encode_prompts(batch.prompts).to(self.device)
-        source, target = self._latents(batch, interval, draws)
+        source, target = self.latents(batch, interval, draws)
 
         if update < self.critic_updates:
             self._critic_update(interval, source, target, conditioning, draws)
@@ -149,7 +149,7 @@ class Distiller(LightningModule):
             self._generator_update(interval, source, target, conditioning, draws)
         self.updates += 1
 
-    def _latents(self, batch: Batch, interval: Interval, draws: SeededDraws) -> tuple[Tensor, Tensor]:
+    def latents(self, batch: Batch, interval: Interval, draws: SeededDraws) -> tuple[Tensor, Tensor]:
         """Latents at the source and target size, each downscaled in pixels from full size and then encoded."""
 
         def encode(size: tuple[int, ...]) -> Tensor:

@@ -49,10 +49,6 @@ class Networks(nn.Module, ABC):
         """The trainable parameters of a role."""
 
     @abstractmethod
-    def student_state(self) -> dict[str, Tensor]:
-        """What was trained of the student, for export."""
-
-    @abstractmethod
     def enable_checkpointing(self) -> None:
         """Recompute activations in the backward pass, block by block, in the role of the forward pass."""
 
@@ -218,9 +214,6 @@ class SharedBase(Networks):
         state: dict[str, Tensor] = get_peft_model_state_dict(self.backbone.network, adapter_name=role)
         return {key: value.detach().clone() for key, value in state.items()}
 
-    def student_state(self) -> dict[str, Tensor]:
-        return self.adapter_state("student")
-
     def load_adapter(self, role: Role, state: dict[str, Tensor]) -> None:
         """Set a role's LoRA weights.
 
@@ -264,10 +257,6 @@ class SeparateCopies(Networks):
 
     def role_parameters(self, role: Role) -> list[nn.Parameter]:
         return list(self.copies[role].parameters())
-
-    def student_state(self) -> dict[str, Tensor]:
-        network: Any = self.copies["student"].network
-        return {key: value.detach().clone() for key, value in network.state_dict().items()}
 
     def enable_checkpointing(self) -> None:
         for role in ("teacher", *self.roles):

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from swd.diffusion import Process
+from swd.diffusion import Process, expand
 from swd.modules.encoders import Encoders
 from swd.types import Conditioning, Size, UserError
 
@@ -158,6 +158,10 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def call(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's prediction `[B, C, *size]`, in the network's own dtype."""
+
+    def timestep(self, x_t: Tensor, sigma: Tensor) -> Tensor:
+        """What the network is fed for `sigma`, one value a sample `[B]`, on a scale of 0 to 1000."""
+        return self.process.timestep(expand(sigma, x_t.new_empty(1)).expand(len(x_t)))
 
     def image_stream(self, output: Any) -> Tensor:
         """The image tokens `[B, L, D]` in a block's output."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from swd.diffusion import Process, RectifiedFlow, expand
+from swd.diffusion import Process, RectifiedFlow
 from swd.modules.backbones.base import Backbone, Limits
 from swd.modules.encoders import Encoders
 from swd.scheduler import pack, position_ids, unpack
@@ -72,7 +72,7 @@ class FluxBackbone(Backbone):
     def call(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         size, dtype = x_t.shape[2:], self.dtype
         # The stock pipeline rounds the timestep to the network's dtype on its scale of 1000, and divides then.
-        timestep = self.process.timestep(expand(sigma, x_t.new_empty(1)).expand(len(x_t))).to(dtype) / 1000
+        timestep = self.timestep(x_t, sigma).to(dtype) / 1000
         guidance = None
         if self.network.config.guidance_embeds:  # type: ignore[union-attr]
             assert self.guidance is not None  # checked with the configuration

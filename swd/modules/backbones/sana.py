@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from swd.diffusion import Process, RectifiedFlow, expand
+from swd.diffusion import Process, RectifiedFlow
 from swd.modules.backbones.base import Backbone, Limits
 from swd.modules.encoders import Encoders
 from swd.types import Conditioning
@@ -85,7 +85,7 @@ class SanaBackbone(Backbone):
         return self.network.transformer_blocks  # type: ignore[return-value]
 
     def call(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        timestep = self.process.timestep(expand(sigma, x_t.new_empty(1)).expand(len(x_t)))
+        timestep = self.timestep(x_t, sigma)
         prediction: Tensor = self.network(
             x_t.to(self.dtype),
             encoder_hidden_states=conditioning.embeds.to(self.dtype),

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from swd.diffusion import Process, RectifiedFlow, expand
+from swd.diffusion import Process, RectifiedFlow
 from swd.modules.backbones.base import Backbone, Limits
 from swd.modules.encoders import Encoders
 from swd.types import Conditioning
@@ -61,7 +61,7 @@ class SD3Backbone(Backbone):
         return tensor
 
     def call(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        timestep = self.process.timestep(expand(sigma, x_t.new_empty(1)).expand(len(x_t)))
+        timestep = self.timestep(x_t, sigma)
         prediction: Tensor = self.network(
             hidden_states=x_t.to(self.dtype),
             timestep=timestep,

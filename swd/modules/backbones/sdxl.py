@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from swd.diffusion import Process, VariancePreserving, expand
+from swd.diffusion import Process, VariancePreserving
 from swd.modules.backbones.base import Backbone, Limits
 from swd.modules.encoders import Encoders
 from swd.types import Conditioning
@@ -78,7 +78,7 @@ class SDXLBackbone(Backbone):
         return tokens
 
     def call(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        timestep = self.process.timestep(expand(sigma, x_t.new_empty(1)).expand(len(x_t)))
+        timestep = self.timestep(x_t, sigma)
         prediction: Tensor = self.network(
             x_t.to(self.dtype),
             timestep,

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from swd.diffusion import Process, RectifiedFlow, expand
+from swd.diffusion import Process, RectifiedFlow
 from swd.modules.backbones.base import Backbone, Limits
 from swd.modules.encoders import Encoders
 from swd.types import Conditioning, Size
@@ -88,7 +88,7 @@ class WanBackbone(Backbone):
     def call(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         prediction: Tensor = self.network(
             hidden_states=x_t.to(self.dtype),
-            timestep=self.process.timestep(expand(sigma, x_t.new_empty(1)).expand(len(x_t))),
+            timestep=self.timestep(x_t, sigma),
             encoder_hidden_states=conditioning.embeds.to(self.dtype),
             return_dict=False,
         )[0]
