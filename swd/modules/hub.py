@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
+import socket
+import ssl
 from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
+    HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -34,6 +35,8 @@ NEVER = (
     "*.bf16*",
 )
 """Formats that can run code or belong to other frameworks, and second copies of the weights."""
+HTTP_LIBRARIES = ("httpx", "httpx2", "requests", "urllib3")
+"""What releases of huggingface_hub speak to the hub with; most of their errors are no OSError."""
 
 
 def is_hub_id(path: str) -> bool:
@@ -88,8 +91,28 @@ def _download(repository: str, revision: str | None, patterns: Sequence[str], ke
             f"{where} is neither a folder here nor a repository on the hub that you can read; check its spelling, "
             f"`hf auth login` if it is private, or give {key}=FOLDER"
         ) from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError):
+    except HFValidationError:
+        raise UserError(f"{where} is no name that the hub allows; check its spelling, or give {key}=FOLDER") from None
+    except Exception as error:
+        if is_local(error):
+            raise UserError(f"{where} cannot be stored: {describe(error)}; free space, or set HF_HOME=FOLDER") from None
+        if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in HTTP_LIBRARIES:
+            raise
         raise UserError(
             f"{where} is not on this machine and the hub cannot be reached; download it where there is network "
             f"(`hf download {repository}`), or give {key}=FOLDER"
         ) from None
+
+
+def is_local(error: Exception) -> bool:
+    """Whether an error is of this machine's files (a full disk, a forbidden folder), not of the network."""
+    if not isinstance(error, OSError) or isinstance(error, ConnectionError | TimeoutError | socket.gaierror | ssl.SSLError):
+        return False
+    # The hub's own errors carry no number.
+    return error.errno is not None and error.errno not in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN)
+
+
+def describe(error: Exception) -> str:
+    """Path and reason of a failed file operation, on one line."""
+    assert isinstance(error, OSError)
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
