@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from swd.files import file_hash, write_aside, write_json
 from swd.modules import hub
@@ -22,6 +21,9 @@ from swd.types import UserError
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DIFFUSERS_WEIGHTS, SCHEDULER_CONFIG = "pytorch_lora_weights.safetensors", "scheduler_config.json"
+
+MERGE = "merge it into the base (pipe.fuse_lora, pipe.save_pretrained) and give that folder as model.path"
+"""What to do with an adapter that has no place in the student's."""
 
 _PREFIXES = ("base_model.model.", "transformer.", "unet.", "diffusion_model.")
 
@@ -122,9 +124,7 @@ def _from_peft(folder: Path) -> Adapter:
 def _from_diffusers(file: Path) -> Adapter:
     tensors = _plain(_read(file))
     alphas = {key.removesuffix(".alpha"): float(value) for key, value in tensors.items() if key.endswith(".alpha")}
-    with safe_open(file, "pt") as opened:
-        stored = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    settings = {re.sub(r"^(transformer|unet)\.", "", key): value for key, value in stored.items()}
+    settings = {re.sub(r"^(transformer|unet)\.", "", key): value for key, value in _metadata(file).items()}
 
     def scale(module: str, rank: int) -> float:
         # Without either, diffusers itself takes alpha = rank.
@@ -139,6 +139,19 @@ def _read(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (SafetensorError, OSError) as error:
         raise UserError(f"adapter {file} cannot be read ({str(error).splitlines()[0]}); copy it again") from None
+
+
+def _metadata(file: Path) -> dict[str, Any]:
+    """Settings that diffusers stored beside the weights, empty without any."""
+    with safe_open(file, "pt") as opened:
+        text = (opened.metadata() or {}).get("lora_adapter_metadata", "{}")
+    try:
+        stored = json.loads(text)
+    except ValueError:
+        stored = None
+    if not isinstance(stored, dict):
+        raise UserError(f"adapter {file} has damaged metadata: lora_adapter_metadata is no JSON object; copy it again")
+    return stored
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -178,39 +191,93 @@ def _fold(tensors: Mapping[str, Tensor], scale: Any, file: Path) -> dict[str, Te
 
 def check_fits(adapter: Adapter, model: Pretrained) -> None:
     """Raise UserError, with both names, if the adapter was made for another network."""
-    with torch.device("meta"):
-        network = model.network_class.from_config(model.network_config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.meta_network.named_parameters()}
     for module in adapter.modules:
         shape = shapes.get(f"{module}.weight")
         inner = adapter.state[f"{module}.lora_A.weight"].shape[1]
         outer = adapter.state[f"{module}.lora_B.weight"].shape[0]
         if shape is None or (outer, inner) != shape[:2]:
-            made_for = adapter.base or adapter.source
+            made_for = f"made for {adapter.base}" if adapter.base else "made for a model that it does not name"
             found = "which this model does not have" if shape is None else f"{(outer, inner)} against {shape}"
             raise UserError(
-                f"adapter {adapter.source.parent} (made for {made_for}) does not fit model {model.name}: "
-                f"{module}, {found}"
+                f"adapter {adapter.source.parent} ({made_for}) does not fit model {model.name}: {module}, {found}"
             )
 
 
-def read_adapter(model: Pretrained) -> dict[str, Tensor]:
-    """The weights that the student starts from, as `SharedBase.load_adapter` takes them.
+def check_start(model: Pretrained) -> None:
+    """Read `model.init_adapter` and keep its weights for `read_adapter`, if the student can start from them.
 
     Raises:
-        UserError: if `model.init_adapter` is for another network, or has other modules or another rank.
+        UserError: if it is for another network, or has other modules or another rank.
     """
     assert model.init_adapter is not None
     adapter = load(locate(model.init_adapter, Path("outputs")))
     check_fits(adapter, model)
-    if adapter.ranks != {model.rank}:
-        have = ", ".join(map(str, sorted(adapter.ranks)))
+    where, ranks = f"model.init_adapter={model.init_adapter}", sorted(adapter.ranks)
+    if len(ranks) > 1:
         raise UserError(
-            f"model.init_adapter={model.init_adapter} has rank {have}, but model.rank={model.rank}; "
-            f"set model.rank={have}"
+            f"{where} has modules of rank {', '.join(map(str, ranks))}, but the student's have one rank, "
+            f"model.rank={model.rank}; {MERGE}"
         )
+    if ranks != [model.rank]:
+        raise UserError(f"{where} has rank {ranks[0]}, but model.rank={model.rank}; set model.rank={ranks[0]}")
+    check_modules(adapter, model)
     ours = model.rank / (model.rank if model.alpha is None else model.alpha)
-    return {key: value * (ours if ".lora_B." in key else 1.0) for key, value in adapter.state.items()}
+    model.initial = {key: value * (ours if ".lora_B." in key else 1.0) for key, value in adapter.state.items()}
+
+
+def read_adapter(model: Pretrained) -> dict[str, Tensor]:
+    """The weights that the student starts from, as `SharedBase.load_adapter` takes them; `model` lets go of them.
+
+    Raises:
+        UserError: as `check_start`, if that was not called before.
+    """
+    if model.initial is None:
+        check_start(model)
+    state, model.initial = model.initial, None
+    assert state is not None
+    return state
+
+
+def check_modules(adapter: Adapter, model: Pretrained) -> None:
+    """Raise UserError unless an adapter has weights for the layers that `model.targets` names, and for no others."""
+    layers = [
+        name
+        for name, layer in model.meta_network.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    ]
+    ours, theirs = {name for name in layers if named(name, model.targets)}, set(adapter.modules)
+    if ours == theirs:
+        return
+    only = (
+        f"{len(names)} {who} (e.g. {min(names)})"
+        for names, who in ((theirs - ours, "only in the adapter"), (ours - theirs, "only in model.targets"))
+        if names
+    )
+    names = targets_of(theirs, layers)
+    fix = f"set 'model.targets=[{','.join(names)}]'" if len(names) <= 16 else MERGE
+    raise UserError(
+        f"model.init_adapter={model.init_adapter} adapts other layers than model.targets={list(model.targets)}: "
+        f"{', '.join(only)}; {fix}"
+    )
+
+
+def named(layer: str, targets: Sequence[str]) -> bool:
+    """Whether a layer is one of `targets`, as peft reads them: by its path or by the end of it."""
+    return any(layer == target or layer.endswith(f".{target}") for target in targets)
+
+
+def targets_of(modules: set[str], layers: Sequence[str]) -> list[str]:
+    """Short names that together mean exactly `modules` among `layers`."""
+    found: set[str] = set()
+    for module in sorted(modules):
+        parts = module.split(".")
+        for start in range(len(parts) - 1, -1, -1):
+            end = ".".join(parts[start:])
+            if start == 0 or (not parts[start].isdigit() and modules.issuperset(n for n in layers if named(n, [end]))):
+                found.add(end)
+                break
+    return sorted(found)
 
 
 # Writing

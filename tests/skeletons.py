@@ -32,7 +32,8 @@ def skeleton(name: str, folder: Path) -> Path:
         (folder / sub).mkdir(parents=True)
         (folder / sub / "config.json").write_text(json.dumps(content))
         save_file({}, folder / sub / "model.safetensors")
-    index = {part: ["diffusers", config["_class_name"]], "vae": ["diffusers", "AutoencoderKL"]}
+    index: dict[str, Any] = {part: ["diffusers", config["_class_name"]], "vae": ["diffusers", "AutoencoderKL"]}
+    index["_class_name"] = load_family(options(name)["family"]).pipeline_type
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 

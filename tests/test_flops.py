@@ -27,8 +27,8 @@ CONFIG = {
 
 
 class Model:
-    network_class = SD3Transformer2DModel
-    network_config = CONFIG
+    with torch.device("meta"):
+        meta_network = SD3Transformer2DModel.from_config(CONFIG).eval()
     backbone_class = SD3Backbone
     channels = 4
     embedded_guidance = None

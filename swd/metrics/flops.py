@@ -20,11 +20,9 @@ def forward_gflop(model: Pretrained, size: Size, conditioning: Conditioning) -> 
         size: latent (H, W) or (F, H, W).
         conditioning: any rows; only their shapes matter.
     """
-    with torch.device("meta"):
-        network = model.network_class.from_config(model.network_config)
-        backbone = model.backbone_class(network, model.embedded_guidance).eval()
-        x_t = torch.empty(1, model.channels, *size)
-        sigma = torch.ones(1)
+    backbone = model.backbone_class(model.meta_network, model.embedded_guidance)
+    x_t = torch.empty(1, model.channels, *size, device="meta")
+    sigma = torch.ones(1, device="meta")
     row = conditioning.map(lambda tensor: torch.empty_like(tensor[:1], device="meta"))
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import ModuleDict
 from torch.optim import AdamW, Optimizer
 
-from swd.adapters import read_adapter
+from swd.adapters import check_start, read_adapter
 from swd.losses.base import CriticStep, GeneratorStep, LossTerm, Metrics
 from swd.losses.dmd import DMD
 from swd.losses.update import critic_loss, generator_gradient, settle_features, student_x0, trainers, wanted
@@ -261,7 +261,7 @@ def check_fit(model: Pretrained, schedule: ScaleSchedule, terms: Mapping[str, Lo
     if model.tuning == "lora":
         model.check_targets()
     if model.init_adapter:
-        read_adapter(model)
+        check_start(model)
     reason = model.backbone_class.dmd_fails
     if reason and any(isinstance(term, DMD) for term in terms.values()):
         warnings.warn(

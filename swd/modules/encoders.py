@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -38,10 +38,13 @@ class Encoders(nn.Module):
         )
         self._known: OrderedDict[tuple[Any, ...], Conditioning] = OrderedDict()
 
-    @property
-    def factor(self) -> int:
-        """Pixels per latent along one side."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+    @staticmethod
+    def factors(config: Mapping[str, Any]) -> tuple[int, int]:
+        """Frames per latent frame beyond the first one, and pixels per latent along a side; `config` is the VAE's."""
+        for key in ("encoder_block_out_channels", "block_out_channels"):
+            if key in config:
+                return 1, int(2 ** (len(config[key]) - 1))
+        return int(config.get("scale_factor_temporal", 4)), int(config.get("scale_factor_spatial", 8))
 
     @property
     def device(self) -> torch.device:
@@ -101,4 +104,11 @@ class Encoders(nn.Module):
 
     def pixel_size(self, size: Size) -> Size:
         """Size in pixels of a latent size."""
-        return tuple(side * self.factor for side in size)
+        return pixel_size(size, self.factors(self.vae.config))
+
+
+def pixel_size(size: Size, factors: tuple[int, int]) -> Size:
+    """Size in pixels of a latent size, (H, W) or (F, H, W); `factors` as of `Encoders.factors`."""
+    frames, side = factors
+    sides = tuple(length * side for length in size[-2:])
+    return sides if len(size) == 2 else ((size[0] - 1) * frames + 1, *sides)

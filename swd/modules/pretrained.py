@@ -7,15 +7,16 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import diffusers
 import torch
+from torch import Tensor, nn
 
 from swd.modules import hub
 from swd.modules.backbones import load_family
 from swd.modules.backbones.base import TARGETS, Backbone, Limits
-from swd.modules.encoders import Encoders
+from swd.modules.encoders import Encoders, pixel_size
 from swd.modules.networks import Networks, Role, SeparateCopies, SharedBase, check_targets
 from swd.modules.quantize import Quantization, quantize
 from swd.types import Size, UserError
@@ -49,9 +50,14 @@ class Pretrained:
         teacher_steps: steps of the teacher's own sampler.
         init_adapter: folder of an adapter to start the student from: a run, an export, or a published PEFT folder.
 
+    Attributes:
+        initial: what `init_adapter` holds, from when it was checked until the student has it.
+
     Raises:
         UserError: if the folder is missing or incomplete, or settings contradict each other.
     """
+
+    initial: dict[str, Tensor] | None = None
 
     def __init__(
         self,
@@ -86,25 +92,51 @@ class Pretrained:
             raise UserError(f"model.rank={rank}; a LoRA rank is at least 1")
         if alpha is not None and not alpha > 0:
             raise UserError(f"model.alpha={alpha}; use a number above 0, or null for alpha = rank")
+        if quantization not in (None, *get_args(Quantization)):
+            raise UserError(f"model.quantization={quantization}; use {', '.join(get_args(Quantization))} or null")
         self.folder = hub.configuration(path, revision) if hub.is_hub_id(path) else resolve_asset(path)
         check_pipeline_folder(self.folder, weights=not hub.is_hub_id(path))
-        self._check_family()
-        self.size: Size = self.limits.native if size is None else (size, size) if isinstance(size, int) else tuple(size)
-        self.limits.check_size(self.size)
-
-    def _check_family(self) -> None:
-        index = read_json(self.folder / "model_index.json")
-        expected = self.backbone_class.network_type
-        actual = (index.get(self.backbone_class.subfolder) or [None, "nothing"])[1]
-        if actual != expected:
-            raise UserError(
-                f"model.path={self.folder} holds {actual} as {self.backbone_class.subfolder}, but "
-                f"model.family={self.family} is for {expected}"
-            )
+        self._check_family(read_json(self.folder / "model_index.json"))
+        self._check_channels()
         self._check_betas()
         if self.network_config.get("guidance_embeds") and self.embedded_guidance is None:
             raise UserError(
                 "model.embedded_guidance is null, but this network is fed a guidance scale; FLUX.1-dev's is 4.5"
+            )
+        self.size: Size = self.limits.native if size is None else (size, size) if isinstance(size, int) else tuple(size)
+        self.limits.check_size(self.size)
+
+    def _check_family(self, index: dict[str, Any]) -> None:
+        """Variants for other tasks share the network's class: the pipeline must be the family's, and have no more."""
+        backbone, part = self.backbone_class, self.backbone_class.subfolder
+        entry = index.get(part)
+        actual = entry[1] if isinstance(entry, list) and entry[0] is not None else "nothing"
+        if actual != backbone.network_type:
+            raise UserError(
+                f"model.path={self.path} holds {actual} as {part}, but model.family={self.family} is for "
+                f"{backbone.network_type}"
+            )
+        pipeline = index.get("_class_name", "no pipeline's name")
+        if pipeline not in (backbone.pipeline_type, *backbone.pipeline_aliases):
+            raise UserError(
+                f"model.path={self.path} is for {pipeline}, but model.family={self.family} is for "
+                f"{backbone.pipeline_type}; give a model of that kind"
+            )
+        for name, entry in index.items():
+            more = isinstance(entry, list) and entry[0] == "diffusers" and name not in (part, "vae", "scheduler")
+            if more or (name == "expand_timesteps" and entry):
+                raise UserError(
+                    f"model.path={self.path} has {name}, which model.family={self.family} does not know; give a "
+                    f"{backbone.pipeline_type} of {part}, vae and scheduler alone"
+                )
+
+    def _check_channels(self) -> None:
+        """Networks for inpainting, control or a first frame take more channels than the VAE's latents have."""
+        latent = self.vae_config.get("latent_channels", self.vae_config.get("z_dim"))
+        if latent not in (None, self.channels):
+            raise UserError(
+                f"model.path={self.path}: its {self.backbone_class.subfolder} takes latents of {self.channels} "
+                f"channels, but its VAE makes {latent}; model.family={self.family} is for text alone as input"
             )
 
     def _check_betas(self) -> None:
@@ -127,8 +159,14 @@ class Pretrained:
 
     def check_targets(self) -> None:
         """Raise UserError if a target names no layer of the network; loads no weights."""
+        check_targets(self.meta_network, self.targets)
+
+    @cached_property
+    def meta_network(self) -> nn.Module:
+        """The denoising network without weights, on the meta device: for names, shapes and counts; not to be changed."""
         with torch.device("meta"):
-            check_targets(self.network_class.from_config(self.network_config), self.targets)
+            network: nn.Module = self.network_class.from_config(self.network_config).eval()
+        return network
 
     @cached_property
     def network_config(self) -> dict[str, Any]:
@@ -143,7 +181,11 @@ class Pretrained:
     @property
     def limits(self) -> Limits:
         """Valid sizes and blocks, from the network's configuration."""
-        return self.backbone_class.limits_of(self.network_config)
+        try:
+            return self.backbone_class.limits_of(self.network_config)
+        except (KeyError, TypeError) as error:
+            file = self.folder / self.backbone_class.subfolder / "config.json"
+            raise UserError(f"{file} is damaged: {error} is missing or wrong; download it again") from None
 
     @property
     def channels(self) -> int:
@@ -158,22 +200,16 @@ class Pretrained:
     @property
     def factor(self) -> int:
         """Pixels per latent along one side."""
-        config = self.vae_config
-        if "encoder_block_out_channels" in config:
-            return int(2 ** (len(config["encoder_block_out_channels"]) - 1))
-        if "block_out_channels" in config:
-            return int(2 ** (len(config["block_out_channels"]) - 1))
-        return int(config.get("scale_factor_spatial", 8))
+        return self.backbone_class.encoders_type.factors(self.vae_config)[1]
 
     @property
     def frame_factor(self) -> int:
         """Frames per latent frame, beyond the first one."""
-        return int(self.vae_config.get("scale_factor_temporal", 4))
+        return self.backbone_class.encoders_type.factors(self.vae_config)[0]
 
     def pixel_size(self, size: Size) -> Size:
         """Size in pixels of a latent size."""
-        sides = tuple(side * self.factor for side in size[-2:])
-        return sides if len(size) == 2 else ((size[0] - 1) * self.frame_factor + 1, *sides)
+        return pixel_size(size, self.backbone_class.encoders_type.factors(self.vae_config))
 
     def latent_dtype(self, pipe: Any) -> torch.dtype:
         """What the stock pipeline carries latents in."""
@@ -312,10 +348,12 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        UserError: if it is none.
+        UserError: if there is none.
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}; download it again") from None
     except ValueError:
         value = None
     if not isinstance(value, dict):

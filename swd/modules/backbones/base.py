@@ -90,6 +90,7 @@ class Backbone(nn.Module, ABC):
         subfolder: the network's name in the pipeline.
         network_type: its diffusers class.
         pipeline_type: the diffusers pipeline that it is part of.
+        pipeline_aliases: pipelines of the same parts, for other uses of the same weights.
         encoders_type: text encoders and VAE of that pipeline.
         video: whether it draws videos.
         packed: whether its pipeline carries latents as tokens.
@@ -101,6 +102,7 @@ class Backbone(nn.Module, ABC):
     subfolder: ClassVar[str] = "transformer"
     network_type: ClassVar[str]
     pipeline_type: ClassVar[str]
+    pipeline_aliases: ClassVar[tuple[str, ...]] = ()
     encoders_type: ClassVar[type[Encoders]]
     video: ClassVar[bool] = False
     packed: ClassVar[bool] = False

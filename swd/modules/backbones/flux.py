@@ -31,6 +31,7 @@ class FluxBackbone(Backbone):
     process: ClassVar[Process] = RectifiedFlow()
     network_type: ClassVar[str] = "FluxTransformer2DModel"
     pipeline_type: ClassVar[str] = "FluxPipeline"
+    pipeline_aliases: ClassVar[tuple[str, ...]] = ("FluxImg2ImgPipeline", "FluxInpaintPipeline")
     encoders_type: ClassVar[type[Encoders]] = FluxEncoders
     packed: ClassVar[bool] = True
 

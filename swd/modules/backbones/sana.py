@@ -18,10 +18,6 @@ from swd.types import Conditioning
 class SanaEncoders(Encoders):
     """Gemma 2, its padding masked; a deterministic 32x autoencoder of 32 channels."""
 
-    @property
-    def factor(self) -> int:
-        return int(self.pipeline.vae_scale_factor)
-
     def text(self, prompts: Sequence[str]) -> Conditioning:
         embeds, mask, _, _ = self.pipeline.encode_prompt(
             list(prompts),
@@ -46,6 +42,7 @@ class SanaBackbone(Backbone):
     process: ClassVar[Process] = RectifiedFlow()
     network_type: ClassVar[str] = "SanaTransformer2DModel"
     pipeline_type: ClassVar[str] = "SanaPipeline"
+    pipeline_aliases: ClassVar[tuple[str, ...]] = ("SanaPAGPipeline",)
     encoders_type: ClassVar[type[Encoders]] = SanaEncoders
     float_latents: ClassVar[bool] = True
 

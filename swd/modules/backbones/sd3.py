@@ -34,6 +34,7 @@ class SD3Backbone(Backbone):
     process: ClassVar[Process] = RectifiedFlow()
     network_type: ClassVar[str] = "SD3Transformer2DModel"
     pipeline_type: ClassVar[str] = "StableDiffusion3Pipeline"
+    pipeline_aliases: ClassVar[tuple[str, ...]] = ("StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
     encoders_type: ClassVar[type[Encoders]] = SD3Encoders
 
     @staticmethod

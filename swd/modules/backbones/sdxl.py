@@ -34,6 +34,8 @@ class SDXLBackbone(Backbone):
     subfolder: ClassVar[str] = "unet"
     network_type: ClassVar[str] = "UNet2DConditionModel"
     pipeline_type: ClassVar[str] = "StableDiffusionXLPipeline"
+    # Not the one for img2img: the refiner is published as that, and takes other text and size inputs.
+    pipeline_aliases: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPAGPipeline",)
     encoders_type: ClassVar[type[Encoders]] = SDXLEncoders
     dmd_fails: ClassVar[str | None] = "its teacher draws poorly at low resolution, where DMD then leads the student"
 

@@ -11,15 +11,11 @@ from torch import Tensor, nn
 from swd.diffusion import Process, RectifiedFlow
 from swd.modules.backbones.base import Backbone, Limits
 from swd.modules.encoders import Encoders
-from swd.types import Conditioning, Size
+from swd.types import Conditioning
 
 
 class WanEncoders(Encoders):
     """UMT5; causal video VAE, 8x in space and 4x in time, its first frame by itself."""
-
-    @property
-    def factor(self) -> int:
-        return int(self.pipeline.vae_scale_factor_spatial)
 
     def text(self, prompts: Sequence[str]) -> Conditioning:
         embeds, _ = self.pipeline.encode_prompt(
@@ -38,10 +34,6 @@ class WanEncoders(Encoders):
         )
         return mean, 1 / std
 
-    def pixel_size(self, size: Size) -> Size:
-        frames = (size[0] - 1) * int(self.pipeline.vae_scale_factor_temporal) + 1
-        return (frames, *(side * self.factor for side in size[1:]))
-
 
 class WanBackbone(Backbone):
     """`WanTransformer3DModel`: velocity prediction on latents `[B, C, F, H, W]`, timestep 0..1000."""
@@ -49,6 +41,7 @@ class WanBackbone(Backbone):
     process: ClassVar[Process] = RectifiedFlow()
     network_type: ClassVar[str] = "WanTransformer3DModel"
     pipeline_type: ClassVar[str] = "WanPipeline"
+    pipeline_aliases: ClassVar[tuple[str, ...]] = ("WanVideoToVideoPipeline",)
     encoders_type: ClassVar[type[Encoders]] = WanEncoders
     video: ClassVar[bool] = True
     float_latents: ClassVar[bool] = True
