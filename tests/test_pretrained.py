@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import importlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
+from huggingface_hub import errors
 
+from swd.modules import hub
 from swd.modules.pretrained import Pretrained, is_whole, resolve_asset
 from swd.types import UserError
 
@@ -85,6 +91,8 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "empty weights": (WEIGHTS, lambda f: f.write_bytes(b""), "damaged"),
     "page instead of weights": (WEIGHTS, lambda f: f.write_text("<html>not found</html>"), "damaged"),
     "missing shard": (WEIGHTS, shard, "has no part-2-of-2.safetensors"),
+    "no vae configuration": ("vae/config.json", Path.unlink, "'vae' has no config.json"),
+    "empty configuration": ("transformer/config.json", lambda f: f.write_text("{}"), "config.json is damaged.*missing"),
     "another family": ("model_index.json", rename_network, "FluxTransformer2DModel.*model.family=sd3"),
 }
 
@@ -99,6 +107,165 @@ def test_an_incomplete_model_folder_is_refused_in_one_line(tiny_model: Path, tmp
     with pytest.raises(UserError, match=message) as caught:
         pretrained(folder)
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def edit(folder: Path, file: str, **values: Any) -> Path:
+    """Change entries of a JSON file of a pipeline."""
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {n: families.save(n, tmp_path_factory.mktemp(n) / n) for n in ("sd3", "flux", "sdxl", "wan", "sana")}
+
+
+INDEX = "model_index.json"
+VARIANTS: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {
+    "SD 1.5": ("sdxl", INDEX, {"_class_name": "StableDiffusionPipeline"}, ["StableDiffusionXLPipeline"]),
+    "SDXL refiner": ("sdxl", INDEX, {"_class_name": "StableDiffusionXLImg2ImgPipeline"}, ["XLImg2ImgPipeline"]),
+    "SDXL inpainting": ("sdxl", INDEX, {"_class_name": "StableDiffusionXLInpaintPipeline"}, ["XLInpaintPipeline"]),
+    "SDXL inpainting network": ("sdxl", "unet/config.json", {"in_channels": 9}, ["9 channels", "makes 4"]),
+    "SD3 ControlNet": ("sd3", INDEX, {"_class_name": "StableDiffusion3ControlNetPipeline"}, ["3ControlNetPipeline"]),
+    "SD3 with a ControlNet": ("sd3", INDEX, {"controlnet": ["diffusers", "SD3ControlNetModel"]}, ["controlnet"]),
+    "FLUX Fill": ("flux", INDEX, {"_class_name": "FluxFillPipeline"}, ["FluxFillPipeline"]),
+    "FLUX Fill network": ("flux", "transformer/config.json", {"in_channels": 96}, ["24 channels", "makes 4"]),
+    "FLUX Kontext": ("flux", INDEX, {"_class_name": "FluxKontextPipeline"}, ["FluxKontextPipeline"]),
+    "Wan I2V": ("wan", INDEX, {"_class_name": "WanImageToVideoPipeline"}, ["WanImageToVideoPipeline"]),
+    "Wan I2V network": ("wan", "transformer/config.json", {"in_channels": 36}, ["36 channels", "makes 16"]),
+    "Wan2.2": ("wan", INDEX, {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, ["transformer_2"]),
+    "Wan2.2 5B": ("wan", INDEX, {"expand_timesteps": True}, ["expand_timesteps"]),
+    "SANA Sprint": ("sana", INDEX, {"_class_name": "SanaSprintPipeline"}, ["SanaSprintPipeline"]),
+    "no class": ("sana", INDEX, {"_class_name": None}, ["SanaPipeline"]),
+}
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_variants_for_other_tasks_are_refused(pipelines: dict[str, Path], tmp_path: Path, variant: str) -> None:
+    family, file, values, words = VARIANTS[variant]
+    folder = shutil.copytree(pipelines[family], tmp_path / "copy")
+    for name, entry in values.items():
+        if isinstance(entry, list):
+            shutil.copytree(folder / "transformer", folder / name)
+    edit(folder, file, **values)
+    with pytest.raises(UserError) as caught:
+        families.pretrained(family, folder)
+    for word in (*words, f"model.family={family}", str(folder)):
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "pipeline"),
+    [
+        ("sd3", "StableDiffusion3Img2ImgPipeline"),
+        ("flux", "FluxImg2ImgPipeline"),
+        ("sdxl", "StableDiffusionXLPAGPipeline"),
+        ("wan", "WanVideoToVideoPipeline"),
+        ("sana", "SanaPAGPipeline"),
+    ],
+)
+def test_other_pipelines_of_the_same_weights_are_taken(
+    pipelines: dict[str, Path], tmp_path: Path, family: str, pipeline: str
+) -> None:
+    folder = edit(shutil.copytree(pipelines[family], tmp_path / "copy"), INDEX, _class_name=pipeline)
+    model = families.pretrained(family, folder)
+    assert type(model.pipeline()).__name__ == model.backbone_class.pipeline_type
+
+
+def test_flux_without_embedded_guidance_needs_no_scale(pipelines: dict[str, Path], tmp_path: Path) -> None:
+    """FLUX.1-schnell: the setting is not asked for, and ignored where it is given."""
+    with pytest.raises(UserError, match=r"model\.embedded_guidance is null"):
+        families.pretrained("flux", pipelines["flux"], embedded_guidance=None)
+    folder = edit(
+        shutil.copytree(pipelines["flux"], tmp_path / "copy"), "transformer/config.json", guidance_embeds=False
+    )
+    for scale in (None, 4.5):
+        assert families.pretrained("flux", folder, embedded_guidance=scale).limits.channels == 4
+
+
+def test_one_rule_gives_sizes_in_pixels_before_and_after_loading(pipelines: dict[str, Path]) -> None:
+    """Against the stock pipelines' own factors."""
+    for family, folder in pipelines.items():
+        model = families.pretrained(family, folder)
+        encoders = model.encoders()
+        video = family == "wan"
+        side = getattr(encoders.pipeline, "vae_scale_factor_spatial" if video else "vae_scale_factor")
+        size = (3, 4, 6) if video else (4, 6)
+        frames = (2 * encoders.pipeline.vae_scale_factor_temporal + 1,) if video else ()
+        expected = (*frames, 4 * side, 6 * side)
+        assert model.factor == side and model.pixel_size(size) == encoders.pixel_size(size) == expected, family
+
+
+def test_the_meta_network_is_built_once_and_has_the_shapes_of_the_real_one(tiny_model: Path) -> None:
+    model = pretrained(tiny_model)
+    meta = dict(model.meta_network.named_parameters())
+    assert model.meta_network is model.meta_network and all(p.is_meta for p in meta.values())
+    real = dict(model.network().network.named_parameters())
+    assert {k: p.shape for k, p in meta.items()} == {k: p.shape for k, p in real.items()}
+
+
+@pytest.mark.parametrize("values", [{"quantization": "int4"}, {"quantization": "fp8", "tuning": "full"}])
+def test_impossible_quantization_is_refused(tiny_model: Path, values: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"model\.quantization.*use (int8, fp8 or null|tuning=lora)"):
+        pretrained(tiny_model, **values)
+
+
+HTTP: Any = importlib.import_module(
+    next(name for c in errors.HfHubHTTPError.__mro__ if (name := c.__module__.partition(".")[0]) in hub.HTTP_LIBRARIES)
+)
+"""What the installed huggingface_hub speaks with; should a release change it, its errors would be tracebacks."""
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, error: Exception) -> str:
+    """What a user reads when the hub's client raises `error`."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    with pytest.raises(UserError) as caught:
+        pretrained("some/model")
+    assert "\n" not in str(caught.value) and "model.path=some/model" in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT])
+def test_a_full_disk_is_told_as_what_it_is(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    message = answer(monkeypatch, OSError(number, os.strerror(number), "/cache/blob"))
+    assert f"/cache/blob: {os.strerror(number)}" in message and "HF_HOME" in message
+    assert "cannot be reached" not in message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        HTTP.ConnectError("no route\nto host"),
+        HTTP.ProxyError("proxy"),
+        HTTP.ReadTimeout("slow"),
+        ConnectionResetError(errno.ECONNRESET, "reset"),
+        TimeoutError(errno.ETIMEDOUT, "slow"),
+        OSError(errno.ENETUNREACH, "unreachable"),
+        errors.OfflineModeIsEnabled("offline"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_connections_that_fail_are_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    assert "the hub cannot be reached; download it" in answer(monkeypatch, error)
+
+
+def test_a_name_that_the_hub_does_not_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "no name that the hub allows" in answer(monkeypatch, errors.HFValidationError("a--b"))
+
+
+def test_errors_of_the_program_itself_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(hub, "snapshot_download", broken)
+    with pytest.raises(ZeroDivisionError):
+        pretrained("some/model")
 
 
 def test_whole_weights_are_whole(tiny_model: Path) -> None:
