@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from torch.testing import assert_close
 
-from swd.diffusion import RectifiedFlow, expand, rectified_flow_table
+from swd.diffusion import RectifiedFlow, VariancePreserving, expand, rectified_flow_table
 
 PROCESS = RectifiedFlow()
 
@@ -65,3 +66,35 @@ def test_levels_broadcast_over_samples(like: torch.Tensor) -> None:
     assert view.shape == (3, *[1] * (like.ndim - 1)) and view.dtype == torch.float32
     assert torch.equal((like + view).flatten(1)[:, 0], sigma.float())
     assert expand(torch.tensor(0.5), like).shape == ()
+
+
+def abar() -> np.ndarray:
+    """Signal levels of Stable Diffusion's 1000 steps in float64."""
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    return np.cumprod(1 - betas)
+
+
+def test_variance_preserving_levels() -> None:
+    """What SDXL is fed and sees at each level: `t = min(round(1000 sigma), 999)`, signal 0.068 at the first step."""
+    process, ones, zeros = VariancePreserving(), torch.ones(6, 1, 1, 1), torch.zeros(6, 1, 1, 1)
+    sigma, t = torch.tensor([1.0, 0.999, 0.8, 0.6, 0.4, 0.0]), [999, 999, 800, 600, 400, 0]
+    assert process.timestep(sigma).tolist() == t
+    signal, noise = process.add_noise(ones, zeros, sigma).flatten(), process.add_noise(zeros, ones, sigma).flatten()
+    assert_close(signal.double(), torch.from_numpy(abar()[t] ** 0.5), rtol=1e-5, atol=1e-6)
+    assert_close(noise.double(), torch.from_numpy((1 - abar()[t]) ** 0.5), rtol=1e-5, atol=1e-6)
+    assert signal[0].item() == pytest.approx(0.068, abs=5e-4)
+    index = torch.tensor([0, 399, 790, 999])
+    assert process.timestep(process.level(index)).tolist() == index.tolist()
+
+
+def test_variance_preserving_noise_is_that_of_diffusers() -> None:
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    process, t = VariancePreserving(), torch.tensor([0, 200, 400, 790, 999])
+    x0, eps = sample(5, 4, 6, 6), sample(5, 4, 6, 6, seed=1)
+    x_t = process.add_noise(x0, eps, process.level(t))
+    assert_close(x_t, scheduler.add_noise(x0, eps, t), rtol=1e-4, atol=1e-5)
+    for i, step in enumerate(t):
+        expected = scheduler.step(eps[i : i + 1], int(step), x_t[i : i + 1]).pred_original_sample
+        actual = process.to_x0(x_t[i : i + 1], eps[i : i + 1], process.level(step[None]))
+        assert_close(actual.clamp(-1, 1), expected, rtol=1e-3, atol=1e-4)
+    assert_close(process.to_x0(x_t, eps, process.level(t)), x0, rtol=1e-3, atol=2e-4)

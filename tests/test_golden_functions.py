@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import families
 import pytest
 import torch
 from conftest import Golden
@@ -9,6 +10,7 @@ from torch.testing import assert_close
 
 from swd.diffusion import RectifiedFlow, rectified_flow_table
 from swd.losses import functional as L
+from swd.modules.backbones import load_family
 from swd.modules.gan_head import GANHead
 from swd.schedule import ScaleSchedule, downscale, upsample
 
@@ -21,6 +23,24 @@ def test_noise_table(golden: Golden) -> None:
     for steps in (4, 6):
         index = golden[f"sched/boundary_idx_{steps}"]
         assert_close(RectifiedFlow().level(index), golden[f"sched/boundary_sigmas_{steps}"], **TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux", "wan", "sana"])
+def test_networks_are_fed_the_stored_timesteps(golden: Golden, family: str) -> None:
+    """At every interval start of 4 and 6 steps; FLUX takes them on a scale of 1."""
+    pipeline = families.build(family)
+    backbone = load_family(family)(pipeline.transformer, 4.5)
+    fed: list[torch.Tensor] = []
+    backbone.network.register_forward_pre_hook(lambda m, args, kw: fed.append(kw["timestep"]), with_kwargs=True)
+    text = backbone.random_conditioning(dict(backbone.network.config), 1, 3)
+    size = (1, 4, 4) if backbone.video else (4, 4)
+    for steps in (4, 6):
+        fed.clear()
+        for sigma in golden[f"sched/boundary_sigmas_{steps}"][:-1]:
+            with torch.no_grad():
+                backbone.call(torch.zeros(1, backbone.limits.channels, *size), sigma, text)
+        unit = 1000 if family == "flux" else 1
+        assert_close(unit * torch.cat(fed), golden[f"sched/boundary_timesteps_{steps}"], rtol=1e-5, atol=1e-3)
 
 
 def test_add_noise(golden: Golden) -> None:

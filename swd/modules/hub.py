@@ -106,7 +106,9 @@ def _download(repository: str, revision: str | None, patterns: Sequence[str], ke
 
 def is_local(error: Exception) -> bool:
     """Whether an error is of this machine's files (a full disk, a forbidden folder), not of the network."""
-    if not isinstance(error, OSError) or isinstance(error, ConnectionError | TimeoutError | socket.gaierror | ssl.SSLError):
+    if not isinstance(error, OSError) or isinstance(
+        error, ConnectionError | TimeoutError | socket.gaierror | ssl.SSLError
+    ):
         return False
     # The hub's own errors carry no number.
     return error.errno is not None and error.errno not in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN)

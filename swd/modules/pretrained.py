@@ -163,7 +163,7 @@ class Pretrained:
 
     @cached_property
     def meta_network(self) -> nn.Module:
-        """The denoising network without weights, on the meta device: for names, shapes and counts; not to be changed."""
+        """The denoising network without weights, on the meta device, for names, shapes and counts; leave it as it is."""
         with torch.device("meta"):
             network: nn.Module = self.network_class.from_config(self.network_config).eval()
         return network
