@@ -85,26 +85,28 @@ class Pretrained:
         self.guidance_scale, self.embedded_guidance = guidance_scale, embedded_guidance
         self.feature_blocks, self.max_text_tokens = tuple(feature_blocks), max_text_tokens
         self.teacher_steps, self.init_adapter = teacher_steps, init_adapter
-        if tuning == "full" and (quantization or init_adapter):
-            given = "quantization" if quantization else "init_adapter"
-            raise UserError(f"model.tuning=full trains every weight, so model.{given} cannot be set; use tuning=lora")
-        if rank < 1:
-            raise UserError(f"model.rank={rank}; a LoRA rank is at least 1")
-        if alpha is not None and not alpha > 0:
-            raise UserError(f"model.alpha={alpha}; use a number above 0, or null for alpha = rank")
-        if quantization not in (None, *get_args(Quantization)):
-            raise UserError(f"model.quantization={quantization}; use {', '.join(get_args(Quantization))} or null")
+        self._check_settings()
         self.folder = hub.configuration(path, revision) if hub.is_hub_id(path) else resolve_asset(path)
         check_pipeline_folder(self.folder, weights=not hub.is_hub_id(path))
         self._check_family(read_json(self.folder / "model_index.json"))
         self._check_channels()
         self._check_betas()
-        if self.network_config.get("guidance_embeds") and self.embedded_guidance is None:
-            raise UserError(
-                "model.embedded_guidance is null, but this network is fed a guidance scale; FLUX.1-dev's is 4.5"
-            )
+        self._check_guidance()
         self.size: Size = self.limits.native if size is None else (size, size) if isinstance(size, int) else tuple(size)
         self.limits.check_size(self.size)
+
+    def _check_settings(self) -> None:
+        """What needs no file."""
+        if self.tuning == "full" and (self.quantization or self.init_adapter):
+            given = "quantization" if self.quantization else "init_adapter"
+            raise UserError(f"model.tuning=full trains every weight, so model.{given} cannot be set; use tuning=lora")
+        if self.rank < 1:
+            raise UserError(f"model.rank={self.rank}; a LoRA rank is at least 1")
+        if self.alpha is not None and not self.alpha > 0:
+            raise UserError(f"model.alpha={self.alpha}; use a number above 0, or null for alpha = rank")
+        kinds = get_args(Quantization)
+        if self.quantization not in (None, *kinds):
+            raise UserError(f"model.quantization={self.quantization}; use {', '.join(kinds)} or null")
 
     def _check_family(self, index: dict[str, Any]) -> None:
         """Variants for other tasks share the network's class: the pipeline must be the family's, and have no more."""
@@ -116,7 +118,7 @@ class Pretrained:
                 f"model.path={self.path} holds {actual} as {part}, but model.family={self.family} is for "
                 f"{backbone.network_type}"
             )
-        pipeline = index.get("_class_name", "no pipeline's name")
+        pipeline = index.get("_class_name") or "no named pipeline"
         if pipeline not in (backbone.pipeline_type, *backbone.pipeline_aliases):
             raise UserError(
                 f"model.path={self.path} is for {pipeline}, but model.family={self.family} is for "
@@ -137,6 +139,12 @@ class Pretrained:
             raise UserError(
                 f"model.path={self.path}: its {self.backbone_class.subfolder} takes latents of {self.channels} "
                 f"channels, but its VAE makes {latent}; model.family={self.family} is for text alone as input"
+            )
+
+    def _check_guidance(self) -> None:
+        if self.network_config.get("guidance_embeds") and self.embedded_guidance is None:
+            raise UserError(
+                "model.embedded_guidance is null, but this network is fed a guidance scale; FLUX.1-dev's is 4.5"
             )
 
     def _check_betas(self) -> None:
@@ -163,7 +171,7 @@ class Pretrained:
 
     @cached_property
     def meta_network(self) -> nn.Module:
-        """The denoising network without weights, on the meta device, for names, shapes and counts; leave it as it is."""
+        """The network without weights, on the meta device, for names, shapes and counts; not to be changed."""
         with torch.device("meta"):
             network: nn.Module = self.network_class.from_config(self.network_config).eval()
         return network
