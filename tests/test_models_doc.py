@@ -61,7 +61,7 @@ def count(module: nn.Module) -> int:
 
 @cache
 def encoders() -> dict[str, int]:
-    """Parameters of the text encoders and VAEs, from their published configurations."""
+    """Parameters of the text encoders and VAEs, of the shapes that their papers and libraries give them."""
     t5: dict[str, Any] = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
     t5["feed_forward_proj"] = "gated-gelu"
     clip = {"l": (768, 3072, 12, 12), "g": (1280, 5120, 32, 20)}
@@ -72,6 +72,9 @@ def encoders() -> dict[str, int]:
         "block_out_channels": (128, 256, 512, 512),
         "layers_per_block": 2,
     }
+    blocks = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+    deep: dict[str, Any] = {"downsample_block_type": "conv", "upsample_block_type": "interpolate"}
+    deep |= {"encoder_block_types": blocks, "decoder_block_types": blocks}
     gemma = {"vocab_size": 256000, "hidden_size": 2304, "num_hidden_layers": 26, "num_attention_heads": 8}
     gemma |= {"num_key_value_heads": 4, "head_dim": 256, "intermediate_size": 9216}
     with torch.device("meta"):
@@ -85,7 +88,7 @@ def encoders() -> dict[str, int]:
         built["umt5"] = transformers.UMT5EncoderModel(transformers.UMT5Config(vocab_size=256384, **t5))
         built["gemma"] = transformers.Gemma2Model(transformers.Gemma2Config(**gemma))
         built["vae"] = diffusers.AutoencoderKL(latent_channels=16, **vae)
-        built["vae-wan"], built["vae-sana"] = diffusers.AutoencoderKLWan(), diffusers.AutoencoderDC()
+        built["vae-wan"], built["vae-sana"] = diffusers.AutoencoderKLWan(), diffusers.AutoencoderDC(**deep)
     return {key: count(module) for key, module in built.items()}
 
 
