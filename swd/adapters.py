@@ -21,6 +21,7 @@ from swd.types import UserError
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DIFFUSERS_WEIGHTS, SCHEDULER_CONFIG = "pytorch_lora_weights.safetensors", "scheduler_config.json"
+NETWORK_CONFIG = "config.json"
 
 MERGE = "merge it into the base (pipe.fuse_lora, pipe.save_pretrained) and give that folder as model.path"
 """What to do with an adapter that has no place in the student's."""
@@ -54,41 +55,64 @@ class Adapter:
         return sorted(key.removesuffix(".lora_A.weight") for key in self.state if key.endswith("lora_A.weight"))
 
     @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return self.source.parent
+
+    @property
     def hash(self) -> str:
         """Of the file, for the record: SHA-256, the first 16 digits."""
         return file_hash(self.source)[:16]
 
+    def check_fits(self, model: Pretrained) -> None:
+        """Raise UserError, with both names, if it was made for another network."""
+        check_fits(self, model)
 
-def locate(path: str, outputs: Path) -> Path:
+    def network(self, model: Pretrained, device: torch.device | str = "cpu") -> Any:
+        """The denoising network that a pipeline is built around: the base."""
+        return model.network(device).network
+
+    def load_into(self, pipe: Any, model: Pretrained) -> None:
+        """Put the adapter on the network of a stock pipeline."""
+        part = model.backbone_class.subfolder
+        dtype = model.backbone_class(getattr(pipe, part)).dtype
+        # The scale is folded in, and diffusers takes alpha = rank without any.
+        pipe.load_lora_weights({f"{part}.{key}": value.to(dtype) for key, value in self.state.items()})
+
+
+def locate(path: str, outputs: Path, key: str = "adapter") -> Path:
     """The folder or file behind what a user names.
 
     Args:
-        path: an adapter folder, a run folder, a `.safetensors` file, a repository on the hub, or "latest" for the
-            newest run under `outputs`.
+        path: an adapter folder, the folder of a network that was trained whole, a run folder, a `.safetensors` file, a
+            repository on the hub, or "latest" for the newest run under `outputs`.
         outputs: where runs are.
+        key: what the user calls it, for messages.
 
     Raises:
         UserError: if there is none.
     """
     if path == "latest":
-        found = sorted(outputs.glob(f"**/adapter/{PEFT_CONFIG}"), key=lambda p: p.stat().st_mtime)
+        found = [*outputs.glob(f"**/adapter/{PEFT_CONFIG}"), *outputs.glob(f"**/student/{NETWORK_CONFIG}")]
         if not found:
-            raise UserError(
-                f"adapter=latest, but no run under {outputs} holds one; train first, or give adapter=FOLDER"
-            )
-        return found[-1].parent
-    if hub.is_hub_id(path):
-        return hub.adapter(path)
-    given = Path(path)
+            raise UserError(f"{key}=latest, but no run under {outputs} holds one; train first, or give {key}=FOLDER")
+        return max(found, key=lambda file: file.stat().st_mtime).parent
+    given = hub.adapter(path, key) if hub.is_hub_id(path) else Path(path)
     if given.is_file():
         if given.suffix != ".safetensors":
-            raise UserError(f"adapter={path} is not a .safetensors file; other formats can run code and are never read")
+            raise UserError(f"{key}={path} is not a .safetensors file; other formats can run code and are never read")
         return given
-    for candidate in (given, given / "adapter"):
-        if (candidate / PEFT_CONFIG).is_file() or (candidate / DIFFUSERS_WEIGHTS).is_file():
+    for candidate in (given, given / "adapter", given / "student"):
+        if any((candidate / file).is_file() for file in (PEFT_CONFIG, DIFFUSERS_WEIGHTS)) or is_network(candidate):
             return candidate
     reason = "holds no adapter" if given.exists() else "does not exist"
-    raise UserError(f"adapter={path} {reason}; give a run folder or a folder with {PEFT_CONFIG} and {PEFT_WEIGHTS}")
+    raise UserError(f"{key}={path} {reason}; give a run folder or a folder with {PEFT_CONFIG} and {PEFT_WEIGHTS}")
+
+
+def is_network(folder: Path) -> bool:
+    """Whether a folder holds a diffusers model, as `save_student` writes it, rather than an adapter."""
+    adapter = any((folder / file).is_file() for file in (PEFT_CONFIG, DIFFUSERS_WEIGHTS))
+    return not adapter and (folder / NETWORK_CONFIG).is_file() and any(folder.glob("*.safetensors"))
 
 
 def load(path: Path) -> Adapter:
@@ -101,6 +125,8 @@ def load(path: Path) -> Adapter:
         return _from_diffusers(path)
     if (path / PEFT_CONFIG).is_file():
         return _from_peft(path)
+    if is_network(path):
+        raise UserError(f"{path} holds a network that was trained whole, no adapter; give the folder of a LoRA run")
     return _from_diffusers(path / DIFFUSERS_WEIGHTS)
 
 
@@ -211,7 +237,7 @@ def check_start(model: Pretrained) -> None:
         UserError: if it is for another network, or has other modules or another rank.
     """
     assert model.init_adapter is not None
-    adapter = load(locate(model.init_adapter, Path("outputs")))
+    adapter = load(locate(model.init_adapter, Path("outputs"), "model.init_adapter"))
     check_fits(adapter, model)
     where, ranks = f"model.init_adapter={model.init_adapter}", sorted(adapter.ranks)
     if len(ranks) > 1:

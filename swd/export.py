@@ -7,39 +7,42 @@ from __future__ import annotations
 
 import inspect
 import re
+import shutil
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 
 from swd import __version__, scheduler, train
 from swd.adapters import (
     DIFFUSERS_WEIGHTS,
+    NETWORK_CONFIG,
     PEFT_CONFIG,
     PEFT_WEIGHTS,
     SCHEDULER_CONFIG,
     Adapter,
-    check_fits,
-    load,
     locate,
     write_layouts,
 )
-from swd.config import check
-from swd.files import write_aside
+from swd.config import check, one_line, to_plain
+from swd.files import write_aside, write_json
 from swd.modules.backbones.base import Backbone
 from swd.modules.hub import is_hub_id
-from swd.modules.pretrained import Pretrained
+from swd.modules.pretrained import Pretrained, read_json
+from swd.schedule import ScaleSchedule
 from swd.scheduler import ScaleWiseScheduler
+from swd.student import FullStudent, Student, load_student
 from swd.types import Size, UserError
+from swd.verify import COMFY_WEIGHTS, check_adapter, check_network
 
 ROOT = train.ROOT | {"run": str, "to": str, "verify": bool}
-COMFY_WEIGHTS, SCHEDULER_FILE = "comfyui.safetensors", "scale_wise_scheduler.py"
+SCHEDULER_FILE, ASSET = "scale_wise_scheduler.py", "swd://"
 
 
 def run(cfg: DictConfig) -> None:
@@ -49,19 +52,34 @@ def run(cfg: DictConfig) -> None:
     target = Path(cfg.to)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise UserError(f"to={cfg.to} exists already and is no empty folder; choose another")
-    source = locate(cfg.run, Path(cfg.output))
-    adapter = load(source)
+    source = locate(cfg.run, Path(cfg.output), "run")
+    student = load_student(source)
     model: Pretrained = instantiate(model_of(source, cfg), _convert_="all")
-    check_fits(adapter, model)
+    student.check_fits(model)
     schedule = schedule_of(source, cfg, model)
-    print(export(adapter, model, schedule, target, cfg.verify))
+    print(export(student, model, schedule, target, cfg.verify))
 
 
 def model_of(source: Path, cfg: DictConfig) -> Any:
-    """The model that a run was trained with; the configuration's if the command line names one, or without a run."""
-    file = source.parent / "config.yaml"
-    named = any(re.match(r"\+*(model|experiment)[.=@]", override) for override in overrides())
-    return cfg.model if named or not file.is_file() else OmegaConf.load(file).model
+    """The model that a run was trained with, changed by what the command line sets of it.
+
+    The configuration's where the command line names a model, or without a run.
+    """
+    folder = source if source.is_dir() else source.parent
+    file = folder.parent / "config.yaml"
+    if named("model") or folder.name not in ("adapter", "student") or not file.is_file():
+        return cfg.model
+    run = OmegaConf.load(file)
+    for override in overrides():
+        key = override.lstrip("+").partition("=")[0]
+        if key.startswith("model."):
+            OmegaConf.update(run, key, OmegaConf.select(cfg, key), force_add=True)
+    return run.model
+
+
+def named(group: str) -> bool:
+    """Whether the command line chooses an option of a group, itself or by an experiment."""
+    return any(re.match(rf"\+*({group}|experiment)[=@]", override) for override in overrides())
 
 
 def overrides() -> list[str]:
@@ -70,12 +88,53 @@ def overrides() -> list[str]:
 
 
 def schedule_of(source: Path, cfg: DictConfig, model: Pretrained) -> ScaleWiseScheduler:
-    """The schedule beside an adapter; for one that has none, the one on the command line."""
-    folder = source if source.is_dir() else source.parent
-    if (folder / SCHEDULER_CONFIG).is_file():
-        return ScaleWiseScheduler.from_pretrained(folder)
-    schedule = instantiate(cfg.schedule, _convert_="all")
-    return schedule.scheduler(model.limits.divisor, model.backbone_class.process.prediction_type)
+    """The schedule beside a student; for one that has none, that of the configuration, with a warning if it is only
+    the model's default.
+
+    Raises:
+        UserError: if what lies there is damaged, another scheduler, or none for this model.
+    """
+    file = (source if source.is_dir() else source.parent) / SCHEDULER_CONFIG
+    if not file.is_file():
+        if not named("schedule") and not any(o.lstrip("+").startswith("schedule.") for o in overrides()):
+            warnings.warn(
+                f"no {SCHEDULER_CONFIG} beside {source}: it is drawn with the model's default schedule, sizes "
+                f"{to_plain(cfg.schedule)['sizes']}; name its own with schedule=",
+                UserWarning,
+                stacklevel=2,
+            )
+        schedule = instantiate(cfg.schedule, _convert_="all")
+        sampler: ScaleWiseScheduler = schedule.scheduler(
+            model.limits.divisor, model.backbone_class.process.prediction_type
+        )
+    else:
+        sampler = read_schedule(file)
+    expected = model.backbone_class.process.prediction_type
+    if sampler.config.prediction_type != expected:
+        raise UserError(f"{file} has prediction_type={sampler.config.prediction_type}; {model.family} is {expected}")
+    for size in sampler.base_sizes:
+        model.limits.check_size(size)
+    return sampler
+
+
+def read_schedule(file: Path) -> ScaleWiseScheduler:
+    """The sampler that a `scheduler_config.json` describes.
+
+    Raises:
+        UserError: if it is damaged or for another class.
+    """
+    config = read_json(file)
+    kind = config.get("_class_name")
+    if kind != ScaleWiseScheduler.__name__:
+        raise UserError(
+            f"{file} is for {kind or 'no class'}, not for {ScaleWiseScheduler.__name__}; remove it and give schedule="
+        )
+    try:
+        ScaleSchedule(config["sigmas"], config["sizes"])
+        sampler: ScaleWiseScheduler = ScaleWiseScheduler.from_config(config)
+    except (UserError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{file} is damaged ({type(error).__name__}: {one_line(error)}); copy it again") from None
+    return sampler
 
 
 # Writing
@@ -97,130 +156,171 @@ def comfy_state(backbone: type[Backbone], state: dict[str, Tensor]) -> dict[str,
 
 
 def export(
-    adapter: Adapter, model: Pretrained, schedule: ScaleWiseScheduler, target: Path, verify: bool = True
+    student: Student, model: Pretrained, schedule: ScaleWiseScheduler, target: Path, verify: bool = True
 ) -> Path:
     """Write the folder, load it back, compare, and only then move it to `target`.
 
     Raises:
-        UserError: if what comes back predicts anything else than the adapter.
+        UserError: if what comes back predicts anything else than the student.
     """
-    backbone = model.backbone_class
+    content = AdapterContent(student, model) if isinstance(student, Adapter) else NetworkContent(student, model)
 
     def write(new: Path) -> None:
         new.mkdir()
-        write_layouts(new, adapter.state, model.path, backbone.subfolder)
-        comfy = comfy_state(backbone, adapter.state)
-        if set(comfy) != {f"{backbone.subfolder}.{key}" for key in adapter.state}:
-            save_file(comfy, new / COMFY_WEIGHTS)
+        content.write(new)
         schedule.save_pretrained(new)
         (new / SCHEDULER_FILE).write_text(inspect.getsource(scheduler), encoding="utf-8")
-        (new / "README.md").write_text(card(adapter, model, schedule), encoding="utf-8")
+        (new / "README.md").write_text(card(content, model, schedule), encoding="utf-8")
         if verify:
-            compare(new, adapter, model, schedule)
+            content.check(new, schedule.base_sizes[0])
 
     return write_aside(target, write)
 
 
-# Checking
+class Content(Protocol):
+    """What is exported: its files, their check, and what the card says of it."""
+
+    about: str
+    files: str
+    tags: str
+    loading: str
+    """Lines of the snippet that build `pipe`."""
+    classes: str
+    """What those lines import from diffusers."""
+
+    def write(self, folder: Path) -> None:
+        """Put the weights into a folder."""
+
+    def check(self, folder: Path, size: Size) -> None:
+        """Raise UserError unless the weights in a folder are the student's; predicts at a latent size."""
 
 
-@torch.no_grad()
-def compare(folder: Path, adapter: Adapter, model: Pretrained, schedule: ScaleWiseScheduler) -> None:
-    """Raise UserError unless both ways of loading `folder` predict what the adapter's weights say."""
-    size = schedule.base_sizes[0]
-    expected = predict(merged(model, adapter), model, size)
-    for way, network in (("peft", _with_peft(folder, model)), ("diffusers", _with_diffusers(folder, model))):
-        actual = predict(network, model, size)
-        error = ((actual - expected).norm() / expected.norm()).item()
-        if not error < 1e-3:
-            raise UserError(
-                f"export refused: the network loaded by {way} differs by {error:.2g} (relative); please report"
-            )
+class AdapterContent:
+    """An adapter in every layout that has readers."""
+
+    tags = "lora, scale-wise-distillation"
+    files = (
+        f"`{PEFT_WEIGHTS}` with `{PEFT_CONFIG}` for peft, `{DIFFUSERS_WEIGHTS}` for diffusers (and ComfyUI, unless "
+        f"`{COMFY_WEIGHTS}` is there)"
+    )
+
+    def __init__(self, adapter: Adapter, model: Pretrained) -> None:
+        self.adapter, self.model = adapter, model
+        ranks = sorted(adapter.ranks)
+        self.about = f"A LoRA of rank {ranks[0] if len(ranks) == 1 else f'{ranks[0]} to {ranks[-1]}'}"
+        self.classes = model.backbone_class.pipeline_type
+        self.loading = (
+            f'pipe = {self.classes}.from_pretrained({base_arguments(model)}, torch_dtype=torch.bfloat16).to("cuda")\n'
+            f'pipe.load_lora_weights("FOLDER", weight_name="{DIFFUSERS_WEIGHTS}")'
+        )
+
+    def write(self, folder: Path) -> None:
+        backbone, state = self.model.backbone_class, self.adapter.state
+        write_layouts(folder, state, self.model.name, backbone.subfolder)
+        comfy = comfy_state(backbone, state)
+        if set(comfy) != {f"{backbone.subfolder}.{key}" for key in state}:
+            save_file(comfy, folder / COMFY_WEIGHTS)
+
+    def check(self, folder: Path, size: Size) -> None:
+        check_adapter(folder, self.adapter, self.model, size)
 
 
-def merged(model: Pretrained, adapter: Adapter) -> Any:
-    """The network with the adapter added to its weights, in float32."""
-    network = _network(model)
-    weights = dict(network.named_parameters())
-    for module in adapter.modules:
-        weight = weights[f"{module}.weight"]
-        update = adapter.state[f"{module}.lora_B.weight"] @ adapter.state[f"{module}.lora_A.weight"]
-        weight += update.to(weight).view_as(weight)
-    return network
+class NetworkContent:
+    """A network that was trained whole, as a diffusers model."""
 
+    tags = "scale-wise-distillation"
+    files = f"`{NETWORK_CONFIG}` and the `.safetensors` beside it for diffusers"
 
-def _network(model: Pretrained) -> Any:
-    return model.network("cpu").network.float().eval()
+    def __init__(self, student: Student, model: Pretrained) -> None:
+        assert isinstance(student, FullStudent)
+        self.student, self.model = student, model
+        backbone = model.backbone_class
+        part, network = backbone.subfolder, backbone.network_type
+        self.about = f"A {network}, trained whole,"
+        self.classes = f"{network}, {backbone.pipeline_type}"
+        self.loading = (
+            f'{part} = {network}.from_pretrained("FOLDER", torch_dtype=torch.bfloat16)\n'
+            f"pipe = {backbone.pipeline_type}.from_pretrained(\n"
+            f"    {base_arguments(model)}, {part}={part}, torch_dtype=torch.bfloat16\n"
+            f').to("cuda")'
+        )
 
+    def write(self, folder: Path) -> None:
+        config = read_json(self.student.folder / NETWORK_CONFIG)
+        config.pop("_name_or_path", None)  # a folder of the machine that it was trained on
+        write_json(folder / NETWORK_CONFIG, config)
+        for file in [*self.student.weights, *self.student.folder.glob("*.safetensors.index.json")]:
+            shutil.copyfile(file, folder / file.name)
 
-def _with_peft(folder: Path, model: Pretrained) -> Any:
-    return PeftModel.from_pretrained(_network(model), str(folder)).eval()
-
-
-def _with_diffusers(folder: Path, model: Pretrained) -> Any:
-    part = model.backbone_class.subfolder
-    pipe = model.pipeline(**{part: _network(model)})
-    pipe.load_lora_weights(str(folder), weight_name=DIFFUSERS_WEIGHTS)
-    return getattr(pipe, part).eval()
-
-
-def predict(network: Any, model: Pretrained, size: Size) -> Tensor:
-    """One forward pass on random inputs, the same for every network of the model."""
-    backbone = model.backbone_class(network, model.embedded_guidance)
-    generator = torch.Generator().manual_seed(0)
-    x_t = torch.randn(1, model.channels, *size, generator=generator)
-    conditioning = backbone.random_conditioning(model.network_config, 1, 8)
-    return backbone.call(x_t, torch.tensor([0.9]), conditioning).float()
+    def check(self, folder: Path, size: Size) -> None:
+        check_network(folder, self.student, self.model, size)
 
 
 # The card
 
 _SNIPPET = """import torch
-from diffusers import {pipeline}
+from diffusers import {classes}
 from {module} import ScaleWiseScheduler  # the file in this folder
 
-pipe = {pipeline}.from_pretrained("{base}", torch_dtype=torch.bfloat16).to("cuda")
-pipe.load_lora_weights("FOLDER", weight_name="{weights}")
+{loading}
 scheduler = ScaleWiseScheduler.from_pretrained("FOLDER")
 scheduler.attach(pipe)
 latents = scheduler.initial_latents({initial}, generator=torch.Generator().manual_seed(0))
-result = pipe(
+{result} = pipe(
     "a prompt",
-    latents=latents.to("cuda", torch.bfloat16),
+    latents=latents.to("cuda", {latents_dtype}),
     num_inference_steps={steps},
 {arguments}
-)
+).{output}[0]
 """
 
 
-def card(adapter: Adapter, model: Pretrained, schedule: ScaleWiseScheduler) -> str:
+def base_arguments(model: Pretrained) -> str:
+    """What `from_pretrained` is given for the base: its id on the hub, or BASE, never a folder of this machine."""
+    base = model.path if is_hub_id(model.path) else "BASE"
+    return f'"{base}"' + (f', revision="{model.revision}"' if model.revision and is_hub_id(model.path) else "")
+
+
+def placeholders(model: Pretrained) -> str:
+    """What the capitals in the snippet stand for."""
+    text = "`FOLDER` is this folder"
+    if is_hub_id(model.path):
+        return f"{text}."
+    own = model.path.startswith(ASSET)
+    base = f"`{model.path.removeprefix(ASSET)}` of swd" if own else f"the diffusers pipeline `{model.name}`"
+    return f"{text}, `BASE` that of {base}, on which the student was trained."
+
+
+def card(content: Content, model: Pretrained, schedule: ScaleWiseScheduler) -> str:
     """README of an exported folder: what it is, and a snippet that samples it without `swd` installed."""
     backbone, final = model.backbone_class, schedule.base_sizes[-1]
     pixels = model.pixel_size(final)
-    base = model.path if is_hub_id(model.path) else str(model.folder)
     arguments = dict(backbone.sampling_arguments(model.max_text_tokens, model.embedded_guidance))
     arguments |= {"height": pixels[-2], "width": pixels[-1]}
     if backbone.video:
         arguments["num_frames"] = pixels[0]
     initial = f"1, channels={model.channels}" + (", packed=True" if backbone.packed else "")
     snippet = _SNIPPET.format(
-        pipeline=backbone.pipeline_type,
+        classes=content.classes,
         module=SCHEDULER_FILE.removesuffix(".py"),
-        base=base,
-        weights=DIFFUSERS_WEIGHTS,
+        loading=content.loading,
         initial=initial,
+        latents_dtype="torch.float32" if backbone.float_latents else "torch.bfloat16",
         steps=len(schedule.config.sigmas),
         arguments="\n".join(f"    {key}={value!r}," for key, value in arguments.items()),
+        result="frames" if backbone.video else "image",
+        output="frames" if backbone.video else "images",
     )
     sizes = ", ".join("x".join(map(str, size)) for size in schedule.base_sizes)
+    base = f"base_model: {model.path}\n" if is_hub_id(model.path) else ""
     return (
-        f"---\nbase_model: {model.path}\nlibrary_name: diffusers\ntags: [lora, scale-wise-distillation]\n---\n"
-        f"# Scale-wise student of {model.path}\n\n"
-        f"A LoRA of rank {max(adapter.ranks)} that draws in {len(schedule.config.sigmas)} steps, at latent sizes "
+        f"---\n{base}library_name: diffusers\ntags: [{content.tags}]\n---\n"
+        f"# Scale-wise student of {model.name}\n\n"
+        f"{content.about} that draws in {len(schedule.config.sigmas)} steps, at latent sizes "
         f"{sizes} and noise levels {', '.join(f'{s:.4g}' for s in schedule.config.sigmas)} "
         "([Scale-wise Distillation](https://arxiv.org/abs/2503.16397)).\n\n"
         f"```python\n{snippet}```\n\n"
-        f"Files: `{PEFT_WEIGHTS}` with `{PEFT_CONFIG}` for peft, `{DIFFUSERS_WEIGHTS}` for diffusers (and "
-        f"ComfyUI, unless `{COMFY_WEIGHTS}` is there), `{SCHEDULER_CONFIG}` and `{SCHEDULER_FILE}` for the sampler.\n\n"
+        f"{placeholders(model)}\n\n"
+        f"Files: {content.files}, `{SCHEDULER_CONFIG}` and `{SCHEDULER_FILE}` for the sampler.\n\n"
         f"Exported by swd {__version__}.\n"
     )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +21,16 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from swd import __version__, train, video
-from swd.adapters import Adapter, check_fits, load, locate
+from swd.adapters import locate
 from swd.config import check, to_plain
 from swd.export import model_of, schedule_of
 from swd.files import claim_folder, write_aside
 from swd.images import to_pil
-from swd.modules.pretrained import Pretrained
+from swd.modules import hub
+from swd.modules.pretrained import Pretrained, check_model_folder, read_json
+from swd.modules.quantize import quantize
 from swd.scheduler import ScaleWiseScheduler
+from swd.student import Student, load_student
 from swd.types import Size, UserError
 
 ROOT = train.ROOT | {
@@ -64,17 +69,16 @@ def run(cfg: DictConfig) -> None:
     """Draw what the configuration asks for; prints the path of every file."""
     train.quiet()
     job = prepare(cfg)
-    requests, model, adapter, schedule, size = job.requests, job.model, job.adapter, job.schedule, job.size
+    requests, model, student, schedule, size = job.requests, job.model, job.student, job.schedule, job.size
     ending = "mp4" if model.backbone_class.video else "png"
     folder = claim_files(Path(cfg.folder), requests, ending)
-    source = adapter.source.parent if adapter else None
-    print(f"model {model.name}, " + (f"adapter {source}" if source else "no adapter: the teacher"))
+    print(f"model {model.name}, " + (f"adapter {student.folder}" if student else "no adapter: the teacher"))
 
-    pipe = build_pipeline(model, adapter, schedule, cfg)
+    pipe = build_pipeline(model, student, schedule, cfg)
     info = {
         "model": to_plain(job.node),
-        "adapter": source,
-        "adapter_hash": adapter.hash if adapter else None,
+        "adapter": student.folder if student else None,
+        "adapter_hash": student.hash if student else None,
         "schedule": dict(schedule.config) if schedule else None,
     }
     for start in range(0, len(requests), cfg.batch_size):
@@ -98,14 +102,14 @@ class Job:
     Attributes:
         requests: the pictures.
         model: the base, `node` its configuration.
-        adapter, schedule: the student's; None: the teacher draws.
+        student, schedule: an adapter or a whole network, and its sampler; None: the teacher draws.
         size: latent size of finished pictures.
     """
 
     requests: list[Request]
     model: Pretrained
     node: Any
-    adapter: Adapter | None
+    student: Student | None
     schedule: ScaleWiseScheduler | None
     size: Size
 
@@ -123,15 +127,52 @@ def prepare(cfg: DictConfig) -> Job:
     source = None if cfg.adapter is None else locate(cfg.adapter, Path(cfg.output))
     node = cfg.model if source is None else model_of(source, cfg)
     model: Pretrained = instantiate(node, _convert_="all")
-    adapter = schedule = None
+    student = schedule = None
     if source is not None:
-        adapter = load(source)
-        check_fits(adapter, model)
+        student = load_student(source)
+        student.check_fits(model)
         schedule = schedule_of(source, cfg, model)
     if model.backbone_class.video:
         video.check_available()
     size = final_size(cfg, model, model.size if schedule is None else schedule.base_sizes[-1])
-    return Job(requests, model, node, adapter, schedule, size)
+    check_machine(cfg)
+    if cfg.tiny_vae is not None:
+        check_tiny_vae(cfg.tiny_vae, model)
+    return Job(requests, model, node, student, schedule, size)
+
+
+def check_machine(cfg: DictConfig) -> None:
+    """Raise UserError for `offload` or `compile` where this machine lacks what they need."""
+    gpu = torch.cuda.is_available()
+    if cfg.offload != "none" and not gpu:
+        raise UserError(
+            f"offload={cfg.offload} moves weights to a GPU and back, and this machine has none; leave it out"
+        )
+    if cfg.compile and cfg.offload == "sequential":
+        raise UserError("compile=true with offload=sequential: compiled blocks need their weights at hand; drop one")
+    if cfg.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "gcc", "clang"))):
+        raise UserError("compile=true needs a C compiler, and this machine has none; install g++, or leave it out")
+
+
+def check_tiny_vae(path: str, model: Pretrained) -> None:
+    """Raise UserError unless a distilled decoder fits the model's latents; reads its configuration only."""
+    where = f"tiny_vae={path}"
+    if model.backbone_class.video:
+        raise UserError(f"{where} decodes pictures, and {model.family} draws videos; leave it out")
+    folder = hub.configuration(path, key="tiny_vae") if hub.is_hub_id(path) else Path(path)
+    if not (folder / "config.json").is_file():
+        reason = "has no config.json" if folder.is_dir() else "does not exist"
+        raise UserError(f"{where} {reason}; give a folder or hub id of an AutoencoderTiny, e.g. madebyollin/taesd3")
+    config = read_json(folder / "config.json")
+    if config.get("_class_name") != "AutoencoderTiny":
+        raise UserError(f"{where} is a {config.get('_class_name')}; give an AutoencoderTiny, e.g. madebyollin/taesd3")
+    if not hub.is_hub_id(path):
+        check_model_folder(folder, f"{where} is incomplete: it")
+    channels, blocks = config.get("latent_channels", 4), config.get("decoder_block_out_channels", (64,) * 4)
+    if channels != model.channels:
+        raise UserError(f"{where} decodes {channels} channels, this model's latents have {model.channels}")
+    if 2 ** (len(blocks) - 1) != model.factor:
+        raise UserError(f"{where} enlarges {2 ** (len(blocks) - 1)} times, this model's decoder {model.factor} times")
 
 
 def plan(cfg: DictConfig) -> list[Request]:
@@ -261,65 +302,57 @@ def claim_files(folder: Path, requests: list[Request], ending: str) -> Path:
 
 def build_pipeline(
     model: Pretrained,
-    adapter: Adapter | None = None,
+    student: Student | None = None,
     schedule: ScaleWiseScheduler | None = None,
     cfg: DictConfig | None = None,
 ) -> Any:
-    """The stock pipeline of the model; with an adapter, its LoRA weights and its scale-wise scheduler.
+    """The stock pipeline of the model; with a student, its weights and its scale-wise scheduler.
 
     Args:
         model: the base.
-        adapter: what the student learnt; None: the teacher.
+        student: the student: an adapter, or a network that was trained whole; None: the teacher.
         schedule: the student's sampler.
-        cfg: `tiny_vae`, `compile` and `offload`; None: none of them.
+        cfg: `tiny_vae`, `compile` and `offload`, as `prepare` checked them; None: none of them.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = model.dtype(device)
-    pipe = model.pipeline(dtype)
+    dtype, part = model.dtype(device), model.backbone_class.subfolder
+    network: Any = student.network(model, device) if student else model.network(device).network
+    pipe = model.pipeline(dtype, **{part: network})
     pipe.set_progress_bar_config(disable=True)
-    part = model.backbone_class.subfolder
-    if adapter is not None:
+    if student is not None:
         assert schedule is not None
-        # The scale is folded in, and diffusers takes alpha = rank without any.
-        pipe.load_lora_weights({f"{part}.{key}": value.to(dtype) for key, value in adapter.state.items()})
+        student.load_into(pipe, model)
         schedule.attach(pipe)
+    if model.quantization:
+        # After the adapter: loaders would give it the base's 8 bits. Its layers hold the base under this name.
+        inner = [f"{target}.base_layer" for target in model.targets]
+        quantize(network, [*model.targets, *inner], model.quantization)
     if cfg is None:
         return pipe.to(device)
     if cfg.tiny_vae is not None:
-        pipe.vae = load_tiny_vae(cfg.tiny_vae, pipe.vae, dtype)
+        pipe.vae = load_tiny_vae(cfg.tiny_vae, dtype)
     if cfg.compile:
-        network = getattr(pipe, part)
         # Some diffusers classes do not say which of their blocks repeat.
         blocks = model.backbone_class(network).block_list
         network._repeated_blocks = network._repeated_blocks or [type(blocks[0]).__name__]
         network.compile_repeated_blocks(dynamic=True)
     if cfg.offload == "none":
         return pipe.to(device)
-    if device.type != "cuda":
-        raise UserError(
-            f"offload={cfg.offload} moves weights to a GPU and back, and this machine has none; leave it out"
-        )
     pipe.enable_model_cpu_offload() if cfg.offload == "model" else pipe.enable_sequential_cpu_offload()
     return pipe
 
 
-def load_tiny_vae(path: str, full: Any, dtype: torch.dtype) -> Any:
+def load_tiny_vae(path: str, dtype: torch.dtype) -> Any:
     """A distilled decoder in place of the VAE: a small fraction of its time, at some loss.
 
     Raises:
-        UserError: if it cannot be loaded or is for other latents.
+        UserError: if it cannot be loaded.
     """
     try:
-        tiny = AutoencoderTiny.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
+        return AutoencoderTiny.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"tiny_vae={path} cannot be loaded ({reason[:160]})") from None
-    if tiny.config.latent_channels != full.config.latent_channels:
-        raise UserError(
-            f"tiny_vae={path} decodes {tiny.config.latent_channels} channels, this model's latents have "
-            f"{full.config.latent_channels}"
-        )
-    return tiny
 
 
 @torch.no_grad()

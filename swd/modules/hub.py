@@ -44,13 +44,13 @@ def is_hub_id(path: str) -> bool:
     return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path)) and not Path(path).exists()
 
 
-def configuration(repository: str, revision: str | None = None) -> Path:
-    """A folder with a repository's configuration files.
+def configuration(repository: str, revision: str | None = None, key: str = "model.path") -> Path:
+    """A folder with a repository's configuration files; `key` is what the user calls it.
 
     Raises:
         UserError: if the repository is missing, gated or out of reach.
     """
-    return _download(repository, revision, CONFIGURATION)
+    return _download(repository, revision, CONFIGURATION, key)
 
 
 def weights(repository: str, revision: str | None = None) -> Path:
@@ -64,13 +64,13 @@ def weights(repository: str, revision: str | None = None) -> Path:
     return _download(repository, revision, [*CONFIGURATION, *(f"{part}/*.safetensors" for part in parts)])
 
 
-def adapter(repository: str) -> Path:
-    """A folder with a published adapter.
+def adapter(repository: str, key: str = "adapter") -> Path:
+    """A folder with a published adapter; `key` is what the user calls it.
 
     Raises:
         UserError: if the repository is missing, gated or out of reach.
     """
-    return _download(repository, None, ["*.json", "*.safetensors"], "adapter")
+    return _download(repository, None, ["*.json", "*.safetensors"], key)
 
 
 def _download(repository: str, revision: str | None, patterns: Sequence[str], key: str = "model.path") -> Path:

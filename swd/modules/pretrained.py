@@ -322,9 +322,14 @@ def check_pipeline_folder(folder: Path, weights: bool = True) -> None:
             check_model_folder(folder / name)
 
 
-def check_model_folder(folder: Path) -> None:
-    """Raise UserError unless `folder` holds a model's configuration and whole safetensors files."""
-    where = f"model.path={folder.parent} is incomplete: {folder.name!r}"
+def check_model_folder(folder: Path, where: str | None = None) -> None:
+    """Raise UserError unless `folder` holds a model's configuration and whole safetensors files.
+
+    Args:
+        folder: in diffusers layout.
+        where: how messages begin; None: as for a part of the pipeline at `model.path`.
+    """
+    where = where or f"model.path={folder.parent} is incomplete: {folder.name!r}"
     if not (folder / "config.json").is_file():
         raise UserError(f"{where} has no config.json; download it again")
     read_json(folder / "config.json")
