@@ -55,11 +55,6 @@ class Adapter:
         return sorted(key.removesuffix(".lora_A.weight") for key in self.state if key.endswith("lora_A.weight"))
 
     @property
-    def folder(self) -> Path:
-        """Where it lies."""
-        return self.source.parent
-
-    @property
     def hash(self) -> str:
         """Of the file, for the record: SHA-256, the first 16 digits."""
         return file_hash(self.source)[:16]

@@ -67,7 +67,8 @@ def model_of(source: Path, cfg: DictConfig) -> Any:
     """
     folder = source if source.is_dir() else source.parent
     file = folder.parent / "config.yaml"
-    if named("model") or folder.name not in ("adapter", "student") or not file.is_file():
+    named = any(re.match(r"\+*(model|experiment)[=@]", override) for override in overrides())
+    if named or folder.name not in ("adapter", "student") or not file.is_file():
         return cfg.model
     run = OmegaConf.load(file)
     for override in overrides():
@@ -77,41 +78,37 @@ def model_of(source: Path, cfg: DictConfig) -> Any:
     return run.model
 
 
-def named(group: str) -> bool:
-    """Whether the command line chooses an option of a group, itself or by an experiment."""
-    return any(re.match(rf"\+*({group}|experiment)[=@]", override) for override in overrides())
-
-
 def overrides() -> list[str]:
     """What the command line sets, as far as there is one."""
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def schedule_of(source: Path, cfg: DictConfig, model: Pretrained) -> ScaleWiseScheduler:
-    """The schedule beside a student; for one that has none, that of the configuration, with a warning if it is only
-    the model's default.
+    """The schedule that the command line names, else the one beside a student, else the model's default.
 
     Raises:
         UserError: if what lies there is damaged, another scheduler, or none for this model.
     """
     file = (source if source.is_dir() else source.parent) / SCHEDULER_CONFIG
-    if not file.is_file():
-        if not named("schedule") and not any(o.lstrip("+").startswith("schedule.") for o in overrides()):
+    chosen = any(re.match(r"\+*schedule[.=@]", override) for override in overrides())
+    expected = model.backbone_class.process.prediction_type
+    if file.is_file() and not chosen:
+        sampler = read_schedule(file)
+        if sampler.config.prediction_type != expected:
+            raise UserError(
+                f"{file} is for prediction_type={sampler.config.prediction_type}, but {model.family} predicts "
+                f"{expected}; name the model that it belongs to"
+            )
+    else:
+        schedule: ScaleSchedule = instantiate(cfg.schedule, _convert_="all")
+        sampler = schedule.scheduler(model.limits.divisor, expected)
+        if not chosen:
             warnings.warn(
-                f"no {SCHEDULER_CONFIG} beside {source}: it is drawn with the model's default schedule, sizes "
+                f"no {SCHEDULER_CONFIG} beside {source}: taking the model's default schedule, sizes "
                 f"{to_plain(cfg.schedule)['sizes']}; name its own with schedule=",
                 UserWarning,
                 stacklevel=2,
             )
-        schedule = instantiate(cfg.schedule, _convert_="all")
-        sampler: ScaleWiseScheduler = schedule.scheduler(
-            model.limits.divisor, model.backbone_class.process.prediction_type
-        )
-    else:
-        sampler = read_schedule(file)
-    expected = model.backbone_class.process.prediction_type
-    if sampler.config.prediction_type != expected:
-        raise UserError(f"{file} has prediction_type={sampler.config.prediction_type}; {model.family} is {expected}")
     for size in sampler.base_sizes:
         model.limits.check_size(size)
     return sampler

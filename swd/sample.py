@@ -72,12 +72,12 @@ def run(cfg: DictConfig) -> None:
     requests, model, student, schedule, size = job.requests, job.model, job.student, job.schedule, job.size
     ending = "mp4" if model.backbone_class.video else "png"
     folder = claim_files(Path(cfg.folder), requests, ending)
-    print(f"model {model.name}, " + (f"adapter {student.folder}" if student else "no adapter: the teacher"))
+    print(f"model {model.name}, " + (f"adapter {job.source}" if student else "no adapter: the teacher"))
 
     pipe = build_pipeline(model, student, schedule, cfg)
     info = {
         "model": to_plain(job.node),
-        "adapter": student.folder if student else None,
+        "adapter": job.source,
         "adapter_hash": student.hash if student else None,
         "schedule": dict(schedule.config) if schedule else None,
     }
@@ -102,13 +102,15 @@ class Job:
     Attributes:
         requests: the pictures.
         model: the base, `node` its configuration.
-        student, schedule: an adapter or a whole network, and its sampler; None: the teacher draws.
+        source: where the student lies; None: the teacher draws.
+        student, schedule: an adapter or a whole network, and its sampler.
         size: latent size of finished pictures.
     """
 
     requests: list[Request]
     model: Pretrained
     node: Any
+    source: Path | None
     student: Student | None
     schedule: ScaleWiseScheduler | None
     size: Size
@@ -138,7 +140,7 @@ def prepare(cfg: DictConfig) -> Job:
     check_machine(cfg)
     if cfg.tiny_vae is not None:
         check_tiny_vae(cfg.tiny_vae, model)
-    return Job(requests, model, node, student, schedule, size)
+    return Job(requests, model, node, source, student, schedule, size)
 
 
 def check_machine(cfg: DictConfig) -> None:

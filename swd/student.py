@@ -21,10 +21,6 @@ class Student(Protocol):
     """What a student says about itself, and how it gets into the stock pipeline: an `Adapter`, or a `FullStudent`."""
 
     @property
-    def folder(self) -> Path:
-        """Where it lies."""
-
-    @property
     def hash(self) -> str:
         """Of its weights, for the record: 16 hexadecimal digits."""
 
