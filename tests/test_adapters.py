@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import families
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import errors
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from swd import adapters, export, sample
+from swd import adapters, export, sample, verify
 from swd.adapters import Adapter, check_fits, load, locate, read_adapter, save_adapter
 from swd.modules import hub
 from swd.modules.pretrained import Pretrained
 from swd.schedule import ScaleSchedule
+from swd.student import FullStudent, Student, load_student
 from swd.types import UserError
 
 
@@ -62,41 +65,78 @@ def test_export_round_trip(name: str, model: Pretrained, tmp_path: Path) -> None
     assert model.backbone_class.pipeline_type in snippet and "ScaleWiseScheduler" in snippet
 
 
-def test_the_card_s_snippet_samples_without_this_package(name: str, model: Pretrained, tmp_path: Path) -> None:
-    """The scheduler file of the folder alone, with the stock pipeline, draws what `swd sample` draws."""
-    state = random_state(model)
-    made = export.export(Adapter(state, tmp_path / "x"), model, scheduler(name, model), tmp_path / "out", verify=False)
-    spec = importlib.util.spec_from_file_location("standalone", made / export.SCHEDULER_FILE)
-    assert spec is not None and spec.loader is not None
-    standalone = importlib.util.module_from_spec(spec)
-    sys.modules["standalone"] = standalone
-    spec.loader.exec_module(standalone)
+RUNNER = """
+import json, sys
+import numpy, torch
+sys.modules["swd"] = None  # importing it fails from here on
+torch.set_num_threads(1)
+for folder, out in json.loads(sys.argv[1]):
+    sys.path.insert(0, folder)
+    names = {}
+    exec(open(out + ".py").read(), names)
+    drawn = numpy.asarray(names["frames"] if "frames" in names else names["image"], dtype="float32")
+    numpy.save(out + ".npy", drawn if "frames" in names else drawn / 255)
+    sys.path.remove(folder)
+    del sys.modules["scale_wise_scheduler"]
+"""
 
-    pipe = model.pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    pipe.load_lora_weights(str(made), weight_name=adapters.DIFFUSERS_WEIGHTS)
-    sampler = standalone.ScaleWiseScheduler.from_pretrained(made)
-    sampler.attach(pipe)
-    latents = sampler.initial_latents(
-        1, channels=model.channels, packed=model.backbone_class.packed, generator=torch.Generator().manual_seed(7)
-    )
-    pixels = model.pixel_size(model.size)
-    arguments: dict[str, Any] = {"height": pixels[-2], "width": pixels[-1]}
-    if model.backbone_class.video:
-        arguments["num_frames"] = pixels[0]
-    drawn = pipe(
-        "a red star",
-        latents=latents,
-        num_inference_steps=len(families.SIGMAS),
-        output_type="pt",
-        **model.backbone_class.sampling_arguments(model.max_text_tokens, model.embedded_guidance),
-        **arguments,
-    )[0][0]
 
-    ours = sample.build_pipeline(model, load(made), scheduler(name, model))
-    expected = sample.draw(ours, model, [sample.Request("a red star", 7)])[0][0]
-    drawn = drawn.transpose(0, 1) if drawn.ndim == 4 else drawn  # diffusers puts frames first
-    assert_close(drawn * 2 - 1, expected, rtol=1e-3, atol=1e-3)
+def trained_whole(name: str, model: Pretrained, folder: Path) -> FullStudent:
+    """A student of another network than the base, as `model.tuning=full` leaves it."""
+    network = model.network().network
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return FullStudent(adapters.save_student(folder, network, scheduler(name, model)))
+
+
+@pytest.fixture(scope="module")
+def snippets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the text in the exported README draws where this package cannot be imported, and what `swd sample` draws."""
+    root, found, jobs = tmp_path_factory.mktemp("snippets"), {}, []
+    for case in SNIPPETS:
+        name = case.removesuffix("-full")
+        base = families.pretrained(name, families.save(name, root / case / "base"))
+        student: Student = Adapter(random_state(base), root / "x")
+        if case.endswith("-full"):
+            student = trained_whole(name, base, root / case / "student")
+        folder = export.export(student, base, scheduler(name, base), root / case / "made", verify=False)
+        text = (folder / "README.md").read_text()
+        code = text.split("```python\n")[1].split("```")[0]
+        for old, new in {"FOLDER": folder, "BASE": base.folder, "cuda": "cpu", "bfloat16": "float32"}.items():
+            code = code.replace(old, str(new))
+        (root / f"{case}.py").write_text(code)
+        jobs.append((str(folder), str(root / case)))
+        pipe = sample.build_pipeline(base, student, scheduler(name, base))
+        found[case] = text, root / f"{case}.npy", sample.draw(pipe, base, [sample.Request("a prompt", 0)])[0][0]
+    subprocess.run([sys.executable, "-I", "-W", "ignore", "-c", RUNNER, json.dumps(jobs)], check=True, timeout=300)
+    return found
+
+
+SNIPPETS = (*families.FAMILIES, "sd3-full", "sdxl-full")
+
+
+@pytest.mark.parametrize("case", SNIPPETS)
+def test_the_card_s_snippet_draws_the_same_without_this_package(case: str, snippets: dict[str, Any]) -> None:
+    text, file, expected = snippets[case]
+    drawn, ours = torch.from_numpy(np.load(file)), (expected + 1) / 2
+    drawn = drawn.movedim(-1, 0)  # channels first, of videos too
+    assert ours.std() > 0.02  # there is something to see
+    assert_close(drawn, ours, rtol=0, atol=0.51 / 255 + 1e-3)
+    assert "base_model" not in text and "/tmp" not in text and str(file.parent) not in text
+
+
+def test_the_card_of_a_model_on_the_hub_and_of_an_embedded_one(tmp_path: Path, monkeypatch: Any) -> None:
+    folder = families.save("sd3", tmp_path / "p")
+    monkeypatch.setattr(hub, "snapshot_download", lambda *args, **kwargs: str(folder))
+    remote = families.pretrained("sd3", "owner/model", revision="v2")  # type: ignore[arg-type]
+    adapter = Adapter(random_state(families.pretrained("sd3", folder)), tmp_path)
+    text = export.card(export.AdapterContent(adapter, remote), remote, scheduler("sd3", remote))
+    assert 'from_pretrained("owner/model", revision="v2", torch_dtype' in text and "base_model: owner/model\n" in text
+    embedded = Pretrained("sd3", "swd://assets/shapes-sd3")
+    text = export.card(export.AdapterContent(adapter, embedded), embedded, scheduler("sd3", embedded))
+    assert 'from_pretrained("BASE", torch_dtype' in text and "`BASE` that of `assets/shapes-sd3` of swd" in text
 
 
 def test_the_exporter_refuses_a_folder_that_differs(
@@ -113,6 +153,141 @@ def test_the_exporter_refuses_a_folder_that_differs(
     with pytest.raises(UserError, match="loaded by diffusers differs"):
         export.export(Adapter(random_state(model), tmp_path), model, scheduler(name, model), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e-9])
+def test_a_loader_that_loads_nothing_is_refused_however_small_the_adapter(
+    scale: float, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """peft's keys in diffusers' file: `load_lora_weights` says nothing, and the pipeline is the teacher."""
+    base = families.pretrained("sd3", families.save("sd3", tmp_path / "p"))
+    small = {k: v * (scale if ".lora_B." in k else 1) for k, v in random_state(base).items()}
+    export.export(Adapter(small, tmp_path), base, scheduler("sd3", base), tmp_path / "right")
+    write = adapters.write_layouts
+
+    def broken(folder: Path, state: dict[str, Tensor], *more: Any) -> None:
+        write(folder, state, *more)
+        save_file({f"base_model.model.{k}": v for k, v in state.items()}, folder / adapters.DIFFUSERS_WEIGHTS)
+
+    monkeypatch.setattr(export, "write_layouts", broken)
+    with pytest.raises(UserError, match="loaded by diffusers differs"):
+        export.export(Adapter(small, tmp_path), base, scheduler("sd3", base), tmp_path / "wrong")
+
+
+def test_an_adapter_without_effect_is_exported_and_told(name: str, model: Pretrained, tmp_path: Path) -> None:
+    state = {k: v * (0 if ".lora_B." in k else 1) for k, v in random_state(model).items()}
+    with pytest.warns(UserWarning, match="update is zero: the student is the teacher"):
+        export.export(Adapter(state, tmp_path), model, scheduler(name, model), tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ["sdxl", "wan"])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("alpha", "loaded by ComfyUI differs"),
+        ("up and down", "as .* times .*, which is no"),
+        ("missing", "ComfyUI finds no"),
+        ("left over", "ComfyUI does not know"),
+        ("mixed up", "loaded by ComfyUI differs"),
+    ],
+)
+def test_a_wrong_file_for_comfyui_is_refused(
+    family: str, fault: str, message: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    base = families.pretrained(family, families.save(family, tmp_path / "p"))
+    right = export.comfy_state
+
+    def wrong(backbone: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        tensors = right(backbone, state)
+        ups = [k for k in tensors if k.endswith(("lora_up.weight", "lora_B.weight"))]
+        down = ups[0].replace("lora_up", "lora_down").replace("lora_B", "lora_A")
+        if fault == "alpha":
+            tensors[ups[0].rpartition(".lora_")[0] + ".alpha"] = torch.tensor(8.0)
+        elif fault == "up and down":
+            tensors[ups[0]], tensors[down] = tensors[down], tensors[ups[0]]
+        elif fault == "missing":
+            del tensors[ups[0]]
+        elif fault == "left over":
+            tensors["lora_te_x.alpha"] = torch.ones(())
+        else:
+            same = [k for k in ups if tensors[k].shape == tensors[ups[0]].shape]
+            tensors[same[0]], tensors[same[1]] = tensors[same[1]].clone(), tensors[same[0]].clone()
+        return {k: v.contiguous() for k, v in tensors.items()}
+
+    monkeypatch.setattr(export, "comfy_state", wrong)
+    with pytest.raises(UserError, match=message):
+        export.export(Adapter(random_state(base), tmp_path), base, scheduler(family, base), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_mixed_ranks_and_alphas_mean_what_peft_makes_of_them(name: str, model: Pretrained, tmp_path: Path) -> None:
+    """Sampled, exported, and as peft itself loads the folder: three times the same network."""
+    state, folder = random_state(model), tmp_path / "peft"
+    modules = [key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")]
+    ranks = {modules[0]: 2, modules[3]: 6}
+    generator = torch.Generator().manual_seed(2)
+    for module, rank in ranks.items():
+        for kind, axis in (("A", 0), ("B", 1)):
+            shape = list(state[f"{module}.lora_{kind}.weight"].shape)
+            shape[axis] = rank
+            state[f"{module}.lora_{kind}.weight"] = 0.3 * torch.randn(shape, generator=generator)
+    folder.mkdir()
+    save_file({f"base_model.model.{k}": v for k, v in state.items()}, folder / adapters.PEFT_WEIGHTS)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 7, "target_modules": modules, "rank_pattern": ranks}
+    config["alpha_pattern"] = {modules[0]: 5, modules[1]: 1}
+    (folder / adapters.PEFT_CONFIG).write_text(json.dumps(config))
+    size = families.SIZES[name][0]
+    size = (size, size) if isinstance(size, int) else size
+
+    with torch.no_grad():
+        expected = verify.predict(PeftModel.from_pretrained(model.network().network, folder).eval(), model, size)
+        adapter = load(folder)
+        check_fits(adapter, model)
+        made = export.export(adapter, model, scheduler(name, model), tmp_path / "out")
+        for source in (folder, made, made / adapters.DIFFUSERS_WEIGHTS):
+            pipe = sample.build_pipeline(model, load(source), scheduler(name, model))
+            network = getattr(pipe, model.backbone_class.subfolder).eval()
+            assert_close(verify.predict(network, model, size), expected, rtol=1e-4, atol=1e-4)
+    assert adapter.ranks == {2, 4, 6} and "A LoRA of rank 2 to 6 that" in (made / "README.md").read_text()
+
+
+def test_a_student_that_was_trained_whole_is_exported_and_checked(name: str, model: Pretrained, tmp_path: Path) -> None:
+    student = trained_whole(name, model, tmp_path / "run" / "student")
+    assert locate(str(tmp_path / "run"), tmp_path) == student.folder
+    made = locate(str(export.export(student, model, scheduler(name, model), tmp_path / "out")), tmp_path)
+    again = load_student(made)
+    again.check_fits(model)
+    assert isinstance(again, FullStudent) and again.hash == student.hash
+    before, after = student.network(model).state_dict(), again.network(model).state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(after[key], value) for key, value in before.items())
+    assert "_name_or_path" not in json.loads((made / "config.json").read_text())
+    assert export.read_schedule(made / adapters.SCHEDULER_CONFIG).base_sizes == scheduler(name, model).base_sizes
+    stranger = "flux" if name != "flux" else "wan"
+    other = families.pretrained(stranger, families.save(stranger, tmp_path / "other"))
+    with pytest.raises(UserError, match=r"does not fit model other: it is a \w+, that takes a"):
+        student.check_fits(other)
+
+
+def test_a_whole_student_that_comes_back_otherwise_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
+    base = families.pretrained("sd3", families.save("sd3", tmp_path / "p"))
+    student = trained_whole("sd3", base, tmp_path / "student")
+    right = export.NetworkContent.write
+
+    def wrong(self: Any, folder: Path) -> None:
+        right(self, folder)
+        state = load_file(next(folder.glob("*.safetensors")))
+        key = "transformer_blocks.0.attn.to_q.weight"
+        save_file(state | {key: state[key] + 1e-3}, next(folder.glob("*.safetensors")))
+
+    monkeypatch.setattr(export.NetworkContent, "write", wrong)
+    with pytest.raises(UserError, match="loaded by diffusers differs"):
+        export.export(student, base, scheduler("sd3", base), tmp_path / "out")
+    file = student.weights[0]
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(UserError, match=r"student .* has a damaged diffusion_pytorch_model"):
+        load_student(student.folder)
+    with pytest.raises(UserError, match="trained whole, no adapter"):
+        load(student.folder)
 
 
 @pytest.mark.parametrize("alpha", [4, 12])
