@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -12,7 +15,9 @@ from diffusers import SD3Transformer2DModel
 from peft import PeftModel
 from torch.testing import assert_close
 
-from swd.adapters import PEFT_CONFIG, PEFT_WEIGHTS, load, locate, save_adapter
+from swd import export
+from swd.adapters import PEFT_CONFIG, PEFT_WEIGHTS, Adapter, load, locate, save_adapter
+from swd.modules.pretrained import Pretrained
 from swd.scheduler import ScaleWiseScheduler
 from swd.types import UserError
 
@@ -74,3 +79,43 @@ def test_find_adapter(tmp_path: Path) -> None:
     (folder / PEFT_WEIGHTS).unlink()
     with pytest.raises(UserError, match=f"{PEFT_WEIGHTS} is missing"):
         load(folder)
+
+
+def test_the_command_exports_the_run_that_it_is_given(tiny_model: Path, tmp_path: Path, capsys) -> None:
+    networks = tiny.build_networks()
+    run = saved(tmp_path / "run" / "adapter", networks).parent
+    arguments = tiny.overrides(tiny_model, tmp_path / "unused", model__max_text_tokens=12)
+    export.run(tiny.composed([*arguments, f"run={run}", f"to={tmp_path / 'made'}"], "export"))
+    assert capsys.readouterr().out.split() == [str(tmp_path / "made")]
+    state, own = load(tmp_path / "made").state, networks.adapter_state("student")
+    assert all(torch.equal(state[key], value) for key, value in own.items())
+    with pytest.raises(UserError, match=r"^to=.* exists already"):
+        export.run(tiny.composed([*arguments, f"run={run}", f"to={tmp_path / 'made'}"], "export"))
+    with pytest.raises(UserError, match=r"^run=nowhere does not exist"):
+        export.run(tiny.composed([*arguments, "run=nowhere", f"to={tmp_path / 'other'}"], "export"))
+
+
+def test_one_network_at_a_time_is_loaded_to_check_and_no_encoder(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Pretrained("sd3", str(tiny_model), rank=4, precision="fp32", feature_blocks=[1])
+    alive: list[weakref.ref[Any]] = []
+    load_network, load_pipeline = Pretrained.network, Pretrained.pipeline
+
+    def network(self: Pretrained, *args: Any) -> Any:
+        gc.collect()
+        assert not [ref for ref in alive if ref() is not None]
+        backbone = load_network(self, *args)
+        alive.append(weakref.ref(backbone.network))
+        return backbone
+
+    def pipeline(self: Pretrained, *args: Any, **kwargs: Any) -> Any:
+        pipe = load_pipeline(self, *args, **kwargs)
+        assert [n for n, c in pipe.components.items() if c is not None] == ["transformer", "scheduler"]
+        return pipe
+
+    monkeypatch.setattr(Pretrained, "network", network)
+    monkeypatch.setattr(Pretrained, "pipeline", pipeline)
+    adapter = Adapter(tiny.build_networks().adapter_state("student"), tmp_path)
+    export.export(adapter, model, tiny.build_schedule().scheduler(2), tmp_path / "made")
+    assert len(alive) == 3  # the student, and as peft and diffusers load it

@@ -292,7 +292,6 @@ def test_compiled_blocks_draw_the_same(made, tmp_path: Path) -> None:
     for settings in (None, cfg):
         pipe = sample.build_pipeline(model, load(adapter), tiny.build_schedule().scheduler(2), settings)
         drawn.append(sample.draw(pipe, model, requests)[0][0])
-    assert any(hasattr(block, "_compiled_call_impl") for block in pipe.transformer.transformer_blocks)
     assert pipe.transformer.transformer_blocks[0]._compiled_call_impl is not None
     torch.testing.assert_close(drawn[1], drawn[0], rtol=0, atol=1e-4)
 
