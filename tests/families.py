@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import (
@@ -40,6 +40,7 @@ from swd.modules.backbones.base import TARGETS
 from swd.modules.pretrained import Pretrained
 from swd.shapes_pipeline import TEXT_TOKENS, build_clip_tokenizer, build_t5_tokenizer
 
+Model = TypeVar("Model", bound=Pretrained)
 FAMILIES = ("sd3", "sd35_medium", "flux", "sdxl", "wan", "sana")
 FAMILY = {name: name for name in FAMILIES} | {"sd35_medium": "sd3"}
 """`sd3` is as SD3.5 Large, `sd35_medium` has dual attention."""
@@ -270,7 +271,7 @@ def save(name: str, folder: Path) -> Path:
     return folder
 
 
-def pretrained(name: str, folder: Path, **more: Any) -> Pretrained:
+def pretrained(name: str, folder: Path, kind: type[Model] = Pretrained, **more: Any) -> Model:  # type: ignore[assignment]
     options = {
         "rank": 4,
         "precision": "fp32",
@@ -281,4 +282,4 @@ def pretrained(name: str, folder: Path, **more: Any) -> Pretrained:
         "embedded_guidance": 4.5 if name == "flux" else None,
         "targets": TARGETS[:4] if name == "sana" else TARGETS,
     } | more
-    return Pretrained(FAMILY[name], str(folder), **options)
+    return kind(FAMILY[name], str(folder), **options)

@@ -139,7 +139,12 @@ def test_both_sizes_are_encoded_from_full_resolution(tiny_model: Path, tmp_path:
 
 @pytest.mark.parametrize(
     ("loss", "workers", "more"),
-    [("swd", 0, {}), ("mmd", 0, {}), ("dmd_mmd", 2, {"data__endless": "false", "data__dataset__length": 20})],
+    [
+        ("swd", 0, {}),
+        ("mmd", 0, {}),
+        ("swd", 0, {"model__tuning": "full"}),
+        ("dmd_mmd", 2, {"data__endless": "false", "data__dataset__length": 20}),
+    ],
 )
 def test_a_resumed_run_equals_a_straight_one_bit_for_bit(
     tiny_model: Path, tmp_path: Path, loss: str, workers: int, more: dict[str, str]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -22,9 +23,13 @@ class Encoders(nn.Module):
 
     Attributes:
         final_size: latent size of finished pictures, for families whose conditioning names it; None: the VAE's own.
+        vae_dtype: what the VAE is kept in whatever the base's dtype; None: the base's.
+        at_once: pixels that the VAE gets in one call, but never less than one row: 8 pictures of 1024x1024.
     """
 
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    vae_dtype: ClassVar[torch.dtype | None] = None
+    at_once: ClassVar[int] = 8 * 1024**2
 
     def __init__(self, pipeline: Any, max_text_tokens: int = 256, cache: int = 8) -> None:
         super().__init__()
@@ -80,7 +85,9 @@ class Encoders(nn.Module):
     @torch.no_grad()
     def encode(self, pixels: Tensor, draws: Draws) -> Tensor:
         """Latents `[B, C, *size]` of pictures or videos `[B, 3, *pixels]` in [-1, 1]: a posterior draw, scaled."""
-        mean, std = self.posterior(pixels)
+        rows = self._rows(pixels.shape[2:])
+        parts = [self.posterior(part) for part in pixels.split(rows)]
+        mean, std = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         x0 = mean + std * draws.noise(f"posterior/{tuple(mean.shape[2:])}", mean)
         shift, scale = self.shift_and_scale(x0)
         return (x0 - shift) * scale
@@ -94,9 +101,14 @@ class Encoders(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures or videos in [-1, 1], float32, of latents of any size."""
         shift, scale = self.shift_and_scale(latents)
-        z = latents.to(self.vae.dtype) / scale + shift
-        pixels: Tensor = self.vae.decode(z, return_dict=False)[0]
-        return pixels.float().clamp(-1, 1)
+        z = (latents.float() / scale + shift).to(self.vae.dtype)
+        rows = self._rows(self.pixel_size(tuple(latents.shape[2:])))
+        parts = [self.vae.decode(part, return_dict=False)[0].float() for part in z.split(rows)]
+        return torch.cat(parts).clamp(-1, 1)
+
+    def _rows(self, pixels: Size) -> int:
+        """How many pictures or videos of a size in pixels the VAE gets in one call."""
+        return max(1, self.at_once // math.prod(pixels))
 
     def shift_and_scale(self, latents: Tensor) -> tuple[Any, Any]:
         """What turns the VAE's latents into the network's: `(latents - shift) * scale`."""

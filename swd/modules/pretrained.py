@@ -262,19 +262,31 @@ class Pretrained:
         library, name = read_json(self.folder / "model_index.json")[self.backbone_class.subfolder]
         return getattr(importlib.import_module(library), name)
 
-    def pipeline(self, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
-        """The stock pipeline; `transformer=None` (or `unet=None`) leaves the network out."""
+    def pipeline(
+        self, dtype: torch.dtype = torch.float32, vae_dtype: torch.dtype | None = None, **overrides: Any
+    ) -> Any:
+        """The stock pipeline; `transformer=None` (or `unet=None`) leaves the network out.
+
+        Args:
+            dtype: of its weights.
+            vae_dtype: of the VAE's; None: the family's, which some keep in float32.
+            overrides: of the pipeline's parts.
+        """
         pipeline_class = getattr(diffusers, self.backbone_class.pipeline_type)
+        vae_dtype = vae_dtype or self.backbone_class.encoders_type.vae_dtype or dtype
         return pipeline_class.from_pretrained(
-            self.fetch(), torch_dtype=dtype, use_safetensors=True, local_files_only=True, **overrides
+            self.fetch(),
+            torch_dtype={"default": dtype, "vae": vae_dtype},
+            use_safetensors=True,
+            local_files_only=True,
+            **overrides,
         )
 
     def encoders(self, device: torch.device | str = "cpu") -> Encoders:
         """Load text encoders and VAE."""
         backbone = self.backbone_class
-        pipeline = self.pipeline(self.dtype(device), **{backbone.subfolder: None})
-        if pipeline.vae.config.get("force_upcast"):
-            pipeline.vae.to(torch.float32)  # SDXL's overflows in half precision
+        vae_dtype = torch.float32 if self.vae_config.get("force_upcast") else None
+        pipeline = self.pipeline(self.dtype(device), vae_dtype, **{backbone.subfolder: None})
         return backbone.encoders_type(pipeline, self.max_text_tokens)
 
 

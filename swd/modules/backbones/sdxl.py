@@ -18,6 +18,8 @@ from swd.types import Conditioning
 class SDXLEncoders(Encoders):
     """Two CLIP encoders; 8x VAE of 4 channels. The conditioning names the *final* size in pixels at every step."""
 
+    vae_dtype: ClassVar[torch.dtype | None] = torch.float32  # it overflows in half precision
+
     def text(self, prompts: Sequence[str]) -> Conditioning:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
             prompt=list(prompts), device=self.device, do_classifier_free_guidance=False

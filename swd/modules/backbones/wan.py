@@ -17,6 +17,8 @@ from swd.types import Conditioning
 class WanEncoders(Encoders):
     """UMT5; causal video VAE, 8x in space and 4x in time, its first frame by itself."""
 
+    vae_dtype: ClassVar[torch.dtype | None] = torch.float32  # as diffusers recommends
+
     def text(self, prompts: Sequence[str]) -> Conditioning:
         embeds, _ = self.pipeline.encode_prompt(
             prompt=list(prompts),
