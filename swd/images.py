@@ -4,8 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as RGB: transparency over white, 16-bit grey scaled to 8 bits, other colours converted.
+
+    Raises:
+        ValueError: for floating-point pixels, whose range nothing says.
+    """
+    if image.mode == "F":
+        raise ValueError("floating-point pixels")
+    if image.mode.startswith("I"):  # 16 bits, which `convert` would clip at 255
+        grey = np.asarray(image).astype(np.int64)
+        return Image.fromarray(((grey.clip(0, 65535) + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
 
 
 def to_pil(pixels: Tensor) -> Image.Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +13,15 @@ from swd.scheduler import ScaleWiseScheduler, blend_frames, upsample
 from swd.types import Size, UserError
 
 __all__ = ["Interval", "ScaleSchedule", "downscale", "upsample"]
+
+
+PRESETS = {
+    ("flow", "full"): "full_4step or full_2step",
+    ("flow", "scales"): "image_4step, image_6step or the model's own",
+    ("epsilon", "full"): "sdxl_full_4step or sdxl_full_2step",
+    ("epsilon", "scales"): "sdxl_4step",
+}
+"""Schedules of a process, at full resolution throughout or scale by scale."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +47,20 @@ class ScaleSchedule:
     Args:
         sigmas: N noise levels in (0, 1], strictly decreasing.
         sizes: N latent side lengths, (H, W) or (F, H, W); sides never shrink.
+        process: what the levels are of: "flow", rectified flow, or "epsilon", SDXL's variance-preserving process, where
+            the same level holds another share of noise. None: not said, and not checked.
 
     Raises:
         UserError: if a rule above is broken.
     """
 
-    def __init__(self, sigmas: Sequence[float], sizes: Sequence[int | Sequence[int]]) -> None:
+    def __init__(
+        self,
+        sigmas: Sequence[float],
+        sizes: Sequence[int | Sequence[int]],
+        process: Literal["flow", "epsilon"] | None = None,
+    ) -> None:
+        self.process = process
         self.sigmas = tuple(float(s) for s in sigmas)
         self.sizes: tuple[Size, ...] = tuple((s, s) if isinstance(s, int) else tuple(s) for s in sizes)
         self._check()
@@ -74,8 +92,23 @@ class ScaleSchedule:
         """Step `i` (from 0); the first step's source and target are both the first size."""
         return Interval(i, self.sigmas[i], self.sizes[max(i - 1, 0)], self.sizes[i])
 
+    def check_process(self, prediction_type: str) -> None:
+        """Raise UserError if the noise levels are of another process than a model that predicts `prediction_type`."""
+        if self.process in (None, prediction_type):
+            return
+        kind = "full" if len(set(self.sizes)) == 1 else "scales"
+        raise UserError(
+            f"schedule.process={self.process}, but this model's noise levels are of the process {prediction_type}; "
+            f"use schedule={PRESETS[prediction_type, kind]}, or sigmas of your own and schedule.process={prediction_type}"
+        )
+
     def scheduler(self, divisor: int = 1, prediction_type: str = "flow") -> ScaleWiseScheduler:
-        """The sampler of this schedule."""
+        """The sampler of this schedule.
+
+        Raises:
+            UserError: if the noise levels are of another process.
+        """
+        self.check_process(prediction_type)
         sizes = [s[0] if len(s) == 2 and s[0] == s[1] else list(s) for s in self.sizes]
         return ScaleWiseScheduler(
             sigmas=list(self.sigmas), sizes=sizes, divisor=divisor, prediction_type=prediction_type

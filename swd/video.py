@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,11 @@ from swd.types import UserError
 
 
 def check_available() -> None:
-    """Raise UserError if nothing can write MP4 files here."""
+    """Raise UserError if nothing can read and write video files here."""
     try:
         import imageio_ffmpeg  # noqa: F401
     except ImportError:
-        raise UserError("writing videos needs ffmpeg; install it with: pip install 'swd[video]'") from None
+        raise UserError("reading and writing videos needs ffmpeg; install it with: pip install 'swd[video]'") from None
 
 
 def write(path: Path, video: Tensor, fps: int, comment: str = "") -> Path:
@@ -47,11 +48,25 @@ def write(path: Path, video: Tensor, fps: int, comment: str = "") -> Path:
     return path
 
 
-def read(path: Path) -> Tensor:
-    """Frames `[3, F, H, W]` in [-1, 1] of a video file."""
+def read(path: Path, limit: int | None = None) -> Tensor:
+    """Frames `[3, F, H, W]` in [-1, 1] of a video file.
+
+    Args:
+        path: of the file.
+        limit: how many of the first frames are decoded at most; None: all.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
     import imageio_ffmpeg
 
     reader = imageio_ffmpeg.read_frames(str(path))
-    width, height = next(reader)["size"]  # type: ignore[index]
-    frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader]  # type: ignore[arg-type]
-    return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2).float() / 127.5 - 1
+    try:
+        width, height = next(reader)["size"]  # type: ignore[index]
+        frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in islice(reader, limit)]  # type: ignore[arg-type]
+        array = np.stack(frames)
+    except (OSError, RuntimeError, ValueError, StopIteration):
+        raise UserError(f"{path} cannot be read as a video; remove it") from None
+    finally:
+        reader.close()  # ends ffmpeg
+    return torch.from_numpy(array).permute(3, 0, 1, 2).float() / 127.5 - 1

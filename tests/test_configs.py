@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import skeletons
 import yaml
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning import Callback
+from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig
 from tiny import CONF, composed
 
 from swd import demo, sample, train
 from swd.config import check
+from swd.diffusion import rectified_flow_table
 from swd.losses import DMD, GAN, MMD
 from swd.modules import hub
 from swd.modules.distiller import Distiller
 from swd.scheduler import ScaleWiseScheduler
+from swd.types import UserError
 
 
 def options(group: str) -> list[str]:
@@ -35,7 +40,7 @@ SCHEDULES = {
     "sd35_medium": ONE_MEGAPIXEL,
     "sd35_large": ONE_MEGAPIXEL,
     "flux_dev": ONE_MEGAPIXEL,
-    "sdxl": ("sdxl_4step", "full_4step", "full_2step"),
+    "sdxl": ("sdxl_4step", "sdxl_full_4step", "sdxl_full_2step"),
     "wan21_1_3b": ("wan_4step", "full_4step", "full_2step"),
     "sana_1600m": ("sana_4step", "full_4step", "full_2step"),
 }
@@ -126,8 +131,44 @@ def test_defaults_of_a_model_are_those_of_the_released_scripts(model: str, tmp_p
 
 
 def test_the_command_line_wins_over_a_models_defaults(tmp_path: Path) -> None:
-    cfg = composed(arguments(tmp_path, model="sdxl", loss="dmd_gan", schedule="full_2step"))
+    cfg = composed(arguments(tmp_path, model="sdxl", loss="dmd_gan", schedule="sdxl_full_2step"))
     assert set(cfg.loss) == {"dmd", "gan"} and list(cfg.schedule.sizes) == [128, 128]
+
+
+@pytest.mark.parametrize(
+    ("model", "schedule", "message"),
+    [
+        ("sdxl", "full_4step", "sdxl_full_4step"),
+        ("sdxl", "full_2step", "sdxl_full_2step"),
+        ("sdxl", "image_4step", "sdxl_4step"),
+        ("flux_dev", "sdxl_4step", "image_4step"),
+        ("sd35_large", "sdxl_full_2step", "full_2step"),
+    ],
+)
+def test_a_schedule_of_another_process_is_refused(
+    model: str, schedule: str, message: str, tmp_path: Path, captioned: Path
+) -> None:
+    cfg = composed([*arguments(tmp_path, model=model, schedule=schedule), f"data.dataset.path={captioned}"])
+    with pytest.raises(InstantiationException) as caught:
+        train.prepare(cfg)
+    cause = caught.value.__cause__
+    assert isinstance(cause, UserError) and "\n" not in str(cause)
+    assert re.search(rf"schedule\.process=.* use schedule=.*\b{message}\b", str(cause))
+
+
+def test_levels_on_the_command_line_keep_the_process(tmp_path: Path, captioned: Path) -> None:
+    own = ["schedule.sigmas=[1.0,0.7]", "schedule.sizes=[64,128]", f"data.dataset.path={captioned}"]
+    task, _ = train.prepare(composed([*arguments(tmp_path, model="sdxl", schedule="sdxl_4step"), *own]))
+    assert isinstance(task, Distiller)
+    assert task.schedule.sigmas == (1.0, 0.7) and task.scheduler().timesteps.tolist() == [999, 700]
+
+
+@pytest.mark.parametrize("option", options("schedule"))
+def test_every_schedule_names_its_process(option: str, tmp_path: Path) -> None:
+    cfg = composed(arguments(tmp_path, schedule=option))
+    levels = {1.0, 0.8, 0.6, 0.4} if option.startswith("sdxl") else set(rectified_flow_table().tolist())
+    assert cfg.schedule.process == ("epsilon" if option.startswith("sdxl") else "flow")
+    assert all(any(abs(sigma - level) < 1e-6 for level in levels) for sigma in cfg.schedule.sigmas)
 
 
 @pytest.mark.parametrize("option", options("callbacks"))
@@ -142,6 +183,9 @@ def test_a_trainer_is_built(trainer: str, option: str, tmp_path: Path) -> None:
     cfg = composed([*arguments(tmp_path, trainer=trainer, logger=option), "trainer.accelerator=cpu"])
     built = train.build_trainer(cfg, tmp_path)
     assert built.max_steps == cfg.trainer.max_steps and built.num_devices == (2 if trainer == "ddp_cpu" else 1)
+    if trainer == "ddp_cpu":
+        assert isinstance(built.strategy, DDPStrategy) and built.strategy._start_method == "popen"
+        assert built.strategy._ddp_kwargs == {"find_unused_parameters": True, "broadcast_buffers": False}
     assert len(built.loggers) == (0 if option == "none" else 1)
 
 

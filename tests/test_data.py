@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from swd.cli import user_errors
 from swd.data.datamodule import GlobalBatches, PairData, collate
 from swd.types import Batch, UserError
 
@@ -115,3 +116,26 @@ def test_endless_data_that_ends_is_refused() -> None:
         data.train_dataloader()
     data.dataset = Numbers(48)
     assert sum([len(batch) for batch in data.train_dataloader()], 0) == 48
+
+
+class Refusing(Numbers):
+    """Item 5 is wrong input."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index == 5:
+            raise UserError("five.png is broken; remove it")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_wrong_input_in_a_worker_ends_in_its_own_line(workers: int, capsys: pytest.CaptureFixture[str]) -> None:
+    data = PairData(Refusing(6), batch_size=2, workers=workers)
+    data.trainer = StubTrainer(0)  # type: ignore[assignment]
+    seen: list[str] = []
+    with pytest.raises(SystemExit) as ended, user_errors():
+        for batch in data.train_dataloader():
+            seen += batch.prompts
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: five.png is broken; remove it\n"
+    order = list(chain(*global_order(6, 2, 3)))
+    assert seen == [str(i) for i in order[: order.index(5) // 2 * 2]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -265,6 +266,33 @@ def two_iterations(name: str, model: Pretrained, terms: str, folder: Path) -> tu
 
 def changed(task: Distiller, before: dict[str, Tensor]) -> set[str]:
     return {key for key, parameter in task.named_parameters() if not torch.equal(parameter, before[key])}
+
+
+def test_the_vae_works_through_a_batch_in_parts(
+    name: str, built: dict[str, BuiltOnce], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rows fit, then the fifth is alone: the result is that of one call."""
+    model, encoders = built["lora"], built["lora"].encoders()
+    size = model.pixel_size(model.size)
+    pixels = torch.rand(5, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    whole = encoders.encode(pixels, SeededDraws(0))
+    pictures = encoders.decode(whole)
+    calls: list[int] = []
+    for method in ("encode", "decode"):
+        original = getattr(encoders.vae, method)
+
+        def counted(x: Tensor, *args: Any, original: Any = original, **kwargs: Any) -> Any:
+            calls.append(len(x))
+            return original(x, *args, **kwargs)
+
+        monkeypatch.setattr(encoders.vae, method, counted)
+    monkeypatch.setattr(encoders, "at_once", 3 * math.prod(size) - 1)
+    assert_close(encoders.encode(pixels, SeededDraws(0)), whole, rtol=1e-4, atol=1e-5)
+    assert_close(encoders.decode(whole), pictures, rtol=1e-4, atol=1e-4)
+    assert calls == [2, 2, 1, 2, 2, 1]
+    monkeypatch.setattr(encoders, "at_once", 1)
+    encoders.decode(whole[:2])
+    assert calls[6:] == [1, 1]
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])

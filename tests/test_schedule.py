@@ -60,6 +60,17 @@ def test_the_sampler_of_a_schedule_has_its_levels_and_sizes() -> None:
     assert scheduler.config.divisor == 2
 
 
+def test_levels_of_another_process_are_refused() -> None:
+    levels, sizes = [1.0, 0.8], [4, 6]
+    for process in ("flow", "epsilon"):
+        own = ScaleSchedule(levels, sizes, process).scheduler(prediction_type=process)
+        assert torch.equal(own.timesteps, ScaleSchedule(levels, sizes).scheduler(prediction_type=process).timesteps)
+    with pytest.raises(UserError, match="process=flow.*use schedule=sdxl_4step"):
+        ScaleSchedule(levels, sizes, "flow").scheduler(prediction_type="epsilon")
+    with pytest.raises(UserError, match="process=epsilon.*use schedule=full_4step or full_2step"):
+        ScaleSchedule(levels, [6, 6], "epsilon").check_process("flow")
+
+
 def test_downscaling_averages_areas() -> None:
     pixels = torch.randn(2, 3, 12, 24, generator=torch.Generator().manual_seed(0))
     expected = pixels.reshape(2, 3, 4, 3, 8, 3).mean((3, 5))

@@ -55,6 +55,36 @@ class GlobalBatches(Sampler[list[int]]):
         return int(self._order[entry])
 
 
+class Guarded(Dataset[Any]):
+    """A dataset whose wrong input comes out of a worker process as a value.
+
+    A loader would pass it on with the worker's traceback as its message.
+    """
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, indices: list[int]) -> list[Any] | UserError:
+        try:
+            return [self.dataset[index] for index in indices]
+        except UserError as error:
+            return error
+
+    @staticmethod
+    def collate(samples: list[Any] | UserError) -> Batch | UserError:
+        return samples if isinstance(samples, UserError) else collate(samples)
+
+
+class PairLoader(DataLoader[Any]):
+    """Raises in this process what was wrong with the input in a worker's."""
+
+    def __iter__(self) -> Any:
+        for batch in super().__iter__():
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
 def collate(samples: list[dict[str, Any]]) -> Batch:
     """Samples with `pixels` and `prompt` to a batch."""
     return Batch(torch.stack([s["pixels"] for s in samples]), [s["prompt"] for s in samples])
@@ -103,11 +133,11 @@ class PairData(LightningDataModule):
             trainer.global_rank,  # type: ignore[union-attr]
             trainer.world_size,  # type: ignore[union-attr]
         )
-        return DataLoader(
-            self.dataset,
+        return PairLoader(
+            Guarded(self.dataset),
             batch_sampler=sampler,
             num_workers=self.workers,
-            collate_fn=collate,
+            collate_fn=Guarded.collate,
             persistent_workers=self.workers > 0,
         )
 

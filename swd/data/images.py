@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from swd import video
+from swd.images import to_rgb
 from swd.types import Size, UserError
 
 LIST = "metainfo.csv"
@@ -35,7 +37,8 @@ class FolderDataset(Dataset[dict[str, Any]]):
         kind: what the files are.
 
     Raises:
-        UserError: if the folder is missing, has no captions, or names a file that is not there.
+        UserError: if the folder is missing, has no captions, or names a file that is not there; if videos cannot be read
+            here.
     """
 
     def __init__(
@@ -49,6 +52,8 @@ class FolderDataset(Dataset[dict[str, Any]]):
             raise UserError(f"data.dataset.size={size} has {len(self.size)} axes, which does not fit {kind}")
         if not self.folder.is_dir():
             raise UserError(f"data.dataset.path={path} does not exist; give a folder of {kind}")
+        if kind == "videos":
+            video.check_available()
         self.pairs = read_pairs(self.folder, PICTURES if kind == "pictures" else VIDEOS)
 
     def __len__(self) -> int:
@@ -64,11 +69,13 @@ def read_pairs(folder: Path, endings: Sequence[str]) -> list[tuple[Path, str]]:
     """Files and captions of a folder, in the list's order or by name.
 
     Raises:
-        UserError: if there are none, or the list names a file that is not there.
+        UserError: if there are none, the list names a file that is not there, or a text is not UTF-8.
     """
     if (folder / LIST).is_file():
-        with open(folder / LIST, newline="", encoding="utf-8") as stream:
-            rows = list(csv.reader(stream))[1:]
+        try:
+            rows = list(csv.reader(StringIO(read_text(folder / LIST), newline="")))[1:]
+        except csv.Error as error:
+            raise UserError(f"{folder / LIST} is not a table of comma-separated values ({error})") from None
         pairs = []
         for number, row in enumerate(rows, 2):
             if len(row) < 3:
@@ -80,7 +87,7 @@ def read_pairs(folder: Path, endings: Sequence[str]) -> list[tuple[Path, str]]:
     else:
         files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in endings)
         pairs = [
-            (file, file.with_suffix(".txt").read_text(encoding="utf-8").strip())
+            (file, read_text(file.with_suffix(".txt")).strip())
             for file in files
             if file.with_suffix(".txt").is_file()
         ]
@@ -89,17 +96,32 @@ def read_pairs(folder: Path, endings: Sequence[str]) -> list[tuple[Path, str]]:
     return pairs
 
 
+def read_text(file: Path) -> str:
+    """The text of a UTF-8 file, line ends as they are.
+
+    Raises:
+        UserError: if it is none.
+    """
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not UTF-8 text; save it as UTF-8") from None
+
+
 def read_picture(file: Path, size: Size) -> Tensor:
     """A picture `[3, H, W]` in [-1, 1] of exactly `size`: scaled to cover it, cropped around the middle.
+
+    It stands as its EXIF orientation says; transparency shows white; of an animation the first frame is taken.
 
     Raises:
         UserError: if it cannot be read, or is smaller than `size`.
     """
     try:
         with Image.open(file) as opened:
-            image = opened.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"{file} cannot be read as a picture ({str(error).splitlines()[0][:80]}); remove it") from None
+            image = to_rgb(ImageOps.exif_transpose(opened))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises
+        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
+        raise UserError(f"{file} cannot be read as a picture ({reason}); remove it") from None
     height, width = size
     scale = max(height / image.height, width / image.width)
     if scale > 1:
@@ -115,15 +137,14 @@ def read_video(file: Path, size: Size) -> Tensor:
     """A video `[3, F, H, W]` in [-1, 1] of exactly `size`: its first frames, each scaled and cropped as a picture.
 
     Raises:
-        UserError: if it is shorter or smaller than `size`.
+        UserError: if it cannot be read, or is shorter or smaller than `size`.
     """
-    video.check_available()
-    frames = video.read(file)
     count, height, width = size
+    frames = video.read(file, count)
     if any(have < wanted for have, wanted in zip(frames.shape[1:], size, strict=True)):
         raise UserError(f"{file} is {tuple(frames.shape[1:])} (frames, height, width), smaller than {size}; remove it")
     scale = max(height / frames.shape[2], width / frames.shape[3])
     shrunk = (max(height, round(frames.shape[2] * scale)), max(width, round(frames.shape[3] * scale)))
-    frames = F.interpolate(frames[:, :count].transpose(0, 1), size=shrunk, mode="area").transpose(0, 1)
+    frames = F.interpolate(frames.transpose(0, 1), size=shrunk, mode="area").transpose(0, 1)
     top, left = (shrunk[0] - height) // 2, (shrunk[1] - width) // 2
     return frames[:, :, top : top + height, left : left + width].contiguous()

@@ -257,7 +257,7 @@ class Distiller(LightningModule):
 
 
 def check_fit(model: Pretrained, schedule: ScaleSchedule, terms: Mapping[str, LossTerm]) -> None:
-    """Raise UserError if the model cannot take a size of the schedule or lacks a block that a term reads."""
+    """Raise UserError if the model cannot take a size or the levels of the schedule, or lacks a block of a term."""
     if model.tuning == "lora":
         model.check_targets()
     if model.init_adapter:
@@ -269,6 +269,7 @@ def check_fit(model: Pretrained, schedule: ScaleSchedule, terms: Mapping[str, Lo
             UserWarning,
             stacklevel=2,
         )
+    schedule.check_process(model.backbone_class.process.prediction_type)
     for size in schedule.sizes:
         model.limits.check_size(size)
     last = model.backbone_class.process.ranges["critic"][1]
