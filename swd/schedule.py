@@ -98,8 +98,8 @@ class ScaleSchedule:
             return
         kind = "full" if len(set(self.sizes)) == 1 else "scales"
         raise UserError(
-            f"schedule.process={self.process}, but this model's noise levels are of the process {prediction_type}; "
-            f"use schedule={PRESETS[prediction_type, kind]}, or sigmas of your own and schedule.process={prediction_type}"
+            f"schedule.process={self.process}, but this model's noise levels are of the process {prediction_type}; use "
+            f"schedule={PRESETS[prediction_type, kind]}, or sigmas of your own and schedule.process={prediction_type}"
         )
 
     def scheduler(self, divisor: int = 1, prediction_type: str = "flow") -> ScaleWiseScheduler:

@@ -401,6 +401,8 @@ def test_the_stock_pipeline_draws_what_training_draws_in_bf16(name: str, built: 
     pipe = build_pipeline(half, Adapter(networks.adapter_state("student"), Path("none")), stock)
     final, _ = draw(pipe, half, [Request(prompt, seed) for seed, prompt in enumerate(PROMPTS)])
     assert all(picture.isfinite().all() for picture in final)
+    assert pipe.text_encoder.dtype == getattr(pipe, half.backbone_class.subfolder).dtype == torch.bfloat16
+    assert pipe.vae.dtype == (torch.float32 if name in ("sdxl", "wan") else torch.bfloat16)
 
     frames = half.size[0] if len(half.size) == 3 else None
     generators = [torch.Generator().manual_seed(seed) for seed in range(2)]

@@ -65,9 +65,9 @@ def test_levels_of_another_process_are_refused() -> None:
     for process in ("flow", "epsilon"):
         own = ScaleSchedule(levels, sizes, process).scheduler(prediction_type=process)
         assert torch.equal(own.timesteps, ScaleSchedule(levels, sizes).scheduler(prediction_type=process).timesteps)
-    with pytest.raises(UserError, match="process=flow.*use schedule=sdxl_4step"):
+    with pytest.raises(UserError, match=r"process=flow.*use schedule=sdxl_4step"):
         ScaleSchedule(levels, sizes, "flow").scheduler(prediction_type="epsilon")
-    with pytest.raises(UserError, match="process=epsilon.*use schedule=full_4step or full_2step"):
+    with pytest.raises(UserError, match=r"process=epsilon.*use schedule=full_4step or full_2step"):
         ScaleSchedule(levels, [6, 6], "epsilon").check_process("flow")
 
 

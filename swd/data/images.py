@@ -37,8 +37,8 @@ class FolderDataset(Dataset[dict[str, Any]]):
         kind: what the files are.
 
     Raises:
-        UserError: if the folder is missing, has no captions, or names a file that is not there; if videos cannot be read
-            here.
+        UserError: if the folder is missing, has no captions, or names a file that is not there, or if videos cannot
+            be read here.
     """
 
     def __init__(
@@ -87,9 +87,7 @@ def read_pairs(folder: Path, endings: Sequence[str]) -> list[tuple[Path, str]]:
     else:
         files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in endings)
         pairs = [
-            (file, read_text(file.with_suffix(".txt")).strip())
-            for file in files
-            if file.with_suffix(".txt").is_file()
+            (file, read_text(file.with_suffix(".txt")).strip()) for file in files if file.with_suffix(".txt").is_file()
         ]
     if not pairs:
         raise UserError(f"data.dataset.path={folder} holds no captioned files; add {LIST}, or a .txt beside each file")
