@@ -42,6 +42,32 @@ def model(name: str, tmp_path_factory: pytest.TempPathFactory) -> Pretrained:
     return families.pretrained(name, families.save(name, tmp_path_factory.mktemp(name) / "pipeline"))
 
 
+class BuiltOnce(Pretrained):
+    """Builds its encoders once, and its networks once for each set of roles: a family's tests start from the same."""
+
+    def encoders(self, *args: Any) -> Encoders:
+        if not hasattr(self, "_encoders"):
+            self._encoders = super().encoders(*args)
+        return self._encoders
+
+    def networks(self, roles: Sequence[Role], *args: Any) -> Networks:
+        self._networks: dict[Any, tuple[Networks, dict[str, Tensor]]] = getattr(self, "_networks", {})
+        if roles not in self._networks:
+            networks = super().networks(roles, *args)
+            self._networks[roles] = networks, {k: v.clone() for k, v in networks.state_dict().items()}
+        networks, state = self._networks[roles]
+        networks.load_state_dict(state)
+        networks.zero_grad()
+        return networks
+
+
+@pytest.fixture(scope="module")
+def built(name: str, model: Pretrained) -> dict[str, BuiltOnce]:
+    """The model by how it is trained."""
+    options: dict[str, dict[str, Any]] = {"lora": {}, "full": {"tuning": "full"}, "bf16": {"precision": "bf16"}}
+    return {key: families.pretrained(name, model.folder, BuiltOnce, **more) for key, more in options.items()}
+
+
 def latents(name: str, size: Any = None, batch: int = 2, seed: int = 0) -> Tensor:
     size = size or families.SIZES[name][-1]
     size = (size, size) if isinstance(size, int) else tuple(size)
@@ -193,7 +219,8 @@ def test_terms_are_those_of_the_configurations() -> None:
 
 
 @pytest.mark.parametrize("terms", TERMS)
-def test_every_loss_gives_a_gradient(name: str, model: Pretrained, terms: str) -> None:
+def test_every_loss_gives_a_gradient(name: str, built: dict[str, BuiltOnce], terms: str) -> None:
+    model = built["lora"]
     loss = TERMS[terms]()
     settle_features(loss)
     for term in loss.values():
@@ -212,32 +239,6 @@ def test_every_loss_gives_a_gradient(name: str, model: Pretrained, terms: str) -
     total, gradient, _ = generator_gradient(loss, step)
     assert total.isfinite() and gradient.isfinite().all() and gradient.abs().sum() > 0
     assert all(p.grad is None for p in networks.parameters())
-
-
-class BuiltOnce(Pretrained):
-    """Builds its encoders once, and its networks once for each set of roles: a family's tests start from the same."""
-
-    def encoders(self, *args: Any) -> Encoders:
-        if not hasattr(self, "_encoders"):
-            self._encoders = super().encoders(*args)
-        return self._encoders
-
-    def networks(self, roles: Sequence[Role], *args: Any) -> Networks:
-        self._networks: dict[Any, tuple[Networks, dict[str, Tensor]]] = getattr(self, "_networks", {})
-        if roles not in self._networks:
-            networks = super().networks(roles, *args)
-            self._networks[roles] = networks, {k: v.clone() for k, v in networks.state_dict().items()}
-        networks, state = self._networks[roles]
-        networks.load_state_dict(state)
-        networks.zero_grad()
-        return networks
-
-
-@pytest.fixture(scope="module")
-def built(name: str, model: Pretrained) -> dict[str, BuiltOnce]:
-    """The model by how it is trained."""
-    options: dict[str, dict[str, Any]] = {"lora": {}, "full": {"tuning": "full"}, "bf16": {"precision": "bf16"}}
-    return {key: families.pretrained(name, model.folder, BuiltOnce, **more) for key, more in options.items()}
 
 
 def two_iterations(name: str, model: Pretrained, terms: str, folder: Path) -> tuple[Distiller, dict[str, Tensor]]:
