@@ -138,6 +138,7 @@ def test_dmd_warns_with_the_paper_s_reason(stored: dict[str, Path], tmp_path: Pa
         f"model.family={name}",
         f"model.size={sizes[-1]}",
         f"schedule.sizes={sizes}",
+        "schedule=sdxl_4step" if name == "sdxl" else "schedule=shapes_4step",
         "model.feature_blocks=[0]",
         "loss=dmd",
     ]
