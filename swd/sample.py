@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import os
 import re
 import shutil
 from collections import Counter
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from swd import __version__, train, video
 from swd.adapters import locate
 from swd.config import check, to_plain
+from swd.data.buckets import aspect_size
 from swd.export import model_of, schedule_of
 from swd.files import claim_folder, write_aside
 from swd.images import to_pil
@@ -61,7 +62,8 @@ class Request:
     @property
     def stem(self) -> str:
         """File name without its ending."""
-        words = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:60].rstrip("-")
+        words = re.sub(r"[\W_]+", "-", self.prompt.lower()).strip("-")[:60]
+        words = words.encode()[:180].decode(errors="ignore").rstrip("-")  # file names are limited in bytes
         return f"{words or 'empty'}_seed{self.seed}"
 
 
@@ -205,33 +207,39 @@ def plan(cfg: DictConfig) -> list[Request]:
     return requests
 
 
-def read_prompts(file: Path) -> list[tuple[str, int | None]]:
+def read_prompts(file: Path, key: str = "prompts_file") -> list[tuple[str, int | None]]:
     """Prompts, and their seeds where given, of a text file (one a line) or a CSV file with a column "prompt".
+
+    Args:
+        file: the list.
+        key: what messages call it.
 
     Raises:
         UserError: if the file is missing, empty, or has no such column.
     """
     if not file.is_file():
-        raise UserError(f"prompts_file={file} does not exist; give a .txt file with a prompt a line, or a .csv file")
+        raise UserError(f"{key}={file} does not exist; give a .txt file with a prompt a line, or a .csv file")
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise UserError(f"prompts_file={file} is not UTF-8 text; save it as UTF-8") from None
+        raise UserError(f"{key}={file} is not UTF-8 text; save it as UTF-8") from None
     if file.suffix.lower() != ".csv":
         lines = [line.strip() for line in text.splitlines()]
         rows: list[tuple[str, int | None]] = [(line, None) for line in lines if line]
     else:
-        table = csv.DictReader(text.splitlines())
+        table = csv.DictReader(StringIO(text, newline=""))  # a quoted prompt may hold line ends
         if "prompt" not in (table.fieldnames or []):
-            raise UserError(f"prompts_file={file} has columns {table.fieldnames}; one must be called prompt")
+            raise UserError(f"{key}={file} has columns {table.fieldnames}; one must be called prompt")
         rows = []
-        for number, row in enumerate(table, 2):
+        for row in table:
             seed = (row.get("seed") or "").strip()
-            if seed and not seed.isdigit():
-                raise UserError(f"prompts_file={file}, line {number}: seed {seed!r} is not a whole number of 0 or more")
+            if seed and not (re.fullmatch("[0-9]{1,19}", seed) and int(seed) < 2**63):
+                raise UserError(
+                    f"{key}={file}, line {table.line_num}: seed {seed!r} is not a whole number of 0 or more, below 2^63"
+                )
             rows.append(((row["prompt"] or "").strip(), int(seed) if seed else None))
     if not rows:
-        raise UserError(f"prompts_file={file} holds no prompt")
+        raise UserError(f"{key}={file} holds no prompt")
     return rows
 
 
@@ -270,21 +278,6 @@ def final_size(cfg: DictConfig, model: Pretrained, native: Size | None = None) -
     size = (*frames, height, width)
     model.limits.check_size(size)
     return size
-
-
-def aspect_size(aspect: str, area: int, divisor: int) -> tuple[int, int]:
-    """Latent (height, width) of about `area` in the proportion `aspect`, "WIDTH:HEIGHT".
-
-    Raises:
-        UserError: if that is not a proportion.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)", aspect)
-    if not match or not all(float(part) > 0 for part in match.groups()):
-        raise UserError(f"aspect={aspect}; give WIDTH:HEIGHT, e.g. aspect=16:9")
-    ratio = float(match[1]) / float(match[2])
-    sides = (math.sqrt(area / ratio), math.sqrt(area * ratio))
-    height, width = (max(1, round(side / divisor)) * divisor for side in sides)
-    return height, width
 
 
 def claim_files(folder: Path, requests: list[Request], ending: str) -> Path:
@@ -392,7 +385,7 @@ def draw(
     else:
         arguments |= {"num_inference_steps": model.teacher_steps, "generator": generators}
         if model.guidance_scale != 1.0:
-            arguments["guidance_scale"] = model.guidance_scale
+            arguments |= backbone.guidance_arguments(model.guidance_scale)
     latents = pipe([request.prompt for request in requests], **arguments)[0]
     latents = backbone.from_pipeline(latents, size)
     encoders = backbone.encoders_type(pipe, model.max_text_tokens)

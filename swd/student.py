@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
 
 from swd import adapters
 from swd.adapters import NETWORK_CONFIG
 from swd.files import file_hash
-from swd.modules.pretrained import Pretrained, check_model_folder, read_json
+from swd.modules.pretrained import Pretrained, check_model_folder, first_misfit, read_json
 from swd.types import UserError
 
 
@@ -55,27 +54,14 @@ class FullStudent:
         joined = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
         return joined[:16]
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all its weights, by name; reads no weight."""
-        found: dict[str, tuple[int, ...]] = {}
-        for file in self.weights:
-            with safe_open(file, "pt") as opened:
-                found |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
-        return found
-
     def check_fits(self, model: Pretrained) -> None:
         where = f"student {self.folder} does not fit model {model.name}"
         kind, expected = read_json(self.folder / NETWORK_CONFIG).get("_class_name"), model.backbone_class.network_type
         if kind != expected:
             raise UserError(f"{where}: it is a {kind}, that takes a {expected}")
-        with torch.device("meta"):
-            network = model.network_class.from_config(model.network_config)
-        have = self.shapes()
-        for name, parameter in network.named_parameters():
-            shape = have.get(name)
-            if shape != tuple(parameter.shape):
-                found = "which it does not have" if shape is None else f"{shape} against {tuple(parameter.shape)}"
-                raise UserError(f"{where}: {name}, {found}")
+        misfit = first_misfit(self.folder, model.meta_network)
+        if misfit:
+            raise UserError(f"{where}: {misfit}")
 
     def network(self, model: Pretrained, device: torch.device | str = "cpu") -> Any:
         return model.network_class.from_pretrained(

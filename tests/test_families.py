@@ -166,20 +166,23 @@ def test_roles_on_one_base_have_the_gradients_of_separate_copies(
     )
     separate.backward()
     assert_close(shared, separate, rtol=1e-4, atol=1e-6)
-    weights = dict(student.network.named_parameters())
-    checked = 0
-    for key, parameter in networks.backbone.network.named_parameters():
-        if ".lora_A.student." not in key:
-            continue
-        module = key.removesuffix(".lora_A.student.weight")
-        grad = weights[f"{module}.weight"].grad
-        if grad is None:
-            continue
-        b = networks.backbone.network.get_parameter(f"{module}.lora_B.student.weight")
-        expected = b.detach().t() @ grad  # scale is 1: dL/dA = B^T dL/dW
-        assert_close(parameter.grad, expected, rtol=2e-3, atol=1e-5)
-        checked += 1
-    assert checked > 3
+    for role, alone in (("student", student), ("fake", fake)):
+        weights = dict(alone.network.named_parameters())
+        checked = 0
+        for key, a in networks.backbone.network.named_parameters():
+            if f".lora_A.{role}." not in key:
+                continue
+            module = key.removesuffix(f".lora_A.{role}.weight")
+            b = networks.backbone.network.get_parameter(f"{module}.lora_B.{role}.weight")
+            grad = weights[f"{module}.weight"].grad
+            if grad is None:  # behind the features
+                assert a.grad is None and b.grad is None, key
+                continue
+            # The update is B A: dL/dA = B^T dL/dW, dL/dB = dL/dW A^T.
+            assert_close(a.grad, b.detach().t() @ grad, rtol=2e-3, atol=1e-5)
+            assert_close(b.grad, grad @ a.detach().t(), rtol=2e-3, atol=1e-5)
+            checked += 1
+        assert checked > 3, role
 
 
 def merged(networks: SharedBase, role: Any) -> Any:

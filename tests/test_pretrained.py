@@ -109,6 +109,31 @@ def test_an_incomplete_model_folder_is_refused_in_one_line(tiny_model: Path, tmp
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
 
 
+def swap_tokenizers(folder: Path) -> None:
+    """CLIP's files where T5's belong."""
+    shutil.rmtree(folder / "tokenizer_3")
+    shutil.copytree(folder / "tokenizer", folder / "tokenizer_3")
+
+
+def more_entries(folder: Path) -> None:
+    edit(folder, "text_encoder_3/config.json", vocab_size=3)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [(swap_tokenizers, "'tokenizer_3' cannot be read as T5"), (more_entries, "'tokenizer_3' has .* encoder knows 3")],
+)
+def test_another_model_s_tokenizer_is_refused_before_weights(
+    tiny_model: Path, tmp_path: Path, break_it: Callable[[Path], None], message: str
+) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    break_it(folder)
+    model = pretrained(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        model.network()
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
 def edit(folder: Path, file: str, **values: Any) -> Path:
     """Change entries of a JSON file of a pipeline."""
     path = folder / file
@@ -341,3 +366,16 @@ def test_latents_are_a_shifted_and_scaled_draw_of_the_posterior(tiny_model: Path
         torch.testing.assert_close(encoders.decode(expected), decoded)
     assert encoders.pixel_size((4, 6)) == (32, 48)
     assert not any(p.requires_grad for p in encoders.parameters())
+
+
+def test_weights_of_another_configuration_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "copy")
+    file = folder / "transformer" / "config.json"
+    config = json.loads(file.read_text())
+    for key, value, message in (
+        ("num_layers", config["num_layers"] + 1, "transformer_blocks"),
+        ("joint_attention_dim", config["joint_attention_dim"] + 8, r"\(\d+, \d+\) against \(\d+, \d+\)"),
+    ):
+        file.write_text(json.dumps(config | {key: value}))
+        with pytest.raises(UserError, match=rf"'transformer' has weights of another configuration: .*{message}"):
+            pretrained(folder).network()

@@ -49,6 +49,10 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for file in (root / "wrong-tokenizer" / "tokenizer").iterdir():
         file.unlink()
     (root / "wrong-tokenizer" / "tokenizer" / "notes.txt").write_text("x")
+    paths["pictures"] = root / "pictures"
+    paths["pictures"].mkdir()
+    for file in ("a.png", "a.txt"):
+        (paths["pictures"] / file).write_text("a red star")
     return paths | {"wrong-tokenizer": root / "wrong-tokenizer"}
 
 
@@ -74,6 +78,8 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "size beyond the positions": (["model.size=18"], ["18 is beyond the positional limit 16"]),
     "block": (["loss.mmd.blocks=[3]"], ["loss.mmd.blocks", "block 3", "0 to 2"]),
     "unknown target": (["model.targets=[to_q,to_x]"], ["model.targets", "'to_x'"]),
+    "no text tokens": (["model.max_text_tokens=0"], ["model.max_text_tokens=0", "at least 1"]),
+    "workers": (["data.workers=-1"], ["data.workers=-1", "0 or more"]),
     "no tokenizer": (["model.path={no-tokenizer_2}"], ["'tokenizer_2' is missing"]),
     "wrong tokenizer": (["model.path={wrong-tokenizer}"], ["'tokenizer' holds no tokenizer", "spiece.model"]),
     "no VAE": (["model.path={no-vae}"], ["'vae' is missing"]),
@@ -97,6 +103,14 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "adapter and whole copies": (["model.init_adapter={adapter}", "model.tuning=full"], ["model.init_adapter"]),
     "no data": (["data=images", "data.dataset.path={sd3}/nowhere"], ["does not exist"]),
     "data without a path": (["data=images"], ["data.dataset.path is missing"]),
+    "small data": (
+        ["data=images", "data.dataset.path={pictures}", "data.dataset.size=32"],
+        ["data.dataset.size=[32, 32]", "ends at [64, 64] pixels", "set 'data.dataset.size=[64,64]'"],
+    ),
+    "data of other proportions": (
+        ["data=images", "data.dataset.path={pictures}", "data.dataset.size=64", "schedule.sizes=[[4,2],[6,4],[8,4]]"],
+        ["data.dataset.size=[64, 64]", "ends at [64, 32] pixels", "squashed", "set 'data.dataset.size=[64,32]'"],
+    ),
     "no captions": (["data=images", "data.dataset.path={sd3}"], ["no captioned files"]),
 }
 

@@ -381,6 +381,7 @@ def test_embedded_teacher_is_configured() -> None:
     [
         ("a.txt", "a red star\n\n a ring \n", [("a red star", 5), ("a ring", 6)]),
         ("a.csv", 'seed,prompt\n3,"a star, red"\n,a ring\n', [("a star, red", 3), ("a ring", 6)]),
+        ("a.csv", 'prompt\r\n"a star\non red"\r\na ring\r\n', [("a star\non red", 5), ("a ring", 6)]),
     ],
 )
 def test_prompts_from_a_file(made, tmp_path: Path, name: str, text: str, expected: list) -> None:
@@ -394,6 +395,8 @@ def test_prompts_from_a_file(made, tmp_path: Path, name: str, text: str, expecte
     [
         ("a.csv", "caption\na star\n", "one must be called prompt"),
         ("a.csv", "prompt,seed\na star,x\n", "line 2: seed 'x'"),
+        ("a.csv", "prompt,seed\na star,²\n", "line 2: seed '²'"),
+        ("a.csv", f"prompt,seed\na star,1\na ring,{2**63}\n", "line 3: seed '9223372036854775808' is not .* below 2"),
         ("a.txt", "\n", "holds no prompt"),
     ],
 )

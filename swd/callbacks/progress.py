@@ -26,6 +26,7 @@ class Progress(Callback):
         self._shown = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._shown = trainer.global_step  # of a resumed run: known, without losses
         if not trainer.is_global_zero or not self.console.is_terminal:
             return
         self.bar = bars.Progress(

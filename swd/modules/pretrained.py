@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import diffusers
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from swd.modules import hub
@@ -58,6 +59,7 @@ class Pretrained:
     """
 
     initial: dict[str, Tensor] | None = None
+    _tokenizers_checked = False
 
     def __init__(
         self,
@@ -100,6 +102,10 @@ class Pretrained:
         if self.tuning == "full" and (self.quantization or self.init_adapter):
             given = "quantization" if self.quantization else "init_adapter"
             raise UserError(f"model.tuning=full trains every weight, so model.{given} cannot be set; use tuning=lora")
+        if self.max_text_tokens < 1:
+            raise UserError(f"model.max_text_tokens={self.max_text_tokens}; use at least 1")
+        if not self.guidance_scale >= 0:
+            raise UserError(f"model.guidance_scale={self.guidance_scale}; use 1 for none, or more")
         if self.rank < 1:
             raise UserError(f"model.rank={self.rank}; a LoRA rank is at least 1")
         if self.alpha is not None and not self.alpha > 0:
@@ -219,6 +225,28 @@ class Pretrained:
         """Size in pixels of a latent size."""
         return pixel_size(size, self.backbone_class.encoders_type.factors(self.vae_config))
 
+    def latent_size(self, pixels: Size) -> Size:
+        """Latent size of a size in pixels.
+
+        Raises:
+            UserError: if the VAE would cut it.
+        """
+        sides = tuple(side // self.factor for side in pixels[-2:])
+        size = sides if len(pixels) == 2 else ((pixels[0] - 1) // self.frame_factor + 1, *sides)
+        if self.pixel_size(size) != tuple(pixels):
+            raise UserError(
+                f"{'x'.join(map(str, pixels))} pixels are no size of {self.name}'s VAE; sides must be multiples of "
+                f"{self.factor}"
+                + (f", frames 1 more than a multiple of {self.frame_factor}" if len(pixels) == 3 else "")
+            )
+        return size
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of the pipeline's subfolders."""
+        index = read_json(self.folder / "model_index.json")
+        return [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
+
     def latent_dtype(self, pipe: Any) -> torch.dtype:
         """What the stock pipeline carries latents in."""
         if self.backbone_class.float_latents:
@@ -233,17 +261,33 @@ class Pretrained:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     def fetch(self) -> Path:
-        """The folder with all weights in it; downloads what is missing of a repository on the hub."""
+        """The folder with all weights in it; downloads what is missing of a repository on the hub.
+
+        Raises:
+            UserError: if a part is missing, or a tokenizer is another model's.
+        """
+        folder = self.folder
         if hub.is_hub_id(self.path):
             folder = hub.weights(self.path, self.revision)
             check_pipeline_folder(folder)
-            return folder
-        return self.folder
+        if not self._tokenizers_checked:
+            check_tokenizers(folder)
+            self._tokenizers_checked = True
+        return folder
 
     def network(self, device: torch.device | str = "cpu") -> Backbone:
-        """Load the denoising network alone."""
+        """Load the denoising network alone.
+
+        Raises:
+            UserError: if its configuration and its weights disagree.
+        """
+        folder = self.fetch()
+        misfit = first_misfit(folder / self.backbone_class.subfolder, self.meta_network)
+        if misfit:
+            part = self.backbone_class.subfolder
+            raise UserError(f"model.path={folder}: {part!r} has weights of another configuration: {misfit}")
         network = self.network_class.from_pretrained(
-            self.fetch(), subfolder=self.backbone_class.subfolder, torch_dtype=self.dtype(device), use_safetensors=True
+            folder, subfolder=self.backbone_class.subfolder, torch_dtype=self.dtype(device), use_safetensors=True
         )
         return self.backbone_class(network, self.embedded_guidance)
 
@@ -334,6 +378,31 @@ def check_pipeline_folder(folder: Path, weights: bool = True) -> None:
             check_model_folder(folder / name)
 
 
+def check_tokenizers(folder: Path) -> None:
+    """Raise UserError for a tokenizer that is not of the class that the index names, or not its text encoder's.
+
+    Args:
+        folder: a complete pipeline.
+    """
+    for name, entry in read_json(folder / "model_index.json").items():
+        if "tokenizer" not in name or not isinstance(entry, list) or entry[0] is None:
+            continue
+        where = f"model.path={folder}: {name!r}"
+        kind = getattr(importlib.import_module(entry[0]), entry[1])
+        try:
+            entries = len(kind.from_pretrained(folder / name, local_files_only=True))
+        except Exception as error:  # tokenizers raise whatever the wrong file leads to
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+            raise UserError(f"{where} cannot be read as {entry[1]} ({reason}); download it again") from None
+        encoder = folder / name.replace("tokenizer", "text_encoder") / "config.json"
+        known = read_json(encoder).get("vocab_size") if encoder.is_file() else None
+        if known is not None and entries > known:
+            raise UserError(
+                f"{where} has {entries} entries, but its text encoder knows {known}: it is another model's; "
+                "download it again"
+            )
+
+
 def check_model_folder(folder: Path, where: str | None = None) -> None:
     """Raise UserError unless `folder` holds a model's configuration and whole safetensors files.
 
@@ -355,6 +424,21 @@ def check_model_folder(folder: Path, where: str | None = None) -> None:
     for name in sorted(files):
         if not is_whole(folder / name):
             raise UserError(f"{where} has a damaged {name}; download it again")
+
+
+def first_misfit(folder: Path, network: nn.Module) -> str | None:
+    """The first parameter that safetensors files in `folder` lack or have in another shape; reads no weight."""
+    have: dict[str, tuple[int, ...]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            have |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+    for name, parameter in network.named_parameters():
+        shape = have.get(name)
+        if shape != tuple(parameter.shape):
+            return f"{name}, " + (
+                "which is not there" if shape is None else f"{shape} against {tuple(parameter.shape)}"
+            )
+    return None
 
 
 def is_whole(file: Path) -> bool:

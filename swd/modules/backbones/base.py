@@ -138,6 +138,11 @@ class Backbone(nn.Module, ABC):
         return {"guidance_scale": 1.0, "max_sequence_length": max_text_tokens}
 
     @staticmethod
+    def guidance_arguments(scale: float) -> dict[str, Any]:
+        """What the stock pipeline is called with for classifier-free guidance with an empty prompt."""
+        return {"guidance_scale": scale}
+
+    @staticmethod
     def to_pipeline(latents: Tensor) -> Tensor:
         """Latents as the stock pipeline carries them."""
         return latents

@@ -51,6 +51,11 @@ class FluxBackbone(Backbone):
         return {"guidance_scale": guidance, "max_sequence_length": max_text_tokens}
 
     @staticmethod
+    def guidance_arguments(scale: float) -> dict[str, Any]:
+        """`guidance_scale` is what the network is fed; guidance between two passes comes on top."""
+        return {"true_cfg_scale": scale, "negative_prompt": ""}
+
+    @staticmethod
     def conditioning_widths(config: dict[str, Any]) -> tuple[int, int | None]:
         return config["joint_attention_dim"], config["pooled_projection_dim"]
 
