@@ -161,6 +161,18 @@ def describe(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint))
 
 
+def first_difference(old: Any, new: Any, path: str = "") -> str | None:
+    """Where two plain configurations differ first, "KEY was OLD, now NEW"; None where they agree."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted({*old, *new}, key=str):
+            difference = first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+            if difference:
+                return difference
+        return None
+    same = list(old) == list(new) if isinstance(old, list | tuple) and isinstance(new, list | tuple) else old == new
+    return None if same else f"{path} was {old}, now {new}"
+
+
 def one_line(error: BaseException) -> str:
     """An exception's message on one line."""
     return " ".join(str(error).split())

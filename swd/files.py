@@ -69,9 +69,7 @@ def claim_folder(folder: Path, marker: str = "config.yaml", reserve: bool = Fals
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(
-            f"output folder {folder} cannot be written ({error.strerror}); choose another with output="
-        ) from None
+        raise UserError(f"output folder {folder} cannot be written ({error.strerror}); choose another") from None
     taken = UserError(f"output folder {folder} already holds a run; choose another folder")
     if not reserve and (folder / marker).exists():
         raise taken

@@ -12,11 +12,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
 from swd.adapters import save_adapter, save_student
+from swd.config import first_difference
 from swd.modules.distiller import Distiller
 from swd.modules.networks import SharedBase
 from swd.types import UserError
 
 COMPARED = ("seed", "model", "schedule", "loss", "data", "task")  # the task repeats the groups that it is built from
+NO_MATTER = ("workers", "prefetch", "max_bad")
+"""Keys of the data that change neither a sample nor its turn."""
 
 
 class Checkpoint(ModelCheckpoint):
@@ -132,21 +135,13 @@ def config_difference(path: Path, cfg: DictConfig) -> str | None:
     file = path.parent.parent / "config.yaml"
     if not file.is_file():
         return None
-    old, new = OmegaConf.load(file), OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
-    for config in (old, new):  # changes nothing but speed
-        OmegaConf.update(config, "data.workers", 0, force_add=True)
+    old, new = (OmegaConf.to_container(each, resolve=True) for each in (OmegaConf.load(file), cfg))
+    assert isinstance(old, dict) and isinstance(new, dict)
+    for plain in (old, new):
+        for key in NO_MATTER:
+            plain.setdefault("data", {}).pop(key, None)
     for section in COMPARED:
-        difference = _differs(OmegaConf.select(old, section), OmegaConf.select(new, section), section)
+        difference = first_difference(old.get(section), new.get(section), section)
         if difference:
             return difference
     return None
-
-
-def _differs(old: Any, new: Any, path: str) -> str | None:
-    if isinstance(old, DictConfig) and isinstance(new, DictConfig):
-        for key in sorted({*old, *new}, key=str):
-            difference = _differs(old.get(key), new.get(key), f"{path}.{key}")
-            if difference:
-                return difference
-        return None
-    return None if old == new else f"{path} was {old}, now {new}"
