@@ -6,7 +6,7 @@ import csv
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,11 @@ from swd.types import Size, UserError
 
 LIST = "metainfo.csv"
 """Captions of a folder: a header row, then index, file name, caption by position (the published layout)."""
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
+PICTURES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif", ".jp2")
+Image.init()
+_FORMATS: list[str] = ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000"]
+FORMATS = [name for name in _FORMATS if name in Image.OPEN]
+"""What Pillow may read, as far as it is built to; some of its other formats start programs."""
 VIDEOS = (".mp4", ".mov", ".webm", ".mkv")
 
 
@@ -58,6 +62,10 @@ class FolderDataset(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    def caption(self, index: int) -> str:
+        """The caption of an item, without reading its file."""
+        return self.pairs[index][1]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         file, caption = self.pairs[index]
@@ -106,7 +114,7 @@ def read_text(file: Path) -> str:
         raise UserError(f"{file} is not UTF-8 text; save it as UTF-8") from None
 
 
-def read_picture(file: Path, size: Size) -> Tensor:
+def read_picture(file: Path | BinaryIO, size: Size) -> Tensor:
     """A picture `[3, H, W]` in [-1, 1] of exactly `size`: scaled to cover it, cropped around the middle.
 
     It stands as its EXIF orientation says; transparency shows white; of an animation the first frame is taken.
@@ -115,20 +123,41 @@ def read_picture(file: Path, size: Size) -> Tensor:
         UserError: if it cannot be read, or is smaller than `size`.
     """
     try:
-        with Image.open(file) as opened:
-            image = to_rgb(ImageOps.exif_transpose(opened))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises
-        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
-        raise UserError(f"{file} cannot be read as a picture ({reason}); remove it") from None
+        image = decode(file)
+    except Exception as error:  # Pillow meets damaged files with errors of many types
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{file} cannot be read as a picture ({reason[:80]}); remove it") from None
+    height, width = size
+    if image.width < width or image.height < height:
+        raise UserError(f"{file} is {image.width}x{image.height}, smaller than {width}x{height}; remove it")
+    array = np.asarray(cover_and_crop(image, size))
+    return torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def decode(file: Path | BinaryIO) -> Image.Image:
+    """A picture in RGB as it is meant to be seen: upright, transparency over white, 16 bits scaled to 8.
+
+    Of several frames or pages, the first.
+
+    Raises:
+        Exception: of many types, if it is damaged or of none of `FORMATS`.
+    """
+    with Image.open(file, formats=FORMATS) as opened:
+        opened.load()
+        # A copy that is not needed may cost more than decoding does.
+        image: Image.Image = ImageOps.exif_transpose(opened) if opened.getexif().get(0x0112, 1) != 1 else opened
+    plain = image.mode == "RGB" and "transparency" not in image.info
+    return image if plain else to_rgb(image)
+
+
+def cover_and_crop(image: Image.Image, size: Size) -> Image.Image:
+    """A picture scaled down so that it covers `size`, (H, W), cropped around the middle."""
     height, width = size
     scale = max(height / image.height, width / image.width)
-    if scale > 1:
-        raise UserError(f"{file} is {image.width}x{image.height}, smaller than {width}x{height}; remove it")
     shrunk = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     image = image.resize(shrunk, Image.Resampling.BOX if scale < 1 else Image.Resampling.NEAREST, reducing_gap=2.0)
     left, top = (shrunk[0] - width) // 2, (shrunk[1] - height) // 2
-    array = np.asarray(image.crop((left, top, left + width, top + height)))
-    return torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 127.5 - 1
+    return image.crop((left, top, left + width, top + height))
 
 
 def read_video(file: Path, size: Size) -> Tensor:
