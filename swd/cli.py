@@ -14,11 +14,15 @@ from pathlib import Path
 from swd.types import UserError
 
 COMMANDS = {
-    "train": "distil a model, or train one of the embedded ones (experiment=shapes_teacher ...)",
-    "sample": "draw pictures of prompts",
-    "export": "write a student as one folder for diffusers, peft and ComfyUI",
-    "demo": "distil, sample, evaluate and report on the embedded teacher",
+    "train": ("swd.train", "distil a model, or train one of the embedded ones (experiment=shapes_teacher ...)"),
+    "sample": ("swd.sample", "draw pictures of prompts"),
+    "export": ("swd.export", "write a student as one folder for diffusers, peft and ComfyUI"),
+    "generate": ("swd.data.generate", "let a teacher draw its own training set"),
+    "import": ("swd.data.importer", "make shards of captioned pictures"),
+    "encode": ("swd.data.encode", "encode a data set once, for all trainings of one model"),
+    "demo": ("swd.demo", "distil, sample, evaluate and report on the embedded teacher"),
 }
+"""The module whose `run` a command calls, and what it is for."""
 
 # Notices of libraries that a user cannot act on.
 NOTICES = (
@@ -29,6 +33,10 @@ NOTICES = (
     ".*Experiment logs directory.*",
     ".*does not have many workers.*",
     ".*`weights_only`.*",
+    ".*`IterableDataset` has `__len__` defined.*",  # streams know how many batches they give
+    ".*your dataloader is not resumable.*",  # PairData goes on exactly where the run stopped
+    ".*The dirpath has changed from.*",  # every run has a folder of its own
+    ".*callbacks used to create the checkpoint need to be provided.*",
     ".*Deterministic behavior.*",
     ".*with manual optimization and every_n_train_steps.*",  # whole iterations are what a resumed run continues from
 )
@@ -42,8 +50,8 @@ def main() -> None:
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in ("-h", "--help"):
         print("usage: swd COMMAND [key=value ...]\n\nScale-wise distillation of diffusion models.\n\ncommands:")
-        for name, text in COMMANDS.items():
-            print(f"  {name:8}{text}")
+        for name, (_, text) in COMMANDS.items():
+            print(f"  {name:10}{text}")
         print("\nswd COMMAND --help lists the options of a command.")
         return
     if command == "--version":
@@ -59,7 +67,7 @@ def main() -> None:
 
 
 def launch(command: str) -> None:
-    """Compose the configuration of `command` from the command line and call `swd.COMMAND.run` with it.
+    """Compose the configuration of `command` from the command line and call the command's `run` with it.
 
     Exits with status 2 and one line on standard error if the input was wrong, in a sweep too.
     """
@@ -73,7 +81,7 @@ def launch(command: str) -> None:
     for text in NOTICES:
         warnings.filterwarnings("ignore", text)
     warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {message}\n"
-    run: Callable[..., None] = importlib.import_module(f"swd.{command}").run
+    run: Callable[..., None] = importlib.import_module(COMMANDS[command][0]).run
     main = hydra.main(version_base="1.3", config_path=config_path(), config_name=command)
     started = False
 

@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from swd.cli import user_errors
+from swd.cli import COMMANDS, user_errors
 from swd.config import check
 
 
@@ -21,7 +21,7 @@ class CheckSweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         command = config.hydra.job.config_name
-        module = importlib.import_module(f"swd.{command}")
+        module = importlib.import_module(COMMANDS[command][0])
         if not config.hydra.sweeper._target_.endswith(".BasicSweeper"):
             return  # other sweepers choose their values while they run
         with user_errors():

@@ -1,0 +1,96 @@
+"""What a cache was made with, so that training with another model or other sizes is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from swd.config import first_difference
+from swd.modules.hub import is_hub_id
+from swd.modules.pretrained import Pretrained
+from swd.schedule import ScaleSchedule
+
+_SAMPLE = 2**16
+
+
+def identity(model: Pretrained, schedule: ScaleSchedule) -> dict[str, Any]:
+    """What decides the encoded values, as plain values for a manifest."""
+    return {
+        "model": model.name,
+        "family": model.family,
+        "max_text_tokens": model.max_text_tokens,
+        "parts": {part: fingerprint(model.folder / part) for part in encoder_parts(model)},
+        "sizes": [list(size) for size in schedule.sizes],
+    }
+
+
+def difference(stored: Mapping[str, Any], model: Pretrained, schedule: ScaleSchedule) -> str | None:
+    """What training would need otherwise than the cache has it, None if it fits.
+
+    A schedule may use fewer sizes than the cache has, as long as it ends at the same one. Weights are compared where
+    both sides have them; the name of the model is not, for a folder may be moved.
+    """
+    now = identity(model, schedule)
+    if stored["parts"].keys() != now["parts"].keys():
+        return f"it has the encoders {', '.join(stored['parts'])}, now {', '.join(now['parts'])}"
+    for part, values in now["parts"].items():
+        for key in values.keys() & stored["parts"][part].keys():
+            if values[key] != stored["parts"][part][key]:
+                return f"{part} is not the one of {stored['model']} ({key} differ)"
+    kept = {key: stored[key] for key in ("family", "max_text_tokens")}
+    told = first_difference(kept, {key: now[key] for key in kept})
+    if told:
+        return told
+    missing = [size for size in now["sizes"] if size not in stored["sizes"]]
+    if missing or now["sizes"][-1] != stored["sizes"][-1]:
+        return f"schedule.sizes was {_sides(stored['sizes'])}, now {_sides(now['sizes'])}"
+    return None
+
+
+def _sides(sizes: list[list[int]]) -> str:
+    return ", ".join("x".join(map(str, size)) for size in sizes)
+
+
+def encoder_parts(model: Pretrained) -> list[str]:
+    """Names of the pipeline's subfolders that text conditioning and latents come from."""
+    return ["vae", *(name for name in model.parts if name.startswith(("text_encoder", "tokenizer")))]
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """Hashes of a subfolder's configuration, and of samples of its weights if they are there (not of gigabytes)."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    settings = [file for file in files if file.suffix in (".json", ".txt", ".model") and "index" not in file.name]
+    weights = [file for file in files if file.suffix == ".safetensors"]
+    found = {"settings": _hash(file.read_bytes() for file in settings)}
+    if weights:
+        found["weights"] = _hash(_samples(file) for file in weights)
+    return found
+
+
+def whole_fingerprint(model: Pretrained) -> str:
+    """What tells one pipeline's weights from another's: the commit on the hub, else a hash of its files' samples."""
+    if is_hub_id(model.path):
+        return model.folder.name
+    parts = {part: fingerprint(model.folder / part) for part in sorted(model.parts)}
+    return _hash([json.dumps(parts, sort_keys=True).encode()])
+
+
+def _hash(parts: Any) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def _samples(file: Path) -> bytes:
+    """Length of a file, samples from all over it, and its end."""
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        parts = [str(size).encode()]
+        for place in (*range(0, size, max(_SAMPLE, size // 16)), max(size - _SAMPLE, 0)):
+            stream.seek(place)
+            parts.append(stream.read(_SAMPLE))
+    return b"".join(parts)
