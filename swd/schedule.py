@@ -92,6 +92,18 @@ class ScaleSchedule:
         """Step `i` (from 0); the first step's source and target are both the first size."""
         return Interval(i, self.sigmas[i], self.sizes[max(i - 1, 0)], self.sizes[i])
 
+    def stretched(self, final: Size, divisor: int = 1) -> ScaleSchedule:
+        """This schedule in another aspect ratio or resolution, by the sampler's own rule.
+
+        Args:
+            final: latent size of finished pictures.
+            divisor: sides are multiples of this.
+        """
+        if final == self.sizes[-1]:
+            return self
+        scheduler = self.scheduler(divisor, self.process or "flow")  # which process makes no difference to sizes
+        return ScaleSchedule(self.sigmas, scheduler.sizes_ending_at(final), self.process)
+
     def check_process(self, prediction_type: str) -> None:
         """Raise UserError if the noise levels are of another process than a model that predicts `prediction_type`."""
         if self.process in (None, prediction_type):

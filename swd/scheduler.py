@@ -347,12 +347,20 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         signal, level = self._scales(i, z)
         return signal * z + level * noise.to(z)
 
-    def _plan(self, final: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """Remember the sizes of a call that ends at exactly `final`."""
+    def sizes_ending_at(self, final: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """The schedule's sizes, stretched so that they end at exactly `final`.
+
+        Raises:
+            ValueError: if a side is no multiple of `divisor`.
+        """
         base = self.base_sizes
         if any(side % self.config.divisor for side in final[-2:]):
             raise ValueError(f"size {final}: sides must be multiples of {self.config.divisor}")
-        self._planned = [*(self._stretched(size, final, base[-1]) for size in base[:-1]), final]
+        return [*(self._stretched(size, final, base[-1]) for size in base[:-1]), final]
+
+    def _plan(self, final: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Remember the sizes of a call that ends at exactly `final`."""
+        self._planned = self.sizes_ending_at(final)
         return self._planned
 
     def _stretched(self, size: tuple[int, ...], wanted: tuple[int, ...], base: tuple[int, ...]) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from swd.callbacks.checkpoint import find_checkpoint
 from swd.config import check, one_line
 from swd.files import claim_folder, write_json, write_text
+from swd.modules.distiller import Distiller
 from swd.types import UserError
 
 ROOT = {"seed": int, "name": str, "output": str, "folder": str, "resume": str | None}
@@ -94,6 +95,8 @@ def build(cfg: DictConfig) -> tuple[LightningModule, Any]:
             f"data.batch_size={data.batch_size} does not divide over {processes} processes; "
             f"use a multiple of {processes}"
         )
+    if isinstance(task, Distiller) and hasattr(data, "check"):
+        data.check(task.model, task.schedule)
     return task, data
 
 
@@ -153,6 +156,13 @@ def record(cfg: DictConfig, folder: Path, checkpoint: str | None) -> None:
         },
     )
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+
+
+def use_own_gpu() -> None:
+    """Under a launcher, give each process of a machine a GPU of its own."""
+    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
+    if local is not None and torch.cuda.is_available():
+        torch.cuda.set_device(int(local) % torch.cuda.device_count())
 
 
 def quiet() -> None:

@@ -63,23 +63,53 @@ class Conditioning:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One batch of training data.
+class Cached:
+    """What the encoders made of a batch, read back from a cache.
 
     Attributes:
-        pixels: full-resolution images `[B, 3, H, W]` or videos `[B, 3, F, H, W]` in [-1, 1].
-        prompts: B captions.
+        conditioning: B rows.
+        posteriors: mean and deviation `[B, C, *size]` of the network's latents, for the sizes that are due.
     """
 
-    pixels: Tensor
+    conditioning: Conditioning
+    posteriors: dict[Size, tuple[Tensor, Tensor]]
+
+    def to(self, *args: Any) -> Cached:
+        """Move or cast every tensor, as `Tensor.to` does."""
+        moved = {size: (mean.to(*args), std.to(*args)) for size, (mean, std) in self.posteriors.items()}
+        return Cached(self.conditioning.to(*args), moved)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of training data: pixels, or what a cache holds of them.
+
+    Attributes:
+        pixels: full-resolution images `[B, 3, H, W]` or videos `[B, 3, F, H, W]` in [-1, 1]; None with a cache.
+        prompts: B captions.
+        cached: encoded already; None without a cache.
+        bucket: size in pixels (H, W) of finished pictures where data come in several aspect ratios; None: the
+            schedule's own.
+        skipped: names of samples that could not be read, whose places others took.
+    """
+
+    pixels: Tensor | None
     prompts: list[str]
+    cached: Cached | None = None
+    bucket: Size | None = None
+    skipped: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def to(self, *args: Any) -> Batch:
-        """Move the pixels, as `Tensor.to` does."""
-        return replace(self, pixels=self.pixels.to(*args))
+        """Move the tensors, as `Tensor.to` does."""
+        pixels, cached = self.pixels, self.cached
+        return replace(
+            self,
+            pixels=None if pixels is None else pixels.to(*args),
+            cached=None if cached is None else cached.to(*args),
+        )
 
 
 @dataclass(frozen=True)

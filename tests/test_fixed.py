@@ -27,7 +27,7 @@ def test_training_is_measured_and_not_disturbed(tiny_model: Path, tmp_path: Path
     for before, after in fixed.losses.values():
         assert before != after and min(before, after) >= 0
     # The same numbers again from the same weights: nothing random is left.
-    assert fixed.measure(task, fixed.batch(trainer)) == fixed.measure(task, fixed.batch(trainer))
+    assert fixed.measure(task, fixed.batches(trainer, task)) == fixed.measure(task, fixed.batches(trainer, task))
     plain, _ = train.fit(tiny.composed(tiny.overrides(tiny_model, tmp_path / "b", task__lr=1e-2)))
     for key, value in plain.networks.adapter_state("student").items():  # type: ignore[union-attr,operator]
         assert torch.equal(value, task.networks.adapter_state("student")[key]), key

@@ -15,11 +15,14 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from lightning import Callback, Trainer
+from omegaconf import OmegaConf
+from shards import make_pictures
 from tiny import SIZES, composed, overrides
 from torch import Tensor
 
-from swd.callbacks.checkpoint import readable
+from swd.callbacks.checkpoint import config_difference, readable
 from swd.cli import launch
+from swd.data import encode
 from swd.modules.distiller import Distiller
 from swd.schedule import downscale
 from swd.train import fit
@@ -94,9 +97,9 @@ def test_critic_updates_come_first_each_on_a_fresh_batch(
     for kind in ("critic", "generator"):
         update = getattr(Distiller, f"_{kind}_update")
 
-        def noted(self: Distiller, interval: Any, *args: Any, kind: str = kind, update: Any = update) -> None:
-            seen.append((kind, interval.index))
-            update(self, interval, *args)
+        def noted(self: Distiller, inputs: Any, kind: str = kind, update: Any = update) -> None:
+            seen.append((kind, inputs.interval.index))
+            update(self, inputs)
 
         monkeypatch.setattr(Distiller, f"_{kind}_update", noted)
     cfg = composed(overrides(tiny_model, tmp_path, loss="dmd", trainer__max_steps=4))
@@ -157,6 +160,36 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(
     assert straight[1].global_step == 4
     assert_same_state(rest, straight)
     assert rows(tmp_path / "half") + rows(tmp_path / "rest") == rows(tmp_path / "straight")
+
+
+@pytest.mark.parametrize(("kind", "workers"), [("pictures", 2), ("cache", 0), ("cache", 2)])
+def test_training_from_shards_resumes_bit_for_bit(tiny_model: Path, tmp_path: Path, kind: str, workers: int) -> None:
+    """Stopped after every iteration in turn, across epochs of ten samples and two aspect ratios."""
+    pictures = make_pictures(tmp_path / "pictures", 10, [(64, 64), (96, 64)])
+    data = {"data": "webdataset", "data.path": pictures, "data.size": 64, "data.buckets": "['1:1','3:2']"}
+    data |= {"data.multiple": 16, "data.workers": 0}
+    if kind == "cache":
+        shared = [a for a in overrides(tiny_model, tmp_path) if a.startswith(("folder", "name", "model", "schedule"))]
+        asked = [*shared, *(f"{key}={value}" for key, value in data.items()), f"out={tmp_path / 'cache'}"]
+        encode.run(composed(asked, "encode"))
+        data = {"data": "webdataset", "data.path": tmp_path / "cache"}
+    given = [*(f"{key}={value}" for key, value in data.items()), f"data.workers={workers}", "data.batch_size=4"]
+
+    def run(name: str, steps: int, **more: Any) -> tuple[Distiller, Trainer]:
+        arguments = overrides(tiny_model, tmp_path / name, loss="swd", trainer__max_steps=steps, **more)
+        plain = [a for a in arguments if not a.startswith("data.")]
+        task, trainer = fit(composed([*plain, *given]))
+        assert isinstance(task, Distiller)
+        return task, trainer
+
+    straight = run("straight", 4)
+    run("part", 1)
+    for steps in (2, 3):
+        run(f"part{steps}", steps, resume=tmp_path / ("part" if steps == 2 else "part2"))
+    rest = run("rest", 4, resume=tmp_path / "part3")
+    assert_same_state(rest, straight)
+    parts = [row for name in ("part", "part2", "part3", "rest") for row in rows(tmp_path / name)]
+    assert parts == rows(tmp_path / "straight")
 
 
 def test_checkpoints_hold_only_what_is_trained(tiny_model: Path, tmp_path: Path) -> None:
@@ -233,6 +266,17 @@ def test_resuming_another_configuration_is_refused_with_the_difference(
         train(tiny_model, tmp_path / "b", **options | change, resume=tmp_path / "a")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "b" / "config.yaml").exists()
+
+
+def test_what_changes_no_sample_may_change_when_a_run_continues(tmp_path: Path) -> None:
+    """A run that stopped for too many unreadable samples must be able to go on with a higher limit."""
+    old = {"data": {"path": "a", "workers": 4, "prefetch": 2, "max_bad": 0.01}}
+    OmegaConf.save(OmegaConf.create(old), tmp_path / "config.yaml")
+    checkpoint = tmp_path / "checkpoints" / "iteration-2.ckpt"
+    changed = OmegaConf.create({"data": {"path": "a", "workers": 0, "prefetch": 8, "max_bad": 0.2}})
+    assert config_difference(checkpoint, changed) is None
+    changed.data.path = "b"
+    assert config_difference(checkpoint, changed) == "data.path was a, now b"
 
 
 @pytest.mark.parametrize("resume", ["missing.ckpt", "."])

@@ -8,7 +8,6 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from swd.data.datamodule import collate
 from swd.losses import MMD, GeneratorStep
 from swd.losses.update import student_x0
 from swd.modules.distiller import Distiller
@@ -37,32 +36,33 @@ class FixedLosses(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Distiller)
-        self.losses = {"mmd": [self.measure(pl_module, self.batch(trainer))["mmd"]]}
+        self.losses = {"mmd": [self.measure(pl_module, self.batches(trainer, pl_module))["mmd"]]}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Distiller)
-        values = self.measure(pl_module, self.batch(trainer))
+        values = self.measure(pl_module, self.batches(trainer, pl_module))
         self.losses["mmd"].append(values["mmd"])
         if "fake" in values:
             self.losses["fake_score"] = [values["teacher"], values["fake"]]
 
-    def batch(self, trainer: Trainer) -> Batch:
-        """The pictures."""
-        dataset: Any = trainer.datamodule.dataset  # type: ignore[attr-defined]
-        return collate([dataset[len(dataset) - 1 - i] for i in range(self.pictures)])
+    def batches(self, trainer: Trainer, task: Distiller) -> list[Batch]:
+        """The pictures, for each step of the schedule."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        return [data.last(self.pictures, step) for step in range(len(task.schedule))]
 
     @torch.no_grad()
-    def measure(self, task: Distiller, batch: Batch) -> dict[str, float]:
+    def measure(self, task: Distiller, batches: list[Batch]) -> dict[str, float]:
         """`mmd`, and the scores' errors by role."""
-        networks, batch = task.networks, batch.to(task.device)
-        conditioning = task.encoders.encode_prompts(batch.prompts).to(task.device)
+        networks = task.networks
         mmd = MMD(blocks=task.model.feature_blocks, features="teacher")
         totals: dict[str, list[Tensor]] = {}
-        for k in range(len(task.schedule)):
-            interval, draws = task.schedule.interval(k), SeededDraws(self.seed, k)
+        for k, batch in enumerate(batches):
+            interval, draws = task.schedule_for(batch.bucket).interval(k), SeededDraws(self.seed, k)
+            batch = batch.to(task.device)
+            conditioning = task.conditioning(batch)
             source, x0_real = task.latents(batch, interval, draws)
             x0_hat = student_x0(networks, interval, source, conditioning, draws)
-            step = GeneratorStep(networks, conditioning, task.empty, x0_hat, x0_real, draws)
+            step = GeneratorStep(networks, conditioning, task.empty_for(batch.bucket), x0_hat, x0_real, draws)
             totals.setdefault("mmd", []).append(mmd.generator(step)[1]["mmd"])
             noised = step.noise_fake("critic", networks.process.ranges["critic"])
             for role in ("teacher", "fake") if "fake" in networks.roles else ():

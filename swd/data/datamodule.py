@@ -2,21 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence, Sized
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 from lightning import LightningDataModule
+from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from swd.types import Batch, UserError, stable_hash
+from swd.modules.pretrained import Pretrained
+from swd.schedule import ScaleSchedule
+from swd.types import Batch, Size, UserError, stable_hash
 
 
-class GlobalBatches(Sampler[list[int]]):
+class Order:
+    """An endless order of samples: one shuffle after the other, each decided by (seed, epoch) alone.
+
+    Args:
+        ids: the samples.
+        key: what the shuffles are seeded with.
+        groups: which group each sample is in, ascending (its shard); samples are mixed within `window` groups at a
+            time, and the groups themselves are shuffled. None: all are mixed.
+        window: how many groups are mixed.
+    """
+
+    def __init__(
+        self, ids: Sequence[int] | range | NDArray[Any], key: str, groups: Tensor | None = None, window: int = 1
+    ) -> None:
+        self.ids, self.key, self.groups, self.window = ids, key, groups, window
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def __getitem__(self, g: int) -> int:
+        epoch, entry = divmod(g, len(self.ids))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._shuffled(epoch)
+        return int(self.ids[int(self._order[entry])])
+
+    def _shuffled(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(stable_hash(f"{self.key}/{epoch}".encode()))
+        shuffle = torch.randperm(len(self.ids), generator=generator)
+        if self.groups is None:
+            return shuffle
+        # Stable sorts of a shuffle: by which window a sample's group falls into this time.
+        _, number = self.groups.unique(return_inverse=True)
+        place = torch.randperm(int(number.max()) + 1, generator=generator) // self.window
+        return shuffle[place[number[shuffle]].argsort(stable=True)]
+
+
+class GlobalBatches(Sampler[list[Any]]):
     """Dataset indices of this process's part of every global batch.
 
     Sample number g of the run is entry `g mod length` of epoch `g div length`, each epoch shuffled by (seed, epoch).
-    A process takes a contiguous slice of each global batch, so that the batch as a whole is always the same.
+    A process takes a contiguous slice of each global batch, so that the batch as a whole is always the same. Where
+    samples come in buckets, a batch has samples of one bucket: which one is drawn by (seed, number of the batch) in
+    proportion to their sizes, and each bucket has epochs of its own.
 
     Args:
         length: of the dataset; None: endless, index g itself.
@@ -25,57 +67,80 @@ class GlobalBatches(Sampler[list[int]]):
         total: number of batches of the whole run; `len` counts them all, also the ones skipped by `start`.
         seed: of the shuffle.
         rank, world: this process and the number of processes.
+        orders: one order a bucket, instead of `length`.
     """
 
     def __init__(
-        self, length: int | None, batch_size: int, start: int, total: int, seed: int = 0, rank: int = 0, world: int = 1
+        self,
+        length: int | None,
+        batch_size: int,
+        start: int,
+        total: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        orders: Sequence[Order] | None = None,
     ) -> None:
         if batch_size < 1 or batch_size % world:
             raise UserError(f"data.batch_size={batch_size} does not divide over {world} processes; use a multiple")
-        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.batch_size, self.seed = batch_size, seed
         self.start, self.total, self.rank, self.world = start, total, rank, world
-        self._epoch, self._order = -1, torch.empty(0)
+        plain = [] if length is None else [Order(range(length), f"{seed}/order")]
+        self.orders = plain if orders is None else list(orders)
 
     def __len__(self) -> int:
         return self.total
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         local = self.batch_size // self.world
-        for batch in range(self.start, self.total):
-            first = batch * self.batch_size + self.rank * local
-            yield [self._index(g) for g in range(first, first + local)]
+        used = [0] * max(len(self.orders), 1)
+        for batch in range(self.total):
+            bucket = self._bucket(batch)
+            first = used[bucket] * self.batch_size + self.rank * local
+            used[bucket] += 1
+            if batch >= self.start:
+                order = self.orders[bucket] if self.orders else None
+                yield [self.request(g if order is None else order[g], batch) for g in range(first, first + local)]
 
-    def _index(self, g: int) -> int:
-        if self.length is None:
-            return g
-        epoch, entry = divmod(g, self.length)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(stable_hash(f"{self.seed}/order/{epoch}".encode()))
-            self._epoch, self._order = epoch, torch.randperm(self.length, generator=generator)
-        return int(self._order[entry])
+    def _bucket(self, batch: int) -> int:
+        if len(self.orders) < 2:
+            return 0
+        generator = torch.Generator().manual_seed(stable_hash(f"{self.seed}/bucket/{batch}".encode()))
+        sizes = torch.tensor([float(len(order.ids)) for order in self.orders])
+        return int(torch.multinomial(sizes, 1, generator=generator))
+
+    def request(self, index: int, batch: int) -> Any:
+        """What the dataset is asked for: an index."""
+        return index
 
 
 class Guarded(Dataset[Any]):
-    """A dataset whose wrong input comes out of a worker process as a value.
+    """Batches of a dataset, whose wrong input comes out of a worker process as a value.
 
     A loader would pass it on with the worker's traceback as its message.
+
+    Args:
+        dataset: map-style; it may give whole batches by `__getitems__`.
+        collate: samples to a batch.
     """
 
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: Dataset[Any], collate: Callable[[list[Any]], Batch]) -> None:
+        self.dataset, self.collate = dataset, collate
 
-    def __getitems__(self, indices: list[int]) -> list[Any] | UserError:
+    def __getitems__(self, requests: list[Any]) -> Batch | UserError:
+        many = getattr(self.dataset, "__getitems__", None)
         try:
-            return [self.dataset[index] for index in indices]
+            return many(requests) if many else self.collate([self.dataset[request] for request in requests])
         except UserError as error:
             return error
 
-    @staticmethod
-    def collate(samples: list[Any] | UserError) -> Batch | UserError:
-        return samples if isinstance(samples, UserError) else collate(samples)
+
+def as_it_is(batch: Any) -> Any:
+    """The collate function of loaders whose dataset gives whole batches."""
+    return batch
 
 
-class PairLoader(DataLoader[Any]):
+class GuardedLoader(DataLoader[Any]):
     """Raises in this process what was wrong with the input in a worker's."""
 
     def __iter__(self) -> Any:
@@ -85,9 +150,71 @@ class PairLoader(DataLoader[Any]):
             yield batch
 
 
+class ThreadedLoader:
+    """Whole batches, read ahead by threads and given in order.
+
+    For data that are read rather than computed: unlike loader processes, threads hand batches over without copying them
+    through shared memory, of which containers often have little.
+
+    Args:
+        read: the batch of a request.
+        requests: what to ask for, in order.
+        workers: threads; 0 reads when a batch is asked for.
+        prefetch: batches that each thread has ready.
+    """
+
+    def __init__(self, read: Callable[[Any], Batch], requests: GlobalBatches, workers: int, prefetch: int = 2) -> None:
+        self.read, self.requests, self.workers, self.prefetch = read, requests, workers, prefetch
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if not self.workers:
+            yield from map(self.read, self.requests)
+            return
+        pool, waiting = ThreadPoolExecutor(self.workers, "swd-data"), deque[Future[Batch]]()
+        try:
+            for request in self.requests:
+                waiting.append(pool.submit(self.read, request))
+                if len(waiting) > self.workers * self.prefetch:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 def collate(samples: list[dict[str, Any]]) -> Batch:
     """Samples with `pixels` and `prompt` to a batch."""
     return Batch(torch.stack([s["pixels"] for s in samples]), [s["prompt"] for s in samples])
+
+
+def check_pixels(
+    size: Size, model: Pretrained, schedule: ScaleSchedule, exact: bool = False, key: str = "data.size"
+) -> None:
+    """Raise UserError unless finished pictures of `size` pixels suit the model and the schedule.
+
+    Args:
+        size: in pixels.
+        model: what is trained.
+        schedule: its sizes.
+        exact: the schedule is stretched to end at exactly this size; else it may end at a smaller one.
+        key: what the size is called in the configuration.
+    """
+    if exact:
+        model.limits.check_size(model.latent_size(size))
+        return
+    final = model.pixel_size(schedule.sizes[-1])
+    if len(size) != len(final):
+        kind = "images" if len(final) == 2 else "videos"
+        raise UserError(f"{key}={list(size)}, but the schedule ends at {list(final)} pixels; use data={kind}")
+    small = any(have < wanted for have, wanted in zip(size, final, strict=True))
+    if small or size[-2] * final[-1] != size[-1] * final[-2]:
+        raise UserError(
+            f"{key}={list(size)}, but the schedule ends at {list(final)} pixels, and data are neither enlarged nor "
+            f"squashed; set '{key}=[{','.join(map(str, final))}]'"
+        )
 
 
 class PairData(LightningDataModule):
@@ -107,6 +234,8 @@ class PairData(LightningDataModule):
         super().__init__()
         if batch_size < 1:
             raise UserError(f"data.batch_size={batch_size}; use at least 1")
+        if workers < 0:
+            raise UserError(f"data.workers={workers}; use 0 or more")
         self.dataset, self.batch_size, self.workers, self.seed, self.endless = (
             dataset,
             batch_size,
@@ -114,6 +243,16 @@ class PairData(LightningDataModule):
             seed,
             endless,
         )
+
+    def check(self, model: Pretrained, schedule: ScaleSchedule) -> None:
+        """Raise UserError unless pictures are large enough for the model and the schedule."""
+        if hasattr(self.dataset, "size"):
+            check_pixels(tuple(self.dataset.size), model, schedule, key="data.dataset.size")
+
+    def last(self, count: int, step: int) -> Batch:
+        """The last samples of the data set, the last one first, for a step of the schedule."""
+        dataset: Any = self.dataset
+        return collate([dataset[len(dataset) - 1 - i] for i in range(count)])
 
     def train_dataloader(self) -> DataLoader[Any]:
         trainer, task = self.trainer, self.trainer.lightning_module  # type: ignore[union-attr]
@@ -133,11 +272,11 @@ class PairData(LightningDataModule):
             trainer.global_rank,  # type: ignore[union-attr]
             trainer.world_size,  # type: ignore[union-attr]
         )
-        return PairLoader(
-            Guarded(self.dataset),
+        return GuardedLoader(
+            Guarded(self.dataset, collate),
             batch_sampler=sampler,
             num_workers=self.workers,
-            collate_fn=Guarded.collate,
+            collate_fn=as_it_is,
             persistent_workers=self.workers > 0,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -16,13 +17,32 @@ from swd.adapters import check_start, read_adapter
 from swd.losses.base import CriticStep, GeneratorStep, LossTerm, Metrics
 from swd.losses.dmd import DMD
 from swd.losses.update import critic_loss, generator_gradient, settle_features, student_x0, trainers, wanted
-from swd.modules.encoders import Encoders
+from swd.modules.encoders import Encoders, draw_latents
 from swd.modules.networks import Networks, Role, SharedBase
 from swd.modules.pretrained import Pretrained
 from swd.sampling import initial_latents, sample_latents
 from swd.schedule import Interval, ScaleSchedule, downscale
 from swd.scheduler import ScaleWiseScheduler
-from swd.types import Batch, Conditioning, SeededDraws, UserError
+from swd.types import Batch, Conditioning, SeededDraws, Size, UserError
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one update works on.
+
+    Attributes:
+        interval: the step of the schedule that is trained.
+        source, target: clean latents of the data at its two sizes.
+        conditioning: B rows; `empty`: the encoded empty prompt, one row.
+        draws: where random numbers come from.
+    """
+
+    interval: Interval
+    source: Tensor
+    target: Tensor
+    conditioning: Conditioning
+    empty: Conditioning
+    draws: SeededDraws
 
 
 class Distiller(LightningModule):
@@ -80,8 +100,8 @@ class Distiller(LightningModule):
         self.last_metrics: Metrics = {}
         self._critic_metrics: list[Metrics] = []
         self.networks: Networks
-        self._encoders: Encoders
-        self._empty: Conditioning | None = None
+        self._encoders: Encoders | None = None
+        self._empty: dict[Size | None, Conditioning] = {}
 
     # Building
 
@@ -109,22 +129,53 @@ class Distiller(LightningModule):
                 term.build(self.model.limits.width)
         if self.checkpointing:
             self.networks.enable_checkpointing()
-        # Frozen helpers stay out of the module tree: neither checkpoints nor DDP should see them.
-        encoders = self.model.encoders(device).to(device)
-        encoders.final_size = self.schedule.sizes[-1]
-        object.__setattr__(self, "_encoders", encoders)
+        if not self._is_cached:
+            self.encoders  # noqa: B018 - load now what the first update would load
 
     @property
     def encoders(self) -> Encoders:
-        """Text encoders and VAE."""
+        """Text encoders and VAE; loaded when they are first asked for, which with cached data may be never."""
+        if self._encoders is None:
+            device = self.device if self._trainer is None else self.trainer.strategy.root_device
+            encoders = self.model.encoders(device).to(device)
+            encoders.final_size = self.schedule.sizes[-1]
+            # Frozen helpers stay out of the module tree: neither checkpoints nor DDP should see them.
+            object.__setattr__(self, "_encoders", encoders)
+        assert self._encoders is not None
         return self._encoders
 
     @property
+    def _is_cached(self) -> bool:
+        return bool(getattr(self._data, "is_cache", False))
+
+    @property
+    def _data(self) -> Any:
+        """The data of this training, if it has any yet."""
+        return None if self._trainer is None else getattr(self.trainer, "datamodule", None)
+
+    @property
     def empty(self) -> Conditioning:
-        """The encoded empty prompt, one row."""
-        if self._empty is None:
-            self._empty = self.encoders.encode_prompts([""])
-        return self._empty.to(self.device)
+        """The encoded empty prompt for the schedule's own size, one row."""
+        return self.empty_for(None)
+
+    def empty_for(self, bucket: Size | None) -> Conditioning:
+        """The encoded empty prompt, one row, for finished pictures of `bucket` pixels; None: the schedule's own."""
+        if bucket not in self._empty:
+            if self._is_cached:
+                self._empty[bucket] = self._data.empty(bucket)
+            else:
+                self._empty[bucket] = self._encode_prompts([""], bucket)
+        return self._empty[bucket].to(self.device)
+
+    def _encode_prompts(self, prompts: list[str], bucket: Size | None) -> Conditioning:
+        self.encoders.final_size = self.schedule_for(bucket).sizes[-1]
+        return self.encoders.encode_prompts(prompts).to(self.device)
+
+    def schedule_for(self, bucket: Size | None) -> ScaleSchedule:
+        """The schedule stretched to finished pictures of `bucket` pixels; None: as it is."""
+        if bucket is None:
+            return self.schedule
+        return self.schedule.stretched(self.model.latent_size(bucket), self.model.limits.divisor)
 
     def configure_optimizers(self) -> list[Optimizer]:
         options: dict[str, Any] = {"betas": tuple(self.betas), "weight_decay": self.weight_decay}
@@ -138,33 +189,51 @@ class Distiller(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         iteration, update = divmod(self.updates, self.updates_per_iteration)
-        interval = self.schedule.interval(iteration % len(self.schedule))
+        interval = self.schedule_for(batch.bucket).interval(iteration % len(self.schedule))
         draws = SeededDraws(self.seed, iteration, update, first=self.global_rank * len(batch))
-        conditioning = self.encoders.encode_prompts(batch.prompts).to(self.device)
-        source, target = self.latents(batch, interval, draws)
+        inputs = Inputs(
+            interval,
+            *self.latents(batch, interval, draws),
+            self.conditioning(batch),
+            self.empty_for(batch.bucket),
+            draws,
+        )
 
         if update < self.critic_updates:
-            self._critic_update(interval, source, target, conditioning, draws)
+            self._critic_update(inputs)
         else:
-            self._generator_update(interval, source, target, conditioning, draws)
+            self._generator_update(inputs)
         self.updates += 1
+
+    def conditioning(self, batch: Batch) -> Conditioning:
+        """The batch's prompts, encoded."""
+        if batch.cached is not None:
+            return batch.cached.conditioning
+        return self._encode_prompts(batch.prompts, batch.bucket)
 
     def latents(self, batch: Batch, interval: Interval, draws: SeededDraws) -> tuple[Tensor, Tensor]:
         """Latents at the source and target size, each downscaled in pixels from full size and then encoded."""
 
-        def encode(size: tuple[int, ...]) -> Tensor:
-            return self.encoders.encode(downscale(batch.pixels, self.encoders.pixel_size(size)), draws)
+        def encode(size: Size) -> Tensor:
+            if batch.cached is not None:
+                return draw_latents(*batch.cached.posteriors[size], draws)
+            assert batch.pixels is not None
+            return self.encoders.encode(downscale(batch.pixels, self.model.pixel_size(size)), draws)
 
         target = encode(interval.target)
         return (target if interval.source == interval.target else encode(interval.source)), target
 
-    def _critic_update(
-        self, interval: Interval, source: Tensor, target: Tensor, conditioning: Conditioning, draws: SeededDraws
-    ) -> None:
+    def _critic_update(self, inputs: Inputs) -> None:
         with torch.no_grad():
-            x0_hat = student_x0(self.networks, interval, source, conditioning, draws)
+            x0_hat = self._student_x0(inputs)
         step = CriticStep(
-            self.networks, conditioning, self.empty, x0_hat, target, draws, wanted(trainers(self.terms), "critic_pass")
+            self.networks,
+            inputs.conditioning,
+            inputs.empty,
+            x0_hat,
+            inputs.target,
+            inputs.draws,
+            wanted(trainers(self.terms), "critic_pass"),
         )
         loss, metrics = critic_loss(self.terms, step)
         optimizer = self._optimizer("fake")
@@ -174,13 +243,17 @@ class Distiller(LightningModule):
         optimizer.step()
         self._critic_metrics.append(metrics)
 
-    def _generator_update(
-        self, interval: Interval, source: Tensor, target: Tensor, conditioning: Conditioning, draws: SeededDraws
-    ) -> None:
-        x0_hat = student_x0(self.networks, interval, source, conditioning, draws)
+    def _generator_update(self, inputs: Inputs) -> None:
+        x0_hat = self._student_x0(inputs)
         leaf = x0_hat.detach().requires_grad_()
         step = GeneratorStep(
-            self.networks, conditioning, self.empty, leaf, target, draws, wanted(self.terms, "generator_pass")
+            self.networks,
+            inputs.conditioning,
+            inputs.empty,
+            leaf,
+            inputs.target,
+            inputs.draws,
+            wanted(self.terms, "generator_pass"),
         )
         loss, gradient, metrics = generator_gradient(self.terms, step)
         optimizer = self._optimizer("student")
@@ -188,8 +261,11 @@ class Distiller(LightningModule):
         self.manual_backward((x0_hat * gradient).sum())
         self.clip_gradients(optimizer, self.clip, "norm")
         optimizer.step()
-        distance = (leaf.detach() - target).square().mean()
-        self._report({"loss": loss, "x0_mse": distance} | metrics, interval)
+        distance = (leaf.detach() - inputs.target).square().mean()
+        self._report({"loss": loss, "x0_mse": distance} | metrics, inputs.interval)
+
+    def _student_x0(self, inputs: Inputs) -> Tensor:
+        return student_x0(self.networks, inputs.interval, inputs.source, inputs.conditioning, inputs.draws)
 
     def _optimizer(self, role: Literal["student", "fake"]) -> Any:
         optimizers = self.optimizers()
@@ -230,7 +306,7 @@ class Distiller(LightningModule):
         scheduler = self.scheduler()
         scheduler.keep_x0 = keep_x0
         latents = initial_latents(seeds, self.model.channels, self.schedule.sizes[0]).to(self.device)
-        conditioning = self.encoders.encode_prompts(prompts).to(self.device)
+        conditioning = self._encode_prompts(prompts, None)
         latents = sample_latents(self.networks, scheduler, latents, conditioning)
         return self.encoders.decode(latents), [self.encoders.decode(x) for x in scheduler.x0_predictions]
 

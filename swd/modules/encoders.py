@@ -84,13 +84,17 @@ class Encoders(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, draws: Draws) -> Tensor:
-        """Latents `[B, C, *size]` of pictures or videos `[B, 3, *pixels]` in [-1, 1]: a posterior draw, scaled."""
+        """Latents `[B, C, *size]` of pictures or videos `[B, 3, *pixels]` in [-1, 1]: a draw of their distribution."""
+        return draw_latents(*self.distribution(pixels), draws)
+
+    @torch.no_grad()
+    def distribution(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation `[B, C, *size]` of the network's latents of pictures or videos `[B, 3, *pixels]`."""
         rows = self._rows(pixels.shape[2:])
         parts = [self.posterior(part) for part in pixels.split(rows)]
         mean, std = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        x0 = mean + std * draws.noise(f"posterior/{tuple(mean.shape[2:])}", mean)
-        shift, scale = self.shift_and_scale(x0)
-        return (x0 - shift) * scale
+        shift, scale = self.shift_and_scale(mean)
+        return (mean - shift) * scale, std * scale
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the VAE's own latents, float32."""
@@ -124,3 +128,9 @@ def pixel_size(size: Size, factors: tuple[int, int]) -> Size:
     frames, side = factors
     sides = tuple(length * side for length in size[-2:])
     return sides if len(size) == 2 else ((size[0] - 1) * frames + 1, *sides)
+
+
+def draw_latents(mean: Tensor, std: Tensor, draws: Draws) -> Tensor:
+    """Latents `[B, C, *size]`, float32, drawn from their distribution."""
+    mean = mean.float()
+    return mean + std.float() * draws.noise(f"posterior/{tuple(mean.shape[2:])}", mean)

@@ -201,6 +201,7 @@ class FlowMatching(L.LightningModule):
     def gather(self, batch: Batch, size: Size, generator: torch.Generator) -> tuple[Tensor, Conditioning]:
         """Latents at `size` and conditioning: of the batch alone, or of it and pictures encoded earlier."""
         if self.reuse == 1:
+            assert batch.pixels is not None  # drawn on the fly
             return self.encode(batch.pixels, size, generator), self.encoders.encode_prompts(batch.prompts)
         self.memory.extend(self.encode_all(batch, generator))
         count = self.reuse * len(batch)
@@ -211,6 +212,7 @@ class FlowMatching(L.LightningModule):
 
     def encode_all(self, batch: Batch, generator: torch.Generator) -> list[Encoded]:
         """Every picture of the batch at every size."""
+        assert batch.pixels is not None
         latents = {size: self.encode(batch.pixels, size, generator) for size in dict.fromkeys(self.sizes)}
         conditioning = self.encoders.encode_prompts(batch.prompts)
         return [

@@ -105,6 +105,7 @@ class VAETask(L.LightningModule):
         return int(self.global_step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        assert batch.pixels is not None  # drawn on the fly
         side = self.sizes[int(torch.randint(len(self.sizes), (), generator=self.pick))]
         pixels = F.interpolate(batch.pixels, size=(side, side), mode="area")
         pixels = self.maybe_crop(pixels).contiguous(memory_format=torch.channels_last)

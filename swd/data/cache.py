@@ -1,0 +1,228 @@
+"""What `swd encode` stores of a sample, and how it comes back: text conditioning without its zeros, VAE posteriors.
+
+Values are stored in float32, bf16, or 8 bits with one scale per row (per channel for latents).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save
+from torch import Tensor
+
+from swd.data.shards import CorruptSample
+from swd.types import Conditioning, Size
+
+Precision = Literal["fp32", "bf16", "int8"]
+
+TEXT = "text.safetensors"
+_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+
+
+def latents_name(size: Size) -> str:
+    """Ending of the file with the posterior of a latent size.
+
+    >>> latents_name((64, 80))
+    '64x80.safetensors'
+    """
+    return f"{'x'.join(map(str, size))}.safetensors"
+
+
+# Precision
+
+
+def store(name: str, values: Tensor, precision: Precision) -> dict[str, Tensor]:
+    """Tensors to write for `values` `[rows, ...]`; 8 bits keep one scale a row."""
+    if precision != "int8":
+        return {name: values.to(torch.float32 if precision == "fp32" else torch.bfloat16).contiguous()}
+    flat = values.float().flatten(1)
+    scale = (flat.abs().amax(1) / 127).clamp(min=1e-30) if flat.numel() else torch.ones(len(flat))
+    small = (flat / scale[:, None]).round().clamp(-127, 127).to(torch.int8).view_as(values)
+    return {name: small.contiguous(), f"{name}_scale": scale}
+
+
+def restore(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The inverse of `store`; stays in the stored dtype unless that is 8 bits (then float32)."""
+    values, scale = tensors[name], tensors.get(f"{name}_scale")
+    return values if scale is None else values.float() * scale.view(-1, *([1] * (values.ndim - 1)))
+
+
+# Text
+
+
+def pack_text(conditioning: Conditioning, precision: Precision) -> bytes:
+    """One prompt's conditioning without what is zero or masked: columns that CLIP lacks, padding that nobody sees.
+
+    Rows of `embeds` are kept up to their last value that is not zero, runs of rows with equal widths together, so that
+    any family's padding is found and nothing else is lost.
+
+    Args:
+        conditioning: of one prompt, one row.
+        precision: of the embeddings; masks and time ids are exact.
+    """
+    embeds = conditioning.embeds[0].cpu()
+    mask = None if conditioning.mask is None else conditioning.mask[0].cpu()
+    if mask is not None:
+        embeds = embeds * mask[:, None].to(embeds)
+    widths = ((embeds != 0) * torch.arange(1, embeds.shape[1] + 1)).amax(1)
+    runs, counts = torch.unique_consecutive(widths, return_counts=True)
+    tensors = {"shape": torch.tensor(embeds.shape), "runs": torch.stack([counts, runs], 1)}
+    for i, part in enumerate(embeds.split(counts.tolist())):
+        tensors |= store(f"embeds{i}", part[:, : runs[i]], precision)
+    if conditioning.pooled is not None:
+        tensors |= store("pooled", conditioning.pooled.cpu(), precision)
+    if conditioning.time_ids is not None:
+        tensors["time_ids"] = conditioning.time_ids.cpu().float()
+    if mask is not None:
+        tensors["mask"] = mask.to(torch.uint8)
+    return bytes(save(tensors))
+
+
+# Latents
+
+
+def pack_latents(mean: Tensor, std: Tensor | None, precision: Precision) -> bytes:
+    """Mean and deviation `[C, *size]` of one sample; `std` None: there is none to draw from."""
+    tensors = store("mean", mean.cpu(), precision)
+    if std is not None:
+        tensors |= store("std", std.cpu(), precision)
+    return bytes(save(tensors))
+
+
+def relative_error(values: Tensor, precision: Precision) -> tuple[float, float]:
+    """Squared error and squared norm of storing `values` in a precision, to be summed up over samples."""
+    back = restore("v", store("v", values, precision)).float()
+    return (back - values.float()).square().sum().item(), values.float().square().sum().item()
+
+
+# Batches
+
+
+class Assembler:
+    """Writes packed samples straight into the tensors of one batch, so that each value is copied once.
+
+    Args:
+        rows: how many samples the batch has.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self._text: dict[str, Tensor] = {}
+        self._latents: dict[Size, tuple[Tensor, Tensor]] = {}
+
+    def text(self, row: int, data: NDArray[np.uint8]) -> None:
+        """Put a packed text into a row.
+
+        Raises:
+            CorruptSample: if it is damaged, or does not belong to the others.
+        """
+        tensors = view(data)
+        try:
+            shape, first = tensors["shape"].tolist(), tensors["embeds0"].dtype
+            dtype = torch.bfloat16 if first == torch.int8 else first
+            embeds = self._row("embeds", shape, dtype, row)
+            start = 0
+            for i, (count, columns) in enumerate(tensors["runs"].tolist()):
+                copy(embeds[start : start + count, :columns], restore(f"embeds{i}", tensors))
+                embeds[start : start + count, columns:] = 0
+                start += count
+            if "pooled" in tensors:
+                pooled = restore("pooled", tensors)[0]
+                self._row("pooled", pooled.shape, dtype, row).copy_(pooled)
+            for name, kind in (("time_ids", torch.float32), ("mask", torch.int64)):
+                if name in tensors:
+                    value = tensors[name].squeeze(0)
+                    self._row(name, value.shape, kind, row).copy_(value)
+        except (KeyError, RuntimeError) as error:
+            raise CorruptSample(f"texts do not belong to one cache ({str(error)[:80]})") from None
+
+    def _row(self, name: str, shape: Sequence[int], dtype: torch.dtype, row: int) -> Tensor:
+        if name not in self._text:
+            self._text[name] = memory((self.rows, *shape), dtype)
+        whole = self._text[name]
+        if tuple(whole.shape[1:]) != tuple(shape) or whole.dtype != dtype:
+            raise CorruptSample(f"texts do not belong to one cache ({tuple(shape)} beside {tuple(whole.shape[1:])})")
+        return whole[row]
+
+    def latents(self, row: int, size: Size, data: NDArray[np.uint8]) -> None:
+        """Put packed latents of a size into a row; a deviation that was not stored is zero.
+
+        Raises:
+            CorruptSample: if they are damaged, or do not belong to the others.
+        """
+        tensors = view(data)
+        try:
+            mean = restore("mean", tensors)
+            std = restore("std", tensors) if "std" in tensors else None
+        except KeyError as error:
+            raise CorruptSample(f"latents lack {error}") from None
+        if size not in self._latents:
+            shape = (self.rows, *mean.shape)
+            zero = torch.zeros((), dtype=mean.dtype).expand(shape)
+            std_memory = zero if std is None else memory(shape, mean.dtype)
+            self._latents[size] = memory(shape, mean.dtype), std_memory
+        means, stds = self._latents[size]
+        if mean.shape != means.shape[1:] or (std is not None and std.shape != mean.shape):
+            raise CorruptSample(f"latents of {tuple(mean.shape)} beside {tuple(means.shape[1:])}")
+        copy(means[row], mean)
+        if std is not None:
+            copy(stds[row], std)
+
+    def conditioning(self) -> Conditioning:
+        """The texts, B rows."""
+        return Conditioning(**self._text)
+
+    def posteriors(self) -> dict[Size, tuple[Tensor, Tensor]]:
+        """Mean and deviation `[B, C, *size]` by size."""
+        return self._latents
+
+
+def memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor in huge pages where it is large: NumPy asks for them, and first use costs far less."""
+    count = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.empty(count, np.uint8)).view(dtype).view(*shape)
+
+
+def copy(target: Tensor, values: Tensor) -> None:
+    """Copy in the calling thread alone: torch would wake its thread pool, beside the training that uses it."""
+    if target.dtype != values.dtype:
+        target.copy_(values)
+        return
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[target.itemsize]
+    if target.shape != values.shape:
+        raise RuntimeError(f"{tuple(values.shape)} beside {tuple(target.shape)}")
+    np.copyto(target.view(whole).numpy(), values.view(whole).numpy())
+
+
+def view(data: NDArray[np.uint8]) -> dict[str, Tensor]:
+    """Tensors of a safetensors file in memory, without a copy.
+
+    Raises:
+        CorruptSample: if it is none.
+    """
+    try:
+        start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+        header: dict[str, Any] = json.loads(data[8:start].tobytes())
+        header.pop("__metadata__", None)
+        found = {}
+        for name, entry in header.items():
+            first, last = entry["data_offsets"]
+            part = torch.from_numpy(data[start + first : start + last])
+            found[name] = part.view(_DTYPES[entry["dtype"]]).view(entry["shape"])
+        return found
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CorruptSample(f"no safetensors file ({str(error)[:80]})") from None

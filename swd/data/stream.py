@@ -1,0 +1,163 @@
+"""Shards without an index, read from front to back: `pipe:` commands and plain URLs of tar files.
+
+The order depends on (seed, epoch) and on the number of readers, and a resumed run continues it as long as that number
+stays the same. Samples are mixed within a buffer, since a pipe cannot go back.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import fsspec
+import torch
+import webdataset as wds
+from torch.utils.data import IterableDataset, get_worker_info
+from webdataset.shardlists import expand_urls
+from webdataset.tariterators import group_by_keys, tar_file_iterator
+
+from swd.data.shards import CorruptSample, first_line
+from swd.types import Batch, UserError, stable_hash
+
+BUFFER = 1000
+"""Samples that are mixed at a time."""
+
+RawSample = dict[str, Any]
+
+
+def is_stream(path: str) -> bool:
+    """Whether a path names shards themselves rather than a folder of them."""
+    return path.startswith("pipe:") or path.split("?")[0].endswith(".tar")
+
+
+class StreamDataset(IterableDataset[Batch | UserError]):
+    """Whole batches from streamed shards, one part of the shards for each reader.
+
+    Args:
+        path: URLs of shards as WebDataset takes them, with `{00000..00099}` for many, `::` between several.
+        batch_size: over all processes.
+        seed: of the order.
+        decode: a raw sample (contents by ending, `__key__`, `__url__`) and the step of the schedule to a sample, or
+            CorruptSample.
+        collate: samples to a batch.
+        buffer: samples that are mixed at a time.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        batch_size: int,
+        seed: int,
+        decode: Callable[[RawSample, int], dict[str, Any]],
+        collate: Callable[[list[dict[str, Any]]], Batch],
+        buffer: int = BUFFER,
+    ) -> None:
+        self.urls: list[str] = sorted(expand_urls(path))
+        self.batch_size, self.seed, self.decode, self.collate, self.buffer = batch_size, seed, decode, collate, buffer
+        self.start = self.total = self.rank = 0
+        self.world = self.readers = self.per_iteration = self.steps = 1
+
+    def plan(
+        self, start: int, total: int, rank: int, world: int, readers: int, per_iteration: int = 1, steps: int = 1
+    ) -> StreamDataset:
+        """Say which batches are wanted of which process; `readers` is the number of loader processes of each.
+
+        Raises:
+            UserError: if there are fewer shards than readers.
+        """
+        if len(self.urls) < world * readers:
+            raise UserError(
+                f"{len(self.urls)} streamed shards for {world} processes with {readers} loader processes each; "
+                "every one needs a shard of its own: use fewer data.workers, or more shards"
+            )
+        self.start, self.total, self.rank, self.world, self.readers = start, total, rank, world, readers
+        self.per_iteration, self.steps = per_iteration, steps
+        return self
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Iterator[Batch | UserError]:
+        try:
+            yield from self._batches()
+        except UserError as error:
+            yield error  # as a value, for a loader process would wrap it
+
+    def _batches(self) -> Iterator[Batch]:
+        info = get_worker_info()
+        # Loader processes take turns; the first one gives the first batch that is wanted, wherever a run is resumed.
+        reader = ((info.id if info else 0) + self.start) % self.readers
+        turns = range(reader, self.total, self.readers)
+        local = self.batch_size // self.world
+        samples = self._samples(self.rank * self.readers + reader)
+        for batch in turns:
+            skipped: list[str] = []
+            raws: list[RawSample] = []
+            while len(raws) < local:
+                raw = next(samples)
+                if "bad" in raw:
+                    skipped.append(raw["bad"])
+                else:
+                    raws.append(raw)
+            if batch >= self.start:
+                yield self._batch(raws, batch // self.per_iteration % self.steps, skipped)
+
+    def _batch(self, raws: list[RawSample], step: int, skipped: list[str]) -> Batch:
+        """Decode a batch; a sample that fails is replaced by one of its own batch, so that no other one moves."""
+        good: list[dict[str, Any]] = []
+        for raw in raws:
+            try:
+                good.append(self.decode(raw, step) | {"bucket": 0, "skipped": []})
+            except CorruptSample as error:
+                skipped.append(str(error))
+        if not good:
+            raise UserError(f"none of the {len(raws)} samples of a batch can be read, the last one: {skipped[-1]}")
+        filled = [good[i % len(good)] for i in range(len(raws))]
+        filled[0] = filled[0] | {"skipped": skipped}
+        return self.collate(filled)
+
+    def _samples(self, slot: int) -> Iterator[RawSample]:
+        """The endless samples of one reader; unreadable shards come as `{"bad": why}`."""
+        epoch = 0
+        while True:
+            generator = torch.Generator().manual_seed(stable_hash(f"{self.seed}/stream/{epoch}".encode()))
+            order = torch.randperm(len(self.urls), generator=generator).tolist()
+            mine = [self.urls[i] for i in order[slot :: self.world * self.readers]]
+            rng = random.Random(f"{self.seed}/{epoch}/{slot}")
+            found = False
+            for raw in _shuffled((sample for url in mine for sample in read_shard(url)), self.buffer, rng):
+                found = found or "bad" not in raw
+                yield raw
+            if not found:
+                raise UserError(f"data.path: {mine[0]} and {len(mine) - 1} more shards hold no sample that can be read")
+            epoch += 1
+
+
+def _shuffled(samples: Iterator[RawSample], size: int, rng: random.Random) -> Iterator[RawSample]:
+    """Samples in another order, from a buffer of at most `size`."""
+    buffer: list[RawSample] = []
+    for sample in samples:
+        buffer.append(sample)
+        if len(buffer) > size:
+            yield _take(buffer, rng)
+    while buffer:
+        yield _take(buffer, rng)
+
+
+def _take(buffer: list[RawSample], rng: random.Random) -> RawSample:
+    place = rng.randrange(len(buffer))
+    buffer[place], buffer[-1] = buffer[-1], buffer[place]
+    return buffer.pop()
+
+
+def read_shard(url: str) -> Iterator[RawSample]:
+    """Raw samples of a shard; where it breaks off, `{"bad": why}` ends it."""
+    try:
+        with wds.gopen(url) if url.startswith("pipe:") else fsspec.open(url, "rb") as stream:
+            files = ({**file, "__url__": url} for file in tar_file_iterator(stream))
+            yield from group_by_keys(files)
+    except ImportError as error:
+        raise UserError(f"data.path: {url} cannot be read ({first_line(error)})") from None
+    except Exception as error:  # of many types: tarfile's, the pipe's, the store's own
+        yield {"bad": f"{url}: {first_line(error)}"}

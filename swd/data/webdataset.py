@@ -1,0 +1,534 @@
+"""Training data from shards, of pictures or of what `swd encode` made of them: local, remote, or through a pipe."""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from swd.data.buckets import bucket_sizes, nearest_bucket
+from swd.data.cache import TEXT, Assembler, latents_name
+from swd.data.datamodule import GlobalBatches, Guarded, GuardedLoader, Order, ThreadedLoader, as_it_is, check_pixels
+from swd.data.identity import difference
+from swd.data.images import PICTURES, VIDEOS, read_picture, read_video
+from swd.data.shards import CorruptSample, Scratch, ShardSet, fetch, read_manifest
+from swd.data.stream import StreamDataset, is_stream
+from swd.modules.pretrained import Pretrained
+from swd.schedule import ScaleSchedule
+from swd.types import Batch, Cached, Conditioning, Size, UserError
+
+TRIES = 100
+"""Samples tried in place of one that cannot be read."""
+COUNTED = 1000
+"""Samples that must have been read before a share of them says much."""
+
+
+class ShardData(LightningDataModule):
+    """Samples from shards, in an order that depends on (seed, epoch) alone, exact on resume.
+
+    Args:
+        path: folder or fsspec URL with a manifest (of `swd generate`, `swd import` or `swd encode`); or the URLs of
+            shards that are streamed from front to back: `pipe:COMMAND`, or anything that ends in `.tar`, with
+            `{00000..00099}` for many.
+        size: final side, (H, W) or (F, H, W) in pixels, where shards hold pictures; with `buckets`, the side of the
+            square with their area.
+        buckets: proportions "WIDTH:HEIGHT"; each picture goes to the nearest. None: all are cropped to `size`.
+        multiple: sides of buckets are multiples of this many pixels.
+        batch_size: over all processes.
+        workers: loader processes (threads for a cache); 0 loads in the training process.
+        prefetch: batches that each of them has ready.
+        seed: of the order.
+        window: shards that are mixed at a time, which keeps remote reads near each other; None: all.
+        manifest: folder or URL with the manifest of streamed shards; a cache needs it.
+        max_bad: share of the samples read that may be unreadable before the run stops.
+
+    Raises:
+        UserError: if there are no such shards, or settings contradict each other.
+    """
+
+    def __init__(
+        self,
+        path: str | None,
+        size: int | Sequence[int] = 1024,
+        buckets: Sequence[str] | None = None,
+        multiple: int = 64,
+        batch_size: int = 16,
+        workers: int = 0,
+        prefetch: int = 2,
+        seed: int = 0,
+        window: int | None = None,
+        max_bad: float = 0.01,
+        manifest: str | None = None,
+    ) -> None:
+        super().__init__()
+        if path is None:
+            raise UserError("data.path is missing; give a folder of shards, made by swd generate, import or encode")
+        for name, value in {
+            "batch_size": batch_size,
+            "prefetch": prefetch,
+            "window": 1 if window is None else window,
+        }.items():
+            if value < 1:
+                raise UserError(f"data.{name}={value}; use at least 1")
+        if workers < 0 or not 0 <= max_bad <= 1:
+            raise UserError(f"data.workers={workers}, data.max_bad={max_bad}; use 0 or more, and a share from 0 to 1")
+        self.path, self.batch_size, self.workers, self.prefetch = path, batch_size, workers, prefetch
+        self.seed, self.window, self.max_bad = seed, window, max_bad
+        self.pixels: Size = (size, size) if isinstance(size, int) else tuple(size)
+        self.source: Source
+        self.stream: StreamDataset | None = None
+        if is_stream(path):
+            if buckets is not None:
+                raise UserError("data.buckets needs shards with an index; a stream has none: use swd import first")
+            told = None if manifest is None else read_manifest(manifest)
+            if told is not None and told.get("kind") == "cache":
+                self.source = StreamedCache(told, str(manifest))
+            else:
+                self.source = StreamedPictures(self.pixels)
+            self.stream = StreamDataset(path, batch_size, seed, self.source.decode, self.source.collate)
+        else:
+            if manifest is not None:
+                raise UserError(f"data.manifest={manifest} is for streamed shards, but data.path={path}; leave it out")
+            self.source = open_shards(path, size, buckets, multiple)
+        self.schedule: ScaleSchedule | None = None
+        self.seen, self.bad, self.names = 0, 0, set[str]()
+
+    @property
+    def is_cache(self) -> bool:
+        """Whether samples are encoded already."""
+        return self.source.is_cache
+
+    def empty(self, bucket: Size | None) -> Conditioning:
+        """A cache's encoding of the empty prompt, one row, for finished pictures of `bucket` pixels."""
+        assert isinstance(self.source, CachedSource)
+        return self.source.empty(bucket)
+
+    def check(self, model: Pretrained, schedule: ScaleSchedule) -> None:
+        """Raise UserError unless these data are for this model and schedule."""
+        self.schedule = schedule
+        self.source.check(model, schedule)
+
+    def last(self, count: int, step: int) -> Batch:
+        """The last samples of the largest bucket, the last one first, for a step of the schedule.
+
+        Raises:
+            UserError: if the shards are streamed.
+        """
+        if not isinstance(self.source, ShardDataset):
+            raise UserError(f"data.path={self.path} is streamed, and has no last samples; use shards with an index")
+        members = max(self.source.members, key=len)
+        chosen = [int(members[-1 - i % len(members)]) for i in range(count)]
+        return self.source.collate([self.source[index, step] for index in chosen])
+
+    def train_dataloader(self) -> Any:
+        trainer, task = self.trainer, self.trainer.lightning_module  # type: ignore[union-attr]
+        per_iteration = getattr(task, "updates_per_iteration", 1)
+        total = trainer.max_steps * per_iteration  # type: ignore[union-attr]
+        start, rank, world = getattr(task, "updates", 0), trainer.global_rank, trainer.world_size  # type: ignore[union-attr]
+        steps = len(self.schedule) if self.schedule else 1
+        more: dict[str, Any] = {"num_workers": self.workers, "persistent_workers": self.workers > 0}
+        if self.workers:
+            more["prefetch_factor"] = self.prefetch
+        if self.stream is not None:
+            self.stream.plan(start, total, rank, world, max(self.workers, 1), per_iteration, steps)
+            return GuardedLoader(self.stream, batch_size=None, **more)
+        source: Any = self.source
+        orders = source.orders(self.seed, self.window)
+        sampler = DueBatches(None, self.batch_size, start, total, self.seed, rank, world, orders)
+        sampler.per_iteration, sampler.steps = per_iteration, steps
+        if self.is_cache:
+            return ThreadedLoader(source.batch_of, sampler, self.workers, self.prefetch)
+        return GuardedLoader(Guarded(source, source.collate), batch_sampler=sampler, collate_fn=as_it_is, **more)
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Count what could not be read; stop when it is too much of what this process has read.
+
+        Raises:
+            UserError: beyond `max_bad`, naming the last file.
+        """
+        self.seen += len(batch)
+        self.bad += len(batch.skipped)
+        for name in batch.skipped:
+            if name not in self.names:
+                self.names.add(name)
+                warnings.warn(f"skipped a sample ({len(self.names)} so far): {name}", stacklevel=2)
+        if self.bad > self.max_bad * max(self.seen, COUNTED):
+            raise UserError(
+                f"{self.bad} of {self.seen} samples cannot be read, more than data.max_bad={self.max_bad} allows (of "
+                f"at least {COUNTED}); the last one: {batch.skipped[-1] if batch.skipped else 'see above'}"
+            )
+        return batch
+
+
+def _side(size: int | Sequence[int]) -> int:
+    if not isinstance(size, int):
+        raise UserError(f"data.size={list(size)} beside data.buckets; give one side, buckets have its square's area")
+    return size
+
+
+class DueBatches(GlobalBatches):
+    """Batches of (index, step of the schedule): caches are read only at the sizes that the step needs."""
+
+    per_iteration = steps = 1
+
+    def request(self, index: int, batch: int) -> Any:
+        return index, batch // self.per_iteration % self.steps
+
+
+# What shards hold
+
+
+class Source:
+    """How samples of one kind are made of the files in a shard, whichever way those are read."""
+
+    is_cache: ClassVar[bool] = False
+
+    def check(self, model: Pretrained, schedule: ScaleSchedule) -> None:
+        """Raise UserError unless these samples are for this model and schedule."""
+
+    def decode(self, files: Mapping[str, Any], step: int) -> dict[str, Any]:
+        """A streamed sample (contents by ending, `__key__`, `__url__`), for a step of the schedule.
+
+        Raises:
+            CorruptSample: if it cannot be used.
+        """
+        raise NotImplementedError
+
+    def collate(self, samples: list[dict[str, Any]]) -> Batch:
+        """Samples of one bucket as a batch."""
+        raise NotImplementedError
+
+
+class PictureSource(Source):
+    """Captioned pictures or videos, of `pixels` unless there are `buckets`."""
+
+    def __init__(self, pixels: Size, buckets: Sequence[Size] | None = None) -> None:
+        self.pixels, self.buckets = pixels, buckets
+
+    def check(self, model: Pretrained, schedule: ScaleSchedule) -> None:
+        for size in self.buckets or [self.pixels]:
+            check_pixels(size, model, schedule, exact=self.buckets is not None)
+
+    def collate(self, samples: list[dict[str, Any]]) -> Batch:
+        bucket = None if self.buckets is None else self.buckets[samples[0]["bucket"]]
+        pixels = torch.stack([s["pixels"] for s in samples])
+        return Batch(pixels, [s["prompt"] for s in samples], None, bucket, _skipped(samples))
+
+
+class CachedSource(Source):
+    """What `swd encode` stored: conditioning, and latents at every size of its schedule.
+
+    Args:
+        manifest: of the cache.
+        root: where it lies, a folder or a URL.
+    """
+
+    is_cache: ClassVar[bool] = True
+
+    def __init__(self, manifest: Mapping[str, Any], root: str) -> None:
+        self.manifest, self.root = manifest, root.rstrip("/")
+        self.pixel_sizes: list[Size] = [tuple(bucket["pixels"]) for bucket in manifest["buckets"]]
+        self.sizes: list[list[Size]] = [[tuple(size) for size in bucket["sizes"]] for bucket in manifest["buckets"]]
+
+    def check(self, model: Pretrained, schedule: ScaleSchedule) -> None:
+        told = difference(self.manifest["identity"], model, schedule)
+        if told:
+            raise UserError(f"{self.root} was not encoded for this training: {told}; run swd encode again")
+        finals = [model.latent_size(pixels) for pixels in self.pixel_sizes]
+        self.sizes = [list(schedule.stretched(final, model.limits.divisor).sizes) for final in finals]
+
+    def due(self, bucket: int, step: int) -> dict[Size, str]:
+        """Endings of the latents that a step of the schedule needs, by size."""
+        sizes = self.sizes[bucket]
+        return {size: latents_name(size) for size in (sizes[max(step - 1, 0)], sizes[step])}
+
+    def sample(self, files: Mapping[str, NDArray[np.uint8]], text: NDArray[np.uint8], due: dict[Size, str]) -> Any:
+        """A sample of the files read."""
+        prompt = files["txt"].tobytes().decode("utf-8", "replace")
+        return {"prompt": prompt, "text": text, "latents": {size: files[name] for size, name in due.items()}}
+
+    def collate(self, samples: list[dict[str, Any]]) -> Batch:
+        assembler = Assembler(len(samples))
+        for row, sample in enumerate(samples):
+            put(assembler, row, sample)
+        return self.batch(assembler, [s["prompt"] for s in samples], samples[0]["bucket"], _skipped(samples))
+
+    def batch(self, assembler: Assembler, prompts: list[str], bucket: int, skipped: tuple[str, ...]) -> Batch:
+        """A batch of what has been assembled."""
+        cached = Cached(assembler.conditioning(), assembler.posteriors())
+        return Batch(None, prompts, cached, self.pixel_sizes[bucket], skipped)
+
+    def empty(self, bucket: Size | None) -> Conditioning:
+        """The encoded empty prompt, one row.
+
+        Raises:
+            UserError: if it cannot be read.
+        """
+        number = 0 if bucket is None else self.pixel_sizes.index(bucket)
+        where = f"{self.root}/{empty_name(number)}"
+        try:
+            assembler = Assembler(1)
+            assembler.text(0, np.frombuffer(bytearray(fetch(where)), np.uint8))
+            return assembler.conditioning()
+        except (OSError, CorruptSample) as error:
+            raise UserError(f"{where} cannot be read ({str(error)[:80]}); run swd encode again") from None
+
+
+def empty_name(bucket: int) -> str:
+    """File name of the encoded empty prompt of a bucket."""
+    return f"empty-{bucket}.safetensors"
+
+
+def put(assembler: Assembler, row: int, sample: Mapping[str, Any]) -> None:
+    """Put a cached sample into a row of a batch."""
+    assembler.text(row, sample["text"])
+    for size, data in sample["latents"].items():
+        assembler.latents(row, size, data)
+
+
+def _skipped(samples: list[dict[str, Any]]) -> tuple[str, ...]:
+    return tuple(name for sample in samples for name in sample["skipped"])
+
+
+# With an index: any sample, any time
+
+
+def open_shards(
+    path: str, size: int | Sequence[int], buckets: Sequence[str] | None = None, multiple: int = 64
+) -> PictureShards | CachedShards:
+    """The samples of a folder of shards, as `ShardData` takes them."""
+    shards = ShardSet(path)
+    if shards.manifest.get("kind") == "cache":
+        if buckets is not None:
+            raise UserError("data.buckets was decided when the cache was made; leave it out")
+        return CachedShards(shards)
+    pixels: Size = (size, size) if isinstance(size, int) else tuple(size)
+    return PictureShards(shards, pixels, None if buckets is None else bucket_sizes(buckets, _side(size), multiple))
+
+
+class ShardDataset(Dataset[dict[str, Any]]):
+    """Samples of shards by (index, step of the schedule), with others in place of those that cannot be read.
+
+    Args:
+        shards: where they are.
+        bucket_of: the bucket of every sample `[N]`; -1 for one that cannot be used.
+        buckets: how many there are.
+    """
+
+    def __init__(self, shards: ShardSet, bucket_of: NDArray[np.int64], buckets: int = 1) -> None:
+        self.shards, self.bucket_of = shards, bucket_of
+        self.members = [np.flatnonzero(bucket_of == b) for b in range(buckets)]
+        if not len(self):
+            raise UserError(f"data.path={shards.root} holds no sample that can be used")
+
+    def __len__(self) -> int:
+        return sum(map(len, self.members))
+
+    def orders(self, seed: int, window: int | None) -> list[Order]:
+        """The endless order of each bucket that has samples."""
+        shard = torch.from_numpy(np.searchsorted(self.shards.starts, np.arange(len(self.shards)), "right"))
+        filled = [(b, ids) for b, ids in enumerate(self.members) if len(ids)]
+        return [
+            Order(ids, f"{seed}/order/{b}", None if window is None else shard[ids], window or 1) for b, ids in filled
+        ]
+
+    def __getitem__(self, request: tuple[int, int] | int) -> dict[str, Any]:
+        index, step = request if isinstance(request, tuple) else (request, 0)
+        return self.first_good(index, lambda current: self.read(current, step))
+
+    def first_good(self, index: int, read: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
+        """A sample, or the next one of its bucket that can be read.
+
+        Raises:
+            UserError: if there is none for long.
+        """
+        bucket = int(self.bucket_of[index])
+        members = self.members[bucket]
+        place = int(np.searchsorted(members, index))
+        skipped: list[str] = []
+        for _ in range(TRIES):
+            current = int(members[place % len(members)])
+            try:
+                return read(current) | {"index": current, "bucket": bucket, "skipped": skipped}
+            except CorruptSample as error:
+                skipped.append(str(error))
+            place += 1
+        raise UserError(f"{TRIES} samples in a row cannot be read, the last one: {skipped[-1]}")
+
+    def read(self, index: int, step: int) -> dict[str, Any]:
+        """One sample, for a step of the schedule.
+
+        Raises:
+            CorruptSample: if it cannot be read.
+        """
+        raise NotImplementedError
+
+
+class PictureShards(PictureSource, ShardDataset):
+    """Captioned pictures or videos of indexed shards.
+
+    Args:
+        shards: of kind "pictures" or "videos".
+        pixels: size that all are cropped to, unless there are buckets.
+        buckets: sizes in pixels; each picture goes to the one nearest to its own proportions.
+    """
+
+    def __init__(self, shards: ShardSet, pixels: Size, buckets: Sequence[tuple[int, int]] | None = None) -> None:
+        PictureSource.__init__(self, pixels, buckets)
+        bucket_of = np.zeros(len(shards), np.int64)
+        if buckets is not None:
+            if not {"width", "height"} <= set(shards.columns):
+                raise UserError(f"data.buckets: the index of {shards.root} does not say how large pictures are")
+            pairs = zip(shards.columns["height"].tolist(), shards.columns["width"].tolist(), strict=True)
+            bucket_of = np.array([nearest_bucket(h, w, buckets) for h, w in pairs], np.int64)
+        ShardDataset.__init__(self, shards, bucket_of, len(buckets or [()]))
+        self.known = [ending for ending in shards.endings if f".{ending}" in (*PICTURES, *VIDEOS)]
+
+    def caption(self, index: int) -> str:
+        """The caption of a sample.
+
+        Raises:
+            CorruptSample: if it has none.
+        """
+        return _text(self.shards.read(index, ["txt"])["txt"])
+
+    def read(self, index: int, step: int) -> dict[str, Any]:
+        ending = next((e for e in self.known if self.shards.has(index, e)), None)
+        if ending is None:
+            raise CorruptSample(f"{self.shards.name(index)} has no picture")
+        data = self.shards.read(index, [ending, "txt"])
+        size = self.pixels if self.buckets is None else self.buckets[int(self.bucket_of[index])]
+        pixels = decode_pixels(data[ending].tobytes(), ending, size, self.shards.name(index))
+        return {"pixels": pixels, "prompt": _text(data["txt"])}
+
+
+def _text(data: NDArray[np.uint8]) -> str:
+    return data.tobytes().decode("utf-8", "replace").strip()
+
+
+class CachedShards(CachedSource, ShardDataset):
+    """A cache with an index.
+
+    Args:
+        shards: of kind "cache".
+    """
+
+    def __init__(self, shards: ShardSet) -> None:
+        CachedSource.__init__(self, shards.manifest, shards.root)
+        bucket_of = np.where(shards.columns["usable"] == 1, shards.columns["bucket"], -1)
+        ShardDataset.__init__(self, shards, bucket_of, len(self.pixel_sizes))
+        self.text_of = shards.columns["text"]
+        self._threads = threading.local()
+
+    def _scratch(self) -> Scratch:
+        """This thread's own."""
+        if not hasattr(self._threads, "scratch"):
+            self._threads.scratch = Scratch()
+        scratch: Scratch = self._threads.scratch
+        return scratch
+
+    def batch_of(self, requests: Sequence[tuple[int, int]]) -> Batch:
+        """A batch of (index, step of the schedule); its samples are read into the same memory, one after the other."""
+        assembler, samples, scratch = Assembler(len(requests)), [], self._scratch()
+        for row, (index, step) in enumerate(requests):
+
+            def place(current: int, row: int = row, step: int = step) -> dict[str, Any]:
+                scratch.clear()
+                sample = self.read(current, step, scratch)
+                put(assembler, row, sample)
+                return {"prompt": sample["prompt"]}
+
+            samples.append(self.first_good(index, place))
+        return self.batch(assembler, [s["prompt"] for s in samples], samples[0]["bucket"], _skipped(samples))
+
+    def read(self, index: int, step: int, scratch: Scratch | None = None) -> dict[str, Any]:
+        due = self.due(int(self.bucket_of[index]), step)
+        # A prompt that occurs again is stored with the first sample that has it.
+        holder = int(self.text_of[index])
+        own = [TEXT] if holder == index else []
+        files = self.shards.read(index, ["txt", *own, *due.values()], scratch)
+        text = files[TEXT] if own else self.shards.read(holder, [TEXT], scratch)[TEXT]
+        return self.sample(files, text, due)
+
+
+# Streams: what comes next
+
+
+class StreamedPictures(PictureSource):
+    """Captioned pictures or videos of streamed shards; captions from `.txt`, or a key of `.json`."""
+
+    def decode(self, files: Mapping[str, Any], step: int) -> dict[str, Any]:
+        name = f"{files['__url__']}, {files['__key__']}"
+        ending = next((e for e in files if f".{e}" in (*PICTURES, *VIDEOS)), None)
+        if ending is None:
+            raise CorruptSample(f"{name} has no picture")
+        return {"pixels": decode_pixels(files[ending], ending, self.pixels, name), "prompt": _caption(files, name)}
+
+
+def _caption(files: Mapping[str, Any], name: str) -> str:
+    if "txt" in files:
+        return str(files["txt"].decode("utf-8", "replace")).strip()
+    try:
+        told = json.loads(files["json"])
+        return str(next(told[key] for key in ("caption", "prompt", "text") if key in told))
+    except (KeyError, ValueError, StopIteration, TypeError):
+        raise CorruptSample(f"{name} has no caption") from None
+
+
+class StreamedCache(CachedSource):
+    """A cache that is streamed; every sample must carry its own text.
+
+    Raises:
+        UserError: if it stores repeated prompts once, or has several buckets.
+    """
+
+    def __init__(self, manifest: Mapping[str, Any], root: str) -> None:
+        super().__init__(manifest, root)
+        if manifest["deduplicate"]:
+            raise UserError(
+                f"{root} stores repeated prompts once, which a stream cannot follow; encode with deduplicate=false"
+            )
+        if len(self.pixel_sizes) > 1:
+            raise UserError(
+                f"{root} has {len(self.pixel_sizes)} aspect ratios; only shards with an index can be trained so"
+            )
+
+    def decode(self, files: Mapping[str, Any], step: int) -> dict[str, Any]:
+        due = self.due(0, step)
+        missing = [name for name in ("txt", TEXT, *due.values()) if name not in files]
+        if missing:
+            raise CorruptSample(f"{files['__url__']}, {files['__key__']} has no {missing[0]}")
+        arrays = {name: np.frombuffer(bytearray(files[name]), np.uint8) for name in ("txt", TEXT, *due.values())}
+        return dict(self.sample(arrays, arrays[TEXT], due))
+
+
+# Pixels
+
+
+def decode_pixels(data: bytes, ending: str, size: Size, name: str) -> Tensor:
+    """A picture or a video in a shard as pixels of `size`.
+
+    Raises:
+        CorruptSample: if it cannot be read, or is smaller than `size`.
+    """
+    try:
+        if f".{ending}" not in VIDEOS:
+            return read_picture(io.BytesIO(data), size)
+        with tempfile.TemporaryDirectory() as folder:  # ffmpeg wants a file
+            path = Path(folder) / f"video.{ending}"
+            path.write_bytes(data)
+            return read_video(path, size)
+    except (UserError, OSError, RuntimeError, StopIteration, ValueError) as error:
+        raise CorruptSample(f"{name}: {str(error).splitlines()[0][:160] if str(error) else error!r}") from None
