@@ -15,10 +15,12 @@ from hydra.utils import instantiate
 from lightning import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig
+from shards import make_pictures
 from tiny import CONF, composed
 
 from swd import demo, sample, train
 from swd.config import check
+from swd.data import importer
 from swd.diffusion import rectified_flow_table
 from swd.losses import DMD, GAN, MMD
 from swd.modules import hub
@@ -206,12 +208,18 @@ def test_every_data_set_instantiates(option: str, tmp_path: Path, captioned: Pat
     cfg = composed(arguments(tmp_path, data=option))
     if option in ("images", "videos"):
         cfg.data.dataset.path = str(captioned)
+    if option == "webdataset":
+        cfg.data.path = str(make_pictures(tmp_path / "shards", 2))
     assert instantiate(cfg.data, _convert_="all").batch_size >= 1
 
 
 @pytest.mark.parametrize("option", options("preset"))
 def test_every_preset_of_the_demo_passes_the_schema(option: str, tmp_path: Path) -> None:
     check(composed(arguments(tmp_path, preset=option), "demo"), demo.ROOT)
+
+
+def test_the_import_passes_the_schema() -> None:
+    assert importer.prepare(composed(["source=a", "out=b"], "import")) == importer.Plan()
 
 
 @pytest.mark.parametrize("option", options("model"))
@@ -242,7 +250,7 @@ def included(file: Path) -> set[Path]:
 
 
 def test_every_file_is_reached_by_a_test_above() -> None:
-    primary = {CONF / f"{name}.yaml" for name in ("train", "sample", "demo", "export")}
+    primary = {CONF / f"{name}.yaml" for name in ("train", "sample", "demo", "export", "generate", "import", "encode")}
     groups = (*FREE, "model", "experiment", "task", "preset")
     reached = primary | {CONF / group / f"{option}.yaml" for group in groups for option in options(group)}
     while more := set().union(*map(included, reached)) - reached:

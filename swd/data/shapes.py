@@ -395,6 +395,10 @@ class ShapesDataset(Dataset[dict[str, object]]):
             raise IndexError(f"index {index} is outside [0, {self.length})")
         return draw_scene(np.random.default_rng([self.seed, SPLITS.index(self.split), index]), self.split)
 
+    def caption(self, index: int) -> str:
+        """The caption of an item, without drawing it."""
+        return self.draw(index)[1].caption()
+
     def __getitem__(self, index: int) -> dict[str, object]:
         scene, prompt = self.draw(index)
         return {"pixels": render(scene, self.resolution), "prompt": prompt.caption(), "index": index}
