@@ -169,7 +169,8 @@ def test_too_many_corrupt_samples_stop_the_run(tmp_path: Path, world: int) -> No
     for row in (1, 6):
         damage(folder, row)
     data = shard_data(folder)
-    with pytest.warns(UserWarning), pytest.raises(UserError, match=r"^1[12] of \d+ samples.*max_bad=0\.01.*\.tar, sample"):
+    message = r"^1[12] of \d+ samples.*max_bad=0\.01.*\.tar, sample"
+    with pytest.warns(UserWarning), pytest.raises(UserError, match=message):
         for batch in loader(data, total=500, world=world, updates=100):
             data.on_before_batch_transfer(batch, 0)
     assert 11 / 0.25 < data.seen < 11 / 0.13  # 2 of 11 samples
