@@ -130,8 +130,8 @@ def read_picture(file: Path | BinaryIO, size: Size) -> Tensor:
     height, width = size
     if image.width < width or image.height < height:
         raise UserError(f"{file} is {image.width}x{image.height}, smaller than {width}x{height}; remove it")
-    array = np.asarray(cover_and_crop(image, size))
-    return torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 127.5 - 1
+    array = np.array(cover_and_crop(image, size))
+    return torch.from_numpy(array).permute(2, 0, 1).float().contiguous().div_(127.5).sub_(1)
 
 
 def decode(file: Path | BinaryIO) -> Image.Image:

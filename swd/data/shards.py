@@ -17,6 +17,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -402,6 +403,18 @@ class ShardSet:
                     raise CorruptSample(f"{self.name(index)}: .{ending} is damaged")
                 found[ending] = part
         return found
+
+    def expect(self, index: int, endings: Sequence[str]) -> None:
+        """Let the system fetch a sample's files that are about to be read; what is missing is told when it is read."""
+        if is_url(self.root) or not hasattr(os, "posix_fadvise"):
+            return
+        places = {ending: self.place(index, ending) for ending in endings if self.has(index, ending)}
+        for run in _runs(places):
+            first, last = places[run[0]], places[run[-1]]
+            with suppress(OSError):
+                file = self._local(first.shard)
+                length = last.offset + last.size - first.offset
+                os.posix_fadvise(file.descriptor, first.offset, length, os.POSIX_FADV_WILLNEED)
 
     def _read_range(self, shard: int, start: int, stop: int, scratch: Scratch | None = None) -> NDArray[np.uint8]:
         """Bytes of a shard; fewer than asked for where the file ends."""

@@ -442,6 +442,9 @@ class CachedShards(CachedSource, ShardDataset):
     def batch_of(self, requests: Sequence[tuple[int, int]]) -> Batch:
         """A batch of (index, step of the schedule); its samples are read into the same memory, one after the other."""
         assembler, samples, scratch = Assembler(len(requests)), [], self._scratch()
+        for index, step in requests:
+            due = self.due(int(self.bucket_of[index]), step)
+            self.shards.expect(index, ["txt", TEXT, *due.values()])
         for row, (index, step) in enumerate(requests):
 
             def place(current: int, row: int = row, step: int = step) -> dict[str, Any]:
