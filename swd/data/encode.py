@@ -320,8 +320,8 @@ class Encoder:
         count, whole = len(reasons), max(self.plan.job.rows, 100)
         if count > self.plan.max_bad * whole:
             raise UserError(
-                f"{count} of {whole} samples cannot be used, more than max_bad={self.plan.max_bad} allows; "
-                f"the last one: {reasons[-1]}"
+                f"{count} of {self.plan.job.rows} samples cannot be used, more than max_bad={self.plan.max_bad} allows "
+                f"(of at least 100); the last one: {reasons[-1]}"
             )
 
     @torch.no_grad()

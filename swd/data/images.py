@@ -114,22 +114,28 @@ def read_text(file: Path) -> str:
         raise UserError(f"{file} is not UTF-8 text; save it as UTF-8") from None
 
 
-def read_picture(file: Path | BinaryIO, size: Size) -> Tensor:
+def read_picture(file: Path | BinaryIO, size: Size, name: str | None = None) -> Tensor:
     """A picture `[3, H, W]` in [-1, 1] of exactly `size`: scaled to cover it, cropped around the middle.
 
     It stands as its EXIF orientation says; transparency shows white; of an animation the first frame is taken.
 
+    Args:
+        file: a file, or an open one.
+        size: (H, W) in pixels.
+        name: what messages call it; None: the file's own.
+
     Raises:
         UserError: if it cannot be read, or is smaller than `size`.
     """
+    name = str(file) if name is None else name
     try:
         image = decode(file)
     except Exception as error:  # Pillow meets damaged files with errors of many types
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{file} cannot be read as a picture ({reason[:80]}); remove it") from None
+        raise UserError(f"{name} cannot be read as a picture ({reason[:80]}); remove it") from None
     height, width = size
     if image.width < width or image.height < height:
-        raise UserError(f"{file} is {image.width}x{image.height}, smaller than {width}x{height}; remove it")
+        raise UserError(f"{name} is {image.width}x{image.height}, smaller than {width}x{height}; remove it")
     array = np.array(cover_and_crop(image, size))
     return torch.from_numpy(array).permute(2, 0, 1).float().contiguous().div_(127.5).sub_(1)
 

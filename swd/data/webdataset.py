@@ -42,8 +42,8 @@ class ShardData(LightningDataModule):
         path: folder or fsspec URL with a manifest (of `swd generate`, `swd import` or `swd encode`); or the URLs of
             shards that are streamed from front to back: `pipe:COMMAND`, or anything that ends in `.tar`, with
             `{00000..00099}` for many.
-        size: final side, (H, W) or (F, H, W) in pixels, where shards hold pictures; with `buckets`, the side of the
-            square with their area.
+        size: final side, (H, W) or (F, H, W) in pixels, where shards hold pictures; None: where the schedule ends. With
+            `buckets`, the side of the square with their area.
         buckets: proportions "WIDTH:HEIGHT"; each picture goes to the nearest. None: all are cropped to `size`.
         multiple: sides of buckets are multiples of this many pixels.
         batch_size: over all processes.
@@ -61,7 +61,7 @@ class ShardData(LightningDataModule):
     def __init__(
         self,
         path: str | None,
-        size: int | Sequence[int] = 1024,
+        size: int | Sequence[int] | None = None,
         buckets: Sequence[str] | None = None,
         multiple: int = 64,
         batch_size: int = 16,
@@ -86,7 +86,7 @@ class ShardData(LightningDataModule):
             raise UserError(f"data.workers={workers}, data.max_bad={max_bad}; use 0 or more, and a share from 0 to 1")
         self.path, self.batch_size, self.workers, self.prefetch = path, batch_size, workers, prefetch
         self.seed, self.window, self.max_bad = seed, window, max_bad
-        self.pixels: Size = (size, size) if isinstance(size, int) else tuple(size)
+        pixels = pixel_size_of(size)
         self.source: Source
         self.stream: StreamDataset | None = None
         if is_stream(path):
@@ -96,7 +96,7 @@ class ShardData(LightningDataModule):
             if told is not None and told.get("kind") == "cache":
                 self.source = StreamedCache(told, str(manifest))
             else:
-                self.source = StreamedPictures(self.pixels)
+                self.source = StreamedPictures(pixels)
             self.stream = StreamDataset(path, batch_size, seed, self.source.decode, self.source.collate)
         else:
             if manifest is not None:
@@ -172,9 +172,15 @@ class ShardData(LightningDataModule):
         return batch
 
 
-def _side(size: int | Sequence[int]) -> int:
+def pixel_size_of(size: int | Sequence[int] | None) -> Size | None:
+    """A size in pixels as configuration writes it."""
+    return (size, size) if isinstance(size, int) else None if size is None else tuple(size)
+
+
+def _side(size: int | Sequence[int] | None) -> int:
     if not isinstance(size, int):
-        raise UserError(f"data.size={list(size)} beside data.buckets; give one side, buckets have its square's area")
+        told = None if size is None else list(size)
+        raise UserError(f"data.size={told} beside data.buckets; give one side, buckets have its square's area")
     return size
 
 
@@ -212,12 +218,14 @@ class Source:
 
 
 class PictureSource(Source):
-    """Captioned pictures or videos, of `pixels` unless there are `buckets`."""
+    """Captioned pictures or videos, of `pixels` unless there are `buckets`; without either, of the schedule's size."""
 
-    def __init__(self, pixels: Size, buckets: Sequence[Size] | None = None) -> None:
-        self.pixels, self.buckets = pixels, buckets
+    def __init__(self, pixels: Size | None, buckets: Sequence[Size] | None = None) -> None:
+        self.pixels: Size = pixels or ()
+        self.buckets = buckets
 
     def check(self, model: Pretrained, schedule: ScaleSchedule) -> None:
+        self.pixels = self.pixels or model.pixel_size(schedule.sizes[-1])
         for size in self.buckets or [self.pixels]:
             check_pixels(size, model, schedule, exact=self.buckets is not None)
 
@@ -306,7 +314,7 @@ def _skipped(samples: list[dict[str, Any]]) -> tuple[str, ...]:
 
 
 def open_shards(
-    path: str, size: int | Sequence[int], buckets: Sequence[str] | None = None, multiple: int = 64
+    path: str, size: int | Sequence[int] | None, buckets: Sequence[str] | None = None, multiple: int = 64
 ) -> PictureShards | CachedShards:
     """The samples of a folder of shards, as `ShardData` takes them."""
     shards = ShardSet(path)
@@ -314,8 +322,9 @@ def open_shards(
         if buckets is not None:
             raise UserError("data.buckets was decided when the cache was made; leave it out")
         return CachedShards(shards)
-    pixels: Size = (size, size) if isinstance(size, int) else tuple(size)
-    return PictureShards(shards, pixels, None if buckets is None else bucket_sizes(buckets, _side(size), multiple))
+    return PictureShards(
+        shards, pixel_size_of(size), None if buckets is None else bucket_sizes(buckets, _side(size), multiple)
+    )
 
 
 class ShardDataset(Dataset[dict[str, Any]]):
@@ -385,7 +394,7 @@ class PictureShards(PictureSource, ShardDataset):
         buckets: sizes in pixels; each picture goes to the one nearest to its own proportions.
     """
 
-    def __init__(self, shards: ShardSet, pixels: Size, buckets: Sequence[tuple[int, int]] | None = None) -> None:
+    def __init__(self, shards: ShardSet, pixels: Size | None, buckets: Sequence[tuple[int, int]] | None = None) -> None:
         PictureSource.__init__(self, pixels, buckets)
         bucket_of = np.zeros(len(shards), np.int64)
         if buckets is not None:
@@ -528,10 +537,12 @@ def decode_pixels(data: bytes, ending: str, size: Size, name: str) -> Tensor:
     """
     try:
         if f".{ending}" not in VIDEOS:
-            return read_picture(io.BytesIO(data), size)
+            return read_picture(io.BytesIO(data), size, name)
         with tempfile.TemporaryDirectory() as folder:  # ffmpeg wants a file
             path = Path(folder) / f"video.{ending}"
             path.write_bytes(data)
             return read_video(path, size)
-    except (UserError, OSError, RuntimeError, StopIteration, ValueError) as error:
+    except UserError as error:
+        raise CorruptSample(str(error) if f".{ending}" not in VIDEOS else f"{name}: {error}") from None
+    except (OSError, RuntimeError, StopIteration, ValueError) as error:
         raise CorruptSample(f"{name}: {str(error).splitlines()[0][:160] if str(error) else error!r}") from None
