@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -24,6 +26,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def picture_bytes(image: Image.Image, ending: str, quality: int) -> bytes:
+    """A picture as the bytes of a "png", "jpg" or "webp" file; `quality`, 1 to 100, is of the lossy ones."""
+    options: dict[str, dict[str, Any]] = {
+        "png": {"format": "PNG"},
+        "jpg": {"format": "JPEG", "quality": quality, "subsampling": 0},
+        "webp": {"format": "WEBP", "quality": quality},
+    }
+    stream = io.BytesIO()
+    image.save(stream, **options[ending])
+    return stream.getvalue()
 
 
 def to_pil(pixels: Tensor) -> Image.Image:

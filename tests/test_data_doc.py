@@ -12,6 +12,7 @@ import torch
 from test_real_size import TEXT, TFLOP
 from tiny import composed
 
+from docs import table
 from swd.config import check
 from swd.data import encode, generate, importer
 from swd.data.cache import Precision, pack_latents, pack_text
@@ -26,17 +27,6 @@ A100 = 312 * 0.4
 """TFLOP/s, as in docs/models.md."""
 VAE = dict(zip((32, 48, 64, 80, 96, 128), (0.27, 0.62, 1.12, 1.78, 2.61, 4.88), strict=True))
 T5, CLIP, DECODE = 4.84, 0.1, 10.47
-
-
-def table(heading: str) -> dict[str, list[str]]:
-    lines = DOC.partition(f"| {heading}")[2].splitlines()[2:]
-    rows = {}
-    for line in lines:
-        if not line.startswith("|"):
-            break
-        first, *rest = (cell.strip() for cell in line.strip("|").split("|"))
-        rows[first.strip("`")] = rest
-    return rows
 
 
 @pytest.fixture(params=skeletons.MODELS)
@@ -76,12 +66,12 @@ def test_bytes(name: str, model: Pretrained) -> None:
     text, latents = packed(name, model, "bf16")
     small = sum(packed(name, model, "int8"))
     counted = [f"{text / 1e6:.2f}", f"{latents / 1e6:.2f}", f"{(text + latents) / 1e4:.0f}", f"{small / 1e4:.0f}"]
-    assert table("model | text")[name][:4] == counted
+    assert table(DOC, "model | text")[name][:4] == counted
 
 
 def test_hours(name: str, model: Pretrained) -> None:
     """A100 hours of 100,000 samples at the assumed use of its peak; only where costs are counted."""
-    draw, code = table("model | text")[name][4:6]
+    draw, code = table(DOC, "model | text")[name][4:6]
     sides, passes = [size[-1] for size in sizes_of(name)], 1 if name == "flux_dev" else 2
     if name == "sana_1600m":
         assert (draw, code) == ("-", "-")

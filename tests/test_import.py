@@ -27,6 +27,7 @@ from swd.data.images import PICTURES, FolderDataset, decode, read_picture
 from swd.data.importer import run
 from swd.data.shards import ShardSet
 from swd.data.webdataset import ShardData
+from swd.files import file_hash
 from swd.types import UserError
 
 
@@ -72,7 +73,7 @@ def read(out: Path) -> list[dict[str, Any]]:
 def hashes(out: Path) -> list[str]:
     """Of every shard, by the manifest, and of every index."""
     manifest = json.loads((out / "manifest.json").read_text())
-    return [entry["sha256"] for entry in manifest["shards"]] + [shards.hash_of(f) for f in sorted(out.glob("*.idx"))]
+    return [entry["sha256"] for entry in manifest["shards"]] + [file_hash(f) for f in sorted(out.glob("*.idx"))]
 
 
 # Layouts

@@ -19,24 +19,13 @@ from tiny import CONF, composed
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from docs import table
 from swd.adapters import named
 from swd.modules import hub
 from swd.modules.pretrained import Pretrained
 from swd.train import build
 
 TEXT_OF_DOC = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
-
-
-def table(heading: str) -> dict[str, list[str]]:
-    """Rows of the table whose header starts with `heading`, by model."""
-    lines = TEXT_OF_DOC.partition(f"| {heading}")[2].splitlines()[2:]
-    rows: dict[str, list[str]] = {}
-    for line in lines:
-        if not line.startswith("|"):
-            break
-        first, *rest = (cell.strip() for cell in line.strip("|").split("|"))
-        rows[first.strip("`")] = rest
-    return rows
 
 
 @pytest.fixture(scope="module", params=skeletons.MODELS)
@@ -103,7 +92,7 @@ PARTS = {
 
 
 def test_parameters_and_layers(name: str, model: Pretrained) -> None:
-    network, parameters, steps, _, lora, batch = table("`model=`")[name]
+    network, parameters, steps, _, lora, batch = table(TEXT_OF_DOC, "`model=`")[name]
     cfg = composed(["folder=x", "name=y", f"model={name}"])
     assert network and int(parameters.replace(",", "")) == count(model.meta_network)
     assert lora == f"{model.rank}, {len(adapted(model))}"
@@ -116,17 +105,17 @@ def test_memory(name: str, model: Pretrained) -> None:
     adapter = 16 * sum(model.rank * (layer.in_features + layer.out_features) for layer in adapted(model))
     beside = sum(encoders()[part] * (4 if part == "vae" else 2) for part in PARTS[name])
     counted = [base, adapter, base + adapter, base + 2 * adapter, beside]
-    assert table("model | base")[name] == [f"{value / 1e9:.1f}" for value in counted]
+    assert table(TEXT_OF_DOC, "model | base")[name] == [f"{value / 1e9:.1f}" for value in counted]
     small = f"{(base - sum(layer.weight.numel() for layer in adapted(model))) / 1e9:.1f}"
     for shown, whole in {"flux_dev": "instead of 23.8 for FLUX", "sd35_large": "instead of 16.3 for SD3.5"}.items():
         assert name != shown or re.search(rf"{small}( GB)? {whole}", TEXT_OF_DOC)
 
 
 def test_seconds_follow_from_the_counted_work(name: str) -> None:
-    _, _, swd, mmd, beside = (cell.partition(",")[0] for cell in table("model | F ")[name])
-    batch = int(table("`model=`")[name][-1])
+    _, _, swd, mmd, beside = (cell.partition(",")[0] for cell in table(TEXT_OF_DOC, "model | F ")[name])
+    batch = int(table(TEXT_OF_DOC, "`model=`")[name][-1])
     for updates, work, cells in ((6, swd, slice(0, 2)), (1, mmd, slice(2, 4))):
-        seconds, hours = table("model | all losses, s")[name][cells]
+        seconds, hours = table(TEXT_OF_DOC, "model | all losses, s")[name][cells]
         if seconds == "-":
             continue
         expected = batch * (float(work) + updates * float(beside)) / (8 * 312 * 0.4)
@@ -153,7 +142,7 @@ def test_work(name: str, model: Pretrained) -> None:
         early += counter.get_total_flops() / 1e12 / len(sizes)
     passes = 25 if model.guidance_scale == 1 else 26
     expected = [f"{whole:.2f}", f"{early / whole:.2f}", f"{passes * whole + 21 * early:.0f}"]
-    assert table("model | F ")[name][:4] == [*expected, f"{3 * whole + 4 * early:.0f}"]
+    assert table(TEXT_OF_DOC, "model | F ")[name][:4] == [*expected, f"{3 * whole + 4 * early:.0f}"]
 
 
 def commands() -> list[str]:
@@ -176,6 +165,6 @@ def test_commands_build(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_named_configurations_exist() -> None:
-    shown = set(table("`model=`"))
+    shown = set(table(TEXT_OF_DOC, "`model=`"))
     assert shown == {file.stem for file in (CONF / "model").glob("*.yaml")}
     assert all(yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text()) for name in shown)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence, Sized
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from swd.data.ahead import read_ahead
 from swd.modules.pretrained import Pretrained
 from swd.schedule import ScaleSchedule
 from swd.types import Batch, Size, UserError, stable_hash
@@ -120,7 +119,7 @@ class Guarded(Dataset[Any]):
     A loader would pass it on with the worker's traceback as its message.
 
     Args:
-        dataset: map-style; it may give whole batches by `__getitems__`.
+        dataset: map-style.
         collate: samples to a batch.
     """
 
@@ -128,9 +127,8 @@ class Guarded(Dataset[Any]):
         self.dataset, self.collate = dataset, collate
 
     def __getitems__(self, requests: list[Any]) -> Batch | UserError:
-        many = getattr(self.dataset, "__getitems__", None)
         try:
-            return many(requests) if many else self.collate([self.dataset[request] for request in requests])
+            return self.collate([self.dataset[request] for request in requests])
         except UserError as error:
             return error
 
@@ -171,18 +169,8 @@ class ThreadedLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         if not self.workers:
-            yield from map(self.read, self.requests)
-            return
-        pool, waiting = ThreadPoolExecutor(self.workers, "swd-data"), deque[Future[Batch]]()
-        try:
-            for request in self.requests:
-                waiting.append(pool.submit(self.read, request))
-                if len(waiting) > self.workers * self.prefetch:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+            return map(self.read, self.requests)
+        return read_ahead(self.read, self.requests, self.workers, self.workers * self.prefetch)
 
 
 def collate(samples: list[dict[str, Any]]) -> Batch:

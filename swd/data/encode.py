@@ -231,7 +231,7 @@ class Encoder:
         different = len(self.holders) / job.rows if plan.deduplicate else 1.0
         values = sum(torch.Size(size).numel() for size in plan.schedules[0].sizes) * plan.model.channels
         latents = values * BYTES[plan.precision] * (2 if plan.posterior == "keep" else 1)
-        left = sum(len(job.rows_of(shard)) for shard in range(job.shards) if not is_done(job.folder, shard))
+        left = job.rows_left
         needed, free = left * (latents + different * text), shutil.disk_usage(job.folder).free
         told = (
             f"{left} samples take about {needed / 1e9:.3g} GB (each {latents / 1e6:.3g} MB of latents at "

@@ -7,7 +7,6 @@ are kept as files until their shard is complete: a kill costs one batch, and a r
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +28,7 @@ from swd.data.refiner import build_refiner, draw_refined, load_refiner
 from swd.data.shards import is_done, shard_name
 from swd.data.work import PARTIAL, Job, Sample, share
 from swd.files import write_aside
-from swd.images import to_pil
+from swd.images import picture_bytes, to_pil
 from swd.modules.pretrained import Pretrained
 from swd.sample import Request, build_pipeline, draw, final_size, read_prompts
 from swd.types import Size, UserError
@@ -110,7 +109,7 @@ def run(cfg: DictConfig) -> None:
         print(f"{plan.job.folder}: {manifest['samples']} samples, {manifest['bytes'] / 1e6:.1f} MB")
         return
     rank, world = share()
-    done = sum(is_done(plan.job.folder, shard) for shard in range(plan.job.shards))
+    done = plan.job.shards - len(plan.job.shards_left)
     print(f"process {rank + 1} of {world} is through; {done} of {plan.job.shards} shards are there")
 
 
@@ -228,7 +227,7 @@ def announce(plan: Plan) -> None:
     """
     job, pixels = plan.job, plan.model.pixel_size(plan.size)
     area = torch.Size(pixels).numel()
-    left = sum(len(job.rows_of(shard)) for shard in range(job.shards) if not is_done(job.folder, shard))
+    left = job.rows_left
     needed, free = left * area * BYTES[plan.ending], shutil.disk_usage(job.folder).free
     told = f"{left} {job.unit}s of {'x'.join(map(str, reversed(pixels)))} take about {needed / 1e9:.3g} GB"
     if needed > free:
@@ -297,7 +296,7 @@ class Painter:
         if self.plan.ending == "mp4":
             video.write(path, drawn, self.plan.fps)
         else:
-            path.write_bytes(encoded(drawn, self.plan.ending, self.plan.quality))
+            path.write_bytes(picture_bytes(to_pil(drawn), self.plan.ending, self.plan.quality))
 
     def _sample(self, row: int, data: bytes) -> Sample:
         plan, request = self.plan, self.plan.requests[row]
@@ -319,15 +318,3 @@ class Painter:
         for folder in self.kept.glob("[0-9]*"):
             if is_done(self.plan.job.folder, int(folder.name)):
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def encoded(drawn: Tensor, ending: str, quality: int) -> bytes:
-    """A picture `[3, H, W]` in [-1, 1] as the bytes of a file."""
-    options: dict[str, dict[str, Any]] = {
-        "png": {"format": "PNG"},
-        "jpg": {"format": "JPEG", "quality": quality, "subsampling": 0},
-        "webp": {"format": "WEBP", "quality": quality},
-    }
-    stream = io.BytesIO()
-    to_pil(drawn).save(stream, **options[ending])
-    return stream.getvalue()

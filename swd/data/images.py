@@ -21,7 +21,22 @@ from swd.types import Size, UserError
 
 LIST = "metainfo.csv"
 """Captions of a folder: a header row, then index, file name, caption by position (the published layout)."""
-PICTURES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif", ".jp2")
+ENDINGS = {
+    "jpg": "jpg",
+    "jpeg": "jpg",
+    "jpe": "jpg",
+    "jfif": "jpg",
+    "png": "png",
+    "webp": "webp",
+    "tif": "tiff",
+    "tiff": "tiff",
+    "bmp": "bmp",
+    "gif": "gif",
+    "avif": "avif",
+    "jp2": "jp2",
+}
+"""Endings of pictures, in lower case, and what shards call them."""
+PICTURES = tuple(f".{ending}" for ending in ENDINGS)
 Image.init()
 _FORMATS: list[str] = ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000"]
 FORMATS = [name for name in _FORMATS if name in Image.OPEN]

@@ -10,9 +10,8 @@ import contextlib
 import io
 import json
 import warnings
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,12 +20,14 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from swd.config import check
+from swd.data.ahead import read_ahead
 from swd.data.buckets import bucket_sizes, nearest_bucket
-from swd.data.images import FORMATS, cover_and_crop, decode
+from swd.data.images import ENDINGS, FORMATS, cover_and_crop, decode
 from swd.data.shards import ShardSet, shard_name
-from swd.data.sources import ENDINGS, Part, Problem, Row, Source, list_source
+from swd.data.sources import Part, Problem, Row, Source, list_source
 from swd.data.work import JOB, Job, Sample, share
 from swd.files import write_json
+from swd.images import picture_bytes
 from swd.types import UserError
 
 ROOT = {
@@ -162,7 +163,9 @@ def make(job: Job, source: Source, plan: Plan, rows: range, done: Callable[[int]
         done: told of every row.
     """
     problems = []
-    for number, result in read_ahead(lambda number: load(source.rows[number], number, plan), rows, plan.workers):
+    # Threads, since Pillow frees the interpreter while it works.
+    results = read_ahead(lambda number: load(source.rows[number], number, plan), rows, plan.workers, 2 * plan.workers)
+    for number, result in zip(rows, results, strict=True):
         if isinstance(result, Problem):
             if plan.strict:
                 refuse(iter([result]))
@@ -175,21 +178,6 @@ def make(job: Job, source: Source, plan: Plan, rows: range, done: Callable[[int]
         write_json(file, problems)
     else:
         file.unlink(missing_ok=True)
-
-
-def read_ahead(
-    read: Callable[[int], Sample | Problem], rows: range, workers: int
-) -> Iterator[tuple[int, Sample | Problem]]:
-    """Numbers and results in order; threads are a few rows ahead, since Pillow frees the interpreter while it works."""
-    waiting: deque[tuple[int, Future[Sample | Problem]]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for number in rows:
-            waiting.append((number, pool.submit(read, number)))
-            if len(waiting) > 2 * workers:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        for first, future in waiting:
-            yield first, future.result()
 
 
 # One row
@@ -224,7 +212,8 @@ def load(row: Row | Problem, number: int, plan: Plan) -> Sample | Problem:
     if plan.resize:
         told |= {"original_width": image.width, "original_height": image.height}
         image = cover_and_crop(image, (height, width))
-        data, ending = encode(image, plan.format), plan.format
+        image.info = {}  # no metadata
+        data, ending = picture_bytes(image, plan.format, QUALITY), plan.format
     columns = {"width": image.width, "height": image.height}
     files = {ending: data, "txt": caption.encode(), "json": json.dumps(told | columns).encode()}
     return f"{number:08d}", files, columns
@@ -250,19 +239,6 @@ def texts(row: Row) -> tuple[str | Problem, int | str | None]:
     if not caption or not caption.strip():
         return Problem("no caption", row.file, "its caption is empty"), None
     return caption, index
-
-
-def encode(image: Image.Image, ending: str) -> bytes:
-    """The bytes of a picture file, without metadata."""
-    image.info = {}
-    stream = io.BytesIO()
-    options: dict[str, dict[str, Any]] = {
-        "png": {"format": "PNG"},
-        "jpg": {"format": "JPEG", "quality": QUALITY, "subsampling": 0},
-        "webp": {"format": "WEBP", "quality": QUALITY},
-    }
-    image.save(stream, **options[ending])
-    return stream.getvalue()
 
 
 def reason(error: Exception) -> str:

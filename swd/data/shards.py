@@ -9,7 +9,6 @@ A shard appears under its name only when it is complete. Nothing in a shard is e
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -28,7 +27,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from swd.files import write_json
+from swd.files import file_hash, write_json
 from swd.types import UserError
 
 MANIFEST, FORMAT = "manifest.json", 1
@@ -114,7 +113,7 @@ class ShardWriter:
     def _write_index(self) -> None:
         names = sorted({name for columns in self._columns for name in columns})
         columns = {n: np.array([c.get(n, -1) for c in self._columns], np.int64) for n in names}
-        write_index(self.path.with_suffix(".idx"), self._rows, columns, hash_of(self.path))
+        write_index(self.path.with_suffix(".idx"), self._rows, columns, file_hash(self.path))
 
 
 def write_index(path: Path, rows: Sequence[Mapping[str, tuple[int, int, int]]], columns: Columns, sha: str) -> None:
@@ -131,12 +130,6 @@ def write_index(path: Path, rows: Sequence[Mapping[str, tuple[int, int, int]]], 
         {"index": json.dumps({"endings": endings, "sha256": sha})},  # one entry: the order of several is random
     )
     path.write_bytes(data)  # save_file would let nobody but its owner read it
-
-
-def hash_of(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def shard_name(number: int) -> str:

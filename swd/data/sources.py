@@ -20,25 +20,10 @@ from typing import Any
 
 from webdataset.shardlists import expand_urls
 
-from swd.data.images import LIST
+from swd.data.images import ENDINGS, LIST
 from swd.data.shards import split_name
 from swd.types import UserError
 
-ENDINGS = {
-    "jpg": "jpg",
-    "jpeg": "jpg",
-    "jpe": "jpg",
-    "jfif": "jpg",
-    "png": "png",
-    "webp": "webp",
-    "tif": "tiff",
-    "tiff": "tiff",
-    "bmp": "bmp",
-    "gif": "gif",
-    "avif": "avif",
-    "jp2": "jp2",
-}
-"""Endings of pictures, in lower case, and what shards call them."""
 FILES = ("file", "file_name", "filename", "path", "file_path", "filepath", "image", "image_path")
 CAPTIONS = ("caption", "text", "prompt")
 INDICES = ("index", "id")

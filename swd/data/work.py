@@ -67,6 +67,16 @@ class Job:
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.rows))
 
     @property
+    def shards_left(self) -> list[int]:
+        """The shards that are not complete, of all processes."""
+        return [shard for shard in range(self.shards) if not is_done(self.folder, shard)]
+
+    @property
+    def rows_left(self) -> int:
+        """How many rows they have."""
+        return sum(len(self.rows_of(shard)) for shard in self.shards_left)
+
+    @property
     def is_complete(self) -> bool:
         """Whether the manifest is there already."""
         return (self.folder / MANIFEST).is_file()
@@ -117,7 +127,7 @@ class Job:
         with bar:
             for shard in left:
                 write_shard(self.folder, shard, make(self.rows_of(shard), bar.update))
-        if not all(is_done(self.folder, shard) for shard in range(self.shards)):
+        if self.shards_left:
             return None
         manifest = write_manifest(self.folder, self.kind, self.shards, {**self.settings, **measured()})
         # Half-written shards of killed processes, and what they kept; another one may be writing the manifest, too.
