@@ -1,0 +1,1 @@
+"""Files, pictures, tables and messages: helpers that know nothing of the method."""
