@@ -1,21 +1,24 @@
 """Shards: tar files as WebDataset writes them, each with an index beside it, and one manifest for all.
 
-    FOLDER/manifest.json     what this is, from which settings, how many samples, a hash of every shard
+    FOLDER/manifest.json     what this is, from which settings, how many samples, hashes of every shard and its index
     FOLDER/00000.tar         samples one after the other: KEY.png, KEY.txt, KEY.json, ...
     FOLDER/00000.idx         where each file of each sample lies (safetensors), so that any sample is one read away
 
-A shard appears under its name only when it is complete. Nothing in a shard is ever unpickled.
+A shard appears under its name only when it is complete. Nothing in a shard is ever unpickled, and nothing outside its
+folder is read: shards may come from somebody else.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +27,18 @@ from typing import Any
 import fsspec
 import numpy as np
 import safetensors.numpy
+import xxhash
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from swd.files import file_hash, write_json
 from swd.types import UserError
 
-MANIFEST, FORMAT = "manifest.json", 1
+MANIFEST, FORMAT = "manifest.json", 2
+FORMATS = (1, 2)
+"""Versions that can be read; the first one had no hash of the indices."""
+KINDS = ("pictures", "videos", "cache")
+"""What shards hold."""
 _WORD = 8
 OPEN_FILES = 256
 """Shards that a process keeps open."""
@@ -44,15 +52,24 @@ class CorruptSample(Exception):
     """A sample cannot be used; the message names its file and says why."""
 
 
-def checksum(data: bytes | memoryview | NDArray[np.uint8]) -> int:
-    """Sum of the little-endian 64-bit words of `data`, padded with zeros, modulo 2^63: as fast as memory, unlike CRCs.
+def xxh3(data: Any) -> int:
+    """XXH3 of bytes, its lower 63 bits: as fast as memory, and any change shows, also parts that changed places."""
+    return int(xxhash.xxh3_64_intdigest(data)) % 2**63
 
-    Any single damaged byte changes it.
+
+def sum_of_words(data: bytes | NDArray[np.uint8]) -> int:
+    """Sum of the little-endian 64-bit words of `data`, padded with zeros, modulo 2^63, as the first shards have it.
+
+    Words that changed places do not change it.
     """
     array = np.frombuffer(data, np.uint8) if not isinstance(data, np.ndarray) else data
     whole = len(array) - len(array) % _WORD
     total = int(array[:whole].view("<u8").sum(dtype=np.uint64)) if whole else 0
     return (total + int.from_bytes(array[whole:].tobytes(), "little")) % 2**63
+
+
+CHECKSUMS: dict[str, Callable[[Any], int]] = {"xxh3": xxh3, "words": sum_of_words}
+"""By the name that an index gives; one that gives none has sums of words."""
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -98,7 +115,7 @@ class ShardWriter:
             info.size = len(data)
             self._tar.addfile(info, io.BytesIO(data))
             blocks = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-            row[ending] = (self._tar.offset - blocks, len(data), checksum(data))
+            row[ending] = (self._tar.offset - blocks, len(data), xxh3(data))
         self._rows.append(row)
         self._columns.append(columns or {})
 
@@ -113,11 +130,21 @@ class ShardWriter:
     def _write_index(self) -> None:
         names = sorted({name for columns in self._columns for name in columns})
         columns = {n: np.array([c.get(n, -1) for c in self._columns], np.int64) for n in names}
-        write_index(self.path.with_suffix(".idx"), self._rows, columns, file_hash(self.path))
+        told = {"sha256": file_hash(self.path), "bytes": self.path.stat().st_size}
+        write_index(self.path.with_suffix(".idx"), self._rows, columns, told)
 
 
-def write_index(path: Path, rows: Sequence[Mapping[str, tuple[int, int, int]]], columns: Columns, sha: str) -> None:
-    """Write where the files of each sample lie: (offset, size, checksum) by ending."""
+def write_index(
+    path: Path, rows: Sequence[Mapping[str, tuple[int, int, int]]], columns: Columns, shard: Mapping[str, Any]
+) -> None:
+    """Write where the files of each sample lie: (offset, size, checksum) by ending.
+
+    Args:
+        path: of the index.
+        rows: the samples.
+        columns: whole numbers `[N]` by name.
+        shard: hash and size of the shard, "sha256" and "bytes".
+    """
     endings = list(dict.fromkeys(ending for row in rows for ending in row))
     table = np.full((3, len(rows), len(endings)), -1, np.int64)
     for i, row in enumerate(rows):
@@ -125,11 +152,96 @@ def write_index(path: Path, rows: Sequence[Mapping[str, tuple[int, int, int]]], 
             table[:, i, endings.index(ending)] = place
     tensors = {"offset": table[0], "size": table[1], "checksum": table[2]}
     tensors |= {f"column/{name}": values for name, values in columns.items()}
+    told = {"endings": endings, **shard, "checksum": "xxh3", "own": _NO_HASH}
     data = safetensors.numpy.save(
         {key: np.ascontiguousarray(value) for key, value in tensors.items()},
-        {"index": json.dumps({"endings": endings, "sha256": sha})},  # one entry: the order of several is random
+        {"index": json.dumps(told)},  # one entry: the order of several is random
     )
-    path.write_bytes(data)  # save_file would let nobody but its owner read it
+    own = hashlib.sha256(data).hexdigest()
+    path.write_bytes(data.replace(_NO_HASH.encode(), own.encode(), 1))  # save_file lets nobody but its owner read it
+
+
+_NO_HASH = "0" * 64
+"""Stands where an index has its own hash, while that is computed."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """Where the files of a shard's samples lie.
+
+    Attributes:
+        endings: of the files, E of them.
+        table: offset, size and checksum `[3, N, E]`; -1 where a sample has no such file.
+        columns: whole numbers `[N]` by name.
+        sha256: of the shard.
+        checksum: how those of the table were computed, a key of `CHECKSUMS`.
+        size: of the shard in bytes; None in indices of the first format.
+    """
+
+    endings: list[str]
+    table: NDArray[np.int64]
+    columns: Columns
+    sha256: str
+    checksum: str
+    size: int | None
+
+    def __len__(self) -> int:
+        return self.table.shape[1]
+
+    def check_places(self, size: int, where: str) -> None:
+        """Raise UserError unless all files lie within a shard of `size` bytes; `where` is what messages call it."""
+        offset, length = self.table[0], self.table[1]
+        bad = (offset < -1) | (offset > size) | ((offset >= 0) & ((length < 0) | (length > size - offset)))
+        if bad.any():
+            row, column = np.argwhere(bad)[0].tolist()
+            raise UserError(
+                f"{where} is damaged: .{self.endings[column]} of sample {row} lies at {offset[row, column]} with "
+                f"{length[row, column]} bytes, but the shard has {size}; make the shards again"
+            )
+
+
+def parse_index(data: bytes, where: str) -> Index:
+    """The contents of an index file.
+
+    Args:
+        data: its bytes.
+        where: what messages call it.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    try:
+        length = int.from_bytes(data[:8], "little")
+        told = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["index"])
+        tensors = safetensors.numpy.load(data)
+        table = np.stack([tensors[name] for name in ("offset", "size", "checksum")])
+        columns = {key.removeprefix("column/"): tensors[key] for key in tensors if key.startswith("column/")}
+        index = Index(told["endings"], table, columns, told["sha256"], told.get("checksum", "words"), told.get("bytes"))
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError) as error:
+        raise UserError(f"{where} cannot be read ({first_line(error)[:80]}); make the shards again") from None
+    own = told.get("own")
+    if own is not None and hashlib.sha256(data.replace(str(own).encode(), _NO_HASH.encode(), 1)).hexdigest() != own:
+        raise UserError(f"{where} is damaged: its hash is not the one stored in it; make the shards again")
+    names = isinstance(index.endings, list) and all(isinstance(ending, str) for ending in index.endings)
+    arrays = [table, *columns.values()]
+    if not (
+        names
+        and len(set(index.endings)) == len(index.endings)
+        and all(array.dtype == np.int64 for array in arrays)
+        and table.ndim == 3
+        and table.shape[2] == len(index.endings)
+        and all(column.shape == (len(index),) for column in columns.values())
+        and isinstance(index.sha256, str)
+        and index.checksum in CHECKSUMS
+        and (index.size is None or is_count(index.size))
+    ):
+        raise UserError(f"{where} is damaged: its parts do not fit together; make the shards again")
+    return index
+
+
+def is_count(value: object) -> bool:
+    """Whether a value is a whole number from 0 to what an index can hold."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
 
 
 def shard_name(number: int) -> str:
@@ -164,27 +276,51 @@ def is_done(folder: Path, number: int) -> bool:
     return (folder / f"{shard_name(number)}.tar").is_file() and (folder / f"{shard_name(number)}.idx").is_file()
 
 
+def fault(folder: Path, number: int) -> str | None:
+    """Why a complete shard is not what its index says, None if it is; reads all of it."""
+    name = shard_name(number)
+    shard = folder / f"{name}.tar"
+    try:
+        index = parse_index((folder / f"{name}.idx").read_bytes(), f"{name}.idx")
+        size = shard.stat().st_size
+        index.check_places(size, f"{name}.idx")
+        if index.size not in (None, size):
+            return f"{name}.tar has {size} bytes, its index says {index.size}"
+        return None if file_hash(shard) == index.sha256 else f"the hash of {name}.tar is not the one in its index"
+    except UserError as error:
+        return str(error).rpartition(";")[0]
+
+
 def write_manifest(folder: Path, kind: str, shards: int, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the manifest of complete shards: counts, hashes and settings."""
-    listed = []
+    """Write the manifest of complete shards: counts, hashes and settings; what they hold is not read again."""
+    listed: list[dict[str, Any]] = []
     for number in range(shards):
-        with safetensors.safe_open(folder / f"{shard_name(number)}.idx", "np") as opened:
-            size = (folder / f"{shard_name(number)}.tar").stat().st_size
-            listed.append(
-                {
-                    "file": f"{shard_name(number)}.tar",
-                    "samples": opened.get_slice("offset").get_shape()[0],
-                    "bytes": size,
-                    "sha256": json.loads(opened.metadata()["index"])["sha256"],
-                }
-            )
+        name = shard_name(number)
+        data = (folder / f"{name}.idx").read_bytes()
+        index = parse_index(data, f"{folder / name}.idx")
+        listed.append(
+            {
+                "file": f"{name}.tar",
+                "samples": len(index),
+                "bytes": (folder / f"{name}.tar").stat().st_size,
+                "sha256": index.sha256,
+                "index_sha256": hashlib.sha256(data).hexdigest(),
+            }
+        )
     counts = {key: sum(entry[key] for entry in listed) for key in ("samples", "bytes")}
     own: dict[str, Any] = {"format": FORMAT, "kind": kind, **counts, "shards": listed}
     clash = own.keys() & settings.keys()
     assert not clash, f"settings must not be called {clash}"
     manifest = {key: own[key] for key in ("format", "kind", *counts)} | {**settings, "shards": listed}
+    manifest["sha256"] = manifest_hash(manifest)
     write_json(folder / MANIFEST, manifest)
     return manifest
+
+
+def manifest_hash(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of all that a manifest says beside its own hash, however it is laid out as text."""
+    rest = json.loads(json.dumps({key: value for key, value in manifest.items() if key != "sha256"}))
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 # Reading
@@ -226,13 +362,14 @@ def read_manifest(root: str) -> dict[str, Any]:
         UserError: if there is none, or it is damaged or of another version.
     """
     where = f"{root.rstrip('/')}/{MANIFEST}"
+    check_inside(root, [MANIFEST])
     try:
         manifest = json.loads(fetch(where))
     except FileNotFoundError:
         raise UserError(
             f"{root} holds no {MANIFEST}; make shards with swd generate, swd import or swd encode, or check the path"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if "Protocol not known" in str(error):
             raise UserError(f"{root}: {error}; give a folder or a URL that fsspec knows") from None
         raise UserError(f"{where} is damaged ({str(error)[:80]}); make it again") from None
@@ -240,11 +377,60 @@ def read_manifest(root: str) -> dict[str, Any]:
         raise UserError(f"{where} cannot be read ({first_line(error)})") from None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("shards"), list):
         raise UserError(f"{where} is no manifest of shards; make it again")
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{where} has format {manifest.get('format')}, this version reads {FORMAT}; make it again")
+    if manifest.get("format") not in FORMATS:
+        raise UserError(f"{where} has format {manifest.get('format')}, this version reads 1 and 2; make it again")
     if not manifest["shards"] or not manifest.get("samples", 1):
         raise UserError(f"{root} holds no samples")
+    _check_manifest(manifest, where)
     return manifest
+
+
+def _check_manifest(manifest: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for a manifest whose entries are missing, of other types, or contradict each other."""
+
+    def expect(holds: object, what: str) -> None:
+        if not holds:
+            raise UserError(f"{where} is damaged: {what}; make the shards again")
+
+    kind = manifest.get("kind")
+    expect(kind in KINDS, f"kind is {kind!r}, known are {', '.join(KINDS)}")
+    files = set()
+    for number, entry in enumerate(manifest["shards"]):
+        expect(isinstance(entry, dict), f"shard {number} of its list is no entry")
+        file = entry.get("file")
+        expect(isinstance(file, str), f"shard {number} of its list names no file")
+        if not re.fullmatch(r"[\w-][\w.-]*\.tar", file):
+            raise UserError(
+                f"{where} lists the shard {file!r}, but shards lie in the folder of their manifest under names that "
+                "end in .tar; do not use these data if somebody else made them"
+            )
+        expect(file not in files, f"it lists {file} twice")
+        files.add(file)
+        for key in ("samples", "bytes"):
+            expect(is_count(entry.get(key)), f"{key} of {file} is {entry.get(key)!r}")
+        for key in ("sha256", "index_sha256") if manifest["format"] > 1 else ("sha256",):
+            text = isinstance(entry.get(key), str) and re.fullmatch("[0-9a-f]{64}", entry[key])
+            expect(text, f"{key} of {file} is {entry.get(key)!r}")
+    for key in ("samples", "bytes"):
+        total = sum(entry[key] for entry in manifest["shards"])
+        expect(manifest.get(key) == total, f"{key} is {manifest.get(key)!r}, its shards have {total}")
+    if "sha256" in manifest:
+        same = manifest["sha256"] == manifest_hash(manifest)
+        expect(same, "its hash is not the one stored in it (if you changed it on purpose, remove its last entry)")
+
+
+def check_inside(root: str, names: Sequence[str]) -> None:
+    """Raise UserError for files of a local folder that are links to somewhere else."""
+    folder = re.sub("^(file|local)://", "", root)
+    if is_url(folder):
+        return
+    base = os.path.realpath(folder)
+    for name in names:
+        real = os.path.realpath(os.path.join(folder, name))
+        if os.path.commonpath([base, real]) != base:
+            raise UserError(
+                f"{root.rstrip('/')}/{name} is a link out of its folder, to {real}; put the file itself there"
+            )
 
 
 @dataclass(frozen=True)
@@ -282,6 +468,7 @@ class _File:
     def __init__(self, path: str) -> None:
         self._close = os.close  # still there when the interpreter ends
         self.descriptor = os.open(path, os.O_RDONLY)
+        self.size = os.fstat(self.descriptor).st_size
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
@@ -305,24 +492,22 @@ class ShardSet:
 
     def __init__(self, root: str) -> None:
         self.root, self.manifest = root.rstrip("/"), read_manifest(root)
-        self.files = [str(entry["file"]) for entry in self.manifest["shards"]]
-        indices = [
-            self._read_index(file, entry) for file, entry in zip(self.files, self.manifest["shards"], strict=True)
-        ]
-        self.endings = list(dict.fromkeys(ending for endings, _ in indices for ending in endings))
-        counts = [len(tensors["offset"]) for _, tensors in indices]
-        self.starts = np.cumsum([0, *counts])
+        entries = self.manifest["shards"]
+        self.files = [str(entry["file"]) for entry in entries]
+        check_inside(self.root, [name for file in self.files for name in (file, _index_name(file))])
+        indices = [self._read_index(file, entry) for file, entry in zip(self.files, entries, strict=True)]
+        self.endings = list(dict.fromkeys(ending for index in indices for ending in index.endings))
+        self._checksums = [CHECKSUMS[index.checksum] for index in indices]
+        self.starts = np.cumsum([0, *map(len, indices)])
         self._table = np.full((3, self.starts[-1], len(self.endings)), -1, np.int64)
-        names = dict.fromkeys(k.removeprefix("column/") for _, t in indices for k in t if k.startswith("column/"))
+        names = dict.fromkeys(name for index in indices for name in index.columns)
         self.columns: Columns = {name: np.full(self.starts[-1], -1, np.int64) for name in names}
-        for start, (endings, tensors) in zip(self.starts, indices, strict=False):
-            rows = slice(start, start + len(tensors["offset"]))
-            for j, ending in enumerate(endings):
-                for k, name in enumerate(("offset", "size", "checksum")):
-                    self._table[k, rows, self.endings.index(ending)] = tensors[name][:, j]
-            for name in self.columns:
-                if f"column/{name}" in tensors:
-                    self.columns[name][rows] = tensors[f"column/{name}"]
+        for start, index in zip(self.starts, indices, strict=False):
+            rows = slice(start, start + len(index))
+            for j, ending in enumerate(index.endings):
+                self._table[:, rows, self.endings.index(ending)] = index.table[:, :, j]
+            for name, values in index.columns.items():
+                self.columns[name][rows] = values
         self._open: dict[tuple[int, int], Any] = {}
 
     def __len__(self) -> int:
@@ -331,20 +516,22 @@ class ShardSet:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}
 
-    def _read_index(self, file: str, entry: Mapping[str, Any]) -> tuple[list[str], dict[str, NDArray[np.int64]]]:
-        where = f"{self.root}/{file.removesuffix('.tar')}.idx"
+    def _read_index(self, file: str, entry: Mapping[str, Any]) -> Index:
+        where = f"{self.root}/{_index_name(file)}"
         try:
             data = fetch(where)
-            length = int.from_bytes(data[:8], "little")
-            endings = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["index"])["endings"]
-            tensors = safetensors.numpy.load(data)
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
+        except (OSError, ValueError) as error:
+            raise UserError(f"{where} cannot be read ({first_line(error)[:80]}); make the shards again") from None
+        index = parse_index(data, where)
+        if len(index) != entry["samples"]:
+            raise UserError(f"{where} lists {len(index)} samples, the manifest says {entry['samples']}")
+        stored = entry.get("index_sha256")
+        if index.sha256 != entry["sha256"] or stored not in (None, hashlib.sha256(data).hexdigest()):
             raise UserError(
-                f"{where} cannot be read ({str(error).splitlines()[0][:80]}); make the shards again"
-            ) from None
-        if len(tensors["offset"]) != entry["samples"]:
-            raise UserError(f"{where} lists {len(tensors['offset'])} samples, the manifest says {entry['samples']}")
-        return endings, tensors
+                f"{where} is damaged, or of another shard: its hash is not the manifest's; make the shards again"
+            )
+        index.check_places(entry["bytes"], where)
+        return index
 
     def shard_of(self, index: int) -> int:
         """Number of the shard that holds a sample."""
@@ -392,7 +579,7 @@ class ShardSet:
                 part = data[place.offset - start : place.offset - start + place.size]
                 if len(part) != place.size:
                     raise CorruptSample(f"{self.name(index)}: .{ending} is cut off")
-                if checksum(part) != place.checksum:
+                if self._checksums[place.shard](part) != place.checksum:
                     raise CorruptSample(f"{self.name(index)}: .{ending} is damaged")
                 found[ending] = part
         return found
@@ -414,8 +601,9 @@ class ShardSet:
         try:
             if is_url(self.root):
                 return self._remote_range(shard, start, stop)
-            buffer = np.empty(stop - start, np.uint8) if scratch is None else scratch.take(stop - start)
             file = self._local(shard)
+            size = max(min(stop, file.size) - start, 0)  # no memory for what a damaged file does not have
+            buffer = np.empty(size, np.uint8) if scratch is None else scratch.take(size)
             count = os.preadv(file.descriptor, [buffer], start)  # type: ignore[list-item]
             return buffer[:count]
         except OSError as error:
@@ -448,6 +636,11 @@ class ShardSet:
         if key not in self._open:
             self._open[key] = fsspec.core.url_to_fs(f"{self.root}/{self.files[shard]}")
         return self._open[key]
+
+
+def _index_name(file: str) -> str:
+    """File name of a shard's index."""
+    return f"{file.removesuffix('.tar')}.idx"
 
 
 def _runs(places: Mapping[str, Place], gap: int = 2 * tarfile.BLOCKSIZE) -> list[list[str]]:
