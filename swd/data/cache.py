@@ -22,6 +22,16 @@ from swd.types import Conditioning, Size
 Precision = Literal["fp32", "bf16", "int8"]
 
 TEXT = "text.safetensors"
+MOST_VALUES = 2**27
+"""Values of one text: 64 times what FLUX.1 has, 512 tokens of width 4096. More than this is damage."""
+_INFINITE = {
+    "F32": (np.int32, np.uint32, 0x7F800000, 0xFF800000),
+    "BF16": (np.int16, np.uint16, 0x7F80, 0xFF80),
+    "F16": (np.int16, np.uint16, 0x7C00, 0xFC00),
+}
+"""Of floating-point types: whole numbers of their width, and what infinity and minus infinity are as such."""
+_MOST_SCALE = torch.finfo(torch.float32).max / 128
+"""A larger scale takes 8 bits out of float32's range."""
 _DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -73,6 +83,9 @@ def pack_text(conditioning: Conditioning, precision: Precision) -> bytes:
     Args:
         conditioning: of one prompt, one row.
         precision: of the embeddings; masks and time ids are exact.
+
+    Raises:
+        CorruptSample: if a value is not finite.
     """
     embeds = conditioning.embeds[0].cpu()
     mask = None if conditioning.mask is None else conditioning.mask[0].cpu()
@@ -89,17 +102,29 @@ def pack_text(conditioning: Conditioning, precision: Precision) -> bytes:
         tensors["time_ids"] = conditioning.time_ids.cpu().float()
     if mask is not None:
         tensors["mask"] = mask.to(torch.uint8)
-    return bytes(save(tensors))
+    return _packed(tensors, "text")
 
 
 # Latents
 
 
 def pack_latents(mean: Tensor, std: Tensor | None, precision: Precision) -> bytes:
-    """Mean and deviation `[C, *size]` of one sample; `std` None: there is none to draw from."""
+    """Mean and deviation `[C, *size]` of one sample; `std` None: there is none to draw from.
+
+    Raises:
+        CorruptSample: if a value is not finite.
+    """
     tensors = store("mean", mean.cpu(), precision)
     if std is not None:
         tensors |= store("std", std.cpu(), precision)
+    return _packed(tensors, f"latents of {'x'.join(map(str, mean.shape[1:]))}")
+
+
+def _packed(tensors: dict[str, Tensor], what: str) -> bytes:
+    """A safetensors file; what is not finite would spoil every weight that is trained with it."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CorruptSample(f"{what}: {name} has values that are not finite")
     return bytes(save(tensors))
 
 
@@ -133,10 +158,13 @@ class Assembler:
         tensors = view(data)
         try:
             shape, first = tensors["shape"].tolist(), tensors["embeds0"].dtype
+            runs = tensors["runs"].tolist()
+            if sum(count for count, _ in runs) != shape[0] or not 0 < math.prod(shape) <= MOST_VALUES:
+                raise CorruptSample(f"a text of shape {shape} with rows {runs[:3]} is none")
             dtype = torch.bfloat16 if first == torch.int8 else first
             embeds = self._row("embeds", shape, dtype, row)
             start = 0
-            for i, (count, columns) in enumerate(tensors["runs"].tolist()):
+            for i, (count, columns) in enumerate(runs):
                 copy(embeds[start : start + count, :columns], restore(f"embeds{i}", tensors))
                 embeds[start : start + count, columns:] = 0
                 start += count
@@ -147,7 +175,7 @@ class Assembler:
                 if name in tensors:
                     value = tensors[name].squeeze(0)
                     self._row(name, value.shape, kind, row).copy_(value)
-        except (KeyError, RuntimeError) as error:
+        except (KeyError, RuntimeError, ValueError, TypeError, IndexError) as error:
             raise CorruptSample(f"texts do not belong to one cache ({str(error)[:80]})") from None
 
     def _row(self, name: str, shape: Sequence[int], dtype: torch.dtype, row: int) -> Tensor:
@@ -212,7 +240,7 @@ def view(data: NDArray[np.uint8]) -> dict[str, Tensor]:
     """Tensors of a safetensors file in memory, without a copy.
 
     Raises:
-        CorruptSample: if it is none.
+        CorruptSample: if it is none, or has values that are not finite.
     """
     try:
         start = 8 + int.from_bytes(data[:8].tobytes(), "little")
@@ -221,8 +249,23 @@ def view(data: NDArray[np.uint8]) -> dict[str, Tensor]:
         found = {}
         for name, entry in header.items():
             first, last = entry["data_offsets"]
-            part = torch.from_numpy(data[start + first : start + last])
-            found[name] = part.view(_DTYPES[entry["dtype"]]).view(entry["shape"])
+            part = data[start + first : start + last]
+            if entry["dtype"] in _INFINITE and not _is_finite(part, entry["dtype"]):
+                raise CorruptSample(f"{name} has values that are not finite")
+            found[name] = torch.from_numpy(part).view(_DTYPES[entry["dtype"]]).view(entry["shape"])
+            if name.endswith("_scale") and found[name].abs().max() > _MOST_SCALE:
+                raise CorruptSample(f"{name} makes values that are not finite")
         return found
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, OverflowError) as error:
         raise CorruptSample(f"no safetensors file ({str(error)[:80]})") from None
+
+
+def _is_finite(data: NDArray[np.uint8], dtype: str) -> bool:
+    """Whether all floating-point values in memory are finite, as fast as reading them.
+
+    As whole numbers of their width, infinity and NaN are the largest ones of either sign.
+    """
+    signed, unsigned, infinity, negative = _INFINITE[dtype]
+    if not len(data):
+        return True
+    return int(data.view(signed).max()) < infinity and int(data.view(unsigned).max()) < negative

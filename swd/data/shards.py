@@ -541,6 +541,26 @@ class ShardSet:
         """Whether a sample has a file of this ending."""
         return ending in self.endings and bool(self._table[0, index, self.endings.index(ending)] >= 0)
 
+    def have(self, ending: str) -> NDArray[np.bool_]:
+        """Which samples have a file of this ending, `[N]`."""
+        if ending not in self.endings:
+            return np.zeros(len(self), np.bool_)
+        found: NDArray[np.bool_] = self._table[0, :, self.endings.index(ending)] >= 0
+        return found
+
+    def check_column(self, name: str, start: int, stop: int) -> None:
+        """Raise UserError unless a column is there, with values from `start` up to but without `stop`."""
+        values = self.columns.get(name)
+        if values is None:
+            raise UserError(f"the index of {self.root} has no column {name}; make the shards again")
+        bad = np.flatnonzero((values < start) | (values >= stop))
+        if len(bad):
+            index = int(bad[0])
+            raise UserError(
+                f"the index of {self.name(index)} is damaged: {name} is {values[index]}, which is not from {start} to "
+                f"{stop - 1}; make the shards again"
+            )
+
     def place(self, index: int, ending: str) -> Place:
         """Where a sample's file lies.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import tempfile
@@ -23,7 +24,16 @@ from swd.data.cache import TEXT, Assembler, latents_name
 from swd.data.datamodule import GlobalBatches, Guarded, GuardedLoader, Order, ThreadedLoader, as_it_is, check_pixels
 from swd.data.identity import difference
 from swd.data.images import PICTURES, VIDEOS, read_picture, read_video
-from swd.data.shards import CorruptSample, Scratch, ShardSet, fetch, read_manifest
+from swd.data.shards import (
+    MANIFEST,
+    CorruptSample,
+    Scratch,
+    ShardSet,
+    check_inside,
+    fetch,
+    is_count,
+    read_manifest,
+)
 from swd.data.stream import StreamDataset, is_stream
 from swd.modules.pretrained import Pretrained
 from swd.schedule import ScaleSchedule
@@ -247,11 +257,17 @@ class CachedSource(Source):
 
     def __init__(self, manifest: Mapping[str, Any], root: str) -> None:
         self.manifest, self.root = manifest, root.rstrip("/")
+        _check_cache(manifest, self.root)
         self.pixel_sizes: list[Size] = [tuple(bucket["pixels"]) for bucket in manifest["buckets"]]
         self.sizes: list[list[Size]] = [[tuple(size) for size in bucket["sizes"]] for bucket in manifest["buckets"]]
 
     def check(self, model: Pretrained, schedule: ScaleSchedule) -> None:
-        told = difference(self.manifest["identity"], model, schedule)
+        try:
+            told = difference(self.manifest["identity"], model, schedule)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise UserError(
+                f"{self.root}/{MANIFEST} is damaged: its identity lacks {error}; run swd encode again"
+            ) from None
         if told:
             raise UserError(f"{self.root} was not encoded for this training: {told}; run swd encode again")
         finals = [model.latent_size(pixels) for pixels in self.pixel_sizes]
@@ -284,14 +300,40 @@ class CachedSource(Source):
         Raises:
             UserError: if it cannot be read.
         """
-        number = 0 if bucket is None else self.pixel_sizes.index(bucket)
-        where = f"{self.root}/{empty_name(number)}"
+        name = empty_name(0 if bucket is None else self.pixel_sizes.index(bucket))
+        where = f"{self.root}/{name}"
+        check_inside(self.root, [name])
         try:
+            data = fetch(where)
+            stored = self.manifest.get("empty_sha256", {}).get(name)
+            if stored not in (None, hashlib.sha256(data).hexdigest()):
+                raise CorruptSample("its hash is not the manifest's")
             assembler = Assembler(1)
-            assembler.text(0, np.frombuffer(bytearray(fetch(where)), np.uint8))
+            assembler.text(0, np.frombuffer(bytearray(data), np.uint8))
             return assembler.conditioning()
         except (OSError, CorruptSample) as error:
             raise UserError(f"{where} cannot be read ({str(error)[:80]}); run swd encode again") from None
+
+
+def _check_cache(manifest: Mapping[str, Any], root: str) -> None:
+    """Raise UserError unless a manifest says of a cache what readers need."""
+
+    def sides(value: Any) -> bool:
+        return isinstance(value, list) and len(value) in (2, 3) and all(is_count(side) and side > 0 for side in value)
+
+    buckets, empty = manifest.get("buckets"), manifest.get("empty_sha256", {})
+    for holds, key in (
+        (isinstance(buckets, list) and len(buckets) > 0 and all(isinstance(b, dict) for b in buckets), "buckets"),
+        (isinstance(manifest.get("identity"), dict), "identity"),
+        (isinstance(manifest.get("deduplicate"), bool), "deduplicate"),
+        (isinstance(empty, dict), "empty_sha256"),
+    ):
+        if not holds:
+            raise UserError(f"{root}/{MANIFEST} is damaged: {key} is {manifest.get(key)!r:.80}; run swd encode again")
+    for bucket in manifest["buckets"]:
+        sizes = bucket.get("sizes")
+        if not (sides(bucket.get("pixels")) and isinstance(sizes, list) and sizes and all(map(sides, sizes))):
+            raise UserError(f"{root}/{MANIFEST} is damaged: it has the bucket {bucket!r:.80}; run swd encode again")
 
 
 def empty_name(bucket: int) -> str:
@@ -400,6 +442,8 @@ class PictureShards(PictureSource, ShardDataset):
         if buckets is not None:
             if not {"width", "height"} <= set(shards.columns):
                 raise UserError(f"data.buckets: the index of {shards.root} does not say how large pictures are")
+            for side in ("width", "height"):
+                shards.check_column(side, 1, 2**31)
             pairs = zip(shards.columns["height"].tolist(), shards.columns["width"].tolist(), strict=True)
             bucket_of = np.array([nearest_bucket(h, w, buckets) for h, w in pairs], np.int64)
         ShardDataset.__init__(self, shards, bucket_of, len(buckets or [()]))
@@ -436,10 +480,24 @@ class CachedShards(CachedSource, ShardDataset):
 
     def __init__(self, shards: ShardSet) -> None:
         CachedSource.__init__(self, shards.manifest, shards.root)
+        self._check_columns(shards)
         bucket_of = np.where(shards.columns["usable"] == 1, shards.columns["bucket"], -1)
         ShardDataset.__init__(self, shards, bucket_of, len(self.pixel_sizes))
         self.text_of = shards.columns["text"]
         self._threads = threading.local()
+
+    def _check_columns(self, shards: ShardSet) -> None:
+        """Raise UserError unless every sample's bucket and the sample that holds its text are there."""
+        for name, stop in (("usable", 2), ("bucket", len(self.pixel_sizes)), ("text", len(shards))):
+            shards.check_column(name, 0, stop)
+        good = np.flatnonzero(shards.columns["usable"] == 1)
+        holders, bucket = shards.columns["text"][good], shards.columns["bucket"]
+        bad = good[~shards.have(TEXT)[holders] | (bucket[holders] != bucket[good])]
+        if len(bad):
+            raise UserError(
+                f"the index of {shards.name(int(bad[0]))} is damaged: its text lies with a sample that holds none of "
+                "its kind; run swd encode again"
+            )
 
     def _scratch(self) -> Scratch:
         """This thread's own."""
@@ -471,7 +529,14 @@ class CachedShards(CachedSource, ShardDataset):
         holder = int(self.text_of[index])
         own = [TEXT] if holder == index else []
         files = self.shards.read(index, ["txt", *own, *due.values()], scratch)
-        text = files[TEXT] if own else self.shards.read(holder, [TEXT], scratch)[TEXT]
+        if own:
+            return self.sample(files, files[TEXT], due)
+        held = self.shards.read(holder, ["txt", TEXT], scratch)  # side by side: still one read
+        if not np.array_equal(held["txt"], files["txt"]):
+            raise CorruptSample(
+                f"{self.shards.name(index)} has the text of {self.shards.name(holder)}, another prompt's"
+            )
+        text = held[TEXT]
         return self.sample(files, text, due)
 
 
