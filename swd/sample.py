@@ -19,17 +19,21 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image, PngImagePlugin
 from torch import Tensor
+from tqdm import tqdm
 
-from swd import __version__, train, video
+from swd import __version__, limits, train, video
 from swd.adapters import locate
 from swd.config import check, to_plain
 from swd.data.buckets import aspect_size
+from swd.data.work import say
 from swd.export import model_of, schedule_of
 from swd.files import claim_folder, write_aside
 from swd.images import to_pil
+from swd.io.progress import Progress
 from swd.modules import hub
 from swd.modules.pretrained import Pretrained, check_model_folder, read_json
 from swd.modules.quantize import quantize
+from swd.modules.tokens import warn_beyond
 from swd.scheduler import ScaleWiseScheduler
 from swd.student import Student, load_student
 from swd.types import Size, UserError
@@ -50,6 +54,10 @@ ROOT = train.ROOT | {
     "show_sizes": bool,
     "fps": int,
 }
+
+
+MOST_PICTURES = 100_000
+"""Files of one `swd sample`: more than a folder is looked through."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +82,10 @@ def run(cfg: DictConfig) -> None:
     requests, model, student, schedule, size = job.requests, job.model, job.student, job.schedule, job.size
     ending = "mp4" if model.backbone_class.video else "png"
     folder = claim_files(Path(cfg.folder), requests, ending)
-    print(f"model {model.name}, " + (f"adapter {job.source}" if student else "no adapter: the teacher"))
-
+    drawer = f"model {model.name}, " + (f"adapter {job.source}" if student else "no adapter: the teacher")
+    print(drawer, flush=True)
+    warn_beyond(model, [request.prompt for request in requests])
+    say(f"loading {drawer}")
     pipe = build_pipeline(model, student, schedule, cfg)
     info = {
         "model": to_plain(job.node),
@@ -83,15 +93,19 @@ def run(cfg: DictConfig) -> None:
         "adapter_hash": student.hash if student else None,
         "schedule": dict(schedule.config) if schedule else None,
     }
-    for start in range(0, len(requests), cfg.batch_size):
-        batch = requests[start : start + cfg.batch_size]
-        final, sizes = draw(pipe, model, batch, size, show_sizes=cfg.show_sizes)
-        for i, request in enumerate(batch):
-            told = {"prompt": request.prompt, "seed": request.seed, **info}
-            print(save(final[i], folder / f"{request.stem}.{ending}", told, cfg.fps))
-            for number, drawn in enumerate(sizes, 1):
-                side = "x".join(map(str, reversed(drawn[i].shape[-2:])))
-                print(save(drawn[i], folder / f"{request.stem}_step{number}_{side}.{ending}", told, cfg.fps))
+    unit = "video" if model.backbone_class.video else "picture"
+    with Progress(f"drawing into {folder}", len(requests), unit) as progress:
+        for start in range(0, len(requests), cfg.batch_size):
+            batch = requests[start : start + cfg.batch_size]
+            final, sizes = draw(pipe, model, batch, size, show_sizes=cfg.show_sizes)
+            for i, request in enumerate(batch):
+                told = {"prompt": request.prompt, "seed": request.seed, **info}
+                tqdm.write(str(save(final[i], folder / f"{request.stem}.{ending}", told, cfg.fps)))
+                for number, drawn in enumerate(sizes, 1):
+                    side = "x".join(map(str, reversed(drawn[i].shape[-2:])))
+                    file = folder / f"{request.stem}_step{number}_{side}.{ending}"
+                    tqdm.write(str(save(drawn[i], file, told, cfg.fps)))
+            progress.advance(len(batch))
 
 
 # What is asked for
@@ -185,11 +199,10 @@ def plan(cfg: DictConfig) -> list[Request]:
     Raises:
         UserError: for an empty list of prompts, an empty prompt, or counts below 1.
     """
-    for key in ("images_per_prompt", "batch_size", "fps"):
-        if cfg[key] < 1:
-            raise UserError(f"{key}={cfg[key]}; use at least 1")
-    if not 0 <= cfg.seed < 2**63:
-        raise UserError(f"seed={cfg.seed}; use 0 or more, below 2^63")
+    limits.whole("images_per_prompt", cfg.images_per_prompt, 1)
+    limits.whole("batch_size", cfg.batch_size, 1, limits.AT_ONCE, "no device draws more at once")
+    limits.whole("fps", cfg.fps, 1, limits.FPS)
+    limits.seed("seed", cfg.seed)
     if cfg.prompts_file is not None:
         rows = read_prompts(Path(cfg.prompts_file))
     else:
@@ -199,11 +212,18 @@ def plan(cfg: DictConfig) -> list[Request]:
             f"prompts={[prompt for prompt, _ in rows][:3]} holds nothing to draw; "
             "give prompts='[a red star above a blue ring]'"
         )
+    count = len(rows) * cfg.images_per_prompt
+    if count > MOST_PICTURES:
+        raise UserError(
+            f"images_per_prompt={cfg.images_per_prompt} of {len(rows)} prompts are {count} files in one folder; use at "
+            f"most {MOST_PICTURES}, or swd generate, which writes shards"
+        )
     requests, running = [], cfg.seed
     for prompt, seed in rows:
         for copy in range(cfg.images_per_prompt):
             requests.append(Request(prompt, running if seed is None else seed + copy))
             running += 1
+    limits.seed("seed", max(request.seed for request in requests))
     return requests
 
 
@@ -261,6 +281,8 @@ def final_size(cfg: DictConfig, model: Pretrained, native: Size | None = None) -
         height, width = aspect_size(cfg.aspect, height * width, model.limits.divisor)
     for key, old in (("height", height), ("width", width)):
         pixels = cfg[key]
+        if pixels is not None and pixels > limits.SIDE:
+            raise UserError(f"{key}={pixels}; use at most {limits.SIDE}, eight times what models are trained on")
         if pixels is not None and (pixels < 1 or pixels % (factor * model.limits.divisor)):
             step = factor * model.limits.divisor
             near = max(step, round(pixels / step) * step)
@@ -274,9 +296,14 @@ def final_size(cfg: DictConfig, model: Pretrained, native: Size | None = None) -
             raise UserError(f"frames={cfg.frames}, but {model.family} draws pictures; leave it out")
         if cfg.frames < 1 or (cfg.frames - 1) % model.frame_factor:
             raise UserError(f"frames={cfg.frames}; use 1 more than a multiple of {model.frame_factor}, e.g. 81")
+        limits.whole("frames", cfg.frames, 1, limits.FRAMES, "ten times what models are trained on")
         frames = [(cfg.frames - 1) // model.frame_factor + 1]
     size = (*frames, height, width)
     model.limits.check_size(size)
+    if max(height, width) * factor > limits.SIDE:
+        raise UserError(
+            f"aspect={cfg.aspect} is {width * factor}x{height * factor} pixels; a side has at most {limits.SIDE}"
+        )
     return size
 
 

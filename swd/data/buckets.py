@@ -8,6 +8,11 @@ from collections.abc import Sequence
 
 from swd.types import UserError
 
+MOST = 1e6
+"""Numbers of a proportion are smaller: pixels of a side would do."""
+MOST_RATIO = 64
+"""How many times as long as the other a side may be: beyond this it has less than one latent in most sizes."""
+
 
 def aspect_size(aspect: str, area: int, divisor: int) -> tuple[int, int]:
     """(height, width) of about `area` in the proportion `aspect`, "WIDTH:HEIGHT", both multiples of `divisor`.
@@ -19,9 +24,11 @@ def aspect_size(aspect: str, area: int, divisor: int) -> tuple[int, int]:
     (768, 1344)
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)", aspect)
-    if not match or not all(float(part) > 0 for part in match.groups()):
-        raise UserError(f"aspect={aspect}; give WIDTH:HEIGHT, e.g. aspect=16:9")
+    if not match or not all(0 < float(part) < MOST for part in match.groups()):
+        raise UserError(f"aspect={aspect:.40}; give WIDTH:HEIGHT, e.g. aspect=16:9")
     ratio = float(match[1]) / float(match[2])
+    if not 1 / MOST_RATIO <= ratio <= MOST_RATIO:
+        raise UserError(f"aspect={aspect:.40}; one side is more than {MOST_RATIO} times the other: use less")
     sides = (math.sqrt(area / ratio), math.sqrt(area * ratio))
     height, width = (max(1, round(side / divisor)) * divisor for side in sides)
     return height, width

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,10 +12,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from swd import limits
 from swd.data.ahead import read_ahead
+from swd.data.shards import CorruptSample
+from swd.data.work import is_first
 from swd.modules.pretrained import Pretrained
+from swd.modules.tokens import evenly, warn_beyond
 from swd.schedule import ScaleSchedule
 from swd.types import Batch, Size, UserError, stable_hash
+
+MOST_SAMPLES = 2**16
+"""Samples of one global batch: hundreds of times the largest of the paper's."""
+LOOKED_AT = 1000
+"""Captions whose length is looked at before training: all of a small set, a sample of a large one."""
 
 
 class Order:
@@ -205,6 +215,30 @@ def check_pixels(
         )
 
 
+def check_loading(batch_size: int, workers: int, seed: int) -> None:
+    """Raise UserError unless these are a batch size, a number of loader processes and a seed."""
+    limits.whole("data.batch_size", batch_size, 1, MOST_SAMPLES, "all processes together")
+    limits.workers("data.workers", workers)
+    limits.seed("data.seed", seed)
+
+
+def warn_long_captions(dataset: Any, model: Pretrained, most: int = LOOKED_AT) -> None:
+    """Warn, in the first process alone, if captions are longer than the model sees.
+
+    Args:
+        dataset: has `caption(i)`; others are passed over.
+        model: what is trained.
+        most: captions to look at, spread evenly over the data set.
+    """
+    if not is_first() or not hasattr(dataset, "caption") or not len(dataset):
+        return
+    captions = []
+    for row in evenly(len(dataset), most):
+        with suppress(CorruptSample, UserError):  # training tells of these
+            captions.append(str(dataset.caption(row)))
+    warn_beyond(model, captions, "captions", len(dataset))
+
+
 class PairData(LightningDataModule):
     """Pictures with captions from a map-style dataset.
 
@@ -212,7 +246,7 @@ class PairData(LightningDataModule):
         dataset: items are dicts with `pixels` `[3, H, W]` in [-1, 1] and `prompt`.
         endless: every index is a fresh sample, so there are no epochs and no shuffling.
         batch_size: over all processes.
-        workers: loader processes; 0 loads in the training process.
+        workers: loader processes, at most four a core or 32; 0 loads in the training process.
         seed: of the order.
     """
 
@@ -220,10 +254,7 @@ class PairData(LightningDataModule):
         self, dataset: Dataset[Any], batch_size: int = 16, workers: int = 0, seed: int = 0, endless: bool = False
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise UserError(f"data.batch_size={batch_size}; use at least 1")
-        if workers < 0:
-            raise UserError(f"data.workers={workers}; use 0 or more")
+        check_loading(batch_size, workers, seed)
         self.dataset, self.batch_size, self.workers, self.seed, self.endless = (
             dataset,
             batch_size,
@@ -236,6 +267,7 @@ class PairData(LightningDataModule):
         """Raise UserError unless pictures are large enough for the model and the schedule."""
         if hasattr(self.dataset, "size"):
             check_pixels(tuple(self.dataset.size), model, schedule, key="data.dataset.size")
+        warn_long_captions(self.dataset, model)
 
     def last(self, count: int, step: int) -> Batch:
         """The last samples of the data set, the last one first, for a step of the schedule."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,17 +17,18 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from swd import __version__, train
+from swd import __version__, limits, train
 from swd.config import check
 from swd.data.cache import TEXT, Precision, latents_name, pack_latents, pack_text, relative_error
 from swd.data.datamodule import check_pixels
 from swd.data.identity import identity
 from swd.data.shards import CorruptSample, is_done, shard_name
 from swd.data.webdataset import PictureShards, empty_name
-from swd.data.work import Job, Sample, share
-from swd.files import write_aside, write_json
+from swd.data.work import MOST_IN_A_SHARD, MOST_ROWS, Job, Sample, is_first, say, share
+from swd.files import file_hash, write_aside, write_json
 from swd.modules.encoders import draw_latents
 from swd.modules.pretrained import Pretrained, read_json
+from swd.modules.tokens import TextLimit, evenly, warn_beyond
 from swd.schedule import ScaleSchedule, downscale
 from swd.types import SeededDraws, Size, UserError
 
@@ -43,6 +46,8 @@ ROOT = train.ROOT | {
 }
 NOTES = "notes"
 """Folder with what each finished shard measured."""
+LOOKED_AT = 1000
+"""Captions that are counted before work begins, where not all are read anyway; the manifest counts all."""
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 
 
@@ -55,9 +60,11 @@ def run(cfg: DictConfig) -> None:
         print(f"{plan.job.folder} is complete already: {plan.job.rows} samples")
         return
     train.use_own_gpu()
+    say(f"loading the encoders of {plan.model.name}")
     encoder = Encoder(plan)
     encoder.announce()
-    manifest = plan.job.run(encoder.samples, encoder.measured)
+    task = f"encoding {told_name(plan.dataset)} with {plan.model.name} into {plan.job.folder}"
+    manifest = plan.job.run(encoder.samples, encoder.measured, task)
     if manifest is not None:
         errors = ", ".join(f"{name} {value:.2g}" for name, value in manifest["relative_error"].items())
         bad = f", {manifest['unusable']} unusable" if manifest["unusable"] else ""
@@ -110,9 +117,10 @@ def prepare(cfg: DictConfig) -> Plan:
     if OmegaConf.is_missing(cfg, "out"):
         raise UserError("out is missing; give out=FOLDER")
     check(cfg, ROOT)
-    for key in ("batch_size", "shard_size", "limit"):
-        if cfg[key] is not None and cfg[key] < 1:
-            raise UserError(f"{key}={cfg[key]}; use at least 1")
+    limits.whole("batch_size", cfg.batch_size, 1, limits.AT_ONCE, "no device encodes more at once")
+    limits.whole("shard_size", cfg.shard_size, 1, MOST_IN_A_SHARD, "a shard is kept in memory until it is complete")
+    limits.whole("limit", cfg.limit, 1)
+    limits.number("max_bad", cfg.max_bad, 0, 1, "a share of the samples")
     model: Pretrained = instantiate(cfg.model, _convert_="all")
     schedule: ScaleSchedule = instantiate(cfg.schedule, _convert_="all")
     data = instantiate(cfg.data, _convert_="all")
@@ -162,8 +170,10 @@ def rows_of(dataset: Any, limit: int | None) -> int:
         UserError: if there are endlessly many and no limit.
     """
     count = len(dataset)
-    if limit is None and count > 10**8:
+    if limit is None and count > MOST_ROWS:
         raise UserError(f"data has {count} samples, drawn as they are asked for; give limit=, e.g. limit=5000")
+    if limit is not None and limit > MOST_ROWS:
+        raise UserError(f"limit={limit} is more than one cache holds; use at most {MOST_ROWS}")
     if limit is not None and limit > count:
         raise UserError(f"limit={limit}, but data has {count} samples; use at most {count}")
     return count if limit is None else limit
@@ -178,6 +188,12 @@ def buckets_of(dataset: Any, model: Pretrained, schedule: ScaleSchedule) -> tupl
     elif hasattr(dataset, "size"):
         check_pixels(tuple(dataset.size), model, schedule, key="data.dataset.size")
     return [model.pixel_size(schedule.sizes[-1])], lambda row: 0
+
+
+def told_name(dataset: Any) -> str:
+    """What people call the data."""
+    told = told_of(dataset)
+    return str(told.get("path", told.get("kind")))
 
 
 def told_of(dataset: Any) -> dict[str, Any]:
@@ -206,12 +222,17 @@ class Encoder:
         self.plan, self.notes = plan, plan.job.folder / NOTES
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.device, self.encoders = device, plan.model.encoders(device).to(device)
+        self.text_limit = TextLimit(plan.model)
         self.captions: list[str] | None = None
         self.holders: dict[tuple[str, int], int] = {}
         if plan.deduplicate:
             self.captions = [self._caption(row) for row in range(plan.job.rows)]
             for row, caption in enumerate(self.captions):
                 self.holders.setdefault((caption, plan.bucket_of(row)), row)
+        if is_first():
+            rows = evenly(plan.job.rows, LOOKED_AT)
+            captions = self.captions or [self._caption(row) for row in rows]
+            warn_beyond(plan.model, captions, "captions", plan.job.rows)
 
     def _caption(self, row: int) -> str:
         """A row's caption; empty where it cannot be read (the row then cannot be used)."""
@@ -249,9 +270,10 @@ class Encoder:
         sums: dict[str, list[float]] = {}
         found, reasons = self._latents(rows, sums, advance)
         texts = self._texts(rows, found, sums)
-        if rows.start == 0:
-            self._write_empty()
-        write_json(self._note(rows.start // self.plan.job.shard_size), {"sums": sums, "unusable": reasons})
+        empty = self._write_empty() if rows.start == 0 else {}
+        beyond = self.text_limit.beyond(caption for caption, _ in found.values())
+        note = {"sums": sums, "unusable": reasons, "beyond": [beyond.count, beyond.most], "empty_sha256": empty}
+        write_json(self._note(rows.start // self.plan.job.shard_size), note)
         for row in rows:
             caption, latents = found.get(row, (self._caption(row), {}))
             bucket = self.plan.bucket_of(row)
@@ -272,9 +294,23 @@ class Encoder:
         for bucket, part in self._batches(own):
             encoded = self._encode_text([captions[row] for row in part], bucket)
             for row, conditioning in zip(part, encoded, strict=True):
-                texts[row] = pack_text(conditioning, plan.precision)
+                texts[row] = self._packed_text(conditioning, captions[row], plan.precision)
                 add(sums, "text", relative_error(conditioning.embeds[0].float(), plan.precision))
         return texts
+
+    @staticmethod
+    def _packed_text(conditioning: Any, prompt: str, precision: Precision) -> bytes:
+        """A prompt's conditioning as it is stored.
+
+        Raises:
+            UserError: if it is not finite: other samples share it, and the next ones will hardly be better.
+        """
+        try:
+            return pack_text(conditioning, precision)
+        except CorruptSample as error:
+            raise UserError(
+                f"the text encoders fail on {prompt[:80]!r} ({error}); change it, or use model.precision=fp32"
+            ) from None
 
     def _encode_text(self, prompts: list[str], bucket: int) -> list[Any]:
         """Conditioning of each prompt, one row each, on the CPU."""
@@ -300,8 +336,12 @@ class Encoder:
             reasons += [item["bad"] for item in items if "bad" in item]
             self._limit([*earlier, *reasons])
             if good:
-                packed = self._encode_pixels(good, bucket, sums)
-                found |= {item["row"]: (item["prompt"], files) for item, files in zip(good, packed, strict=True)}
+                for item, files in zip(good, self._encode_pixels(good, bucket, sums), strict=True):
+                    if isinstance(files, str):
+                        reasons.append(files)
+                    else:
+                        found[item["row"]] = item["prompt"], files
+                self._limit([*earlier, *reasons])
             advance(len(part))
         return found, reasons
 
@@ -313,7 +353,23 @@ class Encoder:
         """Why rows of complete shards cannot be used, whichever process made them."""
         job = self.plan.job
         done = [shard for shard in range(job.shards) if is_done(job.folder, shard)]
-        return [reason for shard in done for reason in read_json(self._note(shard))["unusable"]]
+        return [reason for shard in done for reason in self._read_note(shard)["unusable"]]
+
+    def _read_note(self, shard: int) -> dict[str, Any]:
+        """What a complete shard measured.
+
+        Raises:
+            UserError: if that is missing or damaged.
+        """
+        file = self._note(shard)
+        again = f"remove {self.plan.job.folder / shard_name(shard)}.tar, and the same command makes it again"
+        try:
+            note = read_json(file)
+        except UserError as error:
+            raise UserError(f"{str(error).rpartition(';')[0]}; {again}") from None
+        if not (isinstance(note.get("sums"), dict) and isinstance(note.get("unusable"), list)):
+            raise UserError(f"{file} is damaged: it lacks sums or unusable; {again}")
+        return note
 
     def _limit(self, reasons: Sequence[str]) -> None:
         """Stop when too much cannot be used."""
@@ -327,20 +383,24 @@ class Encoder:
     @torch.no_grad()
     def _encode_pixels(
         self, items: Sequence[dict[str, Any]], bucket: int, sums: dict[str, list[float]]
-    ) -> list[dict[str, bytes]]:
-        """Files with the latents of pictures of one bucket, at each size of its schedule."""
+    ) -> list[dict[str, bytes] | str]:
+        """Files with the latents of pictures of one bucket, at each size of its schedule, or why one has none."""
         plan = self.plan
         pixels = torch.stack([item["pixels"] for item in items]).to(self.device)
         files: list[dict[str, bytes]] = [{} for _ in items]
+        bad: dict[int, str] = {}
         for size in dict.fromkeys(plan.schedules[bucket].sizes):
             mean, std = self.encoders.distribution(downscale(pixels, plan.model.pixel_size(size)))
             if plan.posterior == "draw":
                 mean = torch.cat([self._draw(*row) for row in zip(items, mean, std, strict=True)])
-            add(sums, f"latents {'x'.join(map(str, size))}", _errors(mean, plan.precision))
             keep = plan.posterior == "keep" and bool(std.any())  # SANA's autoencoder has none
-            for i in range(len(items)):
-                files[i][latents_name(size)] = pack_latents(mean[i], std[i] if keep else None, plan.precision)
-        return files
+            for i, item in enumerate(items):
+                try:
+                    files[i][latents_name(size)] = pack_latents(mean[i], std[i] if keep else None, plan.precision)
+                    add(sums, f"latents {'x'.join(map(str, size))}", relative_error(mean[i].cpu(), plan.precision))
+                except CorruptSample as error:
+                    bad[i] = f"sample {item['row']}: {error}"
+        return [bad.get(i, found) for i, found in enumerate(files)]
 
     def _draw(self, item: dict[str, Any], mean: Tensor, std: Tensor) -> Tensor:
         """One draw `[1, C, *size]` that depends on the row alone."""
@@ -355,22 +415,40 @@ class Encoder:
             for start in range(0, len(members), self.plan.batch_size):
                 yield bucket, members[start : start + self.plan.batch_size]
 
-    def _write_empty(self) -> None:
-        """The empty prompt, for classifier-free guidance."""
+    def _write_empty(self) -> dict[str, str]:
+        """Write the empty prompt of every bucket, for classifier-free guidance; returns their SHA-256 by name."""
+        hashes = {}
         for bucket in range(len(self.plan.buckets)):
-            data = pack_text(self._encode_text([""], bucket)[0], "fp32" if self.plan.precision == "fp32" else "bf16")
+            precision: Precision = "fp32" if self.plan.precision == "fp32" else "bf16"
+            data = self._packed_text(self._encode_text([""], bucket)[0], "", precision)
             write_aside(self.plan.job.folder / empty_name(bucket), partial(Path.write_bytes, data=data))
+            hashes[empty_name(bucket)] = hashlib.sha256(data).hexdigest()
+        return hashes
 
     def measured(self) -> dict[str, Any]:
         """What all shards' notes say together, for the manifest."""
-        notes = [read_json(self._note(shard)) for shard in range(self.plan.job.shards)]
+        notes = [self._read_note(shard) for shard in range(self.plan.job.shards)]
         sums: dict[str, list[float]] = {}
         for note in notes:
             for name, pair in note["sums"].items():
                 add(sums, name, pair)
         errors = {name: (wrong / max(whole, 1e-30)) ** 0.5 for name, (wrong, whole) in sorted(sums.items())}
         reasons = self._unusable()
-        return {"relative_error": errors, "unusable": len(reasons), "problems": reasons}
+        told: dict[str, Any] = {"relative_error": errors, "unusable": len(reasons), "problems": reasons}
+        if self.text_limit.limit is not None:
+            counts, most = zip(*(note.get("beyond", (0, 0)) for note in notes), strict=True)
+            told["beyond_token_limit"] = {"limit": self.text_limit.limit, "samples": sum(counts), "most": max(most)}
+        return told | {"empty_sha256": self._empty_hashes()}
+
+    def _empty_hashes(self) -> dict[str, str]:
+        """SHA-256 of each encoded empty prompt; one that is no longer what it was is made again."""
+        stored = self._read_note(0).get("empty_sha256", {})
+        names = [empty_name(bucket) for bucket in range(len(self.plan.buckets))]
+        files = [self.plan.job.folder / name for name in names]
+        if not all(f.is_file() and stored.get(f.name) in (None, file_hash(f)) for f in files):
+            warnings.warn(f"{self.plan.job.folder}: an empty prompt has changed; it is encoded again", stacklevel=2)
+            self._write_empty()
+        return {file.name: file_hash(file) for file in files}
 
 
 class Rows(Dataset[dict[str, Any]]):
@@ -391,8 +469,3 @@ def add(sums: dict[str, list[float]], name: str, pair: Sequence[float]) -> None:
     """Add to a pair of sums by name."""
     old = sums.get(name, [0.0, 0.0])
     sums[name] = [old[0] + pair[0], old[1] + pair[1]]
-
-
-def _errors(means: Tensor, precision: Precision) -> tuple[float, float]:
-    pairs = [relative_error(mean.cpu(), precision) for mean in means]
-    return sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -21,15 +21,16 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from swd import train, video
+from swd import limits, train, video
 from swd.config import check, to_plain
 from swd.data.identity import whole_fingerprint
 from swd.data.refiner import build_refiner, draw_refined, load_refiner
 from swd.data.shards import is_done, shard_name
-from swd.data.work import PARTIAL, Job, Sample, share
+from swd.data.work import MOST_IN_A_SHARD, MOST_ROWS, PARTIAL, Job, Sample, is_first, say, share
 from swd.files import write_aside
 from swd.images import picture_bytes, to_pil
 from swd.modules.pretrained import Pretrained
+from swd.modules.tokens import TextLimit, warn_beyond
 from swd.sample import Request, build_pipeline, draw, final_size, read_prompts
 from swd.types import Size, UserError
 
@@ -65,6 +66,54 @@ NOT_DRAWN_WITH = {"_target_", "path", "tuning", "rank", "alpha", "targets", "fea
 """Keys of a model that do not matter here, or that the manifest says elsewhere."""
 
 
+class Requests(Sequence[Request]):
+    """One request a row: `copies` of each prompt, with seeds that count up; made when they are asked for.
+
+    Args:
+        rows: prompts, and their seeds where the list gives some.
+        copies: pictures of each.
+        seed: of the first row; a row whose prompt has no seed takes this plus its number.
+
+    Raises:
+        UserError: if there are too many, or a seed is out of range.
+    """
+
+    def __init__(self, rows: Sequence[tuple[str, int | None]], copies: int, seed: int) -> None:
+        self.rows, self.copies, self.seed = rows, copies, seed
+        if len(self) > MOST_ROWS:
+            raise UserError(
+                f"images_per_prompt={copies} of {len(rows)} prompts are {len(self)} pictures, more than one folder "
+                f"holds; use at most {max(1, MOST_ROWS // len(rows))}"
+            )
+        for number in range(len(rows)):
+            for row in (number * copies, number * copies + copies - 1):
+                limits.seed("seed", self._seed(row))
+
+    def __len__(self) -> int:
+        return len(self.rows) * self.copies
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(len(self)))]
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        return Request(self.rows[row // self.copies][0], self._seed(row))
+
+    def _seed(self, row: int) -> int:
+        own = self.rows[row // self.copies][1]
+        return self.seed + row if own is None else own + row % self.copies
+
+    def hash(self) -> str:
+        """SHA-256 of all prompts and seeds."""
+        digest = hashlib.sha256(b"[")
+        for number, request in enumerate(self):
+            digest.update(
+                (", " * (number > 0) + json.dumps([request.prompt, request.seed], ensure_ascii=False)).encode()
+            )
+        digest.update(b"]")
+        return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a configuration asks for, checked; nothing large is loaded yet.
@@ -82,7 +131,7 @@ class Plan:
         refiner_start: the part of the steps after which it does.
     """
 
-    requests: list[Request]
+    requests: Requests
     model: Pretrained
     size: Size
     job: Job
@@ -103,14 +152,25 @@ def run(cfg: DictConfig) -> None:
         print(f"{plan.job.folder} is complete already: {len(plan.requests)} samples")
         return
     announce(plan)
+    if is_first():
+        warn_beyond(plan.model, [prompt for prompt, _ in plan.requests.rows])
     train.use_own_gpu()
-    manifest = plan.job.run(Painter(plan).samples)
+    painter = Painter(plan)
+    task = f"drawing with {plan.model.name} into {plan.job.folder}"
+    manifest = plan.job.run(painter.samples, lambda: beyond_limit(plan), task)
     if manifest is not None:
         print(f"{plan.job.folder}: {manifest['samples']} samples, {manifest['bytes'] / 1e6:.1f} MB")
         return
     rank, world = share()
     done = plan.job.shards - len(plan.job.shards_left)
     print(f"process {rank + 1} of {world} is through; {done} of {plan.job.shards} shards are there")
+
+
+def beyond_limit(plan: Plan) -> dict[str, Any]:
+    """For the manifest: how many pictures were drawn of a prompt that the model did not see to its end."""
+    found = TextLimit(plan.model).beyond(prompt for prompt, _ in plan.requests.rows)
+    told = found.told() | {"samples": found.count * plan.requests.copies}
+    return {"beyond_token_limit": told} if found.limit else {}
 
 
 # What is asked for
@@ -139,28 +199,26 @@ def prepare(cfg: DictConfig) -> Plan:
     return Plan(requests, model, size, job, cfg.batch_size, ending, cfg.quality, cfg.fps, refiner, cfg.refiner_start)
 
 
-def requests_of(cfg: DictConfig) -> list[Request]:
+def requests_of(cfg: DictConfig) -> Requests:
     """One request a row: those of the list, `images_per_prompt` of each, with seeds that count up.
 
     Raises:
         UserError: if the list cannot be read, or a number is out of range.
     """
-    for key in ("images_per_prompt", "batch_size", "shard_size", "fps", "steps"):
-        if cfg[key] is not None and cfg[key] < 1:
-            raise UserError(f"{key}={cfg[key]}; use at least 1")
+    limits.whole("images_per_prompt", cfg.images_per_prompt, 1)
+    limits.whole("batch_size", cfg.batch_size, 1, limits.AT_ONCE, "no device draws more at once")
+    limits.whole("shard_size", cfg.shard_size, 1, MOST_IN_A_SHARD, "a shard is one file")
+    limits.whole("fps", cfg.fps, 1, limits.FPS)
+    limits.whole("steps", cfg.steps, 1, limits.STEPS, "the noise levels that models are trained on")
+    limits.number("guidance_scale", cfg.guidance_scale, 0, limits.GUIDANCE, "1 for none")
     if not 1 <= cfg.quality <= 100:
         raise UserError(f"quality={cfg.quality}; use 1 to 100")
-    requests: list[Request] = []
-    for number, (prompt, seed) in enumerate(read_prompts(Path(cfg.prompts), "prompts"), 1):
+    limits.seed("seed", cfg.seed)
+    rows = read_prompts(Path(cfg.prompts), "prompts")
+    for number, (prompt, _) in enumerate(rows, 1):
         if not prompt:
             raise UserError(f"prompts={cfg.prompts}: prompt {number} is empty; remove the line")
-        for copy in range(cfg.images_per_prompt):
-            requests.append(Request(prompt, cfg.seed + len(requests) if seed is None else seed + copy))
-    seeds = [request.seed for request in requests]
-    for seed in (min(seeds), max(seeds)):
-        if not 0 <= seed < 2**63:
-            raise UserError(f"seed={seed}; use 0 or more, below 2^63")
-    return requests
+    return Requests(rows, cfg.images_per_prompt, cfg.seed)
 
 
 def model_of(cfg: DictConfig) -> Pretrained:
@@ -193,10 +251,9 @@ def refiner_of(cfg: DictConfig, model: Pretrained) -> Pretrained | None:
     return load_refiner(cfg.refiner, model)
 
 
-def settings_of(cfg: DictConfig, model: Pretrained, requests: list[Request], size: Size, ending: str) -> dict[str, Any]:
+def settings_of(cfg: DictConfig, model: Pretrained, requests: Requests, size: Size, ending: str) -> dict[str, Any]:
     """Everything that decides what the shards hold, for the manifest."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    listed = json.dumps([[request.prompt, request.seed] for request in requests], ensure_ascii=False)
     lossy = {"png": {}, "mp4": {"fps": cfg.fps}}.get(ending, {"quality": cfg.quality})
     config = {key: value for key, value in to_plain(cfg.model).items() if key not in NOT_DRAWN_WITH}
     return {
@@ -207,7 +264,7 @@ def settings_of(cfg: DictConfig, model: Pretrained, requests: list[Request], siz
         "precision": str(model.dtype(device)).removeprefix("torch."),
         "size": list(model.pixel_size(size)),
         "files": {"format": ending, **lossy},
-        "prompts": {"sha256": hashlib.sha256(listed.encode()).hexdigest()},
+        "prompts": {"sha256": requests.hash()},
         "versions": {name: version(name) for name in PACKAGES},
     }
 
@@ -285,6 +342,7 @@ class Painter:
             ) from None
 
     def _load(self) -> None:
+        say(f"loading {self.plan.model.name}")
         self._pipe = build_pipeline(self.plan.model)
         if self._pipe.vae.config.get("force_upcast"):
             self._pipe.vae.to(torch.float32)  # SDXL's overflows in half precision

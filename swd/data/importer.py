@@ -132,7 +132,10 @@ def import_rows(job: Job, source: Source, plan: Plan) -> str | None:
     if plan.strict:
         refuse(stored_problems(job))
     try:
-        manifest = job.run(lambda rows, done: make(job, source, plan, rows, done))
+        manifest = job.run(
+            lambda rows, done: make(job, source, plan, rows, done),
+            task=f"importing {job.settings['source']} into {job.folder}",
+        )
     except UserError:
         forget(job)
         raise

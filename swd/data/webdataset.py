@@ -19,9 +19,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from swd import limits
 from swd.data.buckets import bucket_sizes, nearest_bucket
 from swd.data.cache import TEXT, Assembler, latents_name
-from swd.data.datamodule import GlobalBatches, Guarded, GuardedLoader, Order, ThreadedLoader, as_it_is, check_pixels
+from swd.data.datamodule import (
+    LOOKED_AT,
+    GlobalBatches,
+    Guarded,
+    GuardedLoader,
+    Order,
+    ThreadedLoader,
+    as_it_is,
+    check_loading,
+    check_pixels,
+    warn_long_captions,
+)
 from swd.data.identity import difference
 from swd.data.images import PICTURES, VIDEOS, read_picture, read_video
 from swd.data.shards import (
@@ -32,6 +44,7 @@ from swd.data.shards import (
     check_inside,
     fetch,
     is_count,
+    is_url,
     read_manifest,
 )
 from swd.data.stream import StreamDataset, is_stream
@@ -41,6 +54,10 @@ from swd.types import Batch, Cached, Conditioning, Size, UserError
 
 TRIES = 100
 """Samples tried in place of one that cannot be read."""
+MOST_AHEAD = 100
+"""Batches that one loader may have ready: more than any training waits for."""
+LOOKED_AT_REMOTE = 50
+"""Captions whose length is looked at where each one is a request of its own."""
 COUNTED = 1000
 """Samples that must have been read before a share of them says much."""
 
@@ -85,15 +102,11 @@ class ShardData(LightningDataModule):
         super().__init__()
         if path is None:
             raise UserError("data.path is missing; give a folder of shards, made by swd generate, import or encode")
-        for name, value in {
-            "batch_size": batch_size,
-            "prefetch": prefetch,
-            "window": 1 if window is None else window,
-        }.items():
-            if value < 1:
-                raise UserError(f"data.{name}={value}; use at least 1")
-        if workers < 0 or not 0 <= max_bad <= 1:
-            raise UserError(f"data.workers={workers}, data.max_bad={max_bad}; use 0 or more, and a share from 0 to 1")
+        check_loading(batch_size, workers, seed)
+        limits.whole("data.prefetch", prefetch, 1, MOST_AHEAD, "so many batches of each loader lie in memory")
+        limits.whole("data.window", window, 1)
+        limits.whole("data.multiple", multiple, 1)
+        limits.number("data.max_bad", max_bad, 0, 1, "a share of the samples")
         self.path, self.batch_size, self.workers, self.prefetch = path, batch_size, workers, prefetch
         self.seed, self.window, self.max_bad = seed, window, max_bad
         pixels = pixel_size_of(size)
@@ -129,6 +142,9 @@ class ShardData(LightningDataModule):
         """Raise UserError unless these data are for this model and schedule."""
         self.schedule = schedule
         self.source.check(model, schedule)
+        if isinstance(self.source, PictureShards):
+            remote = is_url(self.source.shards.root)
+            warn_long_captions(self.source, model, LOOKED_AT_REMOTE if remote else LOOKED_AT)
 
     def last(self, count: int, step: int) -> Batch:
         """The last samples of the largest bucket, the last one first, for a step of the schedule.

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from swd import limits
 from swd.modules import hub
 from swd.modules.backbones import load_family
 from swd.modules.backbones.base import TARGETS, Backbone, Limits
@@ -48,7 +49,7 @@ class Pretrained:
         embedded_guidance: guidance that a guidance-distilled network (FLUX.1-dev) is fed, in all roles.
         feature_blocks: blocks that MMD and GAN read by default.
         max_text_tokens: length that the pipeline's T5 prompt is padded to.
-        teacher_steps: steps of the teacher's own sampler.
+        teacher_steps: steps of the teacher's own sampler, 1 to 1000.
         init_adapter: folder of an adapter to start the student from: a run, an export, or a published PEFT folder.
 
     Attributes:
@@ -102,10 +103,11 @@ class Pretrained:
         if self.tuning == "full" and (self.quantization or self.init_adapter):
             given = "quantization" if self.quantization else "init_adapter"
             raise UserError(f"model.tuning=full trains every weight, so model.{given} cannot be set; use tuning=lora")
-        if self.max_text_tokens < 1:
-            raise UserError(f"model.max_text_tokens={self.max_text_tokens}; use at least 1")
-        if not self.guidance_scale >= 0:
-            raise UserError(f"model.guidance_scale={self.guidance_scale}; use 1 for none, or more")
+        most = self.backbone_class.encoders_type.most_text_tokens
+        limits.whole("model.max_text_tokens", self.max_text_tokens, 1, most, f"all that {self.family}'s pipeline takes")
+        limits.whole("model.teacher_steps", self.teacher_steps, 1, limits.STEPS)
+        limits.number("model.guidance_scale", self.guidance_scale, 0, limits.GUIDANCE, "1 for none")
+        limits.number("model.embedded_guidance", self.embedded_guidance, 0, limits.GUIDANCE)
         if self.rank < 1:
             raise UserError(f"model.rank={self.rank}; a LoRA rank is at least 1")
         if self.alpha is not None and not self.alpha > 0:

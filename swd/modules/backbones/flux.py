@@ -18,6 +18,9 @@ from swd.types import Conditioning, Size
 class FluxEncoders(Encoders):
     """CLIP (pooled) and T5; 8x VAE of 16 channels."""
 
+    longest: ClassVar[tuple[tuple[str, bool], ...]] = (("tokenizer_2", True), ("tokenizer", False))
+    most_text_tokens: ClassVar[int] = 512
+
     def text(self, prompts: Sequence[str]) -> Conditioning:
         embeds, pooled, _ = self.pipeline.encode_prompt(
             prompt=list(prompts), prompt_2=None, device=self.device, max_sequence_length=self.max_text_tokens

@@ -18,6 +18,10 @@ from swd.types import Conditioning
 class SanaEncoders(Encoders):
     """Gemma 2, its padding masked; a deterministic 32x autoencoder of 32 channels."""
 
+    @staticmethod
+    def cleaned(prompt: str) -> str:
+        return prompt.lower().strip()
+
     def text(self, prompts: Sequence[str]) -> Conditioning:
         embeds, mask, _, _ = self.pipeline.encode_prompt(
             list(prompts),

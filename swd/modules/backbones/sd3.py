@@ -14,7 +14,10 @@ from swd.types import Conditioning
 
 
 class SD3Encoders(Encoders):
-    """Two CLIP encoders and T5; 8x VAE of 16 channels."""
+    """Two CLIP encoders and T5; 8x VAE of 16 channels. Without T5, CLIP's length is the limit."""
+
+    longest: ClassVar[tuple[tuple[str, bool], ...]] = (("tokenizer_3", True), ("tokenizer", False))
+    most_text_tokens: ClassVar[int] = 512
 
     def text(self, prompts: Sequence[str]) -> Conditioning:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(

@@ -18,6 +18,7 @@ from swd.types import Conditioning
 class SDXLEncoders(Encoders):
     """Two CLIP encoders; 8x VAE of 4 channels. The conditioning names the *final* size in pixels at every step."""
 
+    longest: ClassVar[tuple[tuple[str, bool], ...]] = (("tokenizer", False), ("tokenizer_2", False))
     vae_dtype: ClassVar[torch.dtype | None] = torch.float32  # it overflows in half precision
 
     def text(self, prompts: Sequence[str]) -> Conditioning:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor, nn
 
 from swd.diffusion import Process, RectifiedFlow
@@ -18,6 +19,11 @@ class WanEncoders(Encoders):
     """UMT5; causal video VAE, 8x in space and 4x in time, its first frame by itself."""
 
     vae_dtype: ClassVar[torch.dtype | None] = torch.float32  # as diffusers recommends
+
+    @staticmethod
+    def cleaned(prompt: str) -> str:
+        cleaned: str = prompt_clean(prompt)
+        return cleaned
 
     def text(self, prompts: Sequence[str]) -> Conditioning:
         embeds, _ = self.pipeline.encode_prompt(

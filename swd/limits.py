@@ -1,0 +1,60 @@
+"""Ranges of numbers that a command line gives, checked in one way and refused in one form."""
+
+from __future__ import annotations
+
+import math
+import os
+
+from swd.types import UserError
+
+STEPS = 1000
+"""Steps of a sampler: the noise levels that all these models were trained on; more of them repeat some."""
+GUIDANCE = 100.0
+"""Guidance scale: ten times the largest that any of these models is published with; pictures are burnt long before."""
+AT_ONCE = 4096
+"""Pictures or prompts in one batch: more than any device holds of the smallest model."""
+SIDE = 8192
+"""Pixels along a side: eight times what these models were trained on."""
+FRAMES = 1000
+"""Frames of a video: ten times what these models were trained on."""
+FPS = 240
+"""Frames a second: what the fastest displays show."""
+
+
+def whole(key: str, value: int | None, least: int = 1, most: int | None = None, why: str = "") -> None:
+    """Raise UserError unless a whole number is in range; None is let through.
+
+    Args:
+        key: what the user calls it.
+        value: the number.
+        least: smallest valid number.
+        most: largest one; None: no limit.
+        why: the reason of the upper limit.
+    """
+    if value is not None and value < least:
+        raise UserError(f"{key}={value}; use at least {least}")
+    if value is not None and most is not None and value > most:
+        raise UserError(f"{key}={value}; use at most {most}" + (f", {why}" if why else ""))
+
+
+def number(key: str, value: float | None, least: float, most: float, why: str = "") -> None:
+    """Raise UserError unless a number is finite and in range; None is let through."""
+    if value is not None and not (math.isfinite(value) and least <= value <= most):
+        raise UserError(f"{key}={value}; use {least:g} to {most:g}" + (f", {why}" if why else ""))
+
+
+def seed(key: str, value: int, stop: int = 2**63) -> None:
+    """Raise UserError unless a seed is from 0 up to but without `stop`."""
+    if not 0 <= value < stop:
+        raise UserError(f"{key}={value}; use 0 or more, below 2^{stop.bit_length() - 1}")
+
+
+def most_workers() -> int:
+    """Loader processes that a machine can use: four a core, and 32 anywhere, since they may wait for a network."""
+    return max(32, 4 * (os.cpu_count() or 1))
+
+
+def workers(key: str, value: int) -> None:
+    """Raise UserError unless a number of loader processes is from 0 to what this machine can use."""
+    cores = os.cpu_count() or 1
+    whole(key, value, 0, most_workers(), f"each is a process or a thread, and this machine has {cores} cores")

@@ -1,0 +1,122 @@
+"""How long prompts are for a model's text encoders: what is beyond their limit is cut without a word."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import transformers
+
+from swd.io.progress import Progress
+from swd.modules.pretrained import Pretrained, read_json
+
+AT_ONCE = 1000
+"""Prompts given to a tokenizer in one call."""
+MANY = 100_000
+"""Prompts whose counting takes long enough, some seconds, to be reported."""
+
+
+@dataclass(frozen=True)
+class Beyond:
+    """Prompts that are longer than a model sees.
+
+    Attributes:
+        limit: tokens that it sees, those around the text included.
+        checked: prompts that were counted.
+        count: how many of them are longer.
+        most: tokens beyond the limit, of the longest.
+    """
+
+    limit: int
+    checked: int = 0
+    count: int = 0
+    most: int = 0
+
+    def told(self) -> dict[str, int]:
+        """For a manifest."""
+        return {"limit": self.limit, "samples": self.count, "most": self.most}
+
+
+class TextLimit:
+    """Counts the tokens of prompts for the text encoder that sees most of them; loads its tokenizer alone.
+
+    Args:
+        model: whose encoders.
+
+    Attributes:
+        limit: tokens that this encoder sees; None where it has no limit, or its tokenizer cannot be read (loading the
+            model says so then).
+        chosen: whether the limit is `max_text_tokens`, rather than the encoder's own.
+    """
+
+    def __init__(self, model: Pretrained) -> None:
+        self.encoders = model.backbone_class.encoders_type
+        self.limit: int | None = None
+        self.chosen = False
+        self._tokenizer: Any = None
+        index, parts = read_json(model.folder / "model_index.json"), model.parts
+        part, self.chosen = next((entry for entry in self.encoders.longest if entry[0] in parts), ("", False))
+        if not part:
+            return
+        try:
+            kind = getattr(transformers, index[part][1])
+            self._tokenizer = kind.from_pretrained(model.folder / part, local_files_only=True)
+            self.limit = model.max_text_tokens if self.chosen else int(self._tokenizer.model_max_length)
+        except Exception:  # tokenizers raise whatever the wrong file leads to
+            return
+        if self.limit > 10**6:  # what transformers gives tokenizers that name no length
+            self.limit = None
+
+    def counts(self, prompts: Sequence[str]) -> list[int]:
+        """Tokens of each prompt, with those that the pipeline puts around it."""
+        cleaned = [self.encoders.cleaned(prompt) for prompt in prompts]
+        found = self._tokenizer(cleaned, add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
+        return [len(tokens) for tokens in found]
+
+    def beyond(self, prompts: Iterable[str]) -> Beyond:
+        """How many of some prompts are longer than the limit, and by how much at most."""
+        if self.limit is None:
+            return Beyond(0)
+        listed = list(prompts)
+        known: dict[str, int] = {}
+        different = list(dict.fromkeys(listed))
+        with Progress("counting tokens", len(different), "prompt", shown=len(different) > MANY) as progress:
+            for start in range(0, len(different), AT_ONCE):
+                part = different[start : start + AT_ONCE]
+                known |= dict(zip(part, self.counts(part), strict=True))
+                progress.advance(len(part))
+        over = [known[prompt] - self.limit for prompt in listed if known[prompt] > self.limit]
+        return Beyond(self.limit, len(listed), len(over), max(over, default=0))
+
+
+def evenly(total: int, most: int) -> list[int]:
+    """Up to `most` of the numbers below `total`, spread evenly, the first one among them."""
+    return [i * total // min(total, most) for i in range(min(total, most))]
+
+
+def warn_beyond(model: Pretrained, prompts: Sequence[str], what: str = "prompts", total: int | None = None) -> Beyond:
+    """Warn once if some prompts are longer than the model sees.
+
+    Args:
+        model: that they are for.
+        prompts: the ones to count.
+        what: what they are, for the message.
+        total: how many there are in all, where `prompts` are a sample of them.
+    """
+    limit = TextLimit(model)
+    found = limit.beyond(prompts)
+    if found.count:
+        sampled = f" that were looked at (there are {total})" if total is not None and total > found.checked else ""
+        name = f"model.max_text_tokens={found.limit}"
+        allowed = name if limit.chosen else f"the {found.limit} tokens of this model's text encoder"
+        fix = "shorten them"
+        if limit.chosen and found.limit < limit.encoders.most_text_tokens:
+            fix += f", or raise it (up to {limit.encoders.most_text_tokens}; the model was trained on its own number)"
+        warnings.warn(
+            f"{found.count} of {found.checked} {what}{sampled} are longer than {allowed}, by up to {found.most} "
+            f"tokens; what is beyond is cut off: {fix}",
+            stacklevel=2,
+        )
+    return found
