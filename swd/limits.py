@@ -32,7 +32,7 @@ def whole(key: str, value: int | None, least: int = 1, most: int | None = None, 
         why: the reason of the upper limit.
     """
     if value is not None and value < least:
-        raise UserError(f"{key}={value}; use at least {least}")
+        raise UserError(f"{key}={value}; use {'0 or more' if least == 0 else f'at least {least}'}")
     if value is not None and most is not None and value > most:
         raise UserError(f"{key}={value}; use at most {most}" + (f", {why}" if why else ""))
 

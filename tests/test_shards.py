@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
+import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import webdataset as wds
 from fsspec.implementations.local import LocalFileSystem
 from shards import make_pictures
 
-from swd.data.shards import CHECKSUMS, MANIFEST, CorruptSample, ShardSet, read_manifest, split_name
+from swd.data.shards import CHECKSUMS, MANIFEST, CorruptSample, ShardSet, fault, read_manifest, split_name
 from swd.data.stream import read_shard
 from swd.data.work import Job, Sample, share
 from swd.files import file_hash
@@ -227,6 +231,301 @@ def test_other_formats_and_unknown_urls_are_refused(folder: Path) -> None:
         ShardSet(str(folder))
     with pytest.raises(UserError, match="nosuch"):
         ShardSet("nosuch://bucket/path")
+
+
+# Damage that lies in what says where samples are
+
+
+def change_index(file: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+    """Change arrays of an index and leave out its own hash, as indices of the first format are."""
+    data = file.read_bytes()
+    told = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["index"])
+    tensors = {key: value.copy() for key, value in safetensors.numpy.load(data).items()}
+    change(tensors)
+    told.pop("own")
+    file.write_bytes(safetensors.numpy.save(tensors, {"index": json.dumps(told)}))
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], object], formats: int | None = None) -> None:
+    """Change a manifest as an editor does: its own hash is left out then."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest.pop("sha256")
+    if formats == 1:
+        manifest["format"] = 1
+        for entry in manifest["shards"]:
+            entry.pop("index_sha256")
+    change(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        ShardSet(str(folder))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_every_byte_of_an_index_is_covered(folder: Path) -> None:
+    file = folder / "00001.idx"
+    data = file.read_bytes()
+    for place in range(0, len(data), 29):
+        file.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+        assert "00001.idx" in refused(folder)
+    (folder / "00001.idx").write_bytes((folder / "00000.idx").read_bytes())  # of as many samples
+    assert "00001.idx is damaged, or of another shard" in refused(folder)
+
+
+def test_every_byte_of_a_manifest_is_covered(folder: Path) -> None:
+    file = folder / MANIFEST
+    data = file.read_bytes()
+    for place in range(0, len(data), 7):
+        if not data[place : place + 1].isspace():
+            file.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+            assert MANIFEST in refused(folder) or "00" in refused(folder)
+    file.write_text(json.dumps(json.loads(data)))  # laid out otherwise, it says the same
+    assert len(ShardSet(str(folder))) == 11
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t["offset"].__setitem__((1, 0), 10**12), "lies at 1000000000000"),
+        (lambda t: t["offset"].__setitem__((1, 0), -7), "lies at -7"),
+        (lambda t: t["size"].__setitem__((2, 1), 2**40), "with 1099511627776 bytes, but the shard has"),
+        (lambda t: t["size"].__setitem__((0, 2), -5), "with -5 bytes"),
+        (lambda t: t["size"].__setitem__((0, 2), 2**63 - 1), "bytes, but the shard has"),
+        (lambda t: t.update(size=t["size"][:, :1]), "cannot be read"),
+        (lambda t: t.update({"column/width": t["column/width"][:2]}), "do not fit together"),
+        (lambda t: t.update({"column/width": t["column/width"].astype(np.float32)}), "do not fit together"),
+        (lambda t: t.update({k: t[k].astype(np.int32) for k in ("offset", "size", "checksum")}), "do not fit together"),
+        (lambda t: t.pop("checksum"), "cannot be read"),
+    ],
+)
+def test_an_index_is_checked_for_its_ranges_where_no_hash_is_stored(
+    folder: Path, change: Callable[[dict[str, np.ndarray]], object], message: str
+) -> None:
+    rewrite(folder, lambda manifest: None, formats=1)
+    change_index(folder / "00001.idx", change)
+    assert message in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.pop("kind"), "kind is None"),
+        (lambda m: m.update(kind=7), "kind is 7"),
+        (lambda m: m.update(format=True), "has format True"),
+        (lambda m: m.update(samples=-3), "samples is -3, its shards have 11"),
+        (lambda m: m.update(samples=12), "samples is 12, its shards have 11"),
+        (lambda m: m.update(bytes="much"), "bytes is 'much'"),
+        (lambda m: m.update(shards=[]), "holds no samples"),
+        (lambda m: m.update(shards=[1, 2]), "shard 0 of its list is no entry"),
+        (lambda m: m["shards"][1].pop("samples"), "samples of 00001.tar is None"),
+        (lambda m: m["shards"][1].update(samples=4.0), "samples of 00001.tar is 4.0"),
+        (lambda m: m["shards"][1].update(samples=10**30), "samples of 00001.tar is 1000"),
+        (lambda m: m["shards"][2].update(bytes=-1), "bytes of 00002.tar is -1"),
+        (lambda m: m["shards"][2].update(sha256=None), "sha256 of 00002.tar is None"),
+        (lambda m: m["shards"][2].pop("index_sha256"), "index_sha256 of 00002.tar is None"),
+        (lambda m: m["shards"][2].pop("file"), "shard 2 of its list names no file"),
+        (lambda m: m["shards"][2].update(file="00001.tar"), "it lists 00001.tar twice"),
+        (lambda m: m.update(shards={"a": 1}), "is no manifest of shards"),
+    ],
+)
+def test_a_manifest_that_makes_no_sense_is_refused(
+    folder: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    rewrite(folder, change)
+    assert message in refused(folder)
+
+
+def test_a_manifest_of_endless_depth_is_refused(folder: Path) -> None:
+    (folder / MANIFEST).write_text("[" * 100_000)
+    assert f"{MANIFEST} is damaged" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x.tar",
+        "/etc/x.tar",
+        "sub/../../x.tar",
+        "sub/x.tar",
+        "https://elsewhere/x.tar",
+        "..",
+        ".tar",
+        "a\\b.tar",
+        "x",
+    ],
+)
+def test_a_manifest_that_names_a_file_elsewhere_is_refused(folder: Path, name: str) -> None:
+    (folder.parent / "x.tar").write_bytes((folder / "00001.tar").read_bytes())
+    (folder.parent / "x.idx").write_bytes((folder / "00001.idx").read_bytes())
+    rewrite(folder, lambda manifest: manifest["shards"][1].update(file=name))
+    assert f"lists the shard {name!r}" in refused(folder)
+
+
+@pytest.mark.parametrize("name", ["00001.tar", "00001.idx", MANIFEST])
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_link_out_of_the_folder_is_refused(folder: Path, name: str, scheme: str) -> None:
+    (folder / name).rename(folder.parent / name)
+    (folder / name).symlink_to(folder.parent / name)
+    with pytest.raises(UserError, match=rf"{name} is a link out of its folder"):
+        ShardSet(f"{scheme}{folder}")
+    (folder / name).unlink()
+    (folder.parent / name).rename(folder / f"own{name}")
+    (folder / name).symlink_to(f"own{name}")  # within the folder is fine
+    (folder.parent / "linked").symlink_to(folder)  # and so is a link to the folder
+    assert len(ShardSet(f"{scheme}{folder.parent / 'linked'}")) == 11
+
+
+def test_parts_that_changed_places_are_damage(folder: Path) -> None:
+    shards = ShardSet(str(folder))
+    row = next(row for row in range(4, 8) if shards.place(row, "bin").size > 1000)
+    place, ending = shards.place(row, "bin"), "bin"
+    for start, stop, length in ((0, 256, 256), (8, 16, 8), (100, 700, 1)):
+        data = bytearray((folder / "00001.tar").read_bytes())
+        a, b = place.offset + start, place.offset + stop
+        data[a : a + length], data[b : b + length] = data[b : b + length], data[a : a + length]
+        assert data != (folder / "00001.tar").read_bytes()
+        damaged = folder.parent / f"damaged{start}"
+        shutil.copytree(folder, damaged)
+        (damaged / "00001.tar").write_bytes(data)
+        with pytest.raises(CorruptSample, match=r"\.bin is damaged"):
+            ShardSet(str(damaged)).read(row, [ending])
+
+
+def test_shards_of_the_first_format_are_read(folder: Path) -> None:
+    """Their checksums are sums of words, and their manifest has no hash of the index."""
+    old = Path(__file__).parent / "data" / "version_0_1" / "cache"
+    shards = ShardSet(str(old))
+    assert shards.manifest["format"] == 1 and len(shards) > 1
+    for row in range(len(shards)):
+        for ending in shards.endings:
+            if shards.has(row, ending):
+                assert len(shards.read(row, [ending])[ending])
+    damaged = shutil.copytree(old, folder.parent / "old")
+    place = shards.place(0, "txt")
+    with open(damaged / "00000.tar", "r+b") as stream:
+        stream.seek(place.offset)
+        stream.write(b"?")
+    with pytest.raises(CorruptSample, match=r"\.txt is damaged"):
+        ShardSet(str(damaged)).read(0, ["txt"])
+
+
+# Damage that a job meets when it goes on
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 3] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [cut, flip])
+@pytest.mark.parametrize("name", ["00001.tar", "00001.idx", "00002.tar"])
+def test_a_damaged_shard_is_made_again_not_called_good(folder: Path, damage: Callable[[Path], None], name: str) -> None:
+    before = hashes(folder)
+    (folder / MANIFEST).unlink()
+    damage(folder / name)
+    redone: list[int] = []
+
+    def noted(rows: range, advance: Callable[[int], object]) -> Iterator[Sample]:
+        redone.extend(rows)
+        return make(rows, advance)
+
+    again = job(folder)
+    again.claim()
+    with pytest.warns(UserWarning, match=rf"{name[:5]}\.(tar|idx).*; it is made again"):
+        assert again.run(noted) is not None
+    assert hashes(folder) == before and len(ShardSet(str(folder))) == 11
+    assert {row // 4 for row in redone} == {int(name[:5])}
+
+
+def test_no_manifest_is_written_over_another_process_s_damaged_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        part = job(tmp_path / "shared")
+        part.claim()
+        if rank == 1:
+            flip(part.folder / "00002.tar")
+            with pytest.raises(UserError, match=r"00002\.tar is not the one in its index; run the same command again"):
+                part.run(make)
+            assert not part.is_complete
+        else:
+            assert part.run(make) is None
+
+
+def test_a_complete_job_whose_shard_is_cut_goes_on(folder: Path) -> None:
+    before = hashes(folder)
+    cut(folder / "00000.tar")
+    again = job(folder)
+    assert not again.is_complete
+    with pytest.warns(UserWarning, match="00000.tar has .* bytes"):
+        again.run(make)
+    assert again.is_complete and hashes(folder) == before
+    (folder / MANIFEST).write_text("{")
+    with pytest.raises(UserError, match=r"is damaged.*; remove it, and the same command checks the shards"):
+        assert again.is_complete
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the disk fills, and the same command ends with the same bytes."""
+    whole = job(tmp_path / "whole")
+    whole.claim()
+    whole.run(make)
+    full, free = job(tmp_path / "full"), [0]
+    full.claim()
+
+    def limited(original: Any) -> Any:
+        def write(self: Any, *args: Any, **options: Any) -> Any:
+            free[0] -= 1
+            if free[0] < 0:
+                raise OSError(errno.ENOSPC, "No space left on device", "00000.tar")
+            return original(self, *args, **options)
+
+        return write
+
+    for name in ("write_bytes", "write_text"):
+        monkeypatch.setattr(Path, name, limited(getattr(Path, name)))
+    monkeypatch.setattr(tarfile.TarFile, "addfile", limited(tarfile.TarFile.addfile))
+    for room in (0, 1, 12, 18, 12, 22, 10):  # a shard of four samples takes 13 writes
+        free[0] = room
+        with pytest.raises(OSError, match="No space left"):
+            full.run(make)
+        left = sorted(file.name for file in full.folder.iterdir())
+        assert not [name for name in left if name.startswith(".")] and MANIFEST not in left
+        assert all(fault(full.folder, int(name[:5])) is None for name in left if name.endswith(".tar"))
+    free[0] = 10**6
+    assert full.run(make) is not None and hashes(full.folder) == hashes(whole.folder)
+
+
+@pytest.mark.parametrize(
+    ("rows", "shard_size", "message"),
+    [
+        (10**12, 4, "are more than one folder holds"),
+        (5, 10**9, "shard_size=1000000000; use at most"),
+        (5, -1, "at least"),
+    ],
+)
+def test_a_job_beyond_reason_is_refused(tmp_path: Path, rows: int, shard_size: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Job(tmp_path / "out", "pictures", rows, shard_size, {}).claim()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_job_says_what_it_does(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    new = job(tmp_path / "out")
+    new.claim()
+    new.run(make, task="drawing with a model into out")
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == "drawing with a model into out: 11 pictures" and lines[-1].startswith("done: 11 pictures in ")
 
 
 # Jobs

@@ -283,9 +283,9 @@ def fault(folder: Path, number: int) -> str | None:
     try:
         index = parse_index((folder / f"{name}.idx").read_bytes(), f"{name}.idx")
         size = shard.stat().st_size
-        index.check_places(size, f"{name}.idx")
         if index.size not in (None, size):
             return f"{name}.tar has {size} bytes, its index says {index.size}"
+        index.check_places(size, f"{name}.idx")
         return None if file_hash(shard) == index.sha256 else f"the hash of {name}.tar is not the one in its index"
     except UserError as error:
         return str(error).rpartition(";")[0]
@@ -377,7 +377,7 @@ def read_manifest(root: str) -> dict[str, Any]:
         raise UserError(f"{where} cannot be read ({first_line(error)})") from None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("shards"), list):
         raise UserError(f"{where} is no manifest of shards; make it again")
-    if manifest.get("format") not in FORMATS:
+    if manifest.get("format") not in FORMATS or manifest["format"] is True:
         raise UserError(f"{where} has format {manifest.get('format')}, this version reads 1 and 2; make it again")
     if not manifest["shards"] or not manifest.get("samples", 1):
         raise UserError(f"{root} holds no samples")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from tarfile import BLOCKSIZE
 from typing import Any
 
 import fsspec
@@ -153,11 +154,44 @@ def _take(buffer: list[RawSample], rng: random.Random) -> RawSample:
 
 def read_shard(url: str) -> Iterator[RawSample]:
     """Raw samples of a shard; where it breaks off, `{"bad": why}` ends it."""
+    count = 0
     try:
-        with wds.gopen(url) if url.startswith("pipe:") else fsspec.open(url, "rb") as stream:
+        with wds.gopen(url) if url.startswith("pipe:") else fsspec.open(url, "rb") as opened:
+            stream = _Tail(opened)
             files = ({**file, "__url__": url} for file in tar_file_iterator(stream))
-            yield from group_by_keys(files)
+            for sample in group_by_keys(files):
+                yield sample
+                count += 1
+            if stream.is_cut:
+                raise EOFError("unexpected end of data")
     except ImportError as error:
         raise UserError(f"data.path: {url} cannot be read ({first_line(error)})") from None
     except Exception as error:  # of many types: tarfile's, the pipe's, the store's own
-        yield {"bad": f"{url}: {first_line(error)}"}
+        more = f"; it breaks off after {count} samples, what follows is left out" if count else ""
+        yield {"bad": f"{url}: {first_line(error)}{more}"}
+
+
+class _Tail:
+    """A stream that is read once and remembers how it ended: tarfile takes a file that is cut between two samples, or
+    in a header, for a whole one.
+
+    Args:
+        stream: has `read`.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._head, self._tail, self._ended = stream, b"", b"", False
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes; fewer than asked for at the end."""
+        data: bytes = self._stream.read(size)
+        self._head = self._head or data[:6]
+        self._tail = data[-BLOCKSIZE:] or self._tail
+        self._ended = size < 0 or len(data) < size
+        return data
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether all was read of a tar file, and no block of zeros, which marks its end, came last."""
+        compressed = self._head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
+        return self._ended and not compressed and any(self._tail)
