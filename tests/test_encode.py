@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,25 @@ from typing import Any
 import families
 import lightning as L
 import pytest
+import safetensors.numpy
+import safetensors.torch
 import torch
+from hydra.errors import InstantiationException
 from shards import make_pictures
 from tiny import composed
 
 from swd.data import encode
+from swd.data.cache import TEXT
 from swd.data.shapes import ShapesDataset
-from swd.data.shards import ShardSet, read_manifest
-from swd.data.webdataset import ShardData
+from swd.data.shards import ShardSet, read_manifest, write_index, write_manifest, xxh3
+from swd.data.webdataset import CachedShards, ShardData
+from swd.files import file_hash
 from swd.losses import DMD, GAN, MMD
 from swd.modules.distiller import Distiller
+from swd.modules.encoders import Encoders
 from swd.modules.pretrained import Pretrained
 from swd.schedule import ScaleSchedule
-from swd.types import UserError
+from swd.types import Conditioning, UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:DMD is known to fail")
 
@@ -361,17 +368,211 @@ def test_without_a_size_pictures_end_where_the_schedule_does(sd3: Pretrained, tm
         ShardData(str(folder), buckets=["1:1"])
 
 
+# Values that are not finite, texts that are too long, damaged parts
+
+
+def spoil(out: Path, row: int, ending: str, value: float) -> None:
+    """Put a value into a stored tensor, with checksums and hashes that fit: as a faulty encoder would have."""
+    shards = ShardSet(str(out))
+    found = {e: shards.read(row, [e])[e].tobytes() for e in shards.endings if shards.has(row, e)}
+    tensors = safetensors.torch.load(found[ending])
+    name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
+    tensors[name].view(-1)[7 % tensors[name].numel()] = value
+    place = shards.place(row, ending)
+    data = safetensors.torch.save(tensors)
+    assert len(data) == place.size
+    with open(out / "00000.tar", "r+b") as stream:
+        stream.seek(place.offset)
+        stream.write(data)
+    index = safetensors.numpy.load((out / "00000.idx").read_bytes())
+    index["checksum"][row, shards.endings.index(ending)] = xxh3(data)
+    rows = [
+        {e: tuple(int(index[k][i, j]) for k in ("offset", "size", "checksum")) for j, e in enumerate(shards.endings)}
+        for i in range(len(index["offset"]))
+    ]
+    rows = [{e: place for e, place in row.items() if place[0] >= 0} for row in rows]
+    columns = {key.removeprefix("column/"): index[key] for key in index if key.startswith("column/")}
+    told = {"sha256": file_hash(out / "00000.tar"), "bytes": (out / "00000.tar").stat().st_size}
+    write_index(out / "00000.idx", rows, columns, told)
+    manifest = read_manifest_as_it_is(out)
+    settings = {
+        k: v for k, v in manifest.items() if k not in ("format", "kind", "samples", "bytes", "shards", "sha256")
+    }
+    write_manifest(out, "cache", len(manifest["shards"]), settings)
+
+
+def read_manifest_as_it_is(out: Path) -> dict[str, Any]:
+    return dict(json.loads((out / "manifest.json").read_text()))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    ("precision", "ending"),
+    [("fp32", "6x6.safetensors"), ("bf16", "6x6.safetensors"), ("int8", "6x6.safetensors"), ("bf16", TEXT)],
+)
+def test_a_stored_value_that_is_not_finite_is_a_damaged_sample(
+    sd3: Pretrained, tmp_path: Path, precision: str, ending: str, value: float
+) -> None:
+    """In int8 it is the scale."""
+    folder = make_data("sd3", sd3, tmp_path / "data", 4)
+    encode.run(config("sd3", sd3, folder, tmp_path / "cache", precision=precision))
+    spoil(tmp_path / "cache", 2, ending, value)
+    data = ShardData(str(tmp_path / "cache"), batch_size=2, max_bad=0.0)
+    data.check(sd3, ScaleSchedule(families.SIGMAS, families.SIZES["sd3"]))
+    source: Any = data.source
+    batch = source.batch_of([(1, 1), (2, 1)])
+    assert len(batch.skipped) == 1 and "not finite" in batch.skipped[0]
+    for mean, std in batch.cached.posteriors.values():
+        assert mean.isfinite().all() and std.isfinite().all()
+    assert batch.cached.conditioning.embeds.isfinite().all()
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="not finite"):
+        data.on_before_batch_transfer(batch, 0)
+
+
+def test_what_is_not_finite_is_not_stored(sd3: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_data("sd3", sd3, tmp_path / "data", 6)
+    distribution = Encoders.distribution
+
+    def overflows(self: Encoders, pixels: torch.Tensor) -> Any:
+        mean, std = distribution(self, pixels)
+        if mean.shape[2:] == (6, 6) and len(mean) == 3:
+            mean[1, 0, 2, 3] = float("inf")
+        return mean, std
+
+    monkeypatch.setattr(Encoders, "distribution", overflows)
+    encode.run(config("sd3", sd3, folder, tmp_path / "cache", batch_size=3, shard_size=6, max_bad=0.02))
+    manifest = read_manifest(str(tmp_path / "cache"))
+    assert manifest["unusable"] == 2  # of two batches
+    assert manifest["problems"][0] == "sample 1: latents of 6x6: mean has values that are not finite"
+    data = ShardData(str(tmp_path / "cache"), batch_size=2)
+    assert data.source.members[0].tolist() == [0, 2, 3, 5]  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"[12] of 6 samples cannot be used.*not finite"):
+        encode.run(config("sd3", sd3, folder, tmp_path / "strict", batch_size=3, max_bad=0))
+    monkeypatch.undo()
+    monkeypatch.setattr(Encoders, "encode_prompts", lambda self, p: families_text(len(p), float("nan")))
+    with pytest.raises(
+        UserError, match=r"the text encoders fail on '.*' \(text: embeds0 has values that are not finite"
+    ):
+        encode.run(config("sd3", sd3, folder, tmp_path / "texts"))
+
+
+def families_text(rows: int, value: float) -> Conditioning:
+    return Conditioning(torch.full((rows, 8, 32), value), torch.ones(rows, 32))
+
+
+def test_captions_beyond_the_limit_are_counted(
+    sd3: Pretrained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = " and ".join(["a red star above a blue ring"] * 5)  # 39 words
+    captions = lambda row: long if row % 3 == 0 else f"a star {row}"  # noqa: E731
+    folder = make_pictures(tmp_path / "data", 10, [(64, 64)], captions=captions)
+    for deduplicate in (True, False):
+        with pytest.warns(UserWarning, match=r"^4 of 10 captions are longer than model\.max_text_tokens=24.*16 tokens"):
+            encode.run(config("sd3", sd3, folder, tmp_path / f"cache{deduplicate}", deduplicate=deduplicate))
+        manifest = read_manifest(str(tmp_path / f"cache{deduplicate}"))
+        assert manifest["beyond_token_limit"] == {"limit": 24, "samples": 4, "most": 16}
+    said = capsys.readouterr().err
+    assert f"loading the encoders of {sd3.name}" in said
+    assert f"encoding {folder} with {sd3.name} into {tmp_path / 'cacheTrue'}: 10 pictures" in said
+
+
+def test_a_changed_empty_prompt_is_noticed(sd3: Pretrained, tmp_path: Path) -> None:
+    folder = make_data("sd3", sd3, tmp_path / "data")
+    out = tmp_path / "cache"
+    encode.run(config("sd3", sd3, folder, out))
+    file = out / "empty-0.safetensors"
+    whole = file.read_bytes()
+    damaged = bytearray(whole)
+    damaged[-9] ^= 1  # the lowest bit of a value
+    file.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"empty-0\.safetensors cannot be read \(its hash is not the manifest's\)"):
+        ShardData(str(out)).empty(None)
+    (out / "manifest.json").unlink()
+    with pytest.warns(UserWarning, match="an empty prompt has changed; it is encoded again"):
+        encode.run(config("sd3", sd3, folder, out))
+    assert file.read_bytes() == whole
+    assert ShardData(str(out)).empty(None).embeds.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("column", "row", "value", "message"),
+    [
+        ("bucket", 3, 7, "bucket is 7, which is not from 0 to 0"),
+        ("bucket", 3, -1, "bucket is -1"),
+        ("text", 2, 10**12, "text is 1000000000000, which is not from 0 to 5"),
+        ("text", 2, -1, "text is -1"),
+        ("usable", 0, 2, "usable is 2"),
+        ("text", 1, 2, "its text lies with a sample that holds none"),
+    ],
+)
+def test_columns_out_of_range_are_refused(
+    sd3: Pretrained, tmp_path: Path, column: str, row: int, value: int, message: str
+) -> None:
+    folder = make_pictures(tmp_path / "data", 6, [(64, 64)], captions=lambda row: ["a red star", "a heart"][row % 2])
+    encode.run(config("sd3", sd3, folder, tmp_path / "cache", shard_size=6))
+    shards = ShardSet(str(tmp_path / "cache"))
+    shards.columns[column][row] = value
+    with pytest.raises(UserError, match=message) as caught:
+        CachedShards(shards)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_text_of_another_prompt_is_a_damaged_sample(sd3: Pretrained, tmp_path: Path) -> None:
+    """Within the range, but the holder's prompt is another: an index of the first format has no hash that says so."""
+    folder = make_pictures(tmp_path / "data", 6, [(64, 64)], captions=lambda row: ["a red star", "a heart"][row % 2])
+    encode.run(config("sd3", sd3, folder, tmp_path / "cache", shard_size=6))
+    source = CachedShards(ShardSet(str(tmp_path / "cache")))
+    source.check(sd3, ScaleSchedule(families.SIGMAS, families.SIZES["sd3"]))
+    assert source[4, 0]["skipped"] == []
+    source.text_of[4] = 1
+    assert source[4, 0]["skipped"][0].endswith("sample 1, another prompt's")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.pop("buckets"),
+        lambda m: m.update(buckets=[]),
+        lambda m: m["buckets"][0].update(pixels=[64, -64]),
+        lambda m: m["buckets"][0].update(sizes="8x8"),
+        lambda m: m.update(identity=3),
+        lambda m: m["identity"].pop("parts"),
+        lambda m: m.update(deduplicate="yes"),
+        lambda m: m.update(empty_sha256=[]),
+    ],
+)
+def test_a_cache_whose_manifest_makes_no_sense_is_refused(sd3: Pretrained, tmp_path: Path, change: Any) -> None:
+    encode.run(config("sd3", sd3, make_data("sd3", sd3, tmp_path / "data", 2), tmp_path / "cache"))
+    manifest = read_manifest_as_it_is(tmp_path / "cache")
+    manifest.pop("sha256")
+    change(manifest)
+    (tmp_path / "cache" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError) as caught:
+        ShardData(str(tmp_path / "cache")).check(sd3, ScaleSchedule(families.SIGMAS, families.SIZES["sd3"]))
+    assert "\n" not in str(caught.value) and "manifest.json is damaged" in str(caught.value)
+
+
 def test_wrong_requests_end_in_one_line(sd3: Pretrained, tmp_path: Path) -> None:
     folder = make_data("sd3", sd3, tmp_path / "data")
     for more, message in (
         ({"limit": 7}, "limit=7, but data has 6 samples"),
         ({"batch_size": 0}, "batch_size=0; use at least 1"),
+        ({"max_bad": -1}, "max_bad=-1; use 0 to 1"),
+        ({"max_bad": "nan"}, "max_bad=nan; use 0 to 1"),
+        ({"max_bad": 5}, "max_bad=5; use 0 to 1"),
+        ({"limit": -4}, "limit=-4; use at least 1"),
+        ({"shard_size": 10**9}, "shard_size=1000000000; use at most 1000000"),
+        ({"batch_size": 10**9}, "batch_size=1000000000; use at most 4096"),
+        ({"data.workers": 100000}, r"data\.workers=100000; use at most \d+, each is a process .* this machine has"),
+        ({"data.prefetch": 10**9}, r"data\.prefetch=1000000000; use at most 100"),
+        ({"data.max_bad": "nan"}, r"data\.max_bad=nan; use 0 to 1"),
+        ({"data.seed": -1}, r"data\.seed=-1; use 0 or more"),
         ({"precision": "fp8"}, "precision='fp8' is not valid"),
         ({"data.size": 32}, r"data\.size=\[32, 32\], but the schedule ends at \[64, 64\] pixels"),
         ({"data.size": "[64,96]"}, r"neither enlarged nor squashed; set 'data\.size=\[64,64\]'"),
         ({"schedule.sizes": "[4,7,8]"}, "7 is not divisible by 2"),
     ):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises((UserError, InstantiationException), match=message):
             encode.run(config("sd3", sd3, folder, tmp_path / "cache", **more))
     with pytest.raises(UserError, match="out is missing"):
         encode.run(composed(["name=test"], "encode"))
