@@ -248,7 +248,8 @@ class Encoder:
             UserError: if there is less free space than it will take.
         """
         plan, job = self.plan, self.plan.job
-        text = len(pack_text(self._encode_text([self._caption(0)], 0)[0], plan.precision))
+        caption = self._caption(0)
+        text = len(self._packed_text(self._encode_text([caption], 0)[0], caption, plan.precision))
         different = len(self.holders) / job.rows if plan.deduplicate else 1.0
         values = sum(torch.Size(size).numel() for size in plan.schedules[0].sizes) * plan.model.channels
         latents = values * BYTES[plan.precision] * (2 if plan.posterior == "keep" else 1)
