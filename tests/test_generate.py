@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -327,6 +328,66 @@ def test_size_and_aspect(saved: Any, prompts: Path, tmp_path: Path) -> None:
     shards = ShardSet(str(tmp_path / "out"))
     assert pixels(shards, 0).shape == (48, 96, 3) and shards.manifest["size"] == [48, 96]
     assert set(shards.columns["width"]) == {96} and set(shards.columns["height"]) == {48}
+
+
+# Told: what is cut, what is damaged, how far it is
+
+
+def test_prompts_beyond_the_limit_are_told_and_counted(
+    saved: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two prompts that differ behind the limit alone are one to the model."""
+    start = " ".join(["a red star above a blue ring and then"] * 4)
+    file = tmp_path / "prompts.csv"
+    file.write_text(f'prompt,seed\n"{start} a green heart",5\n"{start} a pink diamond",5\na star,5\n')
+    message = r"^2 of 3 prompts are longer than model\.max_text_tokens=24, by up to 32 tokens"
+    with pytest.warns(UserWarning, match=message):
+        generate.run(config("sd3", saved("sd3"), file, tmp_path / "out", images_per_prompt=2))
+    shards = ShardSet(str(tmp_path / "out"))
+    assert shards.manifest["beyond_token_limit"] == {"limit": 24, "samples": 4, "most": 32}
+    np.testing.assert_array_equal(pixels(shards, 0), pixels(shards, 2))
+    said = capsys.readouterr().err.splitlines()
+    assert f"loading {Path(saved('sd3')).name}" in said
+    assert f"drawing with sd3 into {tmp_path / 'out'}: 6 pictures" in said and said[-1].startswith("done: 6 pictures")
+
+
+def test_a_shard_that_was_cut_is_drawn_again(saved: Any, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    generate.run(config("sd3", saved("sd3"), prompts, out))
+    before = hashes(out)
+    for manifest in (True, False):
+        os.truncate(out / "00000.tar", 700)
+        if not manifest:
+            (out / "manifest.json").unlink()
+        with pytest.warns(UserWarning, match=r"00000\.tar has 700 bytes, its index says \d+; it is made again"):
+            generate.run(config("sd3", saved("sd3"), prompts, out))
+        assert hashes(out) == before
+
+
+def test_a_disk_that_fills_ends_the_command_and_the_same_command_goes_on(
+    saved: Any, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate.run(config("sd3", saved("sd3"), prompts, tmp_path / "whole"))
+    out, write, room = tmp_path / "out", Path.write_bytes, [3]
+
+    def full(self: Path, data: bytes) -> int:
+        room[0] -= 1
+        if room[0] < 0:
+            write(self, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device", str(self))
+        return write(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space left"):
+            generate.run(config("sd3", saved("sd3"), prompts, out))
+        kept = list((out / PARTIAL).rglob("*"))
+        assert all(file.stat().st_size > 100 for file in kept if file.is_file())
+        assert not [file for file in kept if file.name.startswith(".")] and not (out / "manifest.json").exists()
+        room[0] = 1
+    room[0] = 100
+    generate.run(config("sd3", saved("sd3"), prompts, out))
+    assert hashes(out) == hashes(tmp_path / "whole")
 
 
 # Wrong input

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -17,6 +19,7 @@ from shards import make_pictures, picture
 
 from swd.data.datamodule import Order
 from swd.data.shards import CorruptSample, ShardSet
+from swd.data.stream import read_shard
 from swd.data.webdataset import ShardData
 from swd.types import Batch, UserError
 
@@ -214,6 +217,12 @@ def test_wrong_settings_are_refused(folder: Path, tmp_path: Path) -> None:
         ({"manifest": str(folder)}, r"data\.manifest=.* is for streamed shards, but data\.path=.*; leave it out"),
         ({"window": 0}, r"data\.window=0; use at least 1"),
         ({"max_bad": 2.0}, r"data\.max_bad=2\.0"),
+        ({"max_bad": float("nan")}, r"data\.max_bad=nan; use 0 to 1"),
+        ({"workers": 100_000}, r"data\.workers=100000; use at most \d+, each is a process or a thread"),
+        ({"prefetch": 10**9}, r"data\.prefetch=1000000000; use at most 100, so many batches"),
+        ({"batch_size": 10**9}, r"data\.batch_size=1000000000; use at most 65536"),
+        ({"seed": -1}, r"data\.seed=-1; use 0 or more"),
+        ({"size": 32, "buckets": ["1:1"], "multiple": 0}, r"data\.multiple=0; use at least 1"),
         ({"size": [32, 48], "buckets": ["1:1"]}, r"data\.size=\[32, 48\] beside data\.buckets"),
         ({"buckets": ["wide"]}, "aspect=wide"),
     ):
@@ -271,6 +280,41 @@ def test_a_stream_skips_what_breaks_off(tmp_path: Path) -> None:
     assert rows <= set(range(24)) - {6, 7, 12, 13, 14, 15} and len(rows) > 12
     told = {name for batch in batches for name in batch.skipped}
     assert any("00001.tar" in name for name in told) and any("00003.tar" in name for name in told)
+
+
+@pytest.mark.parametrize("place", ["in a file", "in a header", "between samples"])
+def test_a_stream_names_the_shard_that_breaks_off(tmp_path: Path, place: str) -> None:
+    """tarfile takes one that is cut in a header or between two files for a whole one."""
+    folder = make_pictures(tmp_path / "shards", 24)
+    with tarfile.open(folder / "00001.tar") as opened:
+        starts = [member.offset for member in opened if member.name.endswith(".png")]
+    os.truncate(folder / "00001.tar", starts[2] + {"in a file": 600, "in a header": 100, "between samples": 0}[place])
+    for url in (f"pipe:cat {folder}/00001.tar", f"{folder}/00001.tar", f"file://{folder}/00001.tar"):
+        *good, last = read_shard(url)
+        assert [sample["__key__"] for sample in good] == ["00000004", "00000005"][: len(good)] and good
+        assert last["bad"].startswith(f"{url}: unexpected end of data; it breaks off after {len(good)} sample")
+    data = shard_data(pipe(folder), max_bad=1.0)
+    with pytest.warns(
+        UserWarning, match=r"skipped a sample \(1 so far\): pipe:cat .*00001\.tar: unexpected end of data"
+    ):
+        for batch in loader(data, total=6):
+            data.on_before_batch_transfer(batch, 0)
+    assert data.bad == 1
+
+
+def test_whole_streams_are_whole(tmp_path: Path) -> None:
+    """Also compressed ones, and ones without the padding that tar adds."""
+    folder = make_pictures(tmp_path / "shards", 4)
+    file, count = folder / "00000.tar", 4
+    with tarfile.open(file) as opened:
+        last = max(member.offset_data + member.size for member in opened)
+    bare = tmp_path / "bare.tar"
+    bare.write_bytes(file.read_bytes()[: -(-last // 512) * 512 + 1024])
+    zipped = tmp_path / "zipped.tar"
+    zipped.write_bytes(gzip.compress(file.read_bytes()))
+    for url in (file, bare, zipped):
+        found = list(read_shard(f"pipe:cat {url}"))
+        assert len(found) == count and not any("bad" in sample for sample in found), url
 
 
 def test_a_passing_fault_of_a_remote_read_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

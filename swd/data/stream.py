@@ -167,7 +167,8 @@ def read_shard(url: str) -> Iterator[RawSample]:
     except ImportError as error:
         raise UserError(f"data.path: {url} cannot be read ({first_line(error)})") from None
     except Exception as error:  # of many types: tarfile's, the pipe's, the store's own
-        more = f"; it breaks off after {count} samples, what follows is left out" if count else ""
+        unit = "sample" if count == 1 else "samples"
+        more = f"; it breaks off after {count} {unit}, what follows is left out" if count else ""
         yield {"bad": f"{url}: {first_line(error)}{more}"}
 
 
