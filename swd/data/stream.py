@@ -169,7 +169,8 @@ def read_shard(url: str) -> Iterator[RawSample]:
     except Exception as error:  # of many types: tarfile's, the pipe's, the store's own
         unit = "sample" if count == 1 else "samples"
         more = f"; it breaks off after {count} {unit}, what follows is left out" if count else ""
-        yield {"bad": f"{url}: {first_line(error)}{more}"}
+        reason = first_line(error).partition(" @ <")[0]  # WebDataset adds the stream's address
+        yield {"bad": f"{url}: {reason}{more}"}
 
 
 class _Tail:
