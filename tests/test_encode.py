@@ -486,7 +486,7 @@ def test_a_changed_empty_prompt_is_noticed(sd3: Pretrained, tmp_path: Path) -> N
     damaged[-9] ^= 1  # the lowest bit of a value
     file.write_bytes(damaged)
     with pytest.raises(UserError, match=r"empty-0\.safetensors cannot be read \(its hash is not the manifest's\)"):
-        ShardData(str(out)).empty(None)
+        ShardData(str(out)).check(sd3, ScaleSchedule(families.SIGMAS, families.SIZES["sd3"]))
     (out / "manifest.json").unlink()
     with pytest.warns(UserWarning, match="an empty prompt has changed; it is encoded again"):
         encode.run(config("sd3", sd3, folder, out))

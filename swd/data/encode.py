@@ -26,6 +26,7 @@ from swd.data.shards import CorruptSample, is_done, shard_name
 from swd.data.webdataset import PictureShards, empty_name
 from swd.data.work import MOST_IN_A_SHARD, MOST_ROWS, Job, Sample, is_first, say, share
 from swd.files import file_hash, write_aside, write_json
+from swd.io.progress import Progress
 from swd.modules.encoders import draw_latents
 from swd.modules.pretrained import Pretrained, read_json
 from swd.modules.tokens import TextLimit, evenly, warn_beyond
@@ -226,13 +227,21 @@ class Encoder:
         self.captions: list[str] | None = None
         self.holders: dict[tuple[str, int], int] = {}
         if plan.deduplicate:
-            self.captions = [self._caption(row) for row in range(plan.job.rows)]
+            self.captions = self._all_captions()
             for row, caption in enumerate(self.captions):
                 self.holders.setdefault((caption, plan.bucket_of(row)), row)
         if is_first():
             rows = evenly(plan.job.rows, LOOKED_AT)
             captions = self.captions or [self._caption(row) for row in rows]
             warn_beyond(plan.model, captions, "captions", plan.job.rows)
+
+    def _all_captions(self) -> list[str]:
+        rows, captions = self.plan.job.rows, []
+        with Progress("reading captions", rows, "caption", shown=is_first() and rows > LOOKED_AT) as progress:
+            for row in range(rows):
+                captions.append(self._caption(row))
+                progress.advance()
+        return captions
 
     def _caption(self, row: int) -> str:
         """A row's caption; empty where it cannot be read (the row then cannot be used)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import tempfile
 import threading
 import warnings
@@ -286,6 +287,9 @@ class CachedSource(Source):
             ) from None
         if told:
             raise UserError(f"{self.root} was not encoded for this training: {told}; run swd encode again")
+        for number, pixels in enumerate(self.pixel_sizes):
+            if os.path.exists(f"{self.root}/{empty_name(number)}"):  # here, before a model is loaded
+                self.empty(pixels)
         finals = [model.latent_size(pixels) for pixels in self.pixel_sizes]
         self.sizes = [list(schedule.stretched(final, model.limits.divisor).sizes) for final in finals]
 

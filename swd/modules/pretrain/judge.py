@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
+from swd.data.datamodule import check_loading
 from swd.data.shapes import BACKGROUNDS, COLOURS, PLACES, RESOLUTION, SHAPES, SIZES, Scene, ShapesDataset
 from swd.metrics.judge import NOTHING, Judge
 from swd.modules.pretrain.common import averaged, replace_files, warmup_cosine
@@ -56,6 +57,7 @@ class JudgeData(L.LightningDataModule):
 
     def __init__(self, split: str = "all", batch_size: int = 64, workers: int = 0, seed: int = 0) -> None:
         super().__init__()
+        check_loading(batch_size, workers, seed)
         self.split, self.batch_size, self.workers, self.seed = split, batch_size, workers, seed
 
     def train_dataloader(self) -> DataLoader[Any]:
