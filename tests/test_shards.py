@@ -378,6 +378,13 @@ def test_a_link_out_of_the_folder_is_refused(folder: Path, name: str, scheme: st
     assert len(ShardSet(f"{scheme}{folder.parent / 'linked'}")) == 11
 
 
+@pytest.mark.parametrize("name", ["00001.tar", "00001.idx", MANIFEST])
+def test_a_named_pipe_among_the_files_does_not_hang(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert f"{name} is no plain file" in refused(folder)
+
+
 def test_parts_that_changed_places_are_damage(folder: Path) -> None:
     shards = ShardSet(str(folder))
     row = next(row for row in range(4, 8) if shards.place(row, "bin").size > 1000)

@@ -159,7 +159,8 @@ class Assembler:
         try:
             shape, first = tensors["shape"].tolist(), tensors["embeds0"].dtype
             runs = tensors["runs"].tolist()
-            if sum(count for count, _ in runs) != shape[0] or not 0 < math.prod(shape) <= MOST_VALUES:
+            whole = all(count >= 0 and 0 <= columns <= shape[1] for count, columns in runs)
+            if not whole or sum(count for count, _ in runs) != shape[0] or not 0 < math.prod(shape) <= MOST_VALUES:
                 raise CorruptSample(f"a text of shape {shape} with rows {runs[:3]} is none")
             dtype = torch.bfloat16 if first == torch.int8 else first
             embeds = self._row("embeds", shape, dtype, row)

@@ -26,6 +26,9 @@ MOST_SAMPLES = 2**16
 LOOKED_AT = 1000
 """Captions whose length is looked at before training: all of a small set, a sample of a large one."""
 
+LOOKED_AT_DRAWN = 100
+"""The same where every sample is drawn when it is asked for, which takes longer and seldom differs in kind."""
+
 
 class Order:
     """An endless order of samples: one shuffle after the other, each decided by (seed, epoch) alone.
@@ -267,7 +270,7 @@ class PairData(LightningDataModule):
         """Raise UserError unless pictures are large enough for the model and the schedule."""
         if hasattr(self.dataset, "size"):
             check_pixels(tuple(self.dataset.size), model, schedule, key="data.dataset.size")
-        warn_long_captions(self.dataset, model)
+        warn_long_captions(self.dataset, model, LOOKED_AT_DRAWN if self.endless else LOOKED_AT)
 
     def last(self, count: int, step: int) -> Batch:
         """The last samples of the data set, the last one first, for a step of the schedule."""

@@ -420,7 +420,7 @@ def _check_manifest(manifest: Mapping[str, Any], where: str) -> None:
 
 
 def check_inside(root: str, names: Sequence[str]) -> None:
-    """Raise UserError for files of a local folder that are links to somewhere else."""
+    """Raise UserError for files of a local folder that are links to somewhere else, or no plain files."""
     folder = re.sub("^(file|local)://", "", root)
     if is_url(folder):
         return
@@ -431,6 +431,8 @@ def check_inside(root: str, names: Sequence[str]) -> None:
             raise UserError(
                 f"{root.rstrip('/')}/{name} is a link out of its folder, to {real}; put the file itself there"
             )
+        if os.path.exists(real) and not os.path.isfile(real):  # reading a named pipe would never end
+            raise UserError(f"{root.rstrip('/')}/{name} is no plain file; make the shards again")
 
 
 @dataclass(frozen=True)
