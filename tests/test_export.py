@@ -86,7 +86,9 @@ def test_the_command_exports_the_run_that_it_is_given(tiny_model: Path, tmp_path
     run = saved(tmp_path / "run" / "adapter", networks).parent
     arguments = tiny.overrides(tiny_model, tmp_path / "unused", model__max_text_tokens=12)
     export.run(tiny.composed([*arguments, f"run={run}", f"to={tmp_path / 'made'}"], "export"))
-    assert capsys.readouterr().out.split() == [str(tmp_path / "made")]
+    said = capsys.readouterr()
+    assert said.out.split() == [str(tmp_path / "made")]
+    assert f"to {tmp_path / 'made'}, and loading it back: 1 student" in said.err and "done: 1 student in" in said.err
     state, own = load(tmp_path / "made").state, networks.adapter_state("student")
     assert all(torch.equal(state[key], value) for key, value in own.items())
     with pytest.raises(UserError, match=r"^to=.* exists already"):

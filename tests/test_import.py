@@ -92,7 +92,9 @@ def test_the_published_layout_keeps_bytes_captions_and_indices(tmp_path: Path, c
     assert samples[1]["json"] == {"index": 101, "file": "b.JPEG", "width": 48, "height": 48}
     assert [s["key"] for s in samples] == [f"{i:08d}" for i in range(8)]
     assert report == {"rows": 8, "imported": 8, "problems": {}, "ignored": {}, "list": []}
-    assert "8 of 8 pictures" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "8 of 8 pictures" in said.out
+    assert said.err.startswith("importing ") and "8 pictures\ndone: 8 pictures in " in said.err
     data = ShardSet(str(tmp_path / "out"))
     assert data.columns["width"].tolist() == [48] * 8 and len(data.manifest["shards"]) == 3
     assert data.read(5, ["tiff"])["tiff"].tobytes() == samples[5]["picture"]

@@ -101,6 +101,23 @@ def test_run_writes_every_size_with_its_origin_and_never_overwrites(made, tmp_pa
         sample.run(cfg)
 
 
+def test_it_says_what_it_does_and_what_the_model_does_not_see(
+    made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, _, adapter = made
+    cfg = config(model, adapter, tmp_path / "out", batch_size=1)
+    cfg.prompts = ["a green circle", " and ".join(["a small red star"] * 4)]  # 19 words and T5's end, of 12
+    with pytest.warns(
+        UserWarning, match=r"^1 of 2 prompts are longer than model\.max_text_tokens=12, by up to 8 tokens"
+    ):
+        sample.run(cfg)
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
+    assert lines[0] == f"loading model {model.folder.name}, adapter {adapter}"
+    assert lines[1] == f"drawing into {tmp_path / 'out'}: 2 pictures" and lines[-1].startswith("done: 2 pictures in")
+    assert all(Path(line).is_file() for line in said.out.splitlines()[1:])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
