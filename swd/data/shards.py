@@ -269,6 +269,10 @@ def write_shard(
             raise UserError(
                 f"out={folder}: the same job was started again and is at work on shard {name}; let one of them run"
             ) from None
+        except OSError as error:
+            if error.errno is not None and error.filename is None:  # tarfile does not say where the disk is full
+                raise OSError(error.errno, error.strerror, str(folder / f"{name}.tar")) from None
+            raise
 
 
 def is_done(folder: Path, number: int) -> bool:
