@@ -178,6 +178,7 @@ def test_many_random_settings(
     ("command", "setting", "message"),
     [
         ("generate", "images_per_prompt=1000000000", "of 2 prompts are 2000000000 pictures"),
+        ("generate", f"images_per_prompt={10**30}", "more than one folder holds"),
         ("generate", "guidance_scale=-1", "guidance_scale=-1; use 0 to 100"),
         ("generate", "guidance_scale=inf", "guidance_scale=inf; use 0 to 100"),
         ("generate", "guidance_scale=nan", "guidance_scale=nan; use 0 to 100"),

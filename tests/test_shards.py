@@ -477,6 +477,11 @@ def test_a_complete_job_whose_shard_is_cut_goes_on(folder: Path) -> None:
     with pytest.warns(UserWarning, match="00000.tar has .* bytes"):
         again.run(make)
     assert again.is_complete and hashes(folder) == before
+    flip(folder / "00002.idx")
+    assert not again.is_complete
+    with pytest.warns(UserWarning, match="00002.idx .* it is made again"):
+        again.run(make)
+    assert again.is_complete and hashes(folder) == before
     (folder / MANIFEST).write_text("{")
     with pytest.raises(UserError, match=r"is damaged.*; remove it, and the same command checks the shards"):
         assert again.is_complete

@@ -80,10 +80,11 @@ class Requests(Sequence[Request]):
 
     def __init__(self, rows: Sequence[tuple[str, int | None]], copies: int, seed: int) -> None:
         self.rows, self.copies, self.seed = rows, copies, seed
-        if len(self) > MOST_ROWS:
+        count = len(rows) * copies
+        if count > MOST_ROWS:
             raise UserError(
-                f"images_per_prompt={copies} of {len(rows)} prompts are {len(self)} pictures, more than one folder "
-                f"holds; use at most {max(1, MOST_ROWS // len(rows))}"
+                f"images_per_prompt={copies} of {len(rows)} prompts are {count} pictures, more than one folder holds; "
+                f"use at most {max(1, MOST_ROWS // len(rows))}"
             )
         for number in range(len(rows)):
             for row in (number * copies, number * copies + copies - 1):

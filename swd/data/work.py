@@ -19,7 +19,7 @@ from typing import Any
 from swd.config import first_difference
 from swd.data.ahead import read_ahead
 from swd.data.shards import MANIFEST, fault, is_done, read_manifest, shard_name, write_manifest, write_shard
-from swd.files import claim_folder, write_json
+from swd.files import claim_folder, file_hash, write_json
 from swd.io.progress import Progress
 from swd.modules.pretrained import read_json
 from swd.types import UserError
@@ -102,7 +102,7 @@ class Job:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the manifest is there already, and all of its shards at their full length.
+        """Whether the manifest is there already, with all of its shards at their full length and their indices whole.
 
         Raises:
             UserError: if the manifest is damaged.
@@ -116,7 +116,10 @@ class Job:
             raise UserError(f"{told}; remove it, and the same command checks the shards and writes it again") from None
         sizes = {entry["file"]: entry["bytes"] for entry in entries}
         files = {file.name: file.stat().st_size for file in self.folder.glob("*.tar")}
-        return sizes.items() <= files.items() and not self.shards_left
+        if not sizes.items() <= files.items() or self.shards_left:
+            return False
+        hashes = {entry["file"]: entry.get("index_sha256") for entry in entries}
+        return all(told in (None, file_hash((self.folder / f).with_suffix(".idx"))) for f, told in hashes.items())
 
     def claim(self) -> None:
         """Make the folder, or take up the job that lies in it.
