@@ -31,7 +31,7 @@ from swd.adapters import (
     write_layouts,
 )
 from swd.config import check, one_line, to_plain
-from swd.files import write_aside, write_json
+from swd.files import check_checksums, write_aside, write_checksums, write_json
 from swd.modules.backbones.base import Backbone
 from swd.modules.hub import is_hub_id
 from swd.modules.pretrained import Pretrained, read_json
@@ -111,6 +111,8 @@ def schedule_of(source: Path, cfg: DictConfig, model: Pretrained) -> ScaleWiseSc
             )
     for size in sampler.base_sizes:
         model.limits.check_size(size)
+    if not chosen:
+        check_checksums(file.parent, (file.name,))
     return sampler
 
 
@@ -168,6 +170,7 @@ def export(
         schedule.save_pretrained(new)
         (new / SCHEDULER_FILE).write_text(inspect.getsource(scheduler), encoding="utf-8")
         (new / "README.md").write_text(card(content, model, schedule), encoding="utf-8")
+        write_checksums(new)
         if verify:
             content.check(new, schedule.base_sizes[0])
 

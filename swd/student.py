@@ -11,7 +11,7 @@ import torch
 
 from swd import adapters
 from swd.adapters import NETWORK_CONFIG
-from swd.files import file_hash
+from swd.files import check_checksums, file_hash
 from swd.modules.pretrained import Pretrained, check_model_folder, first_misfit, read_json
 from swd.types import UserError
 
@@ -62,6 +62,7 @@ class FullStudent:
         misfit = first_misfit(self.folder, model.meta_network)
         if misfit:
             raise UserError(f"{where}: {misfit}")
+        check_checksums(self.folder, [NETWORK_CONFIG, *(file.name for file in self.folder.glob("*.safetensors*"))])
 
     def network(self, model: Pretrained, device: torch.device | str = "cpu") -> Any:
         return model.network_class.from_pretrained(
