@@ -249,7 +249,7 @@ class NetworkContent:
         config = read_json(self.student.folder / NETWORK_CONFIG)
         config.pop("_name_or_path", None)  # a folder of the machine that it was trained on
         write_json(folder / NETWORK_CONFIG, config)
-        for file in [*self.student.weights, *self.student.folder.glob("*.safetensors.index.json")]:
+        for file in [*self.student.weights, *self.student.folder.glob("*.safetensors.index*.json")]:
             shutil.copyfile(file, folder / file.name)
 
     def check(self, folder: Path, size: Size) -> None:

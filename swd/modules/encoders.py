@@ -23,11 +23,13 @@ class Encoders(nn.Module):
 
     Attributes:
         final_size: latent size of finished pictures, for families whose conditioning names it; None: the VAE's own.
+        optional: parts of the pipeline that it can do without; zeros stand for the text of a missing encoder.
         vae_dtype: what the VAE is kept in whatever the base's dtype; None: the base's.
         at_once: pixels that the VAE gets in one call, but never less than one row: 8 pictures of 1024x1024.
     """
 
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    optional: ClassVar[tuple[str, ...]] = ()
     vae_dtype: ClassVar[torch.dtype | None] = None
     at_once: ClassVar[int] = 8 * 1024**2
 

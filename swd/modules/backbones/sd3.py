@@ -14,7 +14,9 @@ from swd.types import Conditioning
 
 
 class SD3Encoders(Encoders):
-    """Two CLIP encoders and T5; 8x VAE of 16 channels."""
+    """Two CLIP encoders and T5, which may be left out; 8x VAE of 16 channels."""
+
+    optional: ClassVar[tuple[str, ...]] = ("text_encoder_3", "tokenizer_3")
 
     def text(self, prompts: Sequence[str]) -> Conditioning:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
