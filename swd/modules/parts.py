@@ -16,8 +16,9 @@ LIBRARIES = ("diffusers", "transformers")
 
 LARGEST = 2**24
 """No number in a configuration is larger: the largest vocabulary has 2^18 entries."""
-MOST_LAYERS, MOST_IN_ALL = 512, 4096
-"""Layers that one entry may ask for (the deepest known network has 60), and the product of all such entries."""
+MOST_LAYERS, MOST_IN_ALL = 512, 1024
+"""Layers that one entry may ask for (the deepest known network has 60), and the product of all such entries (FLUX's
+is 722)."""
 LARGEST_SIDE, LARGEST_WIDTH = 2**14, 2**16
 """Of latents and of features; the largest known are 1536 and 5120."""
 
@@ -46,13 +47,13 @@ def check_index(index: Mapping[str, Any], where: str) -> None:
             continue
         if library not in LIBRARIES:
             raise UserError(
-                f"{where} has {name!r} of {_shown(library)}, which is code of its own and never run; give a model whose "
-                f"parts are all of {' and '.join(LIBRARIES)}"
+                f"{where} has {name!r} of {_shown(library)}, which is code of its own and never run; give a model "
+                f"whose parts are all of {' and '.join(LIBRARIES)}"
             )
         if class_of(library, kind) is None:
             raise UserError(
-                f"{where} has {name!r} of the class {_shown(kind)}, which the installed {library} does not have; update "
-                f"{library}, or download the model again"
+                f"{where} has {name!r} of the class {_shown(kind)}, which the installed {library} does not have; "
+                f"update {library}, or download the model again"
             )
 
 
@@ -80,10 +81,12 @@ def check_part(config: Mapping[str, Any], file: Path) -> None:
                 raise UserError(_absurd(file, key, number, LARGEST))
         if not re.search("layers|blocks", key):
             continue
-        counts = [n for n in _numbers(value) if not isinstance(n, float)]
-        if counts and (max(counts) > MOST_LAYERS or len(counts) > MOST_LAYERS):
-            raise UserError(_absurd(file, key, max(*counts, len(counts)), MOST_LAYERS))
-        product *= max(1, sum(counts) if key.endswith("_per_block") else value if isinstance(value, int) else 1)
+        counts = [number for number in _numbers(value) if isinstance(number, int)]
+        of_blocks = key.endswith("_per_block")  # other lists may name blocks; these count what each of them holds
+        most = max([len(counts), sum(counts) if of_blocks else 0, *counts])
+        if most > MOST_LAYERS:
+            raise UserError(_absurd(file, key, most, MOST_LAYERS))
+        product *= max(1, sum(counts)) if of_blocks or isinstance(value, int) else 1
         if product > MOST_IN_ALL:
             raise UserError(_absurd(file, f"{key} with the counts before it", product, MOST_IN_ALL))
 
@@ -102,9 +105,9 @@ def _numbers(value: Any, depth: int = 0) -> Iterator[float]:
 
 
 def _shown(value: Any) -> str:
-    text = (
-        " ".join(str(value).split()) if not isinstance(value, int) else f"{value:.3g}" if value > 1e15 else str(value)
-    )
+    if isinstance(value, int) and abs(value) > 10**15:
+        return f"about 10^{math.floor(math.log10(abs(value)))}"
+    text = " ".join(str(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

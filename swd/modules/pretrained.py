@@ -128,7 +128,7 @@ class Pretrained:
             given = "quantization" if self.quantization else "init_adapter"
             raise UserError(f"model.tuning=full trains every weight, so model.{given} cannot be set; use tuning=lora")
         if not 1 <= self.max_text_tokens <= MOST_TOKENS:
-            raise UserError(f"model.max_text_tokens={self.max_text_tokens}; use 1 to {MOST_TOKENS}")
+            raise UserError(f"model.max_text_tokens={self.max_text_tokens}; use at least 1, at most {MOST_TOKENS}")
         for key in ("guidance_scale", "embedded_guidance"):
             value = getattr(self, key)
             if value is not None and not 0 <= value < math.inf:
@@ -188,20 +188,20 @@ class Pretrained:
                 continue
             told = "null" if name in index else "not there"
             raise UserError(
-                f"model.path={self.path}: {name} is {told} in model_index.json, and model.family={self.family} does not "
-                "work without it; give a complete model"
+                f"model.path={self.path}: {name} is {told} in model_index.json, and model.family={self.family} does "
+                "not work without it; give a complete model"
             )
 
     def _check_numbers(self) -> None:
         """Sizes and widths that limits are made of, before anything is computed from them."""
         limits, factors = self.limits, self._factors
-        sides = [limits.max_side, limits.max_frames, *limits.native]
+        sides = [*limits.native, *(side for side in (limits.max_side, limits.max_frames) if side is not None)]
         ranges = {
             "divisor": ([limits.divisor], LARGEST_SIDE),
             "number of blocks": ([limits.blocks], MOST_LAYERS),
             "width": ([limits.width], LARGEST_WIDTH),
             "number of channels": ([limits.channels], LARGEST_WIDTH),
-            "side": ([side for side in sides if side is not None], LARGEST_SIDE),
+            "side": (sides, LARGEST_SIDE),
         }
         file = self.folder / self.backbone_class.subfolder / "config.json"
         for key, (values, most) in ranges.items():
@@ -209,7 +209,9 @@ class Pretrained:
                 if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
                     raise UserError(f"{file} is damaged: its {key} is {value!r}, not 1 to {most}; download it again")
         if not all(isinstance(factor, int) and 1 <= factor <= 1024 for factor in factors):
-            raise UserError(f"{self.folder / 'vae' / 'config.json'} is damaged: it shrinks by {factors}")
+            raise UserError(
+                f"{self.folder / 'vae' / 'config.json'} is damaged: it does not say by how much it shrinks pictures; download it again"
+            )
         if self.rank > max(LARGEST_RANK, limits.width):
             raise UserError(
                 f"model.rank={self.rank} is more than this network's width, {limits.width}, so that it is no low rank "
@@ -465,7 +467,9 @@ class Pretrained:
 
 def _reason(error: Exception) -> str:
     """What an error says, on one short line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:160]
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    # Libraries advise to run a folder's own code, which this package never does.
+    return "it has code of its own, which is never run" if "trust_remote_code" in text else text[:160]
 
 
 def native_bf16(device: torch.device) -> bool:

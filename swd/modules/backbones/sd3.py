@@ -38,6 +38,7 @@ class SD3Backbone(Backbone):
     pipeline_type: ClassVar[str] = "StableDiffusion3Pipeline"
     pipeline_aliases: ClassVar[tuple[str, ...]] = ("StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
     encoders_type: ClassVar[type[Encoders]] = SD3Encoders
+    comfyui: ClassVar[bool] = True
 
     @staticmethod
     def limits_of(config: dict[str, Any]) -> Limits:
