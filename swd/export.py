@@ -1,4 +1,6 @@
-"""The student as one folder that stock diffusers, peft and, where it has the family, ComfyUI load, with its schedule and its sampler.
+"""The student as one folder that stock diffusers and peft load, with its schedule and its sampler.
+
+ComfyUI loads it too, where it has the family.
 
 `swd export run=... to=...` writes it, loads it back both ways, and refuses to finish if any output differs.
 """
@@ -65,10 +67,7 @@ def run(cfg: DictConfig) -> None:
 
 
 def check_target(target: Path) -> None:
-    """Raise UserError unless a folder can be written at `to`; leaves nothing behind.
-
-    A link counts as what it leads to.
-    """
+    """Raise UserError unless a folder can be written at `to`; leaves nothing behind."""
     if target == Path():
         raise UserError("to is empty; name the folder to write")
     try:

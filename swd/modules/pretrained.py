@@ -209,9 +209,8 @@ class Pretrained:
                 if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
                     raise UserError(f"{file} is damaged: its {key} is {value!r}, not 1 to {most}; download it again")
         if not all(isinstance(factor, int) and 1 <= factor <= 1024 for factor in factors):
-            raise UserError(
-                f"{self.folder / 'vae' / 'config.json'} is damaged: it does not say by how much it shrinks pictures; download it again"
-            )
+            file = self.folder / "vae" / "config.json"
+            raise UserError(f"{file} is damaged: by how much it shrinks pictures cannot be; download it again")
         if self.rank > max(LARGEST_RANK, limits.width):
             raise UserError(
                 f"model.rank={self.rank} is more than this network's width, {limits.width}, so that it is no low rank "
