@@ -222,8 +222,12 @@ def test_parts_that_a_family_needs(
         if how == "null":
             families.pretrained(family, folder).encoders()
         return
-    message = refused(family, folder)
-    assert f"{min(names)} is {how}" in message and f"model.family={family}" in message
+    with pytest.raises(UserError) as caught:
+        model = families.pretrained(family, folder)
+        assert how == "not there"
+        model.fetch()
+    message = str(caught.value)
+    assert f"names no {min(names)}" in message and f"model.family={family}" in message and "\n" not in message
 
 
 # Code and classes

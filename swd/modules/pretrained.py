@@ -166,7 +166,7 @@ class Pretrained:
                 f"model.path={self.path} is for {pipeline}, but model.family={self.family} is for "
                 f"{backbone.pipeline_type}; give a model of that kind"
             )
-        self._check_missing(index)
+        self._check_parts({name for name, entry in index.items() if isinstance(entry, list) and entry[0] is None})
         for name, entry in index.items():
             more = isinstance(entry, list) and entry[0] == "diffusers" and name not in (part, "vae", "scheduler")
             if more or (name == "expand_timesteps" and entry):
@@ -175,22 +175,18 @@ class Pretrained:
                     f"{backbone.pipeline_type} of {part}, vae and scheduler alone"
                 )
 
-    def _check_missing(self, index: dict[str, Any]) -> None:
+    def _check_parts(self, absent: set[str]) -> None:
         """Parts may be left out only where the family can do without, and a text encoder only with its tokenizer."""
         backbone = self.backbone_class
-        texts = ("text_encoder", "tokenizer")
         known = inspect.signature(getattr(diffusers, backbone.pipeline_type).__init__).parameters
-        needed = {"vae", "scheduler", *(name for name in known if name.startswith(texts))}
-        absent = {name for name in needed if (index.get(name) or [None])[0] is None}
-        for name in sorted(absent):
+        needed = {"vae", "scheduler", *(name for name in known if name.startswith(("text_encoder", "tokenizer")))}
+        for name in sorted(needed & absent):
             encoder = name.replace("tokenizer", "text_encoder")
-            if name in backbone.encoders_type.optional and encoder in absent:
-                continue
-            told = "null" if name in index else "not there"
-            raise UserError(
-                f"model.path={self.path}: {name} is {told} in model_index.json, and model.family={self.family} does "
-                "not work without it; give a complete model"
-            )
+            if name not in backbone.encoders_type.optional or encoder not in absent:
+                raise UserError(
+                    f"model.path={self.path}: model_index.json names no {name}, and model.family={self.family} does "
+                    "not work without it; give a complete model"
+                )
 
     def _check_numbers(self) -> None:
         """Sizes and widths that limits are made of, before anything is computed from them."""
@@ -369,6 +365,9 @@ class Pretrained:
             folder = hub.weights(self.path, self.revision)
             check_pipeline_folder(folder)
         if not self._tokenizers_checked:
+            index = read_json(folder / "model_index.json")
+            known = inspect.signature(getattr(diffusers, self.backbone_class.pipeline_type).__init__).parameters
+            self._check_parts({*self._absent, *(name for name in known if name not in index)})
             check_tokenizers(folder)
             self._tokenizers_checked = True
         return folder
