@@ -277,8 +277,9 @@ class Pretrained:
     @property
     def limits(self) -> Limits:
         """Valid sizes and blocks, from the network's configuration."""
+        config = self.network_config
         try:
-            return self.backbone_class.limits_of(self.network_config)
+            return self.backbone_class.limits_of(config)
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError) as error:
             file = self.folder / self.backbone_class.subfolder / "config.json"
             raise UserError(f"{file} is damaged: {error} is missing or wrong; download it again") from None
@@ -299,8 +300,9 @@ class Pretrained:
     @property
     def _factors(self) -> tuple[int, int]:
         """Frames per latent frame beyond the first one, and pixels per latent along a side."""
+        config = self.vae_config
         try:
-            return self.backbone_class.encoders_type.factors(self.vae_config)
+            return self.backbone_class.encoders_type.factors(config)
         except (LookupError, TypeError, ValueError, ArithmeticError) as error:
             file = self.folder / "vae" / "config.json"
             raise UserError(f"{file} is damaged: {_reason(error)}; download it again") from None
