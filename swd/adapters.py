@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from swd.files import file_hash, write_aside, write_json
+from swd.adapter_settings import Settings, read_settings, shown
+from swd.config import one_line
+from swd.files import check_checksums, file_hash, write_aside, write_checksums, write_json
 from swd.modules import hub
 from swd.modules.pretrained import Pretrained, read_json
 from swd.scheduler import ScaleWiseScheduler
@@ -24,10 +27,51 @@ PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DIFFUSERS_WEIGHTS, SCHEDULER_CONFIG = "pytorch_lora_weights.safetensors", "scheduler_config.json"
 NETWORK_CONFIG = "config.json"
 
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""What a LoRA can adapt."""
+
 MERGE = "merge it into the base (pipe.fuse_lora, pipe.save_pretrained) and give that folder as model.path"
 """What to do with an adapter that has no place in the student's."""
 
-_PREFIXES = ("base_model.model.", "transformer.", "unet.", "diffusion_model.")
+_PARTS = ("transformer.", "unet.")
+_PREFIXES = ("base_model.model.", *_PARTS, "diffusion_model.")
+_ROLES = {
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora_down.weight": "down",
+    ".lora_up.weight": "up",
+    ".lora.down.weight": "down",
+    ".lora.up.weight": "up",
+    ".alpha": "alpha",
+}
+"""What the keys of a plain LoRA end with: peft's and diffusers' names, kohya's, and diffusers' old ones."""
+_NOT_THE_NETWORK = {
+    "text_encoder": "a weight of a text encoder",
+    "lora_te": "a weight of a text encoder",
+    "text_model.": "a weight of a text encoder",
+    "te1.": "a weight of a text encoder",
+    "te2.": "a weight of a text encoder",
+    "conditioner.": "a weight of a text encoder",
+    "cond_stage_model.": "a weight of a text encoder",
+    "vae.": "a weight of a VAE",
+    "first_stage_model.": "a weight of a VAE",
+}
+_OTHER_KINDS = {
+    r"lokr_": "a weight of LoKr",
+    r"hada_": "a weight of LoHa",
+    r"dora_scale|lora_magnitude_vector": "a weight of DoRA",
+    r"lora_mid|lora_cp": "a weight of LoCon's core tensor",
+    r"lora_embedding_": "a LoRA of an embedding",
+    r"lora_(B|up)\.bias|lora_bias": "a bias of a LoRA",
+    r"lora_E|ranknum": "a weight of AdaLoRA",
+    r"vera_lambda": "a weight of VeRA",
+    r"oft_|boft": "a weight of OFT",
+    r"ia3": "a weight of IA3",
+    r"\.diff_b$|\.bias$": "a bias that was trained whole",
+    r"norm": "a normalization that was trained whole",
+    r"\.diff$|\.set_weight$|\.weight$": "a weight that was trained whole, no LoRA weight",
+}
+"""What else LoRA files hold, by a sign in the key."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +162,11 @@ def load(path: Path) -> Adapter:
         UserError: if weights are missing or damaged, or are no LoRA that can be folded.
     """
     if path.is_file():
-        return _from_diffusers(path)
+        if path.name != PEFT_WEIGHTS:
+            return _from_diffusers(path)
+        if not (path.parent / PEFT_CONFIG).is_file():
+            raise UserError(f"adapter {path} has no {PEFT_CONFIG} beside it, which says its scale; give both")
+        return _from_peft(path.parent)
     if (path / PEFT_CONFIG).is_file():
         return _from_peft(path)
     if is_network(path):
@@ -130,97 +178,193 @@ def _from_peft(folder: Path) -> Adapter:
     file = folder / PEFT_WEIGHTS
     if not file.is_file():
         raise UserError(f"adapter {folder} is incomplete: {PEFT_WEIGHTS} is missing")
+    check_checksums(folder, (PEFT_WEIGHTS, PEFT_CONFIG))
     config = read_json(folder / PEFT_CONFIG)
-    if config.get("use_dora") or config.get("peft_type", "LORA") != "LORA":
-        kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
+    if config.get("use_dora") or config.get("peft_type") not in ("LORA", None):
+        kind = "DoRA" if config.get("use_dora") else shown(config.get("peft_type"))
         raise UserError(f"adapter {folder} is {kind}; only LoRA is known")
-    tensors = _plain(_read(file))
-
-    def scale(module: str, rank: int) -> float:
-        alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank))
-        return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
-
-    return Adapter(_fold(tensors, scale, file), file, config.get("base_model_name_or_path"))
+    settings = read_settings(config, f"adapter {folder}")
+    base = config.get("base_model_name_or_path")
+    return _fold(read_lora(file), settings, file, base if isinstance(base, str) else None)
 
 
 def _from_diffusers(file: Path) -> Adapter:
-    tensors = _plain(_read(file))
-    alphas = {key.removesuffix(".alpha"): float(value) for key, value in tensors.items() if key.endswith(".alpha")}
-    settings = {re.sub(r"^(transformer|unet)\.", "", key): value for key, value in _metadata(file).items()}
+    check_checksums(file.parent, (file.name,))
+    lora, stored = read_lora(file), _metadata(file)
+    if not stored:
+        return _fold(lora, None, file)
+    if lora.alphas:
+        raise UserError(
+            f"adapter {file} says its alpha twice, in lora_adapter_metadata and as {min(lora.alphas)}.alpha; "
+            "leave one out"
+        )
+    return _fold(lora, read_settings(stored, f"adapter {file}"), file)
 
-    def scale(module: str, rank: int) -> float:
-        # Without either, diffusers itself takes alpha = rank.
-        alpha = alphas.get(module, _pattern(settings.get("alpha_pattern"), module, settings.get("lora_alpha", rank)))
-        return float(alpha / rank)
 
-    return Adapter(_fold({k: v for k, v in tensors.items() if ".lora_" in k}, scale, file), file)
+# Reading
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Weights of a LoRA file as they are, their scale not yet folded in.
+
+    Attributes:
+        down: `lora_A` by module, `[r, in]` or `[r, in, *kernel]`.
+        up: `lora_B` by module, `[out, r]` or `[out, r, 1, ...]`.
+        alphas: kohya's alpha tensors by module.
+        as_diffusers: whether names are those that diffusers itself writes and reads.
+        prefix: what all keys begin with, without the dot; empty for nothing.
+    """
+
+    down: dict[str, Tensor]
+    up: dict[str, Tensor]
+    alphas: dict[str, float]
+    as_diffusers: bool
+    prefix: str
+
+
+def read_lora(file: Path) -> Lora:
+    """Read a file with a LoRA's weights, in any layout.
+
+    Raises:
+        UserError: naming the first key that is no part of a plain LoRA of the denoising network, or what is damaged.
+    """
+    down: dict[str, Tensor] = {}
+    up: dict[str, Tensor] = {}
+    alphas: dict[str, float] = {}
+    prefixes, kinds = set(), set()
+    tensors = _read(file)
+    if not any(key.endswith(tuple(_ROLES)) for key in tensors):
+        only = f": {min(tensors)} is {_other_kind(min(tensors))}" if tensors else ""
+        raise UserError(f"adapter {file} holds no LoRA weights{only}")
+    for key, value in tensors.items():
+        prefix = next((p for p in _PREFIXES if key.startswith(p)), "")
+        module, kind = _split(key, prefix, file)
+        prefixes.add(prefix)
+        kinds.add(kind)
+        role = _ROLES[kind]
+        found: dict[str, Any] = down if role == "down" else up if role == "up" else alphas  # type: ignore[assignment]
+        if module in found:
+            raise UserError(f"adapter {file} holds two keys for {module}, the second is {key}; remove one")
+        found[module] = _alpha(value, key, file) if role == "alpha" else _weight(value, key, file)
+    for module in sorted({*down, *up, *alphas}):
+        _check_pair(module, down.get(module), up.get(module), file)
+    native = kinds <= {".lora_A.weight", ".lora_B.weight"} and len(prefixes) == 1
+    return Lora(down, up, alphas, native, prefixes.pop().removesuffix(".") if len(prefixes) == 1 else "")
+
+
+def _split(key: str, prefix: str, file: Path) -> tuple[str, str]:
+    """The module that a key is of, and what ends the key.
+
+    Raises:
+        UserError: for anything that is no part of a plain LoRA of the denoising network.
+    """
+    plain = key.removeprefix(prefix)
+    for other in _PREFIXES:  # of a network inside a peft model
+        plain = plain.removeprefix(other)
+    plain = plain.replace(".default.", ".")
+    for start, kind in _NOT_THE_NETWORK.items():
+        if key.startswith(start) or plain.startswith(start):
+            raise UserError(
+                f"adapter {file} holds {key}, {kind}; only LoRA of the denoising network is known, so {MERGE}"
+            )
+    for end in _ROLES:
+        if plain.endswith(end) and plain != end:
+            return plain.removesuffix(end), end
+    raise UserError(f"adapter {file} holds {key}, {_other_kind(plain)}; only plain LoRA is known, so {MERGE}")
+
+
+def _other_kind(key: str) -> str:
+    """What a key is of that is no part of a plain LoRA."""
+    return next((kind for sign, kind in _OTHER_KINDS.items() if re.search(sign, key)), "no LoRA weight")
+
+
+def _weight(value: Tensor, key: str, file: Path) -> Tensor:
+    if not value.is_floating_point():
+        raise UserError(f"adapter {file} holds {key} as {value.dtype}; only floating-point weights are known")
+    value = value.float()
+    if not value.isfinite().all():
+        raise UserError(f"adapter {file} is damaged: {key} is not finite; copy it again, or train it again")
+    return value
+
+
+def _alpha(value: Tensor, key: str, file: Path) -> float:
+    alpha = float(value) if value.numel() == 1 else math.nan
+    if not 0 < alpha < math.inf:
+        told = f"{alpha:g}" if value.numel() == 1 else f"a tensor of shape {tuple(value.shape)}"
+        raise UserError(f"adapter {file} is damaged: {key} is {told}, not a finite number above 0; copy it again")
+    return alpha
+
+
+def _check_pair(module: str, a: Tensor | None, b: Tensor | None, file: Path) -> None:
+    """Raise UserError unless lora_A and lora_B of a module are both there and multiply to an update."""
+    damaged = f"adapter {file} is damaged: {module}"
+    if a is None and b is None:
+        raise UserError(f"{damaged} has an alpha, but no LoRA weights")
+    if a is None or b is None:
+        raise UserError(f"{damaged} has only one of lora_A and lora_B")
+    sizes = f"lora_A of shape {tuple(a.shape)} and lora_B of shape {tuple(b.shape)}"
+    if a.ndim < 2 or a.ndim != b.ndim or not a.numel() or not b.numel():
+        raise UserError(f"{damaged} has {sizes}; expected [r, in] and [out, r]")
+    if a.shape[0] != b.shape[1] or any(side != 1 for side in b.shape[2:]):
+        raise UserError(f"{damaged} has {sizes}, whose ranks differ; expected [r, in] and [out, r]")
 
 
 def _read(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"adapter {file} cannot be read ({str(error).splitlines()[0]}); copy it again") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"adapter {file} cannot be read ({one_line(error)[:160]}); copy it again") from None
 
 
 def _metadata(file: Path) -> dict[str, Any]:
-    """Settings that diffusers stored beside the weights, empty without any."""
+    """Settings that diffusers stored beside the weights, without the part's name; empty without any.
+
+    Raises:
+        UserError: if they are damaged, or of more parts than the denoising network.
+    """
     with safe_open(file, "pt") as opened:
         text = (opened.metadata() or {}).get("lora_adapter_metadata", "{}")
     try:
         stored = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         stored = None
     if not isinstance(stored, dict):
         raise UserError(f"adapter {file} has damaged metadata: lora_adapter_metadata is no JSON object; copy it again")
-    return stored
-
-
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keys without the prefixes of the layouts, A and B under peft's names."""
-    plain = {}
-    for key, value in tensors.items():
-        for prefix in _PREFIXES:
-            key = key.removeprefix(prefix)
-        key = key.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B.").replace(".lora.down.", ".lora_A.")
-        plain[key.replace(".lora.up.", ".lora_B.").replace(".default.", ".")] = value
+    plain: dict[str, Any] = {}
+    for key, value in stored.items():
+        short = next((key.removeprefix(p) for p in _PARTS if key.startswith(p)), key)
+        if short in plain or "." in short:
+            raise UserError(f"adapter {file} has settings for more than the denoising network ({key}); {MERGE}")
+        plain[short] = value
     return plain
 
 
-def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """The entry of peft's `rank_pattern` or `alpha_pattern` for a module."""
-    for pattern, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            return value
-    return default
-
-
-def _fold(tensors: Mapping[str, Tensor], scale: Any, file: Path) -> dict[str, Tensor]:
+def _fold(lora: Lora, settings: Settings | None, file: Path, base: str | None = None) -> Adapter:
     """Multiply each lora_B by its module's scale."""
-    state = {}
-    for key, value in tensors.items():
-        module, _, kind = key.rpartition(".lora_")
-        if kind not in ("A.weight", "B.weight"):
-            raise UserError(f"adapter {file} holds {key}, which is no LoRA weight")
-        if f"{module}.lora_A.weight" not in tensors or f"{module}.lora_B.weight" not in tensors:
-            raise UserError(f"adapter {file} is damaged: {module} has only one of lora_A and lora_B")
-        rank = tensors[f"{module}.lora_A.weight"].shape[0]
-        state[key] = value.float() * (scale(module, rank) if kind.startswith("B") else 1.0)
-    if not state:
-        raise UserError(f"adapter {file} holds no LoRA weights")
-    return state
+    state: dict[str, Tensor] = {}
+    for module, a in lora.down.items():
+        rank = a.shape[0]
+        # Without settings and alpha, diffusers itself takes alpha = rank.
+        scale = lora.alphas.get(module, float(rank)) / rank if settings is None else settings.scale(module, rank)
+        b = lora.up[module] * scale
+        if not b.isfinite().all():
+            raise UserError(f"adapter {file} is damaged: {module} times its scale {scale:g} is not finite")
+        state |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+    return Adapter(state, file, base)
 
 
 def check_fits(adapter: Adapter, model: Pretrained) -> None:
     """Raise UserError, with both names, if the adapter was made for another network."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.meta_network.named_parameters()}
+    layers = {name: layer for name, layer in model.meta_network.named_modules() if isinstance(layer, _LAYERS)}
     for module in adapter.modules:
-        shape = shapes.get(f"{module}.weight")
-        inner = adapter.state[f"{module}.lora_A.weight"].shape[1]
+        layer = layers.get(module)
+        inner = adapter.state[f"{module}.lora_A.weight"].shape[1:]
         outer = adapter.state[f"{module}.lora_B.weight"].shape[0]
-        if shape is None or (outer, inner) != shape[:2]:
+        shape = None if layer is None else tuple(layer.weight.shape)
+        if (outer, *inner) != shape:
             made_for = f"made for {adapter.base}" if adapter.base else "made for a model that it does not name"
-            found = "which this model does not have" if shape is None else f"{(outer, inner)} against {shape}"
+            found = "which this model does not have" if shape is None else f"{(outer, *inner)} against {shape}"
             raise UserError(
                 f"adapter {adapter.source.parent} ({made_for}) does not fit model {model.name}: {module}, {found}"
             )
@@ -263,11 +407,7 @@ def read_adapter(model: Pretrained) -> dict[str, Tensor]:
 
 def check_modules(adapter: Adapter, model: Pretrained) -> None:
     """Raise UserError unless an adapter has weights for the layers that `model.targets` names, and for no others."""
-    layers = [
-        name
-        for name, layer in model.meta_network.named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    ]
+    layers = [name for name, layer in model.meta_network.named_modules() if isinstance(layer, _LAYERS)]
     ours, theirs = {name for name in layers if named(name, model.targets)}, set(adapter.modules)
     if ours == theirs:
         return
@@ -326,6 +466,7 @@ def save_adapter(
         new.mkdir()
         write_layouts(new, folded, base, part)
         scheduler.save_pretrained(new)
+        write_checksums(new)
 
     return write_aside(folder, write)
 
@@ -336,6 +477,7 @@ def save_student(folder: Path, network: Any, scheduler: ScaleWiseScheduler) -> P
     def write(new: Path) -> None:
         network.save_pretrained(new)
         scheduler.save_pretrained(new)
+        write_checksums(new)
 
     return write_aside(folder, write)
 

@@ -16,7 +16,7 @@ from swd.types import UserError
 COMMANDS = {
     "train": ("swd.train", "distil a model, or train one of the embedded ones (experiment=shapes_teacher ...)"),
     "sample": ("swd.sample", "draw pictures of prompts"),
-    "export": ("swd.export", "write a student as one folder for diffusers, peft and ComfyUI"),
+    "export": ("swd.export", "write a student as one folder for diffusers, peft and, mostly, ComfyUI"),
     "generate": ("swd.data.generate", "let a teacher draw its own training set"),
     "import": ("swd.data.importer", "make shards of captioned pictures"),
     "encode": ("swd.data.encode", "encode a data set once, for all trainings of one model"),

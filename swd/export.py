@@ -1,4 +1,6 @@
-"""The student as one folder that stock diffusers, peft and ComfyUI load, with its schedule and its sampler.
+"""The student as one folder that stock diffusers and peft load, with its schedule and its sampler.
+
+ComfyUI loads it too, where it has the family.
 
 `swd export run=... to=...` writes it, loads it back both ways, and refuses to finish if any output differs.
 """
@@ -8,7 +10,10 @@ from __future__ import annotations
 import inspect
 import re
 import shutil
+import tempfile
 import warnings
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +21,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,10 +37,12 @@ from swd.adapters import (
     write_layouts,
 )
 from swd.config import check, one_line, to_plain
-from swd.files import write_aside, write_json
+from swd.files import check_checksums, write_aside, write_checksums, write_json
 from swd.io.progress import Progress
+from swd.limits import STEPS
 from swd.modules.backbones.base import Backbone
 from swd.modules.hub import is_hub_id
+from swd.modules.parts import LARGEST_SIDE
 from swd.modules.pretrained import Pretrained, read_json
 from swd.schedule import ScaleSchedule
 from swd.scheduler import ScaleWiseScheduler
@@ -51,8 +59,7 @@ def run(cfg: DictConfig) -> None:
     check(cfg, ROOT)
     train.quiet()
     target = Path(cfg.to)
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise UserError(f"to={cfg.to} exists already and is no empty folder; choose another")
+    check_target(target)
     source = locate(cfg.run, Path(cfg.output), "run")
     student = load_student(source)
     model: Pretrained = instantiate(model_of(source, cfg), _convert_="all")
@@ -63,6 +70,20 @@ def run(cfg: DictConfig) -> None:
         folder = export(student, model, schedule, target, cfg.verify)
         progress.advance()
     print(folder)
+
+
+def check_target(target: Path) -> None:
+    """Raise UserError unless a folder can be written at `to`; leaves nothing behind."""
+    if target == Path():
+        raise UserError("to is empty; name the folder to write")
+    try:
+        if target.is_file() or (target.is_dir() and any(target.iterdir())):
+            raise UserError(f"to={target} exists already and is no empty folder; choose another")
+        above = next(parent for parent in target.absolute().parents if parent.exists())
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise UserError(f"to={target} cannot be written ({error.strerror}); choose another folder") from None
 
 
 def model_of(source: Path, cfg: DictConfig) -> Any:
@@ -116,6 +137,8 @@ def schedule_of(source: Path, cfg: DictConfig, model: Pretrained) -> ScaleWiseSc
             )
     for size in sampler.base_sizes:
         model.limits.check_size(size)
+    if not chosen:
+        check_checksums(file.parent, (file.name,))
     return sampler
 
 
@@ -132,11 +155,30 @@ def read_schedule(file: Path) -> ScaleWiseScheduler:
             f"{file} is for {kind or 'no class'}, not for {ScaleWiseScheduler.__name__}; remove it and give schedule="
         )
     try:
-        ScaleSchedule(config["sigmas"], config["sizes"])
+        check_schedule(config)
         sampler: ScaleWiseScheduler = ScaleWiseScheduler.from_config(config)
-    except (UserError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"{file} is damaged ({type(error).__name__}: {one_line(error)}); copy it again") from None
     return sampler
+
+
+def check_schedule(config: Mapping[str, Any]) -> None:
+    """Check the numbers of a sampler's configuration, before it computes with them.
+
+    Raises:
+        ValueError, LookupError or TypeError: for the first one that is missing or cannot be.
+    """
+    if len(config["sigmas"]) > STEPS:
+        raise ValueError(f"{len(config['sigmas'])} sigmas; at most {STEPS} are known")
+    ScaleSchedule(config["sigmas"], config["sizes"])
+    sides = [side for size in config["sizes"] for side in (size if isinstance(size, list) else [size])]
+    whole = {"sizes": (sides, LARGEST_SIDE)} | {
+        key: ([config[key]], LARGEST_SIDE) for key in ("divisor", "num_train_timesteps") if key in config
+    }
+    for key, (values, most) in whole.items():
+        for value in values:
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+                raise ValueError(f"{key} is {str(value)[:60]}; use whole numbers from 1 to {most}")
 
 
 # Writing
@@ -173,10 +215,25 @@ def export(
         schedule.save_pretrained(new)
         (new / SCHEDULER_FILE).write_text(inspect.getsource(scheduler), encoding="utf-8")
         (new / "README.md").write_text(card(content, model, schedule), encoding="utf-8")
+        write_checksums(new)
         if verify:
             content.check(new, schedule.base_sizes[0])
 
-    return write_aside(target, write)
+    made = [parent for parent in target.absolute().parents if not parent.exists()]
+    try:
+        return write_aside(target, write)
+    except BaseException as error:
+        for parent in made:  # created for this export alone; the innermost first
+            with suppress(OSError):
+                parent.rmdir()
+        if isinstance(error, UserError):
+            raise
+        if isinstance(error, OSError | SafetensorError):
+            reason = getattr(error, "strerror", None) or one_line(error)
+            raise UserError(
+                f"to={target} cannot be written ({reason[:160]}); free space, or choose another folder"
+            ) from None
+        raise
 
 
 class Content(Protocol):
@@ -201,27 +258,31 @@ class AdapterContent:
     """An adapter in every layout that has readers."""
 
     tags = "lora, scale-wise-distillation"
-    files = (
-        f"`{PEFT_WEIGHTS}` with `{PEFT_CONFIG}` for peft, `{DIFFUSERS_WEIGHTS}` for diffusers (and ComfyUI, unless "
-        f"`{COMFY_WEIGHTS}` is there)"
-    )
 
     def __init__(self, adapter: Adapter, model: Pretrained) -> None:
         self.adapter, self.model = adapter, model
         ranks = sorted(adapter.ranks)
         self.about = f"A LoRA of rank {ranks[0] if len(ranks) == 1 else f'{ranks[0]} to {ranks[-1]}'}"
+        self.files = f"`{PEFT_WEIGHTS}` with `{PEFT_CONFIG}` for peft, `{DIFFUSERS_WEIGHTS}` for diffusers"
+        if model.backbone_class.comfyui:
+            self.files += f", `{COMFY_WEIGHTS if self._renamed() else DIFFUSERS_WEIGHTS}` for ComfyUI"
         self.classes = model.backbone_class.pipeline_type
         self.loading = (
             f'pipe = {self.classes}.from_pretrained({base_arguments(model)}, torch_dtype=torch.bfloat16).to("cuda")\n'
             f'pipe.load_lora_weights("FOLDER", weight_name="{DIFFUSERS_WEIGHTS}")'
         )
 
-    def write(self, folder: Path) -> None:
+    def _renamed(self) -> dict[str, Tensor]:
+        """What ComfyUI reads of the adapter, empty where it knows no such family or reads diffusers' own names."""
         backbone, state = self.model.backbone_class, self.adapter.state
-        write_layouts(folder, state, self.model.name, backbone.subfolder)
-        comfy = comfy_state(backbone, state)
-        if set(comfy) != {f"{backbone.subfolder}.{key}" for key in state}:
-            save_file(comfy, folder / COMFY_WEIGHTS)
+        comfy = comfy_state(backbone, state) if backbone.comfyui else {}
+        return comfy if set(comfy) != {f"{backbone.subfolder}.{key}" for key in state} else {}
+
+    def write(self, folder: Path) -> None:
+        write_layouts(folder, self.adapter.state, self.model.name, self.model.backbone_class.subfolder)
+        renamed = self._renamed()
+        if renamed:
+            save_file(renamed, folder / COMFY_WEIGHTS)
 
     def check(self, folder: Path, size: Size) -> None:
         check_adapter(folder, self.adapter, self.model, size)
@@ -251,7 +312,7 @@ class NetworkContent:
         config = read_json(self.student.folder / NETWORK_CONFIG)
         config.pop("_name_or_path", None)  # a folder of the machine that it was trained on
         write_json(folder / NETWORK_CONFIG, config)
-        for file in [*self.student.weights, *self.student.folder.glob("*.safetensors.index.json")]:
+        for file in [*self.student.weights, *self.student.folder.glob("*.safetensors.index*.json")]:
             shutil.copyfile(file, folder / file.name)
 
     def check(self, folder: Path, size: Size) -> None:

@@ -7,11 +7,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from swd.types import UserError
+
+CHECKSUMS = "checksums.json"
+"""What a student's folder holds beside its files: their SHA-256."""
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> Path:
@@ -85,3 +88,35 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_checksums(folder: Path) -> Path:
+    """Record the SHA-256 of every file in a folder beside them, for `check_checksums`."""
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != CHECKSUMS)
+    return write_json(folder / CHECKSUMS, {"sha256": {file.name: file_hash(file) for file in files}})
+
+
+def check_checksums(folder: Path, names: Iterable[str]) -> None:
+    """Compare files with what was recorded beside them; a folder without a record is taken as it is.
+
+    Args:
+        folder: where the files are.
+        names: those that are about to be read.
+
+    Raises:
+        UserError: if a file is not the one that was written, or the record itself is damaged.
+    """
+    record = folder / CHECKSUMS
+    if not record.is_file():
+        return
+    try:
+        hashes = json.loads(record.read_text(encoding="utf-8"))["sha256"]
+        known = {name: hashes[name] for name in names if name in hashes}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        raise UserError(f"{record} is damaged; copy the folder again") from None
+    for name, expected in known.items():
+        if (folder / name).is_file() and file_hash(folder / name) != expected:
+            raise UserError(
+                f"{folder / name} is not the file that was written: its SHA-256 is not the one in {CHECKSUMS}; "
+                f"copy the folder again, or remove {CHECKSUMS} if you changed the file yourself"
+            )

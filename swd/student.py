@@ -11,7 +11,8 @@ import torch
 
 from swd import adapters
 from swd.adapters import NETWORK_CONFIG
-from swd.files import file_hash
+from swd.files import check_checksums, file_hash
+from swd.modules.parts import weight_files
 from swd.modules.pretrained import Pretrained, check_model_folder, first_misfit, read_json
 from swd.types import UserError
 
@@ -46,7 +47,7 @@ class FullStudent:
     @property
     def weights(self) -> list[Path]:
         """Its safetensors files."""
-        return sorted(self.folder.glob("*.safetensors"))
+        return weight_files(self.folder)[1]
 
     @property
     def hash(self) -> str:
@@ -62,10 +63,15 @@ class FullStudent:
         misfit = first_misfit(self.folder, model.meta_network)
         if misfit:
             raise UserError(f"{where}: {misfit}")
+        check_checksums(self.folder, [NETWORK_CONFIG, *(file.name for file in self.folder.glob("*.safetensors*"))])
 
     def network(self, model: Pretrained, device: torch.device | str = "cpu") -> Any:
         return model.network_class.from_pretrained(
-            self.folder, torch_dtype=model.dtype(device), use_safetensors=True, local_files_only=True
+            self.folder,
+            torch_dtype=model.dtype(device),
+            variant=weight_files(self.folder)[0],
+            use_safetensors=True,
+            local_files_only=True,
         )
 
     def load_into(self, pipe: Any, model: Pretrained) -> None:

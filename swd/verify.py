@@ -5,18 +5,24 @@ One network is in memory at a time, in float32, and no text encoder or VAE.
 
 from __future__ import annotations
 
+import logging
+import re
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers.utils.logging as diffusers_logging
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
-from swd.adapters import DIFFUSERS_WEIGHTS, Adapter
+from swd.adapters import DIFFUSERS_WEIGHTS, MERGE, PEFT_WEIGHTS, Adapter, Lora, read_lora
+from swd.config import one_line
 from swd.modules.pretrained import Pretrained, read_json
 from swd.student import FullStudent
 from swd.types import Size, UserError
@@ -32,9 +38,11 @@ VISIBLE = 0.1
 
 @torch.no_grad()
 def check_adapter(folder: Path, adapter: Adapter, model: Pretrained, size: Size) -> None:
-    """Raise UserError unless peft, diffusers and ComfyUI get the adapter's update from `folder`.
+    """Raise UserError unless peft, diffusers and ComfyUI get from `folder` what the adapter's own file means to them.
 
-    A small update is enlarged alike on both sides, so that a loader that loads nothing cannot pass for rounding.
+    What is expected is what peft or diffusers themselves make of the file that was exported, so that a setting which
+    this package has misread is noticed. A small update is enlarged alike on all sides, so that a loader that loads
+    nothing cannot pass for rounding.
 
     Args:
         folder: as exported.
@@ -44,19 +52,19 @@ def check_adapter(folder: Path, adapter: Adapter, model: Pretrained, size: Size)
     """
     network = _network(model)
     base, gain = predict(network, model, size), gain_of(network, adapter)
-    add(network, adapter.state, gain)
+    reader, network = as_published(network, adapter, model, gain)
     expected = predict(network, model, size)
     del network
-    if gain == 0:
+    if not any(value.any() for key, value in adapter.state.items() if ".lora_B." in key):
         warnings.warn("this adapter's update is zero: the student is the teacher", UserWarning, stacklevel=2)
     ways: dict[str, Callable[[], Any]] = {
-        "peft": lambda: scaled(_with_peft(folder, model), gain),
-        "diffusers": lambda: scaled(_with_diffusers(folder, model), gain),
+        "peft": lambda: scaled(_with_peft(_network(model), folder), gain),
+        "diffusers": lambda: scaled(_with_diffusers(_network(model), folder / DIFFUSERS_WEIGHTS, model), gain),
     }
     if (folder / COMFY_WEIGHTS).is_file():
         ways["ComfyUI"] = lambda: _with_comfyui(folder, model, adapter, gain)
     for way, build in ways.items():
-        compare(way, predict(build(), model, size), expected, (expected - base).norm())
+        compare(way, predict(build(), model, size), expected, (expected - base).norm(), reader)
 
 
 @torch.no_grad()
@@ -67,13 +75,23 @@ def check_network(folder: Path, student: FullStudent, model: Pretrained, size: S
     compare("diffusers", actual, expected, torch.zeros(()))
 
 
-def compare(way: str, actual: Tensor, expected: Tensor, update: Tensor) -> None:
-    """Raise UserError if a prediction differs by more than `SHARE` of the update's norm and more than rounding does."""
+def compare(way: str, actual: Tensor, expected: Tensor, update: Tensor, reader: str = "") -> None:
+    """Raise UserError if a prediction differs by more than `SHARE` of the update's norm and more than rounding does.
+
+    Args:
+        way: what loaded the exported network.
+        actual: its prediction.
+        expected: the student's.
+        update: norm of what the student changes in the prediction.
+        reader: what loaded the student, and from where, if that was not this package itself.
+    """
     error = (actual - expected).norm()
     if not error <= torch.maximum(SHARE * update, ROUNDING * expected.norm()):
+        told = f" from what {reader}" if reader else ""
+        fix = f"{MERGE}, or please report" if reader else "please report"
         raise UserError(
-            f"export refused: the network loaded by {way} differs by {error:.2g} in a prediction of norm "
-            f"{expected.norm():.2g} that the student changes by {update:.2g}; please report"
+            f"export refused: the network loaded by {way} differs{told} by {error:.2g} in a prediction of norm "
+            f"{expected.norm():.2g} that the student changes by {update:.2g}; {fix}"
         )
 
 
@@ -90,14 +108,14 @@ def predict(network: Any, model: Pretrained, size: Size) -> Tensor:
 
 
 def gain_of(network: Any, adapter: Adapter) -> float:
-    """What makes an adapter's update `VISIBLE`, at least 1; 0 for an update that is zero."""
+    """What makes an adapter's update `VISIBLE`; at least 1, and 1 for an update that is zero."""
     weights = dict(network.named_parameters())
     update = whole = 0.0
     for module in adapter.modules:
         a, b = (adapter.state[f"{module}.lora_{kind}.weight"].double().flatten(1) for kind in "AB")
         update += ((b.T @ b) * (a @ a.T)).sum().item()  # the squared norm of b @ a
         whole += weights[f"{module}.weight"].square().sum().item()
-    return max(1.0, VISIBLE * (whole / update) ** 0.5) if update > 0 else 0.0
+    return max(1.0, VISIBLE * (whole / update) ** 0.5) if update > 0 else 1.0
 
 
 def add(network: Any, state: Mapping[str, Tensor], gain: float = 1.0) -> None:
@@ -126,18 +144,77 @@ def _network(model: Pretrained) -> Any:
     return model.network("cpu").network.float().eval()
 
 
-def _with_peft(folder: Path, model: Pretrained) -> Any:
-    return PeftModel.from_pretrained(_network(model), str(folder)).eval()
+def as_published(network: Any, adapter: Adapter, model: Pretrained, gain: float) -> tuple[str, Any]:
+    """The student as somebody else's loader reads the adapter's own file, its update multiplied by `gain`.
+
+    Args:
+        network: the base, which is changed.
+        adapter: what was exported.
+        model: its base.
+        gain: as of `gain_of`.
+
+    Returns:
+        What loaded it and from where, for messages; empty for an adapter that is in no file. And the network.
+
+    Raises:
+        UserError: if that loader refuses the file.
+    """
+    file = adapter.source
+    if not file.is_file():
+        add(network, adapter.state, gain)
+        return "", network
+    if file.name == PEFT_WEIGHTS:
+        reader, load = "peft", partial(_with_peft, network, file.parent)
+    else:
+        lora = read_lora(file)
+        reader, load = "peft", partial(_with_alphas, network, lora)
+        if lora.as_diffusers and lora.prefix == model.backbone_class.subfolder:
+            reader, load = "diffusers", partial(_with_diffusers, network, file, model)
+        elif lora.as_diffusers and not lora.prefix:
+            reader, load = "diffusers", partial(_with_bare_names, network, file)
+    before = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity(logging.CRITICAL)  # what fails is told below
+    try:
+        loaded = load()
+    except Exception as error:  # whatever these libraries make of a file that somebody wrote
+        raise UserError(
+            f"export refused: {reader} itself cannot load {file} ({one_line(error)[:200]}); {MERGE}"
+        ) from None
+    finally:
+        diffusers_logging.set_verbosity(before)
+    return f"{reader} makes of {file}", scaled(loaded, gain)
 
 
-def _with_diffusers(folder: Path, model: Pretrained) -> Any:
+def _with_peft(network: Any, folder: Path) -> Any:
+    return PeftModel.from_pretrained(network, str(folder)).eval()
+
+
+def _with_diffusers(network: Any, file: Path, model: Pretrained) -> Any:
     part = model.backbone_class.subfolder
     index = read_json(model.folder / "model_index.json")
     others: dict[str, Any] = {name: None for name, entry in index.items() if isinstance(entry, list)}
     others.pop("scheduler")
-    pipe = model.pipeline(**others | {part: _network(model)})
-    pipe.load_lora_weights(str(folder), weight_name=DIFFUSERS_WEIGHTS)
+    pipe = model.pipeline(**others | {part: network})
+    pipe.load_lora_weights(str(file.parent), weight_name=file.name)
     return getattr(pipe, part).eval()
+
+
+def _with_bare_names(network: Any, file: Path) -> Any:
+    """What the network's own `save_lora_adapter` writes: names without the part's."""
+    network.load_lora_adapter(str(file.parent), weight_name=file.name, prefix=None)
+    return network.eval()
+
+
+def _with_alphas(network: Any, lora: Lora) -> Any:
+    """kohya's layout, which neither library reads for every family: peft is told the ranks and alphas of the file."""
+    ranks = {f"^{re.escape(module)}": weight.shape[0] for module, weight in lora.down.items()}
+    alphas = {f"^{re.escape(module)}": lora.alphas.get(module, float(a.shape[0])) for module, a in lora.down.items()}
+    config = LoraConfig(target_modules=list(lora.down), rank_pattern=ranks, alpha_pattern=alphas)
+    network.add_adapter(config, "default")
+    state = {f"{module}.lora_A.weight": weight for module, weight in lora.down.items()}
+    state |= {f"{module}.lora_B.weight": weight for module, weight in lora.up.items()}
+    set_peft_model_state_dict(network, state, "default")
+    return network.eval()
 
 
 def _with_comfyui(folder: Path, model: Pretrained, adapter: Adapter, gain: float) -> Any:

@@ -8,17 +8,20 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import tiny
 import torch
 from diffusers import SD3Transformer2DModel
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch.testing import assert_close
 
-from swd import export
+from swd import adapters, export
 from swd.adapters import PEFT_CONFIG, PEFT_WEIGHTS, Adapter, load, locate, save_adapter
 from swd.modules.pretrained import Pretrained
 from swd.scheduler import ScaleWiseScheduler
+from swd.student import load_student
 from swd.types import UserError
 
 
@@ -121,3 +124,126 @@ def test_one_network_at_a_time_is_loaded_to_check_and_no_encoder(
     adapter = Adapter(tiny.build_networks().adapter_state("student"), tmp_path)
     export.export(adapter, model, tiny.build_schedule().scheduler(2), tmp_path / "made")
     assert len(alive) == 3  # the student, and as peft and diffusers load it
+
+
+# Where it goes, and what it says
+
+
+@pytest.fixture(scope="module")
+def small(tiny_model: Path) -> tuple[Adapter, Pretrained, ScaleWiseScheduler]:
+    model = Pretrained("sd3", str(tiny_model), rank=4, precision="fp32", feature_blocks=[1])
+    adapter = Adapter(tiny.build_networks().adapter_state("student"), Path("nowhere"))
+    return adapter, model, tiny.build_schedule().scheduler(2)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: full\nat 3")])
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    error: Exception, small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise error
+
+    adapter, model, schedule = small
+    monkeypatch.setattr(export, "write_layouts", full)
+    with pytest.raises(UserError, match=r"to=.* cannot be written .*free space, or choose another") as caught:
+        export.export(adapter, model, schedule, tmp_path / "a" / "b" / "out")
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_places_that_cannot_be_written_are_refused_before_anything_loads(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for target in (tmp_path / "file" / "x", tmp_path / "file" / "x" / "y", Path("/proc/nowhere/x"), Path("")):
+        with pytest.raises(UserError, match=r"^to") as caught:
+            export.check_target(target)
+        assert "\n" not in str(caught.value)
+    export.check_target(tmp_path / "new" / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_command_leaves_no_folder_under_output(tmp_path: Path) -> None:
+    from hydra import compose, initialize_config_dir
+    from hydra.core.hydra_config import HydraConfig
+
+    with initialize_config_dir(str(tiny.CONF), version_base="1.3"):
+        cfg = compose("export", ["to=x"], return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        assert cfg.hydra.run.dir == "." and cfg.hydra.output_subdir is None
+    HydraConfig.instance().cfg = None
+
+
+def test_comfyui_is_promised_where_it_has_the_family(tmp_path: Path) -> None:
+    for name, file in {
+        "sd3": "pytorch_lora_weights.safetensors` for ComfyUI",
+        "flux": "pytorch_lora_weights.safetensors` for ComfyUI",
+        "sdxl": "comfyui.safetensors` for ComfyUI",
+        "wan": "comfyui.safetensors` for ComfyUI",
+        "sana": None,
+    }.items():
+        model = families.pretrained(name, families.save(name, tmp_path / name))
+        state = model.networks(("student",)).adapter_state("student")  # type: ignore[attr-defined]
+        adapter = Adapter(state, tmp_path)
+        text = export.card(export.AdapterContent(adapter, model), model, tiny.build_schedule().scheduler(2))
+        assert (file in text) if file else ("ComfyUI" not in text), name
+
+
+SCHEDULES: list[dict[str, Any]] = [
+    {"divisor": 0},
+    {"divisor": -2},
+    {"divisor": "x"},
+    {"divisor": 2.5},
+    {"divisor": True},
+    {"divisor": None},
+    {"num_train_timesteps": 0},
+    {"num_train_timesteps": "x"},
+    {"num_train_timesteps": 10**30},
+    {"sizes": [4, 6, 10**12]},
+    {"sizes": [4.5, 6, 8]},
+    {"sizes": "x"},
+    {"sizes": [[4, 4], [6, 6], ["x", 8]]},
+    {"sizes": [0, 6, 8]},
+    {"sizes": None},
+    {"sigmas": [1.0, float("nan"), 0.2]},
+    {"sigmas": [1.0, None, 0.2]},
+    {"sigmas": {}},
+    {"sigmas": 3},
+    {"sigmas": [1.0 / n for n in range(1, 5000)], "sizes": [4] * 4999},
+    {"prediction_type": 3},
+    {"interpolation": ["bicubic"]},
+]
+
+
+@pytest.mark.parametrize("values", SCHEDULES, ids=lambda values: str(values)[:40])
+def test_a_damaged_schedule_is_one_line(values: dict[str, Any], small: Any, tmp_path: Path) -> None:
+    small[2].save_pretrained(tmp_path)
+    file = tmp_path / "scheduler_config.json"
+    export.read_schedule(file)
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    with pytest.raises(UserError, match=r"scheduler_config\.json is damaged") as caught:
+        export.read_schedule(file)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_a_changed_schedule_is_noticed(small: Any, tiny_model: Path, tmp_path: Path) -> None:
+    adapter, _, schedule = small
+    folder = save_adapter(tmp_path / "run" / "adapter", adapter.state, 4, 4, schedule, "tiny", "transformer")
+    arguments = [*tiny.overrides(tiny_model, tmp_path / "x"), f"run={folder}", f"to={tmp_path / 'out'}", "verify=false"]
+    file = folder / "scheduler_config.json"
+    before = file.read_text()
+    file.write_text(before.replace("0.8", "0.7"))
+    with pytest.raises(UserError, match=r"scheduler_config\.json is not the file that was written"):
+        export.run(tiny.composed(arguments, "export"))
+    file.write_text(before)
+    export.run(tiny.composed(arguments, "export"))
+
+
+def test_a_flipped_byte_of_a_whole_student_is_noticed(small: Any, tmp_path: Path) -> None:
+    _, model, schedule = small
+    folder = adapters.save_student(tmp_path / "student", model.network().network, schedule)
+    student = load_student(folder)
+    student.check_fits(model)
+    file = next(folder.glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-7] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=f"{file.name} is not the file that was written"):
+        load_student(folder).check_fits(model)

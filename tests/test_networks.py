@@ -12,6 +12,7 @@ from tiny import BLOCKS, build_conditioning, build_latents, build_networks, buil
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from swd.losses.gan import GAN
 from swd.modules.backbones.base import TARGETS
 from swd.modules.backbones.sd3 import SD3Backbone
 from swd.modules.networks import Role, SharedBase
@@ -288,3 +289,36 @@ def test_a_copy_of_the_networks_trains_on_its_own() -> None:
     predict(twin, "student").square().mean().backward()
     assert not gradients(networks, "student")
     assert isinstance(twin, nn.Module) and gradients(twin, "student")
+
+
+def test_first_weights_depend_neither_on_the_default_device_nor_on_other_draws() -> None:
+    """Where layers are made on another device by default, as Lightning does on a GPU, numbers are those of the CPU."""
+
+    def first_weights() -> dict[str, Tensor]:
+        networks = SharedBase(SD3Backbone(base), 4, roles=("student", "fake"), seed=3)
+        return {role + key: value for role in networks.roles for key, value in networks.adapter_state(role).items()}
+
+    base = build_transformer()
+    expected = first_weights()
+    assert any(value.any() for value in expected.values())
+    base = build_transformer()
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    with torch.device("meta"):
+        actual = first_weights()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[key], value) for key, value in expected.items())
+
+
+def test_the_discriminator_s_first_weights_are_those_of_the_cpu() -> None:
+    def first_weights() -> dict[str, Tensor]:
+        term = GAN(blocks=(1,))
+        torch.manual_seed(5)
+        term.build(16)
+        return dict(term.named_parameters())
+
+    expected = first_weights()
+    with torch.device("meta"):
+        actual = first_weights()
+    assert all(torch.equal(actual[key], value) for key, value in expected.items())

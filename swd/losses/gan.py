@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from swd.diffusion import IndexRange
@@ -11,6 +12,9 @@ from swd.losses.base import CriticStep, FakePass, GeneratorStep, LossTerm, Metri
 from swd.losses.functional import discriminator_logits, gan_discriminator_loss, gan_generator_loss
 from swd.modules.gan_head import GANHead
 from swd.types import UserError
+
+MOST_LAYERS = 64
+"""Of the head; the released configuration has 4."""
 
 
 class GAN(LossTerm):
@@ -42,15 +46,20 @@ class GAN(LossTerm):
         super().__init__()
         if not blocks:
             raise UserError("loss.gan.blocks is empty; name at least one feature block")
-        if layers < 1:
-            raise UserError(f"loss.gan.layers={layers}; use at least 1")
+        if not 1 <= layers <= MOST_LAYERS:
+            raise UserError(
+                f"loss.gan.layers={layers}; use 1 to {MOST_LAYERS}: widths fall from layer to layer, and more of them "
+                "would hardly differ"
+            )
         self.weight, self.discriminator_weight, self.blocks = weight, discriminator_weight, tuple(blocks)
         self.indices, self.critic_indices = indices, critic_indices
         self.layers = layers
         self.generator_pass = self.critic_pass = FakePass(blocks=self.blocks)
 
     def build(self, width: int) -> None:
-        self.head = GANHead(width, self.layers)
+        # On the CPU, whatever device is the default now: its first weights are then the same everywhere.
+        with torch.device("cpu"):
+            self.head = GANHead(width, self.layers)
 
     def blocks_used(self) -> tuple[int, ...]:
         return self.blocks

@@ -26,6 +26,7 @@ class Encoders(nn.Module):
         longest: tokenizers by how much of a prompt they may see, most first: the part of the pipeline, and whether
             `max_text_tokens` is its limit (else the tokenizer's own). The first one that is there decides.
         most_text_tokens: largest `max_text_tokens` that the pipeline takes, or eight times what models are trained on.
+        optional: parts of the pipeline that it can do without; zeros stand for the text of a missing encoder.
         vae_dtype: what the VAE is kept in whatever the base's dtype; None: the base's.
         at_once: pixels that the VAE gets in one call, but never less than one row: 8 pictures of 1024x1024.
     """
@@ -33,6 +34,7 @@ class Encoders(nn.Module):
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "text_encoder_3")
     longest: ClassVar[tuple[tuple[str, bool], ...]] = (("tokenizer", True),)
     most_text_tokens: ClassVar[int] = 4096
+    optional: ClassVar[tuple[str, ...]] = ()
     vae_dtype: ClassVar[torch.dtype | None] = None
     at_once: ClassVar[int] = 8 * 1024**2
 

@@ -61,7 +61,13 @@ def weights(repository: str, revision: str | None = None) -> Path:
     """
     index = json.loads((configuration(repository, revision) / "model_index.json").read_text())
     parts = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
-    return _download(repository, revision, [*CONFIGURATION, *(f"{part}/*.safetensors" for part in parts)])
+    folder = _download(repository, revision, [*CONFIGURATION, *(f"{part}/*.safetensors" for part in parts)])
+    # Only where there are no plain weights, their variant.
+    bare = [p for p in parts if (folder / p / "config.json").is_file() and not any((folder / p).glob("*.safetensors"))]
+    if bare:
+        wanted = [f"{part}/*.fp16*.{ending}" for part in bare for ending in ("safetensors", "json")]
+        folder = _download(repository, revision, wanted, never=[each for each in NEVER if each != "*.fp16*"])
+    return folder
 
 
 def adapter(repository: str, key: str = "adapter") -> Path:
@@ -73,11 +79,17 @@ def adapter(repository: str, key: str = "adapter") -> Path:
     return _download(repository, None, ["*.json", "*.safetensors"], key)
 
 
-def _download(repository: str, revision: str | None, patterns: Sequence[str], key: str = "model.path") -> Path:
+def _download(
+    repository: str,
+    revision: str | None,
+    patterns: Sequence[str],
+    key: str = "model.path",
+    never: Sequence[str] = NEVER,
+) -> Path:
     where = f"{key}={repository}"
     try:
         return Path(
-            snapshot_download(repository, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(NEVER))
+            snapshot_download(repository, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(never))
         )
     except GatedRepoError:
         raise UserError(

@@ -138,7 +138,8 @@ class SharedBase(Networks):
     ) -> None:
         super().__init__(backbone, roles)
         check_targets(backbone.network, targets)
-        with torch.random.fork_rng(devices=[]):
+        # Drawn on the CPU, whatever device is the default now, and then moved: the same first weights on every device.
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             for number, name in enumerate(self.roles):
                 torch.manual_seed(2 * seed + number)
                 self._add_adapter(name, rank, alpha, targets)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
+import inspect
 import json
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 import diffusers
@@ -20,13 +22,31 @@ from swd.modules.backbones import load_family
 from swd.modules.backbones.base import TARGETS, Backbone, Limits
 from swd.modules.encoders import Encoders, pixel_size
 from swd.modules.networks import Networks, Role, SeparateCopies, SharedBase, check_targets
+from swd.modules.parts import (
+    LARGEST_SIDE,
+    LARGEST_WIDTH,
+    MOST_LAYERS,
+    check_index,
+    check_part,
+    check_scaling,
+    class_of,
+    weight_files,
+    weight_indices,
+)
 from swd.modules.quantize import Quantization, quantize
 from swd.types import Size, UserError
 
 Precision = Literal["auto", "fp32", "bf16"]
 
+LARGEST_RANK = 64
+"""LoRA rank that is always allowed (SwD paper, appendix C); beyond it, up to the network's own width."""
+
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 """A tokenizer folder has at least one of them."""
+
+
+LOADING_FAILS = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, ImportError, RuntimeError)
+"""What diffusers and transformers raise for files that do not fit."""
 
 
 class Pretrained:
@@ -92,6 +112,7 @@ class Pretrained:
         self.folder = hub.configuration(path, revision) if hub.is_hub_id(path) else resolve_asset(path)
         check_pipeline_folder(self.folder, weights=not hub.is_hub_id(path))
         self._check_family(read_json(self.folder / "model_index.json"))
+        self._check_numbers()
         self._check_channels()
         self._check_betas()
         self._check_guidance()
@@ -110,8 +131,12 @@ class Pretrained:
         limits.number("model.embedded_guidance", self.embedded_guidance, 0, limits.GUIDANCE)
         if self.rank < 1:
             raise UserError(f"model.rank={self.rank}; a LoRA rank is at least 1")
-        if self.alpha is not None and not self.alpha > 0:
-            raise UserError(f"model.alpha={self.alpha}; use a number above 0, or null for alpha = rank")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise UserError(f"model.alpha={self.alpha}; use a finite number above 0, or null for alpha = rank")
+        if self.init_adapter is not None and not self.init_adapter.strip():
+            raise UserError(
+                "model.init_adapter is empty; name a run, an adapter's folder or file, or use null for a fresh start"
+            )
         kinds = get_args(Quantization)
         if self.quantization not in (None, *kinds):
             raise UserError(f"model.quantization={self.quantization}; use {', '.join(kinds)} or null")
@@ -132,6 +157,7 @@ class Pretrained:
                 f"model.path={self.path} is for {pipeline}, but model.family={self.family} is for "
                 f"{backbone.pipeline_type}; give a model of that kind"
             )
+        self._check_parts({name for name, entry in index.items() if isinstance(entry, list) and entry[0] is None})
         for name, entry in index.items():
             more = isinstance(entry, list) and entry[0] == "diffusers" and name not in (part, "vae", "scheduler")
             if more or (name == "expand_timesteps" and entry):
@@ -139,6 +165,44 @@ class Pretrained:
                     f"model.path={self.path} has {name}, which model.family={self.family} does not know; give a "
                     f"{backbone.pipeline_type} of {part}, vae and scheduler alone"
                 )
+
+    def _check_parts(self, absent: set[str]) -> None:
+        """Parts may be left out only where the family can do without, and a text encoder only with its tokenizer."""
+        backbone = self.backbone_class
+        known = inspect.signature(getattr(diffusers, backbone.pipeline_type).__init__).parameters
+        needed = {"vae", "scheduler", *(name for name in known if name.startswith(("text_encoder", "tokenizer")))}
+        for name in sorted(needed & absent):
+            encoder = name.replace("tokenizer", "text_encoder")
+            if name not in backbone.encoders_type.optional or encoder not in absent:
+                raise UserError(
+                    f"model.path={self.path}: model_index.json names no {name}, and model.family={self.family} does "
+                    "not work without it; give a complete model"
+                )
+
+    def _check_numbers(self) -> None:
+        """Sizes and widths that limits are made of, before anything is computed from them."""
+        limits, factors = self.limits, self._factors
+        sides = [*limits.native, *(side for side in (limits.max_side, limits.max_frames) if side is not None)]
+        ranges = {
+            "divisor": ([limits.divisor], LARGEST_SIDE),
+            "number of blocks": ([limits.blocks], MOST_LAYERS),
+            "width": ([limits.width], LARGEST_WIDTH),
+            "number of channels": ([limits.channels], LARGEST_WIDTH),
+            "side": (sides, LARGEST_SIDE),
+        }
+        file = self.folder / self.backbone_class.subfolder / "config.json"
+        for key, (values, most) in ranges.items():
+            for value in values:
+                if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+                    raise UserError(f"{file} is damaged: its {key} is {value!r}, not 1 to {most}; download it again")
+        if not all(isinstance(factor, int) and 1 <= factor <= 1024 for factor in factors):
+            file = self.folder / "vae" / "config.json"
+            raise UserError(f"{file} is damaged: by how much it shrinks pictures cannot be; download it again")
+        if self.rank > max(LARGEST_RANK, limits.width):
+            raise UserError(
+                f"model.rank={self.rank} is more than this network's width, {limits.width}, so that it is no low rank "
+                f"any more; use at most {max(LARGEST_RANK, limits.width)}, or model.tuning=full"
+            )
 
     def _check_channels(self) -> None:
         """Networks for inpainting, control or a first frame take more channels than the VAE's latents have."""
@@ -180,8 +244,15 @@ class Pretrained:
     @cached_property
     def meta_network(self) -> nn.Module:
         """The network without weights, on the meta device, for names, shapes and counts; not to be changed."""
-        with torch.device("meta"):
-            network: nn.Module = self.network_class.from_config(self.network_config).eval()
+        try:
+            with torch.device("meta"):
+                network: nn.Module = self.network_class.from_config(self.network_config).eval()
+        except Exception as error:  # whatever a wrong value leads to inside the class
+            file = self.folder / self.backbone_class.subfolder / "config.json"
+            raise UserError(
+                f"{file} is damaged: no {self.backbone_class.network_type} can be built of it ({_reason(error)}); "
+                "download it again"
+            ) from None
         return network
 
     @cached_property
@@ -197,9 +268,10 @@ class Pretrained:
     @property
     def limits(self) -> Limits:
         """Valid sizes and blocks, from the network's configuration."""
+        config = self.network_config
         try:
-            return self.backbone_class.limits_of(self.network_config)
-        except (KeyError, TypeError) as error:
+            return self.backbone_class.limits_of(config)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError) as error:
             file = self.folder / self.backbone_class.subfolder / "config.json"
             raise UserError(f"{file} is damaged: {error} is missing or wrong; download it again") from None
 
@@ -211,21 +283,34 @@ class Pretrained:
     @cached_property
     def vae_config(self) -> dict[str, Any]:
         """The VAE's `config.json`."""
-        return read_json(self.folder / "vae" / "config.json")
+        file = self.folder / "vae" / "config.json"
+        config = read_json(file)
+        check_scaling(config, file)
+        return config
+
+    @property
+    def _factors(self) -> tuple[int, int]:
+        """Frames per latent frame beyond the first one, and pixels per latent along a side."""
+        config = self.vae_config
+        try:
+            return self.backbone_class.encoders_type.factors(config)
+        except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+            file = self.folder / "vae" / "config.json"
+            raise UserError(f"{file} is damaged: {_reason(error)}; download it again") from None
 
     @property
     def factor(self) -> int:
         """Pixels per latent along one side."""
-        return self.backbone_class.encoders_type.factors(self.vae_config)[1]
+        return self._factors[1]
 
     @property
     def frame_factor(self) -> int:
         """Frames per latent frame, beyond the first one."""
-        return self.backbone_class.encoders_type.factors(self.vae_config)[0]
+        return self._factors[0]
 
     def pixel_size(self, size: Size) -> Size:
         """Size in pixels of a latent size."""
-        return pixel_size(size, self.backbone_class.encoders_type.factors(self.vae_config))
+        return pixel_size(size, self._factors)
 
     def latent_size(self, pixels: Size) -> Size:
         """Latent size of a size in pixels.
@@ -273,6 +358,9 @@ class Pretrained:
             folder = hub.weights(self.path, self.revision)
             check_pipeline_folder(folder)
         if not self._tokenizers_checked:
+            index = read_json(folder / "model_index.json")
+            known = inspect.signature(getattr(diffusers, self.backbone_class.pipeline_type).__init__).parameters
+            self._check_parts({*self._absent, *(name for name in known if name not in index)})
             check_tokenizers(folder)
             self._tokenizers_checked = True
         return folder
@@ -288,9 +376,7 @@ class Pretrained:
         if misfit:
             part = self.backbone_class.subfolder
             raise UserError(f"model.path={folder}: {part!r} has weights of another configuration: {misfit}")
-        network = self.network_class.from_pretrained(
-            folder, subfolder=self.backbone_class.subfolder, torch_dtype=self.dtype(device), use_safetensors=True
-        )
+        network = self._part(folder, self.backbone_class.subfolder, self.dtype(device))
         return self.backbone_class(network, self.embedded_guidance)
 
     def networks(self, roles: Sequence[Role], seed: int = 0, device: torch.device | str = "cpu") -> Networks:
@@ -305,8 +391,21 @@ class Pretrained:
     @property
     def network_class(self) -> Any:
         """The diffusers class of the denoising network, as `model_index.json` names it."""
-        library, name = read_json(self.folder / "model_index.json")[self.backbone_class.subfolder]
-        return getattr(importlib.import_module(library), name)
+        return class_of(*read_json(self.folder / "model_index.json")[self.backbone_class.subfolder])
+
+    def _part(self, folder: Path, name: str, dtype: torch.dtype) -> Any:
+        """Load one part's weights, of the variant that is there."""
+        kind = class_of(*read_json(folder / "model_index.json")[name])
+        try:
+            return kind.from_pretrained(
+                folder / name,
+                torch_dtype=dtype,
+                variant=weight_files(folder / name)[0],
+                use_safetensors=True,
+                local_files_only=True,
+            )
+        except LOADING_FAILS as error:
+            raise UserError(f"model.path={folder}: {name!r} cannot be loaded ({_reason(error)})") from None
 
     def pipeline(
         self, dtype: torch.dtype = torch.float32, vae_dtype: torch.dtype | None = None, **overrides: Any
@@ -320,20 +419,48 @@ class Pretrained:
         """
         pipeline_class = getattr(diffusers, self.backbone_class.pipeline_type)
         vae_dtype = vae_dtype or self.backbone_class.encoders_type.vae_dtype or dtype
-        return pipeline_class.from_pretrained(
-            self.fetch(),
-            torch_dtype={"default": dtype, "vae": vae_dtype},
-            use_safetensors=True,
-            local_files_only=True,
-            **overrides,
-        )
+        folder = self.fetch()
+        parts: dict[str, Any] = dict.fromkeys(self._absent)
+        for name in self.parts:
+            # The pipeline would take a variant of every part that has one, beside plain weights too.
+            if name not in overrides and weight_files(folder / name)[0] is not None:
+                parts[name] = self._part(folder, name, vae_dtype if name == "vae" else dtype)
+        try:
+            return pipeline_class.from_pretrained(
+                folder,
+                torch_dtype={"default": dtype, "vae": vae_dtype},
+                use_safetensors=True,
+                local_files_only=True,
+                **parts | overrides,
+            )
+        except LOADING_FAILS as error:
+            raise UserError(
+                f"model.path={folder} cannot be loaded as {pipeline_class.__name__} ({_reason(error)})"
+            ) from None
+
+    @property
+    def _absent(self) -> list[str]:
+        """Parts that the index names as null: the pipeline asks to be told so."""
+        index = read_json(self.folder / "model_index.json")
+        return [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is None]
 
     def encoders(self, device: torch.device | str = "cpu") -> Encoders:
         """Load text encoders and VAE."""
         backbone = self.backbone_class
         vae_dtype = torch.float32 if self.vae_config.get("force_upcast") else None
         pipeline = self.pipeline(self.dtype(device), vae_dtype, **{backbone.subfolder: None})
+        if self._absent:
+            # A pipeline makes zeros in place of a missing encoder's text, as wide as its network says.
+            network = SimpleNamespace(config=SimpleNamespace(**self.network_config))
+            object.__setattr__(pipeline, backbone.subfolder, network)
         return backbone.encoders_type(pipeline, self.max_text_tokens)
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, on one short line."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    # Libraries advise to run a folder's own code, which this package never does.
+    return "it has code of its own, which is never run" if "trust_remote_code" in text else text[:160]
 
 
 def native_bf16(device: torch.device) -> bool:
@@ -367,7 +494,9 @@ def check_pipeline_folder(folder: Path, weights: bool = True) -> None:
         raise UserError(f"model.path={folder} does not exist; give a diffusers pipeline folder")
     if not index.is_file():
         raise UserError(f"model.path={folder} has no model_index.json; give a diffusers pipeline folder")
-    for name, entry in read_json(index).items():
+    entries = read_json(index)
+    check_index(entries, f"model.path={folder}")
+    for name, entry in entries.items():
         if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
             continue
         if not (folder / name).is_dir() or not any((folder / name).iterdir()):
@@ -376,8 +505,24 @@ def check_pipeline_folder(folder: Path, weights: bool = True) -> None:
             raise UserError(
                 f"model.path={folder}: {name!r} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); download it again"
             )
+        for file in ("config.json", "scheduler_config.json"):
+            if (folder / name / file).is_file():
+                check_part(read_json(folder / name / file), folder / name / file)
+        if (folder / name / "tokenizer_config.json").is_file():
+            read_tokenizer_config(folder / name / "tokenizer_config.json")
         if weights and not any(word in name for word in ("tokenizer", "scheduler", "processor", "feature_extractor")):
             check_model_folder(folder / name)
+
+
+def read_tokenizer_config(file: Path) -> dict[str, Any]:
+    """A tokenizer's configuration.
+
+    Raises:
+        UserError: if it is damaged or names code of its own.
+    """
+    config = read_json(file)
+    check_part({"auto_map": config.get("auto_map")}, file)
+    return config
 
 
 def check_tokenizers(folder: Path) -> None:
@@ -390,15 +535,14 @@ def check_tokenizers(folder: Path) -> None:
         if "tokenizer" not in name or not isinstance(entry, list) or entry[0] is None:
             continue
         where = f"model.path={folder}: {name!r}"
-        kind = getattr(importlib.import_module(entry[0]), entry[1])
+        kind: Any = class_of(*entry)
         try:
             entries = len(kind.from_pretrained(folder / name, local_files_only=True))
         except Exception as error:  # tokenizers raise whatever the wrong file leads to
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-            raise UserError(f"{where} cannot be read as {entry[1]} ({reason}); download it again") from None
+            raise UserError(f"{where} cannot be read as {entry[1]} ({_reason(error)}); download it again") from None
         encoder = folder / name.replace("tokenizer", "text_encoder") / "config.json"
         known = read_json(encoder).get("vocab_size") if encoder.is_file() else None
-        if known is not None and entries > known:
+        if isinstance(known, int) and entries > known:
             raise UserError(
                 f"{where} has {entries} entries, but its text encoder knows {known}: it is another model's; "
                 "download it again"
@@ -416,11 +560,15 @@ def check_model_folder(folder: Path, where: str | None = None) -> None:
     if not (folder / "config.json").is_file():
         raise UserError(f"{where} has no config.json; download it again")
     read_json(folder / "config.json")
-    files = {file.name for file in folder.glob("*.safetensors")}
+    variant, paths = weight_files(folder)
+    files = {file.name for file in paths}
     if not files:
         raise UserError(f"{where} has no .safetensors weights")
-    for index in folder.glob("*.safetensors.index.json"):
-        missing = set(read_json(index)["weight_map"].values()) - files
+    for index in weight_indices(folder, variant):
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise UserError(f"{where} has a damaged {index.name}; download it again")
+        missing = set(shards.values()) - files
         if missing:
             raise UserError(f"{where} has no {min(missing)}; download it again")
     for name in sorted(files):
@@ -431,7 +579,7 @@ def check_model_folder(folder: Path, where: str | None = None) -> None:
 def first_misfit(folder: Path, network: nn.Module) -> str | None:
     """The first parameter that safetensors files in `folder` lack or have in another shape; reads no weight."""
     have: dict[str, tuple[int, ...]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder)[1]:
         with safe_open(file, "pt") as opened:
             have |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
     for name, parameter in network.named_parameters():
@@ -465,7 +613,7 @@ def read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}; download it again") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise UserError(f"{file} is damaged: it holds no JSON object; download it again")

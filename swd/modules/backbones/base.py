@@ -95,6 +95,7 @@ class Backbone(nn.Module, ABC):
         video: whether it draws videos.
         packed: whether its pipeline carries latents as tokens.
         float_latents: whether its pipeline carries latents in float32 whatever the network's dtype.
+        comfyui: whether ComfyUI has this family, and loads a LoRA of it by the names of `comfy_key`.
         dmd_fails: why DMD does not work on this family, None where it does.
     """
 
@@ -107,6 +108,7 @@ class Backbone(nn.Module, ABC):
     video: ClassVar[bool] = False
     packed: ClassVar[bool] = False
     float_latents: ClassVar[bool] = False
+    comfyui: ClassVar[bool] = False
     dmd_fails: ClassVar[str | None] = None
 
     def __init__(self, network: nn.Module, guidance: float | None = None) -> None:
@@ -154,7 +156,7 @@ class Backbone(nn.Module, ABC):
 
     @staticmethod
     def comfy_key(module: str) -> str:
-        """ComfyUI's name of a LoRA module; `module` is its path in the diffusers network."""
+        """ComfyUI's name of a LoRA module where it knows the family; `module` is its path in the diffusers network."""
         return f"transformer.{module}"
 
     @property

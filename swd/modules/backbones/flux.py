@@ -36,6 +36,7 @@ class FluxBackbone(Backbone):
     pipeline_type: ClassVar[str] = "FluxPipeline"
     pipeline_aliases: ClassVar[tuple[str, ...]] = ("FluxImg2ImgPipeline", "FluxInpaintPipeline")
     encoders_type: ClassVar[type[Encoders]] = FluxEncoders
+    comfyui: ClassVar[bool] = True
     packed: ClassVar[bool] = True
 
     @staticmethod

@@ -14,10 +14,11 @@ from swd.types import Conditioning
 
 
 class SD3Encoders(Encoders):
-    """Two CLIP encoders and T5; 8x VAE of 16 channels. Without T5, CLIP's length is the limit."""
+    """Two CLIP encoders and T5, which may be left out (CLIP's length is the limit then); 8x VAE of 16 channels."""
 
     longest: ClassVar[tuple[tuple[str, bool], ...]] = (("tokenizer_3", True), ("tokenizer", False))
     most_text_tokens: ClassVar[int] = 512
+    optional: ClassVar[tuple[str, ...]] = ("text_encoder_3", "tokenizer_3")
 
     def text(self, prompts: Sequence[str]) -> Conditioning:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
@@ -39,6 +40,7 @@ class SD3Backbone(Backbone):
     pipeline_type: ClassVar[str] = "StableDiffusion3Pipeline"
     pipeline_aliases: ClassVar[tuple[str, ...]] = ("StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
     encoders_type: ClassVar[type[Encoders]] = SD3Encoders
+    comfyui: ClassVar[bool] = True
 
     @staticmethod
     def limits_of(config: dict[str, Any]) -> Limits:

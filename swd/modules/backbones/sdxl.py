@@ -40,6 +40,7 @@ class SDXLBackbone(Backbone):
     # Not the one for img2img: the refiner is published as that, and takes other text and size inputs.
     pipeline_aliases: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPAGPipeline",)
     encoders_type: ClassVar[type[Encoders]] = SDXLEncoders
+    comfyui: ClassVar[bool] = True
     dmd_fails: ClassVar[str | None] = "its teacher draws poorly at low resolution, where DMD then leads the student"
 
     @staticmethod

@@ -51,6 +51,7 @@ class WanBackbone(Backbone):
     pipeline_type: ClassVar[str] = "WanPipeline"
     pipeline_aliases: ClassVar[tuple[str, ...]] = ("WanVideoToVideoPipeline",)
     encoders_type: ClassVar[type[Encoders]] = WanEncoders
+    comfyui: ClassVar[bool] = True
     video: ClassVar[bool] = True
     float_latents: ClassVar[bool] = True
     dmd_fails: ClassVar[str | None] = "its teacher draws poorly at low resolution, where DMD then leads the student"

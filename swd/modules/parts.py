@@ -1,0 +1,146 @@
+"""What a pipeline's folder may say of its parts: classes of known libraries, numbers that can be, weight files."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from swd.types import UserError
+
+LIBRARIES = ("diffusers", "transformers")
+"""Where parts may come from; anything else would be code of the folder's own."""
+
+LARGEST = 2**24
+"""No number in a configuration is larger: the largest vocabulary has 2^18 entries."""
+MOST_LAYERS, MOST_IN_ALL = 512, 1024
+"""Layers that one entry may ask for (the deepest known network has 60), and the product of all such entries (FLUX's
+is 722)."""
+LARGEST_SIDE, LARGEST_WIDTH = 2**14, 2**16
+"""Of latents and of features; the largest known are 1536 and 5120."""
+
+VARIANTS = ("fp32", "fp16", "bf16")
+"""Which of several variants is read where there are no plain weights: the first one that is there."""
+
+
+def check_index(index: Mapping[str, Any], where: str) -> None:
+    """Check `model_index.json`: nothing is imported but classes of the known libraries.
+
+    Args:
+        index: the file's content.
+        where: how messages begin.
+
+    Raises:
+        UserError: for an entry that is damaged, a part with code of its own, or an unknown class.
+    """
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list):
+            continue
+        pair = len(entry) == 2 and (entry == [None, None] or all(isinstance(each, str) for each in entry))
+        if not pair or not re.fullmatch(r"[A-Za-z]\w*", name):
+            raise UserError(f"{where} has a damaged model_index.json: {name!r} is {_shown(entry)}; download it again")
+        library, kind = entry
+        if library is None:
+            continue
+        if library not in LIBRARIES:
+            raise UserError(
+                f"{where} has {name!r} of {_shown(library)}, which is code of its own and never run; give a model "
+                f"whose parts are all of {' and '.join(LIBRARIES)}"
+            )
+        if class_of(library, kind) is None:
+            raise UserError(
+                f"{where} has {name!r} of the class {_shown(kind)}, which the installed {library} does not have; "
+                f"update {library}, or download the model again"
+            )
+
+
+def class_of(library: str, name: str) -> Any:
+    """A class of a known library by its name; None if there is none."""
+    try:
+        found = getattr(importlib.import_module(library), name, None)
+    except Exception:  # lazy modules raise whatever their submodules do
+        return None
+    return found if isinstance(found, type) else None
+
+
+def check_part(config: Mapping[str, Any], file: Path) -> None:
+    """Check a part's configuration before anything is built from it.
+
+    Raises:
+        UserError: for code of its own, or numbers that no such part has: building it would not end.
+    """
+    if config.get("auto_map"):
+        raise UserError(f"{file} names code of its own (auto_map), which is never run; give a model without it")
+    product = 1
+    for key, value in config.items():
+        for number in _numbers(value):
+            if isinstance(number, int) and abs(number) > LARGEST:
+                raise UserError(_absurd(file, key, number, LARGEST))
+        if not re.search("layers|blocks", key):
+            continue
+        counts = [number for number in _numbers(value) if isinstance(number, int)]
+        of_blocks = key.endswith("_per_block")  # other lists may name blocks; these count what each of them holds
+        most = max([len(counts), sum(counts) if of_blocks else 0, *counts])
+        if most > MOST_LAYERS:
+            raise UserError(_absurd(file, key, most, MOST_LAYERS))
+        product *= max(1, sum(counts)) if of_blocks or isinstance(value, int) else 1
+        if product > MOST_IN_ALL:
+            raise UserError(_absurd(file, f"{key} with the counts before it", product, MOST_IN_ALL))
+
+
+def _absurd(file: Path, key: str, number: int, most: int) -> str:
+    return f"{file} is damaged: {key} is {_shown(number)}, and at most {most} is known; download it again"
+
+
+def _numbers(value: Any, depth: int = 0) -> Iterator[float]:
+    """Numbers in a value, in lists too; truth values are none."""
+    if isinstance(value, list) and depth < 8:
+        for each in value:
+            yield from _numbers(each, depth + 1)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, int) and abs(value) > 10**15:
+        return f"about 10^{math.floor(math.log10(abs(value)))}"
+    text = " ".join(str(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def check_scaling(config: Mapping[str, Any], file: Path) -> None:
+    """Raise UserError unless a VAE's configuration has numbers where latents are scaled by them."""
+    for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
+        value = config.get(key)
+        numbers = list(_numbers(value))
+        wrong = any(not math.isfinite(n) or (n == 0 and key in ("scaling_factor", "latents_std")) for n in numbers)
+        if value is not None and (wrong or len(numbers) != (len(value) if isinstance(value, list) else 1)):
+            raise UserError(f"{file} is damaged: {key} is {_shown(value)}; download it again")
+
+
+def weight_files(folder: Path) -> tuple[str | None, list[Path]]:
+    """The safetensors files that a part's weights are read from.
+
+    Returns:
+        The variant, such as "fp16", None for plain weights, which come first; and its files, all shards of them.
+    """
+    found: dict[str | None, list[Path]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        # NAME.fp16.safetensors, NAME.fp16-00001-of-00002.safetensors, NAME-00001-of-00002.fp16.safetensors
+        match = re.fullmatch(
+            r"\w+(?:\.(?P<early>\w+))?(?:-\d{5}-of-\d{5})?(?:\.(?P<late>\w+))?\.safetensors", file.name, re.ASCII
+        )
+        variant = (match["early"] or match["late"]) if match else None
+        found.setdefault(variant, []).append(file)
+    if not found or None in found:
+        return None, found.get(None, [])
+    variant = next((v for v in VARIANTS if v in found), min(v for v in found if v))
+    return variant, found[variant]
+
+
+def weight_indices(folder: Path, variant: str | None) -> list[Path]:
+    """Files that list the shards of a part's weights."""
+    return sorted(folder.glob("*.safetensors.index." + (f"{variant}." if variant else "") + "json"))
