@@ -8,6 +8,9 @@ from collections.abc import Sequence
 
 from swd.types import UserError
 
+EXTREME = 100
+"""Longer side over shorter side at most: a strip of 10,000 x 100 pixels."""
+
 
 def aspect_size(aspect: str, area: int, divisor: int) -> tuple[int, int]:
     """(height, width) of about `area` in the proportion `aspect`, "WIDTH:HEIGHT", both multiples of `divisor`.
@@ -18,10 +21,12 @@ def aspect_size(aspect: str, area: int, divisor: int) -> tuple[int, int]:
     >>> aspect_size("16:9", 1024 * 1024, 64)
     (768, 1344)
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)", aspect)
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?):(\d{1,9}(?:\.\d{1,9})?)", aspect)
     if not match or not all(float(part) > 0 for part in match.groups()):
         raise UserError(f"aspect={aspect}; give WIDTH:HEIGHT, e.g. aspect=16:9")
     ratio = float(match[1]) / float(match[2])
+    if not 1 / EXTREME <= ratio <= EXTREME:
+        raise UserError(f"aspect={aspect}; use a proportion between 1:{EXTREME} and {EXTREME}:1, as pictures have")
     sides = (math.sqrt(area / ratio), math.sqrt(area * ratio))
     height, width = (max(1, round(side / divisor)) * divisor for side in sides)
     return height, width

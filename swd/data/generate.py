@@ -151,9 +151,7 @@ def requests_of(cfg: DictConfig) -> list[Request]:
     if not 1 <= cfg.quality <= 100:
         raise UserError(f"quality={cfg.quality}; use 1 to 100")
     requests: list[Request] = []
-    for number, (prompt, seed) in enumerate(read_prompts(Path(cfg.prompts), "prompts"), 1):
-        if not prompt:
-            raise UserError(f"prompts={cfg.prompts}: prompt {number} is empty; remove the line")
+    for prompt, seed in read_prompts(Path(cfg.prompts), "prompts"):
         for copy in range(cfg.images_per_prompt):
             requests.append(Request(prompt, cfg.seed + len(requests) if seed is None else seed + copy))
     seeds = [request.seed for request in requests]
