@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 import zlib
 from collections import Counter
@@ -158,7 +159,7 @@ def _caption(folder: Path, found: Source, row: Row | Problem) -> str | Problem:
         told = {"no caption": "without a caption", "duplicate name": "of a name that another one has"}
         return Problem(told.get(row.kind, row.kind), row.file, row.reason)
     where = found.seen.get(row.picture.path)  # of a list only
-    if where and not Path(row.picture.path).is_file():
+    if where and not os.path.isfile(row.picture.path):
         raise UserError(f"{folder / where}: {row.file} is not in the folder; take the line out, or put the file there")
     try:
         return row.read_texts()[0]

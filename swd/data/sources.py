@@ -197,9 +197,13 @@ class Source:
 
     Attributes:
         root: real path of the folder that holds all files; None: they may lie anywhere.
+        key: of the configuration, which says that they may.
+        seen: where each identity was first, such as a path.
+        real: real paths of folders.
     """
 
     root: str | None = None
+    key: str = "outside"
     rows: list[Row | Problem] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     seen: dict[str, str] = field(default_factory=dict)
@@ -223,9 +227,9 @@ class Source:
         if identity in self.seen:
             problem = Problem("duplicate name", row.file, f"again in {where}, first in {self.seen[identity]}")
         elif self.outside(row.picture.path):
-            problem = Problem("outside", row.file, f"{where}: it lies outside of {self.root}; {OUTSIDE}")
+            problem = Problem("outside", row.file, f"{where}: it lies outside of {self.root}; {self.key}=true takes it")
         elif isinstance(row.caption, Part) and self.outside(row.caption.path):
-            problem = Problem("outside", row.file, f"its caption lies outside of {self.root}; {OUTSIDE}")
+            problem = Problem("outside", row.file, f"its caption lies outside of {self.root}; {self.key}=true takes it")
         elif row.caption is None and row.meta is None:
             problem = Problem("no caption", row.file, f"no caption in {where}")
         else:
@@ -241,9 +245,6 @@ class Source:
             self.real[folder] = os.path.realpath(folder)
         real = os.path.join(self.real[folder], name)
         return not _within(os.path.realpath(real) if os.path.islink(real) else real, self.root)
-
-
-OUTSIDE = "outside=true takes such files"
 
 
 def _within(path: str, root: str) -> bool:
@@ -262,14 +263,14 @@ def list_source(source: str, outside: bool = False, skip: Path | None = None) ->
         UserError: if it is missing, of no known kind, damaged, or has nothing that can be used.
     """
     path = Path(os.path.expanduser(source))
-    if path.is_dir():
+    if os.path.isdir(path):
         found = _folder(path, outside, skip)
-    elif path.is_file():
+    elif os.path.isfile(path):
         found = _file(path, source, outside)
     elif any(mark in source for mark in "{*?["):
         found = _shards([(str(file), file.name) for file in _expand(str(path))], Source(), outside)
     else:
-        told = "is a pipe or a device" if path.exists() else "does not exist"
+        told = "is a pipe or a device" if os.path.exists(path) else "does not exist"
         raise UserError(f"source={source} {told}; {GIVE}")
     if not any(isinstance(row, Row) for row in found.rows):
         first = f"; first of {len(found.rows)} problems: {_tell(found.rows[0])}" if found.rows else ""
@@ -327,13 +328,11 @@ def passed_over(name: str) -> bool:
 
 
 def _folder(folder: Path, outside: bool, skip: Path | None) -> Source:
-    root = os.path.realpath(folder)
-    if (folder / LIST).is_file():
-        if not outside and not _within(os.path.realpath(folder / LIST), root):
-            raise UserError(f"source={folder}: its {LIST} is a link to a file outside of it; {OUTSIDE}")
+    if os.path.isfile(folder / LIST):
         return _list(folder / LIST, outside)
-    found = Source(None if outside else root)
+    found = Source(None if outside else os.path.realpath(folder))
     names = _walk(folder, found, skip)
+    problems = list(found.rows)
     tars = [name for name in names if name.lower().endswith(".tar")]
     _pair(folder, names, ENDINGS, found)
     for name in names:
@@ -341,7 +340,7 @@ def _folder(folder: Path, outside: bool, skip: Path | None) -> Source:
         if packed:
             found.ignored[f"{packed} (unpack them first)"] += 1
     if tars and not any(isinstance(row, Row) for row in found.rows):
-        shards = Source(found.root, ignored=found.ignored)
+        shards = Source(found.root, rows=problems, ignored=found.ignored)
         for name in names:
             ending = posixpath.splitext(name)[1].lower()
             if ending[1:] in ENDINGS:
@@ -369,11 +368,10 @@ def list_folder(folder: Path, endings: Collection[str], outside: bool = False) -
     Raises:
         UserError: if the list cannot be read.
     """
-    if (folder / LIST).is_file():
-        if not outside and not _within(os.path.realpath(folder / LIST), os.path.realpath(folder)):
-            raise UserError(f"{folder / LIST} is a link to a file outside of the folder; {OUTSIDE}")
-        return _list(folder / LIST, outside)
-    found = Source(None if outside else os.path.realpath(folder))
+    key = "data.dataset.outside"
+    if os.path.isfile(folder / LIST):
+        return _list(folder / LIST, outside, key)
+    found = Source(None if outside else os.path.realpath(folder), key)
     _pair(folder, _walk(folder, found), endings, found)
     return found
 
@@ -393,7 +391,7 @@ def _walk(folder: Path, found: Source, skip: Path | None = None) -> dict[str, st
                 if kind is not None:
                     names[below + name] = kind
                 elif is_link and found.outside(path):
-                    told = f"a link to a folder outside of {found.root}; {OUTSIDE}"
+                    told = f"a link to a folder outside of {found.root}; {found.key}=true takes it"
                     found.rows.append(Problem("outside", f"{below}{name}/", told))
                 elif not is_link or found.root is None:  # what is inside is found where it is
                     real = os.path.realpath(path)
@@ -457,10 +455,12 @@ def _pair(folder: Path, names: Mapping[str, str], endings: Collection[str], foun
 # Lists
 
 
-def _list(file: Path, outside: bool) -> Source:
+def _list(file: Path, outside: bool, key: str = "outside") -> Source:
     """A list with a header that names the columns, or the published layout, by position."""
+    found = Source(None if outside else os.path.realpath(file.parent), key)
+    if file.name == LIST and found.outside(str(file)):
+        raise UserError(f"{file} is a link to a file outside of its folder; {key}=true takes it")
     table = read_table(file)
-    found = Source(None if outside else os.path.realpath(file.parent))
     columns: tuple[int | None, int, int]
     if file.name == LIST:
         _check_published(file, table)
@@ -484,17 +484,10 @@ def _list(file: Path, outside: bool) -> Source:
 
 def _check_published(file: Path, table: Table) -> None:
     header = table.header
-    if len(header) > 1 and header[1] and _is_file(file.parent / header[1]):
+    if len(header) > 1 and header[1] and os.path.isfile(file.parent / header[1]):
         raise UserError(f"{file} has no header row; put index,file,caption in front")
     if len(header) < 3:
         raise UserError(f"{file} has {len(header)} columns; it needs a header row, then index, file name, caption")
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # names that no file can have
-        return False
 
 
 def _add_line(found: Source, folder: Path, where: str, index: Any, name: Any, caption: Any) -> None:
@@ -568,7 +561,7 @@ def _expand(pattern: str) -> list[Path]:
     """Files of a pattern with braces or asterisks, in order."""
     names = [name for one in shard_urls(pattern, "source") for name in (sorted(glob.glob(one)) or [one])]
     for name in names:
-        if not _is_file(Path(name)):
+        if not os.path.isfile(name):
             raise UserError(f"source={pattern}: {name} does not exist")
         if not name.lower().endswith(".tar"):
             raise UserError(
@@ -579,12 +572,14 @@ def _expand(pattern: str) -> list[Path]:
 
 def _shards(files: Sequence[tuple[str, str]], found: Source, outside: bool) -> Source:
     """The samples of shards: paths, and what messages call them."""
-    with Progress(
-        f"list the samples of {files[0][0] if files else ''}", len(files), "shard", shown=_is_first()
-    ) as progress:
+    task = f"list the samples of {files[0][0] if files else ''}"
+    with Progress(task, len(files), "shard", shown=_is_first()) as progress:
         for path, name in files:
             if found.outside(path):
-                found.rows.append(Problem("outside", name, f"it lies outside of {found.root}; {OUTSIDE}"))
+                told = f"it lies outside of {found.root}; {found.key}=true takes it"
+                found.rows.append(Problem("outside", name, told))
+            elif not os.path.isfile(path):
+                found.rows.append(Problem("unreadable", name, "is a pipe, a device or a link to nothing, no file"))
             else:
                 _add_shard(found, path, name, outside)
             progress.advance()
@@ -615,7 +610,7 @@ def _add_shard(found: Source, path: str, shard: str, outside: bool) -> None:
             if ending in (*ENDINGS, "txt", "caption", "json"):
                 last.append(Problem("no file", told, part))
         elif not outside and (posixpath.isabs(name) or ".." in name.split("/")):
-            last.append(Problem("outside", told, f"its name leaves the shard; {OUTSIDE}"))
+            last.append(Problem("outside", told, f"its name leaves the shard; {found.key}=true takes it"))
         else:
             sample = samples.setdefault(key, _Sample())
             if ending in sample.parts:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -216,11 +217,10 @@ def _delimited(lines: _Lines, delimiter: str, where: str) -> tuple[tuple[str, ..
     rows: list[TableRow] = []
     for start, stop, cells, fault in _parse(lines, delimiter):
         fault = lines.fault(start, stop) or fault
-        if not fault and (
-            not cells
-            or (len(cells) == 1 and start + 1 == stop and not cells[0].strip() and '"' not in lines.text(start))
-        ):
-            continue  # a blank line
+        if not fault and not any(map(str.strip, cells)) and not any('"' in lines.text(i) for i in range(start, stop)):
+            continue  # a blank line, or nothing but separators
+        if any(re.match(r"\s+\"", cell) for cell in cells):
+            fault = fault or "a blank before a quote, which then belongs to the text; take the blank out"
         if header is None:
             if fault:
                 raise UserError(f"{where}, line {start + 1}: {fault}")
