@@ -490,13 +490,20 @@ def _check_published(file: Path, table: Table) -> None:
         raise UserError(f"{file} has {len(header)} columns; it needs a header row, then index, file name, caption")
 
 
+def _is_name(name: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:  # half a character, from JSON
+        return False
+
+
 def _add_line(found: Source, folder: Path, where: str, index: Any, name: Any, caption: Any) -> None:
     if not isinstance(name, str) or not name.strip():
         told = "no file name" if name is None or name == "" or isinstance(name, str) else "the file name is no text"
         found.rows.append(Problem("bad line", where, told))
         return
-    if "\0" in name:
-        found.rows.append(Problem("bad line", where, "the file name holds a NUL character"))
+    if not _is_name(name):
+        found.rows.append(Problem("bad line", where, "the file name is none that a file can have"))
         return
     path = os.path.normpath(folder / name)
     try:

@@ -430,24 +430,31 @@ class PictureShards(PictureSource, ShardDataset):
         Raises:
             CorruptSample: if it has none.
         """
-        texts = self.shards.read(index, self._texts(index))
-        return _caption({ending: data.tobytes() for ending, data in texts.items()}, self.shards.name(index))
+        return self._prompt(index, self.shards.read(index, self._texts(index)))
 
     def read(self, index: int, step: int) -> dict[str, Any]:
         ending = next((e for e in self.known if self.shards.has(index, e)), None)
         if ending is None:
             raise CorruptSample(f"{self.shards.name(index)} has no picture")
-        texts = self._texts(index)
-        data = self.shards.read(index, [ending, *texts])
+        data = self.shards.read(index, [ending, *self._texts(index)])
         size = self.pixels if self.buckets is None else self.buckets[int(self.bucket_of[index])]
-        prompt = _caption({text: data[text].tobytes() for text in texts}, self.shards.name(index))
+        prompt = self._prompt(index, data)
         pixels = decode_pixels(data[ending].tobytes(), ending, size, self.shards.name(index), self.max_pixels)
         return {"pixels": pixels, "prompt": prompt}
 
     def _texts(self, index: int) -> list[str]:
-        """The files of a sample that may hold its caption: the text, where there is one."""
-        plain = [ending for ending in ("txt", "caption") if self.shards.has(index, ending)]
-        return plain or [ending for ending in ("json",) if self.shards.has(index, ending)]
+        """The text files of a sample."""
+        return [ending for ending in ("txt", "caption") if self.shards.has(index, ending)]
+
+    def _prompt(self, index: int, data: Mapping[str, NDArray[np.uint8]]) -> str:
+        """The caption, given the text files; the `.json` is read only where they hold none."""
+        files = {ending: data[ending].tobytes() for ending in self._texts(index)}
+        try:
+            return caption_of(files)
+        except NoText:
+            if self.shards.has(index, "json"):
+                files["json"] = self.shards.read(index, ["json"])["json"].tobytes()
+        return _caption(files, self.shards.name(index))
 
 
 class CachedShards(CachedSource, ShardDataset):
