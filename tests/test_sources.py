@@ -219,6 +219,22 @@ def test_what_is_no_file_neither_blocks_nor_ends_an_import(tmp_path: Path) -> No
     }
 
 
+def test_of_several_columns_of_captions_the_first_with_a_value_counts(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "d", {f"{i}.png": None for i in range(4)})
+    records = [
+        {"prompt": "p", "text": "t", "caption": None},
+        {"text": "t", "caption": "c"},
+        {"caption": 5, "text": "t"},
+    ]
+    lines = [json.dumps({"file": f"{i}.png", **record}) for i, record in enumerate([*records, {"prompt": "p"}])]
+    (folder / "list.jsonl").write_text("\n".join(lines))
+    report = do(folder / "list.jsonl", tmp_path / "out")
+    assert report["captions"] == {"0.png": "t", "1.png": "c", "3.png": "p"}
+    assert [problem["reason"] for problem in report["list"]] == [
+        "no caption in list.jsonl, line 3: it is the number 5, not text"
+    ]
+
+
 def test_a_list_may_name_what_is_no_file(tmp_path: Path) -> None:
     folder = fill(tmp_path / "d", {"0.png": None})
     os.mkfifo(folder / "1.png")
@@ -512,6 +528,17 @@ def test_pngs_with_large_texts_are_pictures(tmp_path: Path, kind: str) -> None:
 
 def bomb(kind: str, side: int) -> bytes:
     """A small file of `side` x `side` pixels."""
+    if kind in ("JPEG", "WEBP"):
+        data = bytearray(
+            encoded(0, kind, **({"save_all": True, "append_images": [picture(1)]} if kind == "WEBP" else {}))
+        )
+        side = min(side, 16_383 if kind == "WEBP" else 65_500)
+        if kind == "WEBP":  # the canvas of an animation
+            data[24:30] = (side - 1).to_bytes(3, "little") * 2
+        else:
+            at = data.index(b"\xff\xc0") + 5
+            data[at : at + 4] = struct.pack(">HH", side, side)
+        return bytes(data)
     if kind == "PNG":
         header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
         return (
@@ -535,7 +562,7 @@ def bomb(kind: str, side: int) -> bytes:
     return bytes(data)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "BMP", "TIFF", "JPEG", "WEBP"])
 @pytest.mark.parametrize("side", [8_300, 13_000, 60_000])
 def test_picture_bombs_are_refused_before_they_are_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, side: int
@@ -549,7 +576,10 @@ def test_picture_bombs_are_refused_before_they_are_decoded(
         largest.append(self.width * self.height)
         return load(self)
 
-    for base in (Image.Image, *{type(images.open_picture(encoded(0, kind))) for kind in ("PNG", "GIF", "BMP", "TIFF")}):
+    for base in (
+        Image.Image,
+        *{type(images.open_picture(encoded(0, kind))) for kind in ("PNG", "GIF", "BMP", "TIFF", "JPEG", "WEBP")},
+    ):
         monkeypatch.setattr(base, "load", counted)
     report = do(folder, tmp_path / "out")
     assert kinds(report) == {f"0.{ending}": "unreadable"} and max(largest, default=0) < 10_000
@@ -755,7 +785,7 @@ def fuzz(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
         monkeypatch.chdir(here)
         chosen = rng.choice(list(VALUES)[2:], rng.integers(0, 4), replace=False)
         keys = ["source", "out", *chosen]
-        likely = [0 if rng.random() < 0.7 else rng.integers(0, len(VALUES[key])) for key in keys]
+        likely = [0 if rng.random() < 0.85 else rng.integers(0, len(VALUES[key])) for key in keys]
         arguments = [f"{key}={VALUES[key][place]}" for key, place in zip(keys, likely, strict=True)]
         if rng.random() < 0.6:
             arguments[0] = f"source={VALUES['source'][rng.integers(0, 4)]}"
@@ -786,4 +816,4 @@ def test_many_random_overrides_end_in_an_import_or_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     statuses = fuzz(tmp_path, monkeypatch, capsys, range(100, 300))
-    assert statuses.count(0) > 40 and statuses.count(2) > 40
+    assert min(statuses.count(0), statuses.count(2)) > 40

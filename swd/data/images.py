@@ -243,7 +243,7 @@ def open_picture(data: bytes, limit: int = MAX_PIXELS) -> Image.Image:
     try:
         opened = Image.open(BytesIO(_without_long_texts(data)), formats=FORMATS)
     except Image.DecompressionBombError:
-        raise ValueError(_beyond("more", limit)) from None
+        raise ValueError(_beyond(f"more than {PILLOW_PIXELS:,}", limit)) from None
     if opened.width * opened.height > limit:
         raise ValueError(_beyond(f"{opened.width}x{opened.height}", limit))
     return opened

@@ -461,23 +461,25 @@ def _list(file: Path, outside: bool, key: str = "outside") -> Source:
     if file.name == LIST and found.outside(str(file)):
         raise UserError(f"{file} is a link to a file outside of its folder; {key}=true takes it")
     table = read_table(file)
-    columns: tuple[int | None, int, int]
+    index: int | None
     if file.name == LIST:
         _check_published(file, table)
-        columns = (0, 1, 2)
+        index, name, captions = 0, 1, [2]
     else:
         if not table.header and table.rows:  # no line of JSON Lines is an object
             found.rows += [Problem("bad line", f"{file.name}, line {row.line}", row.fault) for row in table.rows]
             return found
-        columns = (table.column(INDICES), table.needed(FILES), table.needed(CAPTIONS))
+        index, name, _ = table.column(INDICES), table.needed(FILES), table.needed(CAPTIONS)
+        captions = [table.columns.index(key) for key in CAPTIONS if key in table.columns]
     with Progress(f"list the pictures of {file}", len(table.rows), "row", shown=_is_first()) as progress:
         for row in table.rows:
             where = f"{file.name}, line {row.line}"
             if row.fault:
                 found.rows.append(Problem("bad line", where, row.fault))
             else:
-                index, name, caption = [None if column is None else row.cells[column] for column in columns]
-                _add_line(found, file.parent, where, index, name, caption)
+                caption = next((row.cells[column] for column in captions if row.cells[column] is not None), None)
+                told = None if index is None else row.cells[index]
+                _add_line(found, file.parent, where, told, row.cells[name], caption)
             progress.advance()
     return found
 
