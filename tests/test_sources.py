@@ -124,7 +124,7 @@ def test_hidden_and_system_files_are_passed_over(tmp_path: Path) -> None:
     report = do(folder, tmp_path / "out")
     assert report["captions"] == {"a.png": "one", "deep/b.png": "two"} and report["rows"] == 2
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error")  # nothing to warn of
         assert captions_of(folder) == report["captions"]
     members: dict[str, Any] = {"a.png": None, "a.txt": "one", "deep/b.png": None, "deep/b.txt": "two"}
     for name in HIDDEN:
@@ -808,7 +808,7 @@ def fuzz(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 def test_random_overrides_end_in_an_import_or_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert set(fuzz(tmp_path, monkeypatch, capsys, range(16))) == {0, 2}
+    assert set(fuzz(tmp_path, monkeypatch, capsys, range(10))) == {0, 2}
 
 
 @pytest.mark.slow

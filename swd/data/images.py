@@ -156,7 +156,12 @@ def _caption(folder: Path, found: Source, row: Row | Problem) -> str | Problem:
     if isinstance(row, Problem):
         if row.kind == "bad line":
             raise UserError(f"{folder / row.file}: {row.reason}")
-        told = {"no caption": "without a caption", "duplicate name": "of a name that another one has"}
+        told = {
+            "no caption": "without a caption",
+            "duplicate name": "of a name that another one has",
+            "outside": "outside of the folder",
+            "unreadable": "that cannot be read",
+        }
         return Problem(told.get(row.kind, row.kind), row.file, row.reason)
     where = found.seen.get(row.picture.path)  # of a list only
     if where and not os.path.isfile(row.picture.path):
