@@ -38,6 +38,7 @@ NOTICES = (
     ".*The dirpath has changed from.*",  # every run has a folder of its own
     ".*callbacks used to create the checkpoint need to be provided.*",
     ".*Deterministic behavior.*",
+    ".*could be decompression bomb.*",  # pictures have a limit of our own, which says what to do
     ".*with manual optimization and every_n_train_steps.*",  # whole iterations are what a resumed run continues from
 )
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
 import shutil
 from collections import Counter
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +28,7 @@ from swd.export import model_of, schedule_of
 from swd.files import claim_folder, write_aside
 from swd.images import to_pil
 from swd.io.progress import Progress
+from swd.io.tables import NoText, read_table, text_of
 from swd.modules import hub
 from swd.modules.pretrained import Pretrained, check_model_folder, read_json
 from swd.modules.quantize import quantize
@@ -212,6 +211,10 @@ def plan(cfg: DictConfig) -> list[Request]:
             f"prompts={[prompt for prompt, _ in rows][:3]} holds nothing to draw; "
             "give prompts='[a red star above a blue ring]'"
         )
+    try:
+        rows = [(text_of(prompt), seed) for prompt, seed in rows]
+    except NoText as error:
+        raise UserError(f"a prompt of prompts {error}; give texts in UTF-8") from None
     count = len(rows) * cfg.images_per_prompt
     if count > MOST_PICTURES:
         raise UserError(
@@ -228,39 +231,42 @@ def plan(cfg: DictConfig) -> list[Request]:
 
 
 def read_prompts(file: Path, key: str = "prompts_file") -> list[tuple[str, int | None]]:
-    """Prompts, and their seeds where given, of a text file (one a line) or a CSV file with a column "prompt".
+    """Prompts, and their seeds where given, of a list.
 
     Args:
-        file: the list.
+        file: a text file (a prompt a line), or a `.csv`, `.tsv` or `.jsonl` table with a column "prompt" and, if
+            seeds are given, one "seed".
         key: what messages call it.
 
     Raises:
-        UserError: if the file is missing, empty, or has no such column.
+        UserError: if the file is missing, empty, has no such column, or a line of it is faulty.
     """
-    if not file.is_file():
-        raise UserError(f"{key}={file} does not exist; give a .txt file with a prompt a line, or a .csv file")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{key}={file} is not UTF-8 text; save it as UTF-8") from None
-    if file.suffix.lower() != ".csv":
-        lines = [line.strip() for line in text.splitlines()]
-        rows: list[tuple[str, int | None]] = [(line, None) for line in lines if line]
-    else:
-        table = csv.DictReader(StringIO(text, newline=""))  # a quoted prompt may hold line ends
-        if "prompt" not in (table.fieldnames or []):
-            raise UserError(f"{key}={file} has columns {table.fieldnames}; one must be called prompt")
-        rows = []
-        for row in table:
-            seed = (row.get("seed") or "").strip()
-            if seed and not (re.fullmatch("[0-9]{1,19}", seed) and int(seed) < 2**63):
-                raise UserError(
-                    f"{key}={file}, line {table.line_num}: seed {seed!r} is not a whole number of 0 or more, below 2^63"
-                )
-            rows.append(((row["prompt"] or "").strip(), int(seed) if seed else None))
-    if not rows:
+    table = read_table(file, f"{key}=")
+    if not table.rows:
         raise UserError(f"{key}={file} holds no prompt")
+    faulty = next((row for row in table.rows if row.fault), None)
+    if faulty is not None:
+        raise UserError(f"{key}={file}, line {faulty.line}: {faulty.fault}")
+    prompts, seeds = table.needed(("prompt",), f"{key}="), table.column(("seed",))
+    rows: list[tuple[str, int | None]] = []
+    for row in table.rows:
+        where = f"{key}={file}, line {row.line}"
+        try:
+            prompt = text_of(row.cells[prompts]).strip()
+        except NoText as error:
+            raise UserError(f"{where}: the prompt {error}; mend the line, or take it out") from None
+        rows.append((prompt, None if seeds is None else _seed(row.cells[seeds], where)))
     return rows
+
+
+def _seed(cell: Any, where: str) -> int | None:
+    """A seed in a table; None for an empty cell."""
+    text = "" if cell is None else str(cell).strip()
+    if not text:
+        return None
+    if isinstance(cell, str | int) and re.fullmatch("[0-9]{1,19}", text) and int(text) < 2**63:
+        return int(text)
+    raise UserError(f"{where}: seed {text[:40]!r} is not a whole number of 0 or more, below 2^63")
 
 
 def final_size(cfg: DictConfig, model: Pretrained, native: Size | None = None) -> Size:

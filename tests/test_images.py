@@ -149,7 +149,7 @@ def test_texts_are_utf8(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"x\.txt is not UTF-8 text"):
         FolderDataset(str(tmp_path), 32)
     (tmp_path / "metainfo.csv").write_bytes("index,name,caption\n0,x.png,\u00e9toile\n".encode("latin-1"))
-    with pytest.raises(UserError, match=r"metainfo\.csv is not UTF-8 text"):
+    with pytest.raises(UserError, match=r"metainfo\.csv, line 2: it is not UTF-8 text \(byte 27\)"):
         FolderDataset(str(tmp_path), 32)
     (tmp_path / "metainfo.csv").write_text('index,name,caption\n0,x.png,"two\nlines"\n')
     assert FolderDataset(str(tmp_path), 32)[0]["prompt"] == "two\nlines"

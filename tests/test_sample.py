@@ -425,6 +425,21 @@ def test_wrong_prompt_files_are_named(made, tmp_path: Path, name: str, text: str
         sample.plan(config(made[0], made[2], tmp_path / "out", prompts_file=tmp_path / "none.txt"))
 
 
+def test_prompts_of_the_command_line_are_texts_of_one_line_each(made, tmp_path: Path) -> None:
+    cfg = config(made[0], made[2], tmp_path / "out", seed=5)
+    cfg.prompts = ["a star\u2028on red", "a\x0bring\x85x", "two\r\nlines"]
+    assert [request.prompt for request in sample.plan(cfg)] == ["a star on red", "a ring x", "two\nlines"]
+    for prompts, seed, message in (
+        (["fine", "\udcff"], 5, "a prompt of prompts is no valid Unicode"),
+        (["x" * 131_073], 5, "has 131,073 characters, more than 131,072"),
+        (["\u200b"], 5, "is empty"),
+        (["a", "b"], 2**63 - 1, "seed=9223372036854775808 of the last pictures; use smaller seeds"),
+    ):
+        cfg.prompts, cfg.seed = prompts, seed
+        with pytest.raises(UserError, match=message):
+            sample.plan(cfg)
+
+
 @pytest.mark.parametrize(
     ("asked", "size"),
     [({}, (8, 8)), ({"height": 96}, (12, 8)), ({"height": 96, "width": 48}, (12, 6)), ({"aspect": "9:4"}, (6, 12))],

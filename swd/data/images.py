@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import csv
+import os
+import warnings
+import zlib
+from collections import Counter
 from collections.abc import Sequence
-from io import StringIO
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -16,32 +19,36 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from swd import video
+from swd.data.sources import ENDINGS, LIST, Part, Problem, Row, Source, list_folder, list_in
 from swd.images import to_rgb
+from swd.io.tables import NoText
 from swd.types import Size, UserError
 
-LIST = "metainfo.csv"
-"""Captions of a folder: a header row, then index, file name, caption by position (the published layout)."""
-ENDINGS = {
-    "jpg": "jpg",
-    "jpeg": "jpg",
-    "jpe": "jpg",
-    "jfif": "jpg",
-    "png": "png",
-    "webp": "webp",
-    "tif": "tiff",
-    "tiff": "tiff",
-    "bmp": "bmp",
-    "gif": "gif",
-    "avif": "avif",
-    "jp2": "jp2",
-}
-"""Endings of pictures, in lower case, and what shards call them."""
 PICTURES = tuple(f".{ending}" for ending in ENDINGS)
 Image.init()
-_FORMATS: list[str] = ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000"]
-FORMATS = [name for name in _FORMATS if name in Image.OPEN]
+STORED_AS = {
+    "JPEG": "jpg",
+    "MPO": "jpg",  # several JPEG pictures in one file, as phones and stereo cameras write them
+    "PNG": "png",
+    "WEBP": "webp",
+    "TIFF": "tiff",
+    "BMP": "bmp",
+    "GIF": "gif",
+    "AVIF": "avif",
+    "JPEG2000": "jp2",
+}
+"""Endings in shards by Pillow's names of the formats that it may read."""
+FORMATS = [name for name in STORED_AS if name in Image.OPEN]
 """What Pillow may read, as far as it is built to; some of its other formats start programs."""
 VIDEOS = (".mp4", ".mov", ".webm", ".mkv")
+MAX_PIXELS = 2**26
+"""Pixels of a picture at most unless a user says otherwise: 8192 x 8192. Decoded they take 0.3 GB, whatever the file
+has; the largest cameras with one sensor of 35 mm give 61 million."""
+PILLOW_PIXELS = 178_956_970
+"""Pixels that Pillow itself opens at most (twice its `MAX_IMAGE_PIXELS`)."""
+TEXT_BYTES = 2**20
+"""Bytes of one text or colour profile in a PNG, and of 16 together, that are handed to Pillow. It refuses a picture for
+a larger one (`MAX_TEXT_CHUNK`), which here nobody reads."""
 
 
 class FolderDataset(Dataset[dict[str, Any]]):
@@ -54,6 +61,8 @@ class FolderDataset(Dataset[dict[str, Any]]):
         path: the folder.
         size: side, (H, W) or (F, H, W) in pixels.
         kind: what the files are.
+        outside: also take files that lie outside of the folder, by links or by their names in the list.
+        max_pixels: pictures of more pixels are refused before they are decoded.
 
     Raises:
         UserError: if the folder is missing, has no captions, or names a file that is not there, or if videos cannot
@@ -61,7 +70,12 @@ class FolderDataset(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, path: str | None, size: int | Sequence[int], kind: Literal["pictures", "videos"] = "pictures"
+        self,
+        path: str | None,
+        size: int | Sequence[int],
+        kind: Literal["pictures", "videos"] = "pictures",
+        outside: bool = False,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         if path is None:
             raise UserError(f"data.dataset.path is missing; give a folder of {kind} with {LIST} or .txt captions")
@@ -73,7 +87,9 @@ class FolderDataset(Dataset[dict[str, Any]]):
             raise UserError(f"data.dataset.path={path} does not exist; give a folder of {kind}")
         if kind == "videos":
             video.check_available()
-        self.pairs = read_pairs(self.folder, PICTURES if kind == "pictures" else VIDEOS)
+        check_max_pixels(max_pixels, "data.dataset.max_pixels")
+        self.max_pixels = max_pixels
+        self.pairs = read_pairs(self.folder, kind, outside)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -84,52 +100,88 @@ class FolderDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         file, caption = self.pairs[index]
-        read = read_picture if self.kind == "pictures" else read_video
-        return {"pixels": read(file, self.size), "prompt": caption, "index": index}
+        if self.kind == "pictures":
+            pixels = read_picture(file, self.size, limit=self.max_pixels)
+        else:
+            pixels = read_video(file, self.size)
+        return {"pixels": pixels, "prompt": caption, "index": index}
 
 
-def read_pairs(folder: Path, endings: Sequence[str]) -> list[tuple[Path, str]]:
-    """Files and captions of a folder, in the list's order or by name.
+def read_pairs(folder: Path, kind: str = "pictures", outside: bool = False) -> list[tuple[Path, str]]:
+    """Files and captions of a folder, in the list's order or by name: those that `swd import` finds there.
+
+    What has no caption, or a name that is taken, is left out, and one warning counts it.
+
+    Args:
+        folder: where they are.
+        kind: "pictures" or "videos".
+        outside: also take files that lie outside of the folder.
 
     Raises:
-        UserError: if there are none, the list names a file that is not there, or a text is not UTF-8.
+        UserError: if there are none, or the list has a faulty line or names a file that is not there.
     """
-    if (folder / LIST).is_file():
-        try:
-            rows = list(csv.reader(StringIO(read_text(folder / LIST), newline="")))[1:]
-        except csv.Error as error:
-            raise UserError(f"{folder / LIST} is not a table of comma-separated values ({error})") from None
-        pairs = []
-        for number, row in enumerate(rows, 2):
-            if len(row) < 3:
-                raise UserError(f"{folder / LIST}, line {number}: {len(row)} columns; use index, file name, caption")
-            file = folder / row[1]
-            if not file.is_file():
-                raise UserError(f"{folder / LIST}, line {number}: {row[1]} is not in the folder")
-            pairs.append((file, row[2]))
-    else:
-        files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in endings)
-        pairs = [
-            (file, read_text(file.with_suffix(".txt")).strip()) for file in files if file.with_suffix(".txt").is_file()
-        ]
+    endings = ENDINGS if kind == "pictures" else [ending[1:] for ending in VIDEOS]
+    found = list_folder(folder, endings, outside)
+    pairs: list[tuple[Path, str]] = []
+    problems: list[Problem] = []
+    for row in found.rows:
+        told = _caption(folder, found, row)
+        if isinstance(told, Problem):
+            problems.append(told)
+        elif isinstance(row, Row):
+            pairs.append((Path(row.picture.path), told))
     if not pairs:
-        raise UserError(f"data.dataset.path={folder} holds no captioned files; add {LIST}, or a .txt beside each file")
+        first = f" (the first one is {problems[0].file}: {problems[0].reason})" if problems else ""
+        other = list_in(folder)
+        more = f"; if {other.name} there is their list: swd import source={other} out=shards" if other else ""
+        raise UserError(
+            f"data.dataset.path={folder} holds no captioned files{first}; add {LIST}, or a .txt beside each file{more}"
+        )
+    if problems:
+        counts = ", ".join(f"{count:,} {told}" for told, count in Counter(p.kind for p in problems).items())
+        warnings.warn(
+            f"data.dataset.path={folder}: {len(problems):,} of {len(found.rows):,} {kind} are left out: {counts}; the "
+            f"first one is {problems[0].file}: {problems[0].reason}",
+            stacklevel=3,
+        )
     return pairs
 
 
-def read_text(file: Path) -> str:
-    """The text of a UTF-8 file, line ends as they are.
+def _caption(folder: Path, found: Source, row: Row | Problem) -> str | Problem:
+    """The caption of a row, or why it is left out.
 
     Raises:
-        UserError: if it is none.
+        UserError: for what is wrong with a list.
     """
+    if isinstance(row, Problem):
+        if row.kind == "bad line":
+            raise UserError(f"{folder / row.file}: {row.reason}")
+        told = {
+            "no caption": "without a caption",
+            "duplicate name": "of a name that another one has",
+            "outside": "outside of the folder",
+            "unreadable": "that cannot be read",
+        }
+        return Problem(told.get(row.kind, row.kind), row.file, row.reason)
+    where = found.seen.get(row.picture.path)  # of a list only
+    if where and not os.path.isfile(row.picture.path):
+        raise UserError(f"{folder / where}: {row.file} is not in the folder; take the line out, or put the file there")
     try:
-        return file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is not UTF-8 text; save it as UTF-8") from None
+        return row.read_texts()[0]
+    except NoText as error:
+        caption = Path(row.caption.path).name if isinstance(row.caption, Part) else "its caption"
+        return Problem("whose caption is empty or no text", row.file, f"{caption} {error}")
+    except OSError as error:
+        return Problem("whose caption cannot be read", row.file, error.strerror or str(error))
 
 
-def read_picture(file: Path | BinaryIO, size: Size, name: str | None = None) -> Tensor:
+def check_max_pixels(value: int, key: str) -> None:
+    """Raise UserError unless a limit on pixels can be kept."""
+    if not 1 <= value <= PILLOW_PIXELS:
+        raise UserError(f"{key}={value}; use 1 to {PILLOW_PIXELS:,}, more than which Pillow does not open")
+
+
+def read_picture(file: Path | BinaryIO, size: Size, name: str | None = None, limit: int = MAX_PIXELS) -> Tensor:
     """A picture `[3, H, W]` in [-1, 1] of exactly `size`: scaled to cover it, cropped around the middle.
 
     It stands as its EXIF orientation says; transparency shows white; of an animation the first frame is taken.
@@ -138,16 +190,18 @@ def read_picture(file: Path | BinaryIO, size: Size, name: str | None = None) -> 
         file: a file, or an open one.
         size: (H, W) in pixels.
         name: what messages call it; None: the file's own.
+        limit: pixels that it may have.
 
     Raises:
-        UserError: if it cannot be read, or is smaller than `size`.
+        UserError: if it cannot be read, is smaller than `size`, or has more pixels than the limit.
     """
     name = str(file) if name is None else name
     try:
-        image = decode(file)
+        image = decode(file, limit)
     except Exception as error:  # Pillow meets damaged files with errors of many types
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name} cannot be read as a picture ({reason[:80]}); remove it") from None
+        told = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = (told.splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name} cannot be read as a picture ({reason[:120]}); remove it") from None
     height, width = size
     if image.width < width or image.height < height:
         raise UserError(f"{name} is {image.width}x{image.height}, smaller than {width}x{height}; remove it")
@@ -155,20 +209,83 @@ def read_picture(file: Path | BinaryIO, size: Size, name: str | None = None) -> 
     return torch.from_numpy(array).permute(2, 0, 1).float().contiguous().div_(127.5).sub_(1)
 
 
-def decode(file: Path | BinaryIO) -> Image.Image:
+def decode(file: Path | BinaryIO, limit: int = MAX_PIXELS) -> Image.Image:
     """A picture in RGB as it is meant to be seen: upright, transparency over white, 16 bits scaled to 8.
 
     Of several frames or pages, the first.
 
+    Args:
+        file: a file, or an open one.
+        limit: pixels that it may have.
+
     Raises:
-        Exception: of many types, if it is damaged or of none of `FORMATS`.
+        Exception: of many types, if it is damaged, of none of `FORMATS`, or beyond the limit.
     """
-    with Image.open(file, formats=FORMATS) as opened:
+    data = Part(str(file)).read(byte_limit(limit)) if isinstance(file, Path) else file.read()
+    with open_picture(data, limit) as opened:
         opened.load()
         # A copy that is not needed may cost more than decoding does.
         image: Image.Image = ImageOps.exif_transpose(opened) if opened.getexif().get(0x0112, 1) != 1 else opened
     plain = image.mode == "RGB" and "transparency" not in image.info
     return image if plain else to_rgb(image)
+
+
+def byte_limit(pixels: int) -> int:
+    """Bytes that a picture's file may have: four values of 16 bits a pixel, uncompressed, and 16 MiB of metadata."""
+    return 8 * pixels + 2**24
+
+
+def open_picture(data: bytes, limit: int = MAX_PIXELS) -> Image.Image:
+    """A picture of which only the header has been read.
+
+    Args:
+        data: its file's content.
+        limit: pixels that it may have.
+
+    Raises:
+        Exception: of many types, if it is damaged, of none of `FORMATS`, or beyond the limit.
+    """
+    try:
+        opened = Image.open(BytesIO(_without_long_texts(data)), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise ValueError(_beyond(f"more than {PILLOW_PIXELS:,}", limit)) from None
+    if opened.width * opened.height > limit:
+        raise ValueError(_beyond(f"{opened.width}x{opened.height}", limit))
+    return opened
+
+
+def _beyond(told: str, limit: int) -> str:
+    return f"{told} pixels, beyond max_pixels={limit:,}, which keeps memory bounded"
+
+
+def _without_long_texts(data: bytes) -> bytes:
+    """A picture's file; of a PNG without the texts and colour profiles that are longer than Pillow reads."""
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return data
+    place, total, kept = 8, 0, [(0, 8)]
+    while place < len(data):
+        kind, stop = data[place + 4 : place + 8], place + 12 + int.from_bytes(data[place : place + 4])
+        is_text, size = kind in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"), 0
+        if is_text and total <= 16 * TEXT_BYTES:
+            size = _text_size(kind, data[place + 8 : stop - 4])
+            total += min(size, TEXT_BYTES)
+        if not is_text or (size <= TEXT_BYTES and total <= 16 * TEXT_BYTES):
+            kept.append((place, stop))
+        place = stop
+    whole = sum(stop - start for start, stop in kept) >= len(data)
+    return data if whole else b"".join(data[start:stop] for start, stop in kept)
+
+
+def _text_size(kind: bytes, chunk: bytes) -> int:
+    """Bytes that a chunk's text has, once decompressed; of more than `TEXT_BYTES`, just more."""
+    packed = chunk.partition(b"\0")[2]
+    if kind == b"tEXt" or (kind == b"iTXt" and packed[:1] != b"\1"):
+        return len(chunk)
+    packed = packed[1:] if kind != b"iTXt" else packed[2:].partition(b"\0")[2].partition(b"\0")[2]
+    try:
+        return len(zlib.decompressobj().decompress(packed, TEXT_BYTES + 1))
+    except zlib.error:  # Pillow leaves out what is damaged
+        return 0
 
 
 def cover_and_crop(image: Image.Image, size: Size) -> Image.Image:

@@ -22,12 +22,13 @@ from PIL import Image
 from swd.config import check
 from swd.data.ahead import read_ahead
 from swd.data.buckets import bucket_sizes, nearest_bucket
-from swd.data.images import ENDINGS, FORMATS, cover_and_crop, decode
+from swd.data.images import MAX_PIXELS, STORED_AS, byte_limit, check_max_pixels, cover_and_crop, decode, open_picture
 from swd.data.shards import ShardSet, shard_name
-from swd.data.sources import Part, Problem, Row, Source, list_source
+from swd.data.sources import ENDINGS, Problem, Row, Source, list_source, printable
 from swd.data.work import JOB, Job, Sample, share
 from swd.files import write_json
 from swd.images import picture_bytes
+from swd.io.tables import NoText
 from swd.types import UserError
 
 ROOT = {
@@ -42,9 +43,17 @@ ROOT = {
     "shard_size": int,
     "limit": int | None,
     "workers": int,
+    "outside": bool,
+    "max_pixels": int,
 }
 REPORT, PROBLEMS = "report.json", "problems"
 QUALITY = 95
+MOST = {
+    "workers": (256, "threads beyond the processor's cores save no time, and each holds a picture"),
+    "shard_size": (1_000_000, "a shard that is stopped is begun again"),
+    "multiple": (8192, "it is of pixels of a picture's side"),
+}
+"""The largest sensible values, and why."""
 
 
 def run(cfg: DictConfig) -> None:
@@ -52,7 +61,7 @@ def run(cfg: DictConfig) -> None:
     plan = prepare(cfg)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of them is in the report
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-    source = list_source(cfg.source)
+    source = list_source(cfg.source, cfg.outside, Path(cfg.out))
     if cfg.limit is not None:
         source.rows = source.rows[: cfg.limit]
     if cfg.strict:
@@ -65,6 +74,7 @@ def run(cfg: DictConfig) -> None:
         "multiple": plan.multiple,
         "resize": plan.resize,
         "stored_as": plan.format if plan.resize else None,
+        **({} if plan.max_pixels == MAX_PIXELS else {"max_pixels": plan.max_pixels}),
     }
     job = Job(Path(cfg.out), "pictures", len(source.rows), cfg.shard_size, settings)
     job.claim()
@@ -82,6 +92,7 @@ class Plan:
     format: str = "png"
     strict: bool = False
     workers: int = 4
+    max_pixels: int = MAX_PIXELS
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -103,15 +114,33 @@ def prepare(cfg: DictConfig) -> Plan:
         if OmegaConf.is_missing(cfg, key):
             raise UserError(f"{key} is missing; give {example}, see swd import --help")
     check(cfg, ROOT)
-    for key in ("size", "multiple", "shard_size", "limit", "workers"):
-        if cfg[key] is not None and cfg[key] < 1:
-            raise UserError(f"{key}={cfg[key]}; use at least 1")
+    for key in ("source", "out"):
+        if not cfg[key].strip() or "\0" in cfg[key] or printable(cfg[key]) != cfg[key]:
+            raise UserError(f"{key}={printable(cfg[key])!r} is no name of a file or folder; give {key}=FOLDER, say")
+    check_numbers(cfg)
     if cfg.size is None and (cfg.resize or cfg.buckets is not None):
         raise UserError(f"size is null beside {'resize=true' if cfg.resize else 'buckets'}; give size=1024, say")
     buckets = None if cfg.buckets is None else tuple(cfg.buckets)
-    plan = Plan(cfg.size, buckets, cfg.multiple, cfg.resize, cfg.format, cfg.strict, cfg.workers)
+    plan = Plan(cfg.size, buckets, cfg.multiple, cfg.resize, cfg.format, cfg.strict, cfg.workers, cfg.max_pixels)
     assert plan.sizes or cfg.size is None  # refuses buckets that are none
     return plan
+
+
+def check_numbers(cfg: DictConfig) -> None:
+    """Raise UserError for numbers that no import can be meant with."""
+    for key in ("size", "multiple", "shard_size", "limit", "workers"):
+        if cfg[key] is not None and cfg[key] < 1:
+            raise UserError(f"{key}={cfg[key]}; use at least 1")
+    for key, (most, why) in MOST.items():
+        if cfg[key] > most:
+            raise UserError(f"{key}={cfg[key]}; use at most {most}: {why}")
+    check_max_pixels(cfg.max_pixels, "max_pixels")
+    if cfg.size is not None and cfg.size**2 > cfg.max_pixels:
+        raise UserError(
+            f"size={cfg.size}: no picture of at most max_pixels={cfg.max_pixels} covers it; use a smaller one"
+        )
+    if cfg.buckets is not None and cfg.size is not None and cfg.multiple > cfg.size:
+        raise UserError(f"multiple={cfg.multiple} is more than size={cfg.size}; use a smaller one")
 
 
 def refuse(problems: Iterator[Problem]) -> None:
@@ -191,21 +220,27 @@ def load(row: Row | Problem, number: int, plan: Plan) -> Sample | Problem:
     if isinstance(row, Problem):
         return row
     try:
-        data = row.picture.read()
-        caption, index = texts(row)
+        return sample_of(row, number, plan)
     except FileNotFoundError as error:
         return Problem("missing", row.file, f"{error.filename} is not there")
-    except (OSError, ValueError) as error:
+    except NoText as error:
+        return Problem("no caption", row.file, f"its caption {error}")
+    except Exception as error:  # files that others made fail in ways of many types, and none may end an import
         return Problem("unreadable", row.file, reason(error))
-    if isinstance(caption, Problem):
-        return caption
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-            ending = ENDINGS.get(Path(row.file).suffix.lower()[1:]) or str(opened.format).lower().replace("jpeg", "jpg")
-            opened.verify()  # PNG's checksums, which decoding passes over
-        image = decode(io.BytesIO(data))
-    except Exception as error:  # Pillow meets damaged files with errors of many types
-        return Problem("unreadable", row.file, reason(error))
+
+
+def sample_of(row: Row, number: int, plan: Plan) -> Sample | Problem:
+    """The sample of a row, or why its picture is not for this plan.
+
+    Raises:
+        Exception: of many types, if a file cannot be read.
+    """
+    data = row.picture.read(byte_limit(plan.max_pixels))
+    caption, index = row.read_texts()
+    with open_picture(data, plan.max_pixels) as opened:
+        ending = ENDINGS.get(Path(row.file).suffix.lower()[1:]) or STORED_AS[str(opened.format)]
+        opened.verify()  # PNG's checksums, which decoding passes over
+    image = decode(io.BytesIO(data), plan.max_pixels)
     told = {"index": number if index is None else index, "file": row.file}
     sizes = plan.sizes
     if sizes:
@@ -222,34 +257,12 @@ def load(row: Row | Problem, number: int, plan: Plan) -> Sample | Problem:
     return f"{number:08d}", files, columns
 
 
-def texts(row: Row) -> tuple[str | Problem, int | str | None]:
-    """Caption and index of a row, from the files they lie in."""
-    caption, index = row.caption, row.index
-    if isinstance(caption, Part):
-        try:
-            caption = caption.read().decode("utf-8-sig").strip()
-        except UnicodeDecodeError:
-            return Problem("no caption", row.file, "its caption is not UTF-8 text"), None
-    if row.meta is not None:
-        try:
-            meta = json.loads(row.meta.read())
-        except (ValueError, RecursionError):
-            meta = None
-        if isinstance(meta, dict):
-            index = meta["index"] if isinstance(meta.get("index"), int) else index
-            if not caption and isinstance(meta.get("caption"), str):
-                caption = meta["caption"]
-    if not caption or not caption.strip():
-        return Problem("no caption", row.file, "its caption is empty"), None
-    return caption, index
-
-
 def reason(error: Exception) -> str:
     """The first line of an error of reading a picture."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = (str(error).splitlines() or [""])[0]
-    return "no picture of a known format" if "cannot identify" in text else text[:120] or type(error).__name__
+    return "no picture of a known format" if "cannot identify" in text else text[:160] or type(error).__name__
 
 
 # The report

@@ -1,32 +1,82 @@
-"""What `swd import` reads: lists and folders of captioned pictures, and shards made elsewhere.
+"""What is in lists and folders of captioned pictures, and in shards made elsewhere: for `swd import` and `data=images`.
 
-Listing reads lists, names and the headers of shards, never a picture.
+Listing reads lists, names and the headers of shards, never a picture. What somebody else made may name any file: by
+default nothing is taken that lies outside of the source's folder.
 """
 
 from __future__ import annotations
 
-import csv
 import glob
 import hashlib
-import io
 import json
 import os
+import posixpath
+import re
+import stat
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from webdataset.shardlists import expand_urls
 
-from swd.data.images import ENDINGS, LIST
 from swd.data.shards import split_name
+from swd.data.work import share
+from swd.io.progress import Progress
+from swd.io.tables import LONGEST, NoText, Table, is_blank, parse_object, read_table, text_of
 from swd.types import UserError
 
+LIST = "metainfo.csv"
+"""Captions of a folder: a header row, then index, file name, caption by position (the published layout)."""
+ENDINGS = {
+    "jpg": "jpg",
+    "jpeg": "jpg",
+    "jpe": "jpg",
+    "jfif": "jpg",
+    "png": "png",
+    "webp": "webp",
+    "tif": "tiff",
+    "tiff": "tiff",
+    "bmp": "bmp",
+    "gif": "gif",
+    "avif": "avif",
+    "jp2": "jp2",
+}
+"""Endings of pictures, in lower case, and what shards call them."""
 FILES = ("file", "file_name", "filename", "path", "file_path", "filepath", "image", "image_path")
 CAPTIONS = ("caption", "text", "prompt")
+"""Names of columns and JSON keys that hold captions; of several the first counts."""
 INDICES = ("index", "id")
+LISTS = (".csv", ".tsv", ".jsonl", ".ndjson")
+PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".zip", ".7z", ".rar", ".parquet")
+"""Endings of archives of which single files cannot be read."""
+MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
+"""First bytes of compressed files."""
+SYSTEM = frozenset(
+    [
+        "__macosx",
+        "@eadir",
+        "@tmp",
+        "#recycle",
+        "#snapshot",
+        "$recycle.bin",
+        "recycler",
+        "thumbs.db",
+        "ehthumbs.db",
+        "desktop.ini",
+        "lost+found",
+        "__pycache__",
+        "icon\r",
+    ]
+) | {"system volume information"}
+"""Names, in lower case, of what operating systems, file servers and programs put beside a user's files."""
+TEXT_BYTES, META_BYTES = 4 * LONGEST, 16 * 2**20
+"""Bytes of a caption's file (UTF-8 has up to 4 a character) and of a sample's JSON at most."""
+PATTERNS = 1_000_000
+"""Shards that a pattern may name."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +87,26 @@ class Part:
     offset: int = 0
     size: int = -1
 
-    def read(self) -> bytes:
-        """The bytes."""
-        with open(self.path, "rb") as stream:
+    def read(self, limit: int) -> bytes:
+        """The bytes, at most `limit` of them.
+
+        Raises:
+            OSError: if they cannot be read, are more than that, or this is a folder, a pipe or a device.
+        """
+        if not stat.S_ISREG(os.stat(self.path).st_mode):
+            raise OSError("is a folder, a pipe or a device, no file")
+        # Without waiting: nobody may ever write to what has meanwhile become a pipe.
+        with open(os.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size if self.size < 0 else self.size
+            if size > limit:
+                raise OSError(f"has {size:,} bytes, more than {limit:,}")
             stream.seek(self.offset)
-            return stream.read(self.size)
+            return stream.read(size)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a row is left out.
+    """Why a row is left out; the texts can be written as UTF-8.
 
     Attributes:
         kind: one of few, for counting.
@@ -58,6 +118,10 @@ class Problem:
     file: str
     reason: str
 
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            object.__setattr__(self, one.name, printable(getattr(self, one.name)))
+
 
 @dataclass(frozen=True)
 class Row:
@@ -68,7 +132,7 @@ class Row:
         index: the source's own number; None: the row's.
         picture: where it lies.
         caption: the text, or the text file it lies in; None: it is in `meta`.
-        meta: a JSON object that may hold `caption` and `index`.
+        meta: a JSON object that may hold a caption and `index`.
     """
 
     file: str
@@ -77,14 +141,73 @@ class Row:
     caption: str | Part | None
     meta: Part | None = None
 
+    def read_texts(self) -> tuple[str, int | str | None]:
+        """Caption and index, from the files they lie in.
+
+        Raises:
+            NoText: if there is no caption.
+            OSError: if a file of them cannot be read.
+        """
+        if self.caption is None and self.meta is None:
+            raise NoText("is missing")
+        contents: dict[str, Any] = {}
+        if self.caption is not None:
+            contents["txt"] = self.caption.read(TEXT_BYTES) if isinstance(self.caption, Part) else self.caption
+        if self.meta is not None:
+            contents["json"] = self.meta.read(META_BYTES)
+        caption = caption_of(contents)
+        index = meta_of(contents).get("index") if self.index is None else self.index
+        is_number = isinstance(index, int) and not isinstance(index, bool)
+        return caption, index if is_number or isinstance(self.index, str) else None
+
+
+def meta_of(contents: Mapping[str, Any]) -> dict[str, Any]:
+    """The `.json` of a sample, keys in lower case; empty without one, or if it is no JSON object."""
+    try:
+        return parse_object(contents["json"]) if "json" in contents else {}
+    except NoText:
+        return {}
+
+
+def caption_of(contents: Mapping[str, Any]) -> str:
+    """The caption of a sample: its `.txt`, else its `.caption`, else the first of `CAPTIONS` in its `.json`.
+
+    Args:
+        contents: of the sample's files, by ending.
+
+    Raises:
+        NoText: if none of them is a text; says why the first one is none.
+    """
+    first: NoText | None = None
+    meta = meta_of(contents)
+    key = next((key for key in CAPTIONS if meta.get(key) is not None), None)
+    told = [contents[ending] for ending in ("txt", "caption") if ending in contents]
+    for value in [*told, *([] if key is None else [meta[key]])]:
+        try:
+            text = text_of(value)
+            return text if isinstance(value, str) else text.strip()
+        except NoText as error:
+            first = first or error
+    raise first or NoText("is missing")
+
 
 @dataclass
 class Source:
-    """The rows of a source in order, and how many files were passed over, by ending."""
+    """The rows of a source in order, and how many files were passed over, by ending.
 
+    Attributes:
+        root: real path of the folder that holds all files; None: they may lie anywhere.
+        key: of the configuration, which says that they may.
+        seen: where each identity was first, such as a path.
+        real: real paths of folders.
+    """
+
+    root: str | None = None
+    key: str = "outside"
     rows: list[Row | Problem] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     seen: dict[str, str] = field(default_factory=dict)
+    real: dict[str, str] = field(default_factory=dict)
 
     @property
     def hash(self) -> str:
@@ -101,46 +224,93 @@ class Source:
     def add(self, row: Row, identity: str, where: str) -> None:
         """Append a row, or the problem that can be seen without reading it."""
         problem = None
-        if not row.file.strip():
-            problem = Problem("bad line", where, "no file name")
-        elif identity in self.seen:
+        if identity in self.seen:
             problem = Problem("duplicate name", row.file, f"again in {where}, first in {self.seen[identity]}")
-        elif row.meta is None and (row.caption is None or (isinstance(row.caption, str) and not row.caption.strip())):
+        elif self.outside(row.picture.path):
+            problem = Problem("outside", row.file, f"{where}: it lies outside of {self.root}; {self.key}=true takes it")
+        elif isinstance(row.caption, Part) and self.outside(row.caption.path):
+            problem = Problem("outside", row.file, f"its caption lies outside of {self.root}; {self.key}=true takes it")
+        elif row.caption is None and row.meta is None:
             problem = Problem("no caption", row.file, f"no caption in {where}")
-        elif isinstance(row.caption, str) and printable(row.caption) != row.caption:
-            problem = Problem("bad line", row.file, f"{where}: the caption is no valid Unicode")
         else:
             self.seen[identity] = where
         self.rows.append(problem or row)
 
+    def outside(self, path: str) -> bool:
+        """Whether a file lies outside of the source's folder, links followed."""
+        if self.root is None:
+            return False
+        folder, name = os.path.split(path)
+        if folder not in self.real:  # once for all files of a folder
+            self.real[folder] = os.path.realpath(folder)
+        real = os.path.join(self.real[folder], name)
+        return not _within(os.path.realpath(real) if os.path.islink(real) else real, self.root)
 
-def list_source(source: str) -> Source:
+
+def _within(path: str, root: str) -> bool:
+    return path == root or path.startswith(os.path.join(root, ""))
+
+
+def list_source(source: str, outside: bool = False, skip: Path | None = None) -> Source:
     """The rows of a source.
+
+    Args:
+        source: a folder, a list, or shards.
+        outside: also take what lies outside of the source's folder, or is linked there.
+        skip: a folder that is no part of it, such as where the result goes.
 
     Raises:
         UserError: if it is missing, of no known kind, damaged, or has nothing that can be used.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        found = _folder(path)
+    path = Path(os.path.expanduser(source))
+    if os.path.isdir(path):
+        found = _folder(path, outside, skip)
+    elif os.path.isfile(path):
+        found = _file(path, source, outside)
     elif any(mark in source for mark in "{*?["):
-        found = _shards(_expand(str(path)))
-    elif not path.is_file():
-        raise UserError(f"source={source} does not exist; give a folder, a .csv or .jsonl list, or .tar shards")
-    elif path.name == LIST:
-        found = _published(path)
-    elif path.suffix.lower() in READERS:
-        found = READERS[path.suffix.lower()](path)
+        found = _shards([(str(file), file.name) for file in _expand(str(path))], Source(), outside)
     else:
-        raise UserError(f"source={source} is of no known kind; give a folder, a .csv or .jsonl list, or .tar shards")
+        told = "is a pipe or a device" if os.path.exists(path) else "does not exist"
+        raise UserError(f"source={source} {told}; {GIVE}")
     if not any(isinstance(row, Row) for row in found.rows):
         first = f"; first of {len(found.rows)} problems: {_tell(found.rows[0])}" if found.rows else ""
-        raise UserError(f"source={source} lists no captioned picture{first}")
+        passed = ", ".join(f"{count:,} {kind}" for kind, count in found.ignored.items())
+        more = f"; passed over: {passed}" if passed else ""
+        raise UserError(f"source={source} lists no captioned picture{first}{more}{_list_told(path)}")
     return found
+
+
+GIVE = "give a folder, a .csv or .jsonl list, or .tar shards"
+
+
+def _file(path: Path, source: str, outside: bool) -> Source:
+    name = path.name.lower()
+    packed = next((ending for ending in PACKED if name.endswith(ending)), None)
+    if path.suffix.lower() in LISTS:
+        return _list(path, outside)
+    if path.suffix.lower() == ".tar":
+        return _shards([(str(path), path.name)], Source(), outside)
+    if packed:
+        raise UserError(f"source={source} is of no known kind: compressed, so samples cannot be found; unpack it first")
+    raise UserError(f"source={source} is of no known kind; {GIVE}")
 
 
 def _tell(row: Row | Problem) -> str:
     return f"{row.file}: {row.kind} ({row.reason})" if isinstance(row, Problem) else row.file
+
+
+def list_in(folder: Path) -> Path | None:
+    """A list in a folder that is read only where it is named, such as the `metadata.jsonl` of Hugging Face."""
+    try:
+        found = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in LISTS)
+    except OSError:  # no folder, too
+        return None
+    return next((folder / name for name in found if name != LIST and not passed_over(name)), None)
+
+
+def _list_told(folder: Path) -> str:
+    file = list_in(folder)
+    return f"; if {file.name} there is their list, give source={file}" if file else ""
 
 
 def printable(name: str) -> str:
@@ -148,218 +318,377 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "replace").decode("utf-8")
 
 
+def passed_over(name: str) -> bool:
+    """Whether a file's name inside of a source says that it is hidden or a system's own, or below such a folder."""
+    parts = name.split("/")
+    return any((part.startswith(".") and part not in (".", "..")) or part.lower() in SYSTEM for part in parts)
+
+
 # Folders
 
 
-def _folder(folder: Path) -> Source:
-    if (folder / LIST).is_file():
-        return _published(folder / LIST)
-    pairs, tars = _pairs(folder), sorted(folder.glob("*.tar"))
-    if tars and not any(isinstance(row, Row) for row in pairs.rows):
-        return _shards(tars)
-    if not pairs.rows:
+def _folder(folder: Path, outside: bool, skip: Path | None) -> Source:
+    if os.path.isfile(folder / LIST):
+        return _list(folder / LIST, outside)
+    found = Source(None if outside else os.path.realpath(folder))
+    names = _walk(folder, found, skip)
+    problems = list(found.rows)
+    tars = [name for name in names if name.lower().endswith(".tar")]
+    _pair(folder, names, ENDINGS, found)
+    for name in names:
+        packed = next((ending for ending in PACKED if name.lower().endswith(ending)), None)
+        if packed:
+            found.ignored[f"{packed} (unpack them first)"] += 1
+    if tars and not any(isinstance(row, Row) for row in found.rows):
+        shards = Source(found.root, rows=problems, ignored=found.ignored)
+        for name in names:
+            ending = posixpath.splitext(name)[1].lower()
+            if ending[1:] in ENDINGS:
+                shards.ignored[f"{ending} (without a caption, beside shards)"] += 1
+        return _shards([(os.path.join(folder, name), printable(name)) for name in tars], shards, outside)
+    if tars:
+        found.ignored[".tar (beside pictures; import them by source=FOLDER/*.tar)"] += len(tars)
+    if not found.rows:
+        packs = ", ".join(f"{count} {kind}" for kind, count in found.ignored.items())
         raise UserError(
             f"source={folder} holds no {LIST}, no pictures ({', '.join('.' + e for e in ENDINGS)}) and no .tar"
+            f"{f'; it holds {packs}' if packs else ''}{_list_told(folder)}"
         )
-    return pairs
-
-
-def _pairs(folder: Path) -> Source:
-    """Pictures and the text files of the same name, at any depth, by name; two pictures of one name are one sample."""
-    found, texts = Source(), {}
-    files = [file for file in folder.rglob("*") if not file.name.startswith(".") and file.is_file()]
-    for file in sorted(files, key=lambda f: f.suffix, reverse=True):  # of a.TXT and a.txt, the first in ASCII
-        if file.suffix.lower() == ".txt":
-            texts[file.with_suffix("")] = file
-    for file in sorted(files, key=lambda f: f.relative_to(folder).as_posix()):
-        if file.suffix.lower()[1:] in ENDINGS:
-            name, text = printable(file.relative_to(folder).as_posix()), texts.get(file.with_suffix(""))
-            caption = None if text is None else Part(str(text))
-            found.add(Row(name, None, Part(str(file)), caption), str(file.with_suffix("")), f"{name} and its .txt")
     return found
+
+
+def list_folder(folder: Path, endings: Collection[str], outside: bool = False) -> Source:
+    """Files with captions of a folder: its `metainfo.csv`, else files at any depth with a `.txt` of the same name.
+
+    Args:
+        folder: where to look.
+        endings: of the files wanted, without the dot, in lower case.
+        outside: also take what lies outside of the folder, or is linked there.
+
+    Raises:
+        UserError: if the list cannot be read.
+    """
+    key = "data.dataset.outside"
+    if os.path.isfile(folder / LIST):
+        return _list(folder / LIST, outside, key)
+    found = Source(None if outside else os.path.realpath(folder), key)
+    _pair(folder, _walk(folder, found), endings, found)
+    return found
+
+
+def _walk(folder: Path, found: Source, skip: Path | None = None) -> dict[str, str]:
+    """What is no folder below a folder, by names relative to it, sorted: why it is no file, "" if it is one.
+
+    Hidden and system files are passed over. Folders that cannot be read, or are links that lead outside, become
+    problems of `found`.
+    """
+    names: dict[str, str] = {}
+    entered, left = {os.path.realpath(folder)} | ({os.path.realpath(skip)} if skip else set()), [""]
+    with Progress(f"list the files below {folder}", 1, "folder", shown=_is_first()) as progress:
+        while left:
+            below = left.pop()
+            for name, path, kind, is_link in _entries(folder, below, found):
+                if kind is not None:
+                    names[below + name] = kind
+                elif is_link and found.outside(path):
+                    told = f"a link to a folder outside of {found.root}; {found.key}=true takes it"
+                    found.rows.append(Problem("outside", f"{below}{name}/", told))
+                elif not is_link or found.root is None:  # what is inside is found where it is
+                    real = os.path.realpath(path)
+                    if real not in entered:
+                        entered.add(real)
+                        left.append(f"{below}{name}/")
+                        progress.total += 1
+            progress.advance()
+    found.rows.sort(key=lambda row: row.file)
+    return dict(sorted(names.items()))
+
+
+def _entries(folder: Path, below: str, found: Source) -> list[tuple[str, str, str | None, bool]]:
+    """Name, path, what is wrong with it (None: it is a folder), and whether it is a link, links last."""
+    try:
+        with os.scandir(os.path.join(folder, below)) as entries:
+            wanted = [entry for entry in entries if not passed_over(entry.name)]
+    except OSError as error:
+        found.rows.append(Problem("unreadable", below or str(folder), error.strerror or str(error)))
+        return []
+    told = [(entry.name, entry.path, _kind(entry), entry.is_symlink()) for entry in wanted]
+    return sorted(told, key=lambda entry: (entry[3], entry[0]))
+
+
+def _kind(entry: os.DirEntry[str]) -> str | None:
+    """Why an entry of a folder is no file that can be read; empty if it is one, None for a folder."""
+    try:
+        if entry.is_dir():
+            return None
+        if entry.is_file():
+            return ""
+        return "a link to nothing" if entry.is_symlink() else "a pipe, a socket or a device, no file"
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def _is_first() -> bool:
+    """Whether this process is the one that tells what happens."""
+    return share()[0] == 0
+
+
+def _pair(folder: Path, names: Mapping[str, str], endings: Collection[str], found: Source) -> None:
+    """Files and the text files of the same name, by name; two files of one name are one sample."""
+    texts: dict[str, str] = {}
+    split = [(name, *posixpath.splitext(name)) for name in names]
+    # Of a.TXT and a.txt, the first in ASCII.
+    for name, stem, ending in sorted(split, key=lambda s: s[2], reverse=True):
+        if ending.lower() == ".txt":
+            texts[stem] = os.path.join(folder, name)
+    for name, stem, ending in split:
+        if ending.lower()[1:] not in endings:
+            continue
+        told = printable(name)
+        if names[name]:
+            found.rows.append(Problem("unreadable", told, names[name]))
+        else:
+            caption = Part(texts[stem]) if stem in texts else None
+            found.add(Row(told, None, Part(os.path.join(folder, name)), caption), stem, f"{told} and its .txt")
 
 
 # Lists
 
 
-def _published(file: Path) -> Source:
-    """The published layout: a header row, then index, file name, caption by position."""
-    found, lines = Source(), _csv(file)
-    _, header = next(lines, (0, []))
-    if len(header) > 1 and header[1] and (file.parent / header[1]).is_file():
+def _list(file: Path, outside: bool, key: str = "outside") -> Source:
+    """A list with a header that names the columns, or the published layout, by position."""
+    found = Source(None if outside else os.path.realpath(file.parent), key)
+    if file.name == LIST and found.outside(str(file)):
+        raise UserError(f"{file} is a link to a file outside of its folder; {key}=true takes it")
+    table = read_table(file)
+    index: int | None
+    if file.name == LIST:
+        _check_published(file, table)
+        index, name, captions = 0, 1, [2]
+    else:
+        if not table.header and table.rows:  # no line of JSON Lines is an object
+            found.rows += [Problem("bad line", f"{file.name}, line {row.line}", row.fault) for row in table.rows]
+            return found
+        index, name, _ = table.column(INDICES), table.needed(FILES), table.needed(CAPTIONS)
+        captions = [table.columns.index(key) for key in CAPTIONS if key in table.columns]
+    with Progress(f"list the pictures of {file}", len(table.rows), "row", shown=_is_first()) as progress:
+        for row in table.rows:
+            where = f"{file.name}, line {row.line}"
+            if row.fault:
+                found.rows.append(Problem("bad line", where, row.fault))
+            else:
+                caption = next((row.cells[column] for column in captions if row.cells[column] is not None), None)
+                told = None if index is None else row.cells[index]
+                _add_line(found, file.parent, where, told, row.cells[name], caption)
+            progress.advance()
+    return found
+
+
+def _check_published(file: Path, table: Table) -> None:
+    header = table.header
+    if len(header) > 1 and header[1] and os.path.isfile(file.parent / header[1]):
         raise UserError(f"{file} has no header row; put index,file,caption in front")
-    for number, row in lines:
-        _add_line(found, file, number, row, (0, 1, 2))
-    return found
+    if len(header) < 3:
+        raise UserError(f"{file} has {len(header)} columns; it needs a header row, then index, file name, caption")
 
 
-def _table(file: Path) -> Source:
-    """A CSV file whose header names the columns."""
-    found, lines = Source(), _csv(file)
-    header = [name.strip().lower() for name in next(lines, (0, []))[1]]
-    columns = (_column(header, INDICES, None), _column(header, FILES, file), _column(header, CAPTIONS, file))
-    for number, row in lines:
-        _add_line(found, file, number, row, columns)
-    return found
+def _is_name(name: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:  # half a character, from JSON
+        return False
 
 
-def _records(file: Path) -> Source:
-    """A file with a JSON object a line; the first one says what the keys are called."""
-    found, header = Source(), None
-    for number, line in enumerate(_text(file).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict):
-            found.rows.append(Problem("bad line", f"{file.name}, line {number}", "no JSON object"))
-            continue
-        record = {str(key).strip().lower(): value for key, value in record.items()}
-        if header is None:
-            names = list(record)
-            columns = (_column(names, INDICES, None), _column(names, FILES, file), _column(names, CAPTIONS, file))
-            header = ["" if column is None else names[column] for column in columns]
-        _add_line(found, file, number, [record.get(key) for key in header], (0, 1, 2))
-    return found
-
-
-def _add_line(found: Source, file: Path, number: int, row: Sequence[Any], columns: Sequence[int | None]) -> None:
-    where = f"{file.name}, line {number}"
-    if len(row) <= max(column for column in columns if column is not None):
-        found.rows.append(Problem("bad line", where, f"{len(row)} columns"))
+def _add_line(found: Source, folder: Path, where: str, index: Any, name: Any, caption: Any) -> None:
+    if not isinstance(name, str) or not name.strip():
+        told = "no file name" if name is None or name == "" or isinstance(name, str) else "the file name is no text"
+        found.rows.append(Problem("bad line", where, told))
         return
-    index, name, caption = (None if column is None else row[column] for column in columns)
-    if not isinstance(name, str):
-        found.rows.append(Problem("bad line", where, f"the file name is {name!r}"))
+    if not _is_name(name):
+        found.rows.append(Problem("bad line", where, "the file name is none that a file can have"))
         return
+    path = os.path.normpath(folder / name)
+    try:
+        caption = text_of(caption)
+    except NoText as error:
+        if isinstance(caption, str) and not is_blank(caption):
+            found.rows.append(Problem("bad line", where, f"the caption of {name} {error}"))
+            return
+        if path not in found.seen:
+            more = "" if isinstance(caption, str) else f": it {error}"
+            found.rows.append(Problem("no caption", name, f"no caption in {where}{more}"))
+            return
+        caption = None
     if isinstance(index, str):
-        index = int(index) if index.isascii() and index.isdigit() else printable(index)
-    path = os.path.normpath(file.parent / name)
-    row_of = Row(
-        printable(name),
-        index if isinstance(index, int | str) and index != "" else None,
-        Part(path),
-        caption if isinstance(caption, str) else None,
-    )
-    found.add(row_of, path, where)
-
-
-def _csv(file: Path) -> Iterator[tuple[int, list[str]]]:
-    """Line number, where a row ends, and cells; empty rows are left out."""
-    reader = csv.reader(io.StringIO(_text(file), newline=""))
-    try:
-        for row in reader:
-            if row:
-                yield reader.line_num, row
-    except csv.Error as error:
-        raise UserError(f"{file}, line {reader.line_num}: {error}; check its quotes") from None
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror})") from None
-
-
-def _column(header: Sequence[str], names: Sequence[str], file: Path | None) -> int | None:
-    """Position of the first of `names` in `header`; None if there is none and none is needed (`file` is None)."""
-    for name in names:
-        if name in header:
-            return header.index(name)
-    if file is None:
-        return None
-    raise UserError(f"{file} has columns {', '.join(header) or 'of no name'}; one must be called {' or '.join(names)}")
+        index = int(index) if index.isascii() and index.isdigit() and len(index) < 19 else printable(index)
+    plain = isinstance(index, int | str) and not isinstance(index, bool) and index != ""
+    found.add(Row(printable(name), index if plain else None, Part(path), caption), path, where)
 
 
 # Shards
 
 
+def shard_urls(pattern: str, key: str) -> list[str]:
+    """The shards that a pattern with braces names, in order.
+
+    Args:
+        pattern: as WebDataset takes it, several parted by `::`.
+        key: what messages call it, e.g. "source".
+
+    Raises:
+        UserError: if its braces cannot be read, or name more than `PATTERNS` shards.
+    """
+    try:
+        for one in pattern.split("::"):
+            if _count(one) > PATTERNS:
+                raise UserError(f"{key}={one[:200]} names more than {PATTERNS:,} shards; give fewer")
+        return list(expand_urls(pattern))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{key}={pattern[:200]}: its braces cannot be read; give {{000..099}}, or {{a,b}}") from None
+
+
+def _count(pattern: str) -> int:
+    """How many names a pattern with braces has at most."""
+    counts, changed = [1], 1
+    while changed:
+        groups = re.findall(r"\{([^{}]*)\}", pattern)
+        counts += [_choices(group) for group in groups]
+        pattern, changed = re.subn(r"\{[^{}]*\}", "", pattern)
+    return prod(counts)
+
+
+def _choices(group: str) -> int:
+    numbers = re.fullmatch(r"(-?\d{1,18})\.\.(-?\d{1,18})(\.\.-?\d+)?", group)
+    if numbers:
+        return abs(int(numbers[2]) - int(numbers[1])) + 1
+    return PATTERNS + 1 if re.fullmatch(r"-?\d+\.\.-?\d+(\.\.-?\d+)?", group) else group.count(",") + 1
+
+
 def _expand(pattern: str) -> list[Path]:
     """Files of a pattern with braces or asterisks, in order."""
-    names = [name for one in expand_urls(pattern) for name in (sorted(glob.glob(one)) or [one])]
+    names = [name for one in shard_urls(pattern, "source") for name in (sorted(glob.glob(one)) or [one])]
     for name in names:
-        if not Path(name).is_file():
+        if not os.path.isfile(name):
             raise UserError(f"source={pattern}: {name} does not exist")
         if not name.lower().endswith(".tar"):
-            raise UserError(f"source={pattern}: {name} is no .tar; patterns are for shards")
+            raise UserError(
+                f"source={pattern}: {name} is no .tar; patterns are for shards (compressed ones: unpack them)"
+            )
     return [Path(name) for name in names]
 
 
-def _shards(files: Sequence[Path]) -> Source:
-    found = Source()
-    for file in files:
-        _add_shard(found, file)
+def _shards(files: Sequence[tuple[str, str]], found: Source, outside: bool) -> Source:
+    """The samples of shards: paths, and what messages call them."""
+    task = f"list the samples of {files[0][0] if files else ''}"
+    with Progress(task, len(files), "shard", shown=_is_first()) as progress:
+        for path, name in files:
+            if found.outside(path):
+                told = f"it lies outside of {found.root}; {found.key}=true takes it"
+                found.rows.append(Problem("outside", name, told))
+            elif not os.path.isfile(path):
+                found.rows.append(Problem("unreadable", name, "is a pipe, a device or a link to nothing, no file"))
+            else:
+                _add_shard(found, path, name, outside)
+            progress.advance()
     return found
 
 
-def _add_shard(found: Source, file: Path) -> None:
+@dataclass
+class _Sample:
+    """What a shard holds under one key."""
+
+    parts: dict[str, Part] = field(default_factory=dict)
+    dotted: dict[str, str] = field(default_factory=dict)  # pictures by what follows the first dot: their names
+    doubled: bool = False
+
+
+def _add_shard(found: Source, path: str, shard: str, outside: bool) -> None:
     """Append the samples of a shard: keys by the first dot of a name, as WebDataset has it."""
-    samples: dict[str, dict[str, Part]] = {}
-    doubles: dict[str, None] = {}
-    cut = None
-    for name, part in _members(file):
-        if part is None:
-            cut = name
-            break
+    samples: dict[str, _Sample] = {}
+    last: list[Problem] = []
+    for name, part in _members(path):
+        told = f"{shard}/{printable(name)}"
         key, ending = split_name(name.removeprefix("./"))
-        sample = samples.setdefault(key, {})
-        if ending in sample:
-            doubles[key] = None
-        elif ending in ENDINGS or ending in ("txt", "caption", "json"):
-            sample[ending] = part
+        if isinstance(part, str) and not name:
+            last.append(Problem("damaged shard", shard, part))
+        elif passed_over(name):
+            found.ignored["hidden or system files"] += 1
+        elif isinstance(part, str):
+            if ending in (*ENDINGS, "txt", "caption", "json"):
+                last.append(Problem("no file", told, part))
+        elif not outside and (posixpath.isabs(name) or ".." in name.split("/")):
+            last.append(Problem("outside", told, f"its name leaves the shard; {found.key}=true takes it"))
         else:
-            found.ignored[f".{ending}"] += 1
+            sample = samples.setdefault(key, _Sample())
+            if ending in sample.parts:
+                sample.doubled = True
+            elif ending in ENDINGS or ending in ("txt", "caption", "json"):
+                sample.parts[ending] = part
+            elif ending.rpartition(".")[2] in ENDINGS:
+                sample.dotted[ending] = told
+            else:
+                found.ignored[f".{printable(ending)}"] += 1
     for key, sample in samples.items():
-        _add_sample(found, file.name, printable(key), sample)
-    for key in doubles:
-        found.rows.append(Problem("duplicate name", f"{file.name}/{printable(key)}", f"more than once in {file.name}"))
-    if cut is not None:
-        found.rows.append(Problem("damaged shard", file.name, cut))
+        _add_sample(found, shard, printable(key), sample)
+    for key, sample in samples.items():
+        if sample.doubled:
+            last.append(Problem("duplicate name", f"{shard}/{key}", f"more than once in {shard}"))
+    last.sort(key=lambda problem: problem.kind == "damaged shard")
+    found.rows += last
 
 
-def _add_sample(found: Source, shard: str, key: str, sample: dict[str, Part]) -> None:
-    pictures = [ending for ending in sample if ending in ENDINGS]
+def _add_sample(found: Source, shard: str, key: str, sample: _Sample) -> None:
+    parts = sample.parts
+    pictures = [ending for ending in parts if ending in ENDINGS]
+    for ending, name in sample.dotted.items():
+        if pictures:  # a mask, say, beside the picture
+            found.ignored[f".{printable(ending)}"] += 1
+        else:
+            stem = key.rpartition("/")[2]
+            told = f"its name holds a dot, so its key is {stem!r} by WebDataset's rule; use another sign than the dot"
+            found.rows.append(Problem("dotted name", name, told))
     if not pictures:
-        if sample:
-            found.rows.append(Problem("no picture", f"{shard}/{key}", f"only .{', .'.join(sample)}"))
+        if parts and not sample.dotted:
+            found.rows.append(Problem("no picture", f"{shard}/{key}", f"only .{', .'.join(parts)}"))
         return
     for ending in pictures[1:]:
         found.ignored[f".{ending}"] += 1
-    row = Row(
-        f"{shard}/{key}.{pictures[0]}",
-        None,
-        sample[pictures[0]],
-        sample.get("txt", sample.get("caption")),
-        sample.get("json"),
-    )
-    found.add(row, key, shard)
+    caption = parts.get("txt", parts.get("caption"))
+    found.add(Row(f"{shard}/{key}.{pictures[0]}", None, parts[pictures[0]], caption, parts.get("json")), key, shard)
 
 
-def _members(file: Path) -> Iterator[tuple[str, Part | None]]:
-    """Name and place of every whole file in a shard; at last, if it is damaged, the reason and None."""
-    size, end = file.stat().st_size, 0
+def _members(path: str) -> Iterator[tuple[str, Part | str]]:
+    """Name and place of every file in a shard, or why it is none; at last, if the shard is damaged, "" and why."""
+    end = 0
     try:
-        with tarfile.open(file, "r:") as tar:
+        size = os.path.getsize(path)
+        with open(path, "rb") as stream:
+            start = stream.read(8)
+        packed = next((name for magic, name in MAGIC.items() if start.startswith(magic)), None)
+        if packed:
+            yield "", f"compressed with {packed}, and samples are read from places in the file; unpack it first"
+            return
+        with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # otherwise it keeps them all
                 if member.offset_data + member.size > size:
-                    yield f"cut off in {printable(member.name)}", None
+                    yield "", f"cut off in {printable(member.name)}"
+                    return
+                if member.size < 0 or member.offset_data < end:  # it would be read for ever
+                    yield "", f"damaged at byte {end} of {size}"
                     return
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 if member.isreg() and not member.issparse():
-                    yield member.name, Part(str(file), member.offset_data, member.size)
-    except tarfile.TarError as error:
-        yield printable(str(error)), None
+                    yield member.name, Part(path, member.offset_data, member.size)
+                elif not member.isdir():
+                    kind = "a link; put the file itself there" if member.islnk() or member.issym() else "no plain file"
+                    yield member.name, f"it is {kind}"
+        # tarfile takes a damaged header for the end, and a shard may be cut between two samples.
+        mark = Part(path, end, tarfile.BLOCKSIZE).read(tarfile.BLOCKSIZE)
+    except Exception as error:  # tarfile meets damaged headers with errors of many types
+        yield "", printable((str(error).splitlines() or [type(error).__name__])[0][:160])
         return
-    # tarfile takes a damaged header for the end, and a shard may be cut between two samples.
-    mark = Part(str(file), end, tarfile.BLOCKSIZE).read()
     if mark != bytes(tarfile.BLOCKSIZE):
-        yield f"damaged or cut off at byte {end} of {size}", None
-
-
-READERS = {".csv": _table, ".jsonl": _records, ".tar": lambda file: _shards([file])}
+        yield "", f"damaged or cut off at byte {end} of {size}"

@@ -15,10 +15,10 @@ import fsspec
 import torch
 import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
-from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from swd.data.shards import CorruptSample, first_line
+from swd.data.sources import passed_over, shard_urls
 from swd.types import Batch, UserError, stable_hash
 
 BUFFER = 1000
@@ -27,9 +27,13 @@ BUFFER = 1000
 RawSample = dict[str, Any]
 
 
+STREAMED = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+"""Endings of shards that can be read from front to back, as tarfile unpacks them."""
+
+
 def is_stream(path: str) -> bool:
     """Whether a path names shards themselves rather than a folder of them."""
-    return path.startswith("pipe:") or path.split("?")[0].endswith(".tar")
+    return path.startswith("pipe:") or path.split("?")[0].lower().endswith(STREAMED)
 
 
 class StreamDataset(IterableDataset[Batch | UserError]):
@@ -54,7 +58,7 @@ class StreamDataset(IterableDataset[Batch | UserError]):
         collate: Callable[[list[dict[str, Any]]], Batch],
         buffer: int = BUFFER,
     ) -> None:
-        self.urls: list[str] = sorted(expand_urls(path))
+        self.urls: list[str] = sorted(shard_urls(path, "data.path"))
         self.batch_size, self.seed, self.decode, self.collate, self.buffer = batch_size, seed, decode, collate, buffer
         self.start = self.total = self.rank = 0
         self.world = self.readers = self.per_iteration = self.steps = 1
@@ -158,7 +162,7 @@ def read_shard(url: str) -> Iterator[RawSample]:
     try:
         with wds.gopen(url) if url.startswith("pipe:") else fsspec.open(url, "rb") as opened:
             stream = _Tail(opened)
-            files = ({**file, "__url__": url} for file in tar_file_iterator(stream))
+            files = ({**file, "__url__": url} for file in tar_file_iterator(stream) if not passed_over(file["fname"]))
             for sample in group_by_keys(files):
                 yield sample
                 count += 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import tempfile
 import threading
@@ -36,7 +35,7 @@ from swd.data.datamodule import (
     warn_long_captions,
 )
 from swd.data.identity import difference
-from swd.data.images import PICTURES, VIDEOS, read_picture, read_video
+from swd.data.images import MAX_PIXELS, PICTURES, VIDEOS, check_max_pixels, read_picture, read_video
 from swd.data.shards import (
     MANIFEST,
     CorruptSample,
@@ -44,11 +43,14 @@ from swd.data.shards import (
     ShardSet,
     check_inside,
     fetch,
+    first_line,
     is_count,
     is_url,
     read_manifest,
 )
+from swd.data.sources import ENDINGS, caption_of
 from swd.data.stream import StreamDataset, is_stream
+from swd.io.tables import NoText
 from swd.modules.pretrained import Pretrained
 from swd.schedule import ScaleSchedule
 from swd.types import Batch, Cached, Conditioning, Size, UserError
@@ -81,6 +83,7 @@ class ShardData(LightningDataModule):
         window: shards that are mixed at a time, which keeps remote reads near each other; None: all.
         manifest: folder or URL with the manifest of streamed shards; a cache needs it.
         max_bad: share of the samples read that may be unreadable before the run stops.
+        max_pixels: pictures of more pixels are unreadable samples, found before they are decoded.
 
     Raises:
         UserError: if there are no such shards, or settings contradict each other.
@@ -99,6 +102,7 @@ class ShardData(LightningDataModule):
         window: int | None = None,
         max_bad: float = 0.01,
         manifest: str | None = None,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         super().__init__()
         if path is None:
@@ -108,6 +112,7 @@ class ShardData(LightningDataModule):
         limits.whole("data.window", window, 1)
         limits.whole("data.multiple", multiple, 1)
         limits.number("data.max_bad", max_bad, 0, 1, "a share of the samples")
+        check_max_pixels(max_pixels, "data.max_pixels")
         self.path, self.batch_size, self.workers, self.prefetch = path, batch_size, workers, prefetch
         self.seed, self.window, self.max_bad = seed, window, max_bad
         pixels = pixel_size_of(size)
@@ -120,12 +125,12 @@ class ShardData(LightningDataModule):
             if told is not None and told.get("kind") == "cache":
                 self.source = StreamedCache(told, str(manifest))
             else:
-                self.source = StreamedPictures(pixels)
+                self.source = StreamedPictures(pixels, max_pixels=max_pixels)
             self.stream = StreamDataset(path, batch_size, seed, self.source.decode, self.source.collate)
         else:
             if manifest is not None:
                 raise UserError(f"data.manifest={manifest} is for streamed shards, but data.path={path}; leave it out")
-            self.source = open_shards(path, size, buckets, multiple)
+            self.source = open_shards(path, size, buckets, multiple, max_pixels)
         self.schedule: ScaleSchedule | None = None
         self.seen, self.bad, self.names = 0, 0, set[str]()
 
@@ -245,11 +250,16 @@ class Source:
 
 
 class PictureSource(Source):
-    """Captioned pictures or videos, of `pixels` unless there are `buckets`; without either, of the schedule's size."""
+    """Captioned pictures or videos, of `pixels` unless there are `buckets`; without either, of the schedule's size.
 
-    def __init__(self, pixels: Size | None, buckets: Sequence[Size] | None = None) -> None:
+    Those of more than `max_pixels` are damaged samples.
+    """
+
+    def __init__(
+        self, pixels: Size | None, buckets: Sequence[Size] | None = None, max_pixels: int = MAX_PIXELS
+    ) -> None:
         self.pixels: Size = pixels or ()
-        self.buckets = buckets
+        self.buckets, self.max_pixels = buckets, max_pixels
 
     def check(self, model: Pretrained, schedule: ScaleSchedule) -> None:
         self.pixels = self.pixels or model.pixel_size(schedule.sizes[-1])
@@ -376,7 +386,11 @@ def _skipped(samples: list[dict[str, Any]]) -> tuple[str, ...]:
 
 
 def open_shards(
-    path: str, size: int | Sequence[int] | None, buckets: Sequence[str] | None = None, multiple: int = 64
+    path: str,
+    size: int | Sequence[int] | None,
+    buckets: Sequence[str] | None = None,
+    multiple: int = 64,
+    max_pixels: int = MAX_PIXELS,
 ) -> PictureShards | CachedShards:
     """The samples of a folder of shards, as `ShardData` takes them."""
     shards = ShardSet(path)
@@ -384,9 +398,8 @@ def open_shards(
         if buckets is not None:
             raise UserError("data.buckets was decided when the cache was made; leave it out")
         return CachedShards(shards)
-    return PictureShards(
-        shards, pixel_size_of(size), None if buckets is None else bucket_sizes(buckets, _side(size), multiple)
-    )
+    sizes = None if buckets is None else bucket_sizes(buckets, _side(size), multiple)
+    return PictureShards(shards, pixel_size_of(size), sizes, max_pixels)
 
 
 class ShardDataset(Dataset[dict[str, Any]]):
@@ -454,10 +467,17 @@ class PictureShards(PictureSource, ShardDataset):
         shards: of kind "pictures" or "videos".
         pixels: size that all are cropped to, unless there are buckets.
         buckets: sizes in pixels; each picture goes to the one nearest to its own proportions.
+        max_pixels: pictures of more pixels are damaged samples.
     """
 
-    def __init__(self, shards: ShardSet, pixels: Size | None, buckets: Sequence[tuple[int, int]] | None = None) -> None:
-        PictureSource.__init__(self, pixels, buckets)
+    def __init__(
+        self,
+        shards: ShardSet,
+        pixels: Size | None,
+        buckets: Sequence[tuple[int, int]] | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        PictureSource.__init__(self, pixels, buckets, max_pixels)
         bucket_of = np.zeros(len(shards), np.int64)
         if buckets is not None:
             if not {"width", "height"} <= set(shards.columns):
@@ -475,20 +495,31 @@ class PictureShards(PictureSource, ShardDataset):
         Raises:
             CorruptSample: if it has none.
         """
-        return _text(self.shards.read(index, ["txt"])["txt"])
+        return self._prompt(index, self.shards.read(index, self._texts(index)))
 
     def read(self, index: int, step: int) -> dict[str, Any]:
         ending = next((e for e in self.known if self.shards.has(index, e)), None)
         if ending is None:
             raise CorruptSample(f"{self.shards.name(index)} has no picture")
-        data = self.shards.read(index, [ending, "txt"])
+        data = self.shards.read(index, [ending, *self._texts(index)])
         size = self.pixels if self.buckets is None else self.buckets[int(self.bucket_of[index])]
-        pixels = decode_pixels(data[ending].tobytes(), ending, size, self.shards.name(index))
-        return {"pixels": pixels, "prompt": _text(data["txt"])}
+        prompt = self._prompt(index, data)
+        pixels = decode_pixels(data[ending].tobytes(), ending, size, self.shards.name(index), self.max_pixels)
+        return {"pixels": pixels, "prompt": prompt}
 
+    def _texts(self, index: int) -> list[str]:
+        """The text files of a sample."""
+        return [ending for ending in ("txt", "caption") if self.shards.has(index, ending)]
 
-def _text(data: NDArray[np.uint8]) -> str:
-    return data.tobytes().decode("utf-8", "replace").strip()
+    def _prompt(self, index: int, data: Mapping[str, NDArray[np.uint8]]) -> str:
+        """The caption, given the text files; the `.json` is read only where they hold none."""
+        files = {ending: data[ending].tobytes() for ending in self._texts(index)}
+        try:
+            return caption_of(files)
+        except NoText:
+            if self.shards.has(index, "json"):
+                files["json"] = self.shards.read(index, ["json"])["json"].tobytes()
+        return _caption(files, self.shards.name(index))
 
 
 class CachedShards(CachedSource, ShardDataset):
@@ -564,24 +595,29 @@ class CachedShards(CachedSource, ShardDataset):
 
 
 class StreamedPictures(PictureSource):
-    """Captioned pictures or videos of streamed shards; captions from `.txt`, or a key of `.json`."""
+    """Captioned pictures or videos of streamed shards; captions from `.txt`, `.caption`, or a key of `.json`."""
 
     def decode(self, files: Mapping[str, Any], step: int) -> dict[str, Any]:
         name = f"{files['__url__']}, {files['__key__']}"
         ending = next((e for e in files if f".{e}" in (*PICTURES, *VIDEOS)), None)
         if ending is None:
-            raise CorruptSample(f"{name} has no picture")
-        return {"pixels": decode_pixels(files[ending], ending, self.pixels, name), "prompt": _caption(files, name)}
+            dotted = next((e for e in files if e.rpartition(".")[2] in ENDINGS), None)
+            told = f"; of a name with dots, .{dotted}, the key ends at the first one" if dotted else ""
+            raise CorruptSample(f"{name} has no picture{told}")
+        prompt = _caption(files, name)
+        return {"pixels": decode_pixels(files[ending], ending, self.pixels, name, self.max_pixels), "prompt": prompt}
 
 
 def _caption(files: Mapping[str, Any], name: str) -> str:
-    if "txt" in files:
-        return str(files["txt"].decode("utf-8", "replace")).strip()
+    """The caption of a sample, given its files by ending.
+
+    Raises:
+        CorruptSample: if it has none.
+    """
     try:
-        told = json.loads(files["json"])
-        return str(next(told[key] for key in ("caption", "prompt", "text") if key in told))
-    except (KeyError, ValueError, StopIteration, TypeError):
-        raise CorruptSample(f"{name} has no caption") from None
+        return caption_of(files)
+    except NoText as error:
+        raise CorruptSample(f"{name} has no caption: it {error}") from None
 
 
 class StreamedCache(CachedSource):
@@ -614,20 +650,20 @@ class StreamedCache(CachedSource):
 # Pixels
 
 
-def decode_pixels(data: bytes, ending: str, size: Size, name: str) -> Tensor:
+def decode_pixels(data: bytes, ending: str, size: Size, name: str, limit: int = MAX_PIXELS) -> Tensor:
     """A picture or a video in a shard as pixels of `size`.
 
     Raises:
-        CorruptSample: if it cannot be read, or is smaller than `size`.
+        CorruptSample: if it cannot be read, is smaller than `size`, or a picture of more pixels than `limit`.
     """
     try:
         if f".{ending}" not in VIDEOS:
-            return read_picture(io.BytesIO(data), size, name)
+            return read_picture(io.BytesIO(data), size, name, limit)
         with tempfile.TemporaryDirectory() as folder:  # ffmpeg wants a file
             path = Path(folder) / f"video.{ending}"
             path.write_bytes(data)
             return read_video(path, size)
     except UserError as error:
         raise CorruptSample(str(error) if f".{ending}" not in VIDEOS else f"{name}: {error}") from None
-    except (OSError, RuntimeError, StopIteration, ValueError) as error:
-        raise CorruptSample(f"{name}: {str(error).splitlines()[0][:160] if str(error) else error!r}") from None
+    except Exception as error:  # decoders meet damaged files with errors of many types
+        raise CorruptSample(f"{name}: {first_line(error)}") from None
