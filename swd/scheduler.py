@@ -261,6 +261,9 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
                     f"{what} has no {' and '.join(missing)}: load the schedule that was saved with the model, "
                     f"{cls.__name__}.from_pretrained(folder), or give sigmas= and sizes="
                 )
+            if not {"sigmas", "sizes"} & set(config) and "prediction_type" in config:
+                # diffusers would drop another class's value where it is that class's default, as SDXL's "epsilon" is.
+                kwargs.setdefault("prediction_type", config["prediction_type"])
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def __len__(self) -> int:

@@ -140,7 +140,7 @@ def test_work(name: str, model: Pretrained) -> None:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             backbone.features(x, sigma, text, model.feature_blocks)
         early += counter.get_total_flops() / 1e12 / len(sizes)
-    passes = 25 if model.guidance_scale == 1 else 26
+    passes = 25 if model.dmd_guidance_scale == 1 else 26
     expected = [f"{whole:.2f}", f"{early / whole:.2f}", f"{passes * whole + 21 * early:.0f}"]
     assert table(TEXT_OF_DOC, "model | F ")[name][:4] == [*expected, f"{3 * whole + 4 * early:.0f}"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,9 +21,12 @@ from swd.modules.backbones.base import TARGETS, Backbone, Limits
 from swd.modules.encoders import Encoders, pixel_size
 from swd.modules.networks import Networks, Role, SeparateCopies, SharedBase, check_targets
 from swd.modules.quantize import Quantization, quantize
-from swd.types import Size, UserError
+from swd.types import Conditioning, Size, UserError
 
 Precision = Literal["auto", "fp32", "bf16"]
+
+DMD_GUIDANCE, DRAWING_GUIDANCE = 7.0, 4.5
+"""Stable Diffusion 3.5 Medium's: of DMD in the released script, of the training set in the paper's appendix A."""
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 """A tokenizer folder has at least one of them."""
@@ -44,12 +48,17 @@ class Pretrained:
         precision: dtype of the frozen base; LoRA and losses are always float32. "auto": bf16 where the machine computes
             it natively.
         quantization: stores the frozen base's linear layers in 8 bits, "int8" or "fp8".
-        guidance_scale: classifier-free guidance of the teacher, in DMD and when it samples.
+        dmd_guidance_scale: classifier-free guidance of the teacher in DMD; 1 for none. The default is that of the
+            released script for Stable Diffusion 3.5 Medium.
+        drawing_guidance_scale: classifier-free guidance of the teacher when it draws: its training set, samples, the
+            rows of an evaluation; 1 for none. The default is the paper's for Stable Diffusion 3.5 (appendix A).
         embedded_guidance: guidance that a guidance-distilled network (FLUX.1-dev) is fed, in all roles.
         feature_blocks: blocks that MMD and GAN read by default.
         max_text_tokens: length that the pipeline's T5 prompt is padded to.
         teacher_steps: steps of the teacher's own sampler.
         init_adapter: folder of an adapter to start the student from: a run, an export, or a published PEFT folder.
+        guidance_scale: what runs of earlier versions have instead of the two scales above: one for both. A scale of its
+            own wins over it.
 
     Attributes:
         initial: what `init_adapter` holds, from when it was checked until the student has it.
@@ -73,18 +82,23 @@ class Pretrained:
         targets: Sequence[str] = TARGETS,
         precision: Precision = "auto",
         quantization: Quantization | None = None,
-        guidance_scale: float = 7.0,
+        dmd_guidance_scale: float | None = None,
+        drawing_guidance_scale: float | None = None,
         embedded_guidance: float | None = None,
         feature_blocks: Sequence[int] = (11,),
         max_text_tokens: int = 256,
         teacher_steps: int = 28,
         init_adapter: str | None = None,
+        guidance_scale: float | None = None,
     ) -> None:
         self.family, self.backbone_class = family, load_family(family)
         self.tuning, self.rank, self.alpha, self.targets = tuning, rank, alpha, tuple(targets)
         self.path, self.revision = path, revision
         self.precision, self.quantization = precision, quantization
-        self.guidance_scale, self.embedded_guidance = guidance_scale, embedded_guidance
+        self.dmd_guidance_scale, self.drawing_guidance_scale = guidance_scales(
+            dmd_guidance_scale, drawing_guidance_scale, guidance_scale
+        )
+        self.embedded_guidance = embedded_guidance
         self.feature_blocks, self.max_text_tokens = tuple(feature_blocks), max_text_tokens
         self.teacher_steps, self.init_adapter = teacher_steps, init_adapter
         self._check_settings()
@@ -104,8 +118,6 @@ class Pretrained:
             raise UserError(f"model.tuning=full trains every weight, so model.{given} cannot be set; use tuning=lora")
         if self.max_text_tokens < 1:
             raise UserError(f"model.max_text_tokens={self.max_text_tokens}; use at least 1")
-        if not self.guidance_scale >= 0:
-            raise UserError(f"model.guidance_scale={self.guidance_scale}; use 1 for none, or more")
         if self.rank < 1:
             raise UserError(f"model.rank={self.rank}; a LoRA rank is at least 1")
         if self.alpha is not None and not self.alpha > 0:
@@ -148,6 +160,8 @@ class Pretrained:
             )
 
     def _check_guidance(self) -> None:
+        if self.embedded_guidance is not None and not 0 <= self.embedded_guidance < math.inf:
+            raise UserError(f"model.embedded_guidance={self.embedded_guidance}; use a scale of 0 or more, e.g. 4.5")
         if self.network_config.get("guidance_embeds") and self.embedded_guidance is None:
             raise UserError(
                 "model.embedded_guidance is null, but this network is fed a guidance scale; FLUX.1-dev's is 4.5"
@@ -247,6 +261,14 @@ class Pretrained:
         index = read_json(self.folder / "model_index.json")
         return [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
 
+    def unconditional(self, empty: Conditioning) -> Conditioning:
+        """What takes the place of a prompt for classifier-free guidance, as the stock pipeline has it.
+
+        Args:
+            empty: the encoded empty prompt, from the encoders or a cache.
+        """
+        return self.backbone_class.unconditional(empty, read_json(self.folder / "model_index.json"))
+
     def latent_dtype(self, pipe: Any) -> torch.dtype:
         """What the stock pipeline carries latents in."""
         if self.backbone_class.float_latents:
@@ -332,6 +354,26 @@ class Pretrained:
         vae_dtype = torch.float32 if self.vae_config.get("force_upcast") else None
         pipeline = self.pipeline(self.dtype(device), vae_dtype, **{backbone.subfolder: None})
         return backbone.encoders_type(pipeline, self.max_text_tokens)
+
+
+def guidance_scales(dmd: float | None, drawing: float | None, both: float | None) -> tuple[float, float]:
+    """The guidance of DMD and that of drawing, from the two keys and the one that runs of earlier versions have.
+
+    Raises:
+        UserError: for a scale that cannot be used, or all three at once.
+    """
+    for key, scale, least in (("dmd", dmd, 0.0), ("drawing", drawing, 1.0), ("", both, 0.0)):
+        if scale is not None and not least <= scale < math.inf:
+            raise UserError(f"model.{key}{key and '_'}guidance_scale={scale}; use 1 for none, or more")
+    if both is None:
+        return DMD_GUIDANCE if dmd is None else float(dmd), DRAWING_GUIDANCE if drawing is None else float(drawing)
+    if dmd is not None and drawing is not None:
+        raise UserError(
+            f"model.guidance_scale={both} is two keys now, model.dmd_guidance_scale={dmd} for the teacher in DMD and "
+            f"model.drawing_guidance_scale={drawing} for what it draws; set these and leave guidance_scale out"
+        )
+    # Below 1 pipelines drew without guidance.
+    return float(both if dmd is None else dmd), float(max(both, 1.0) if drawing is None else drawing)
 
 
 def native_bf16(device: torch.device) -> bool:
