@@ -14,7 +14,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning import Callback
 from lightning.pytorch.strategies import DDPStrategy
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from shards import make_pictures
 from tiny import CONF, composed
 
@@ -155,6 +155,20 @@ def test_guidance_of_dmd_and_of_drawing_are_two(model: str, experiment: bool, tm
     assert "guidance_scale" not in cfg.model
     drawn = composed([f"model={model}", "prompts=x", "out=y"], "generate")
     assert drawn.model.drawing_guidance_scale == drawing and drawn.guidance_scale is None
+
+
+def test_a_run_of_an_earlier_version_still_builds(tmp_path: Path) -> None:
+    """Its config.yaml has one `model.guidance_scale` for both, resolved into the loss."""
+    cfg = OmegaConf.create(OmegaConf.to_container(composed(arguments(tmp_path, model="shapes")), resolve=True))
+    for model in (cfg.model, cfg.task.model):
+        for key in ("dmd_guidance_scale", "drawing_guidance_scale"):
+            del model[key]
+        model.guidance_scale = 3.0
+    cfg.loss.dmd.guidance_scale = cfg.task.loss.dmd.guidance_scale = 3.0
+    cfg.trainer.accelerator = "cpu"
+    task, _ = train.prepare(cfg)
+    assert isinstance(task, Distiller) and task.terms["dmd"].guidance_scale == 3.0
+    assert (task.model.dmd_guidance_scale, task.model.drawing_guidance_scale) == (3.0, 3.0)
 
 
 def test_the_command_line_wins_over_a_models_defaults(tmp_path: Path) -> None:

@@ -99,6 +99,14 @@ def test_parameters_and_layers(name: str, model: Pretrained) -> None:
     assert int(batch) == cfg.data.batch_size and int(steps.partition(":")[0]) == len(cfg.schedule.sizes)
 
 
+@pytest.mark.parametrize("option", [file.stem for file in (CONF / "model").glob("*.yaml")])
+def test_guidance(option: str) -> None:
+    model = composed(["folder=x", "name=y", f"model={option}"]).model
+    dmd, _, drawing, steps, _ = table(TEXT_OF_DOC, "guidance of")[option]
+    assert [float(dmd), float(drawing)] == [model.dmd_guidance_scale, model.drawing_guidance_scale]
+    assert int(steps) == model.teacher_steps
+
+
 def test_memory(name: str, model: Pretrained) -> None:
     network = model.meta_network
     base = 2 * (count(network) + sum(buffer.numel() for buffer in network.buffers()))

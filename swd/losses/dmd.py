@@ -12,7 +12,7 @@ from swd.losses.functional import dmd_direction, dmd_loss
 
 
 class DMD(LossTerm):
-    """DMD (SwD paper, section 4.2; DMD2): the student follows fake minus real score on its own noised output.
+    """DMD (SwD paper, section 4.1, after DMD2): the student follows fake minus real score on its own noised output.
 
     Args:
         weight: of the generator's loss.

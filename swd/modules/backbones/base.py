@@ -16,7 +16,7 @@ from swd.modules.encoders import Encoders
 from swd.types import Conditioning, Size, UserError
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
-"""Linear layers that get LoRA: attention and MLP (SwD paper, appendix C). All five families call them so."""
+"""Linear layers that get LoRA: attention and MLP (SwD paper, appendix A). All five families call them so."""
 
 
 @dataclass(frozen=True)
