@@ -462,7 +462,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
                 f"{tokens.shape[1]} tokens are no latent of size {first}, where a call that ends at {final} starts: "
                 "pass latents=initial_latents(..., packed=True), and height and width of the final size"
             )
-        planned = self._planned([_latent_seed(row) for row in tokens])
+        planned = self._planned_tokens(tokens)
         if planned is not None and planned[-1] != final:
             raise ValueError(
                 f"latents=initial_latents(...) were made for the final size {planned[-1]}, but height and width of the "
@@ -507,7 +507,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         packed, dtype = sample.ndim == 3, sample.dtype
         if packed:
             if not self._started:  # no network was attached that would have seen FLUX's position ids
-                self.sizes = self._planned([_latent_seed(row) for row in sample]) or self.sizes
+                self.sizes = self._planned_tokens(sample) or self.sizes
             size = self._token_size(sample)
             sample, model_output = unpack(sample, size), unpack(model_output, size)
         if i == 0:
@@ -574,8 +574,8 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: if they can be no first latents of this schedule.
         """
-        planned = self._planned(self._seeds)
-        if planned is not None and planned[0] == first:
+        planned = self._planned([self._plans.get(seed) for seed in self._seeds], [first])
+        if planned is not None:
             return list(planned)
         sizes = self._sizes_for(first)
         if self._is_too_large(first):
@@ -587,13 +587,24 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
             )
         return sizes
 
-    def _planned(self, seeds: Sequence[int]) -> list[tuple[int, ...]] | None:
-        """The sizes that `initial_latents` planned for samples; None for latents from elsewhere.
+    def _planned_tokens(self, tokens: Tensor) -> list[tuple[int, ...]] | None:
+        """The sizes that `initial_latents` planned for FLUX's tokens, whose own size does not show."""
+        plans = [self._plans.get(_latent_seed(row)) for row in tokens]
+        return self._planned(plans, [plan[0] for plan in plans if plan and math.prod(plan[0]) == 4 * tokens.shape[1]])
+
+    def _planned(
+        self, known: Sequence[list[tuple[int, ...]] | None], firsts: Sequence[tuple[int, ...]]
+    ) -> list[tuple[int, ...]] | None:
+        """The sizes that `initial_latents` planned for the samples of a call; None for latents from elsewhere.
+
+        Args:
+            known: what is known of each sample. The same numbers may have been latents of another shape.
+            firsts: sizes that the samples can have.
 
         Raises:
-            ValueError: if the samples of one call were made for different final sizes.
+            ValueError: if the samples were made for different final sizes.
         """
-        plans = {plan[-1]: plan for plan in (self._plans.get(seed) for seed in seeds) if plan is not None}
+        plans = {plan[-1]: plan for plan in known if plan is not None and plan[0] in firsts}
         if len(plans) > 1:
             raise ValueError(
                 f"latents of one call were made for final sizes {' and '.join(map(str, plans))}; call twice"

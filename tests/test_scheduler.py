@@ -405,6 +405,10 @@ def test_a_plan_belongs_to_its_latents(tmp_path: Path) -> None:
     scheduler.initial_latents(1, 4, height=126, width=130, generator=seed(0))
     for one in (scheduler, copied):
         assert ends_at(one, odd[1:].half()) == (130, 126) and ends_at(one, plain) == (128, 128)
+    wide = scheduler.initial_latents(2, 4, height=64, width=256, generator=seed(0))  # the same numbers as 16x64
+    assert torch.equal(wide.flatten(), plain.flatten()) and ends_at(scheduler, wide) == (64, 256)
+    scheduler.initial_latents(1, 4, generator=seed(0))
+    assert ends_at(scheduler, plain) == (128, 128) and ends_at(scheduler, wide) == (64, 256)
     with pytest.raises(ValueError, match="made for final sizes"):
         ends_at(scheduler, torch.cat([odd[:1], usual[1:]]))
     with pytest.raises(ValueError, match="starts at"):

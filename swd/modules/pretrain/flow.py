@@ -7,6 +7,7 @@ it is distilled (SwD paper, appendix B).
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 from collections import deque
 from collections.abc import Sequence
@@ -168,6 +169,7 @@ class FlowMatching(L.LightningModule):
         """Text encoders and VAE, loaded when first used."""
         if not self._encoders:
             self._encoders.append(self.model.encoders(self.device).to(self.device))
+            self._encoders[0].final_size = max(self.sizes, key=math.prod)  # what conditioning names, if it names a size
         return self._encoders[0]
 
     def on_fit_start(self) -> None:
