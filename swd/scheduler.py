@@ -241,7 +241,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         self._levels, checked = check_schedule(sigmas, sizes, divisor)
         self.base_sizes = list(checked)
         self.keep_x0 = False
-        self._plans: OrderedDict[int, list[tuple[int, ...]]] = OrderedDict()
+        self._plans: OrderedDict[tuple[int, ...], list[tuple[int, ...]]] = OrderedDict()
         self._begin_index: int | None = None
         self.set_timesteps(len(self._levels))
 
@@ -424,9 +424,9 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
             noise = noise * _mark(plan[-1], noise[0].numel()).view(noise.shape[1:])
         even = noise.ndim == 4 and not any(side % 2 for side in noise.shape[2:])
         for row in [*noise, *(pack(noise) if even else [])]:  # as a map and as FLUX's tokens
-            seed = _latent_seed(row)
-            self._plans.pop(seed, None)  # to the end, should it be there
-            self._plans[seed] = plan
+            key = _key(row)
+            self._plans.pop(key, None)  # to the end, should it be there
+            self._plans[key] = plan
         while len(self._plans) > REMEMBERED:
             self._plans.popitem(last=False)
         return noise
@@ -462,7 +462,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
                 f"{tokens.shape[1]} tokens are no latent of size {first}, where a call that ends at {final} starts: "
                 "pass latents=initial_latents(..., packed=True), and height and width of the final size"
             )
-        planned = self._planned_tokens(tokens)
+        planned = self._planned([_key(row) for row in tokens])
         if planned is not None and planned[-1] != final:
             raise ValueError(
                 f"latents=initial_latents(...) were made for the final size {planned[-1]}, but height and width of the "
@@ -507,7 +507,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         packed, dtype = sample.ndim == 3, sample.dtype
         if packed:
             if not self._started:  # no network was attached that would have seen FLUX's position ids
-                self.sizes = self._planned_tokens(sample) or self.sizes
+                self.sizes = self._planned([_key(row) for row in sample]) or self.sizes
             size = self._token_size(sample)
             sample, model_output = unpack(sample, size), unpack(model_output, size)
         if i == 0:
@@ -574,7 +574,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: if they can be no first latents of this schedule.
         """
-        planned = self._planned([self._plans.get(seed) for seed in self._seeds], [first])
+        planned = self._planned([(seed, *first) for seed in self._seeds])
         if planned is not None:
             return list(planned)
         sizes = self._sizes_for(first)
@@ -587,24 +587,14 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
             )
         return sizes
 
-    def _planned_tokens(self, tokens: Tensor) -> list[tuple[int, ...]] | None:
-        """The sizes that `initial_latents` planned for FLUX's tokens, whose own size does not show."""
-        plans = [self._plans.get(_latent_seed(row)) for row in tokens]
-        return self._planned(plans, [plan[0] for plan in plans if plan and math.prod(plan[0]) == 4 * tokens.shape[1]])
-
-    def _planned(
-        self, known: Sequence[list[tuple[int, ...]] | None], firsts: Sequence[tuple[int, ...]]
-    ) -> list[tuple[int, ...]] | None:
+    def _planned(self, keys: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]] | None:
         """The sizes that `initial_latents` planned for the samples of a call; None for latents from elsewhere.
-
-        Args:
-            known: what is known of each sample. The same numbers may have been latents of another shape.
-            firsts: sizes that the samples can have.
 
         Raises:
             ValueError: if the samples were made for different final sizes.
         """
-        plans = {plan[-1]: plan for plan in known if plan is not None and plan[0] in firsts}
+        known = (self._plans.get(key) for key in keys)
+        plans = {plan[-1]: plan for plan in known if plan is not None}
         if len(plans) > 1:
             raise ValueError(
                 f"latents of one call were made for final sizes {' and '.join(map(str, plans))}; call twice"
@@ -648,6 +638,11 @@ def _mark(final: tuple[int, ...], count: int) -> Tensor:
     for place in range(min(32, count)):
         factors[place] = -1 if place == 0 or digest >> place & 1 else 1
     return factors
+
+
+def _key(row: Tensor) -> tuple[int, ...]:
+    """What a latent `[C, *size]`, or its tokens `[L, 4 C]`, is known by: its seed and its shape."""
+    return (_latent_seed(row), *(row.shape[1:] if row.ndim > 2 else row.shape[:1]))
 
 
 def _latent_seed(row: Tensor) -> int:
