@@ -160,6 +160,9 @@ def _user_error(error: BaseException | None) -> BaseException | None:
 def _hydra_message(text: str) -> str:
     """Hydra's own errors, reworded to name the fix."""
     unknown = re.search(r"Could not override '([^']+)'", text)
+    if unknown and unknown.group(1) == "model.guidance_scale":
+        keys = "model.dmd_guidance_scale for the teacher in DMD, model.drawing_guidance_scale for what it draws"
+        return f"model.guidance_scale is two keys now: {keys}"
     if unknown:
         known = "; --help and --cfg job list what there is"
         return f"unknown key {unknown.group(1)}{known}"

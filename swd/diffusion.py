@@ -42,10 +42,10 @@ class Process(Protocol):
 
 
 class RectifiedFlow:
-    """Rectified flow (SD3.5, FLUX, Wan): networks predict the velocity `eps - x0` (SwD paper, section 2).
+    """Rectified flow (SD3.5, FLUX, Wan): networks predict the velocity `eps - x0` (arXiv 2209.03003).
 
-    `ranges` gives the table indices each loss draws from: the critic anywhere, DMD and GAN sigma below 0.79, MMD below
-    0.61 (section 3).
+    `ranges` gives the table indices each loss draws from: the critic anywhere, DMD and GAN sigma below 0.79 (released
+    code), MMD below 0.61 (SwD paper, section 4.2).
     """
 
     ranges: ClassVar[dict[str, IndexRange]] = {"critic": (0, 27), "dmd": (12, 27), "gan": (12, 27), "mmd": (18, 27)}
@@ -75,7 +75,7 @@ class VariancePreserving:
 
     The level is `sigma = t / 1000`; `t = min(round(1000 sigma), 999)` indexes the signal levels `abar` of Stable
     Diffusion's scaled-linear table of betas and feeds the network. Index ranges are in units of t: MMD below 400
-    (SwD paper, section 3.3), DMD and GAN up to 790, the critic anywhere.
+    (SwD paper, section 4.2), DMD and GAN up to 790, the critic anywhere.
     """
 
     ranges: ClassVar[dict[str, IndexRange]] = {"critic": (0, 999), "dmd": (0, 790), "gan": (0, 790), "mmd": (0, 399)}

@@ -195,7 +195,7 @@ def contenders(task: Distiller) -> tuple[Contender, Contender, Contender]:
     row = task.encoders.encode_prompts([""])
     costs = {size: forward_gflop(model, size, row) for size in set(schedule.sizes)}
     full, few, many = costs[schedule.sizes[-1]], len(schedule), model.teacher_steps
-    passes = 2 if model.guidance_scale > 1 else 1
+    passes = 2 if model.drawing_guidance_scale > 1 else 1
 
     def teacher(scheduler: Any, steps: int) -> Draw:
         return lambda prompts, seeds: teacher_pictures(task, scheduler, steps, prompts, seeds)
@@ -234,7 +234,7 @@ def teacher_pictures(task: Distiller, scheduler: Any, steps: int, prompts: list[
     latents = initial_latents(seeds, task.model.channels, task.schedule.sizes[-1]).to(task.device)
     conditioning: Conditioning = task.encoders.encode_prompts(prompts).to(task.device)
     latents = sample_latents(
-        task.networks, scheduler, latents, conditioning, task.empty, task.model.guidance_scale, "teacher", steps
+        task.networks, scheduler, latents, conditioning, task.empty, task.model.drawing_guidance_scale, "teacher", steps
     )
     return task.encoders.decode(latents)
 
@@ -440,7 +440,7 @@ def teacher_store(task: Distiller, judge_folder: Path) -> Store:
         "model_sha256": sha256_of(model.folder),
         "judge_sha256": sha256_of(judge_folder),
         "prompts_sha256": hashlib.sha256("\n".join(prompts_of(64)).encode()).hexdigest(),
-        "guidance_scale": float(model.guidance_scale),
+        "guidance_scale": float(model.drawing_guidance_scale),
         "steps": model.teacher_steps,
         "size": list(task.schedule.sizes[-1]),
         "scheduler": "FlowMatchEulerDiscreteScheduler(shift=3)",

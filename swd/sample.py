@@ -417,8 +417,8 @@ def draw(
         }
     else:
         arguments |= {"num_inference_steps": model.teacher_steps, "generator": generators}
-        if model.guidance_scale != 1.0:
-            arguments |= backbone.guidance_arguments(model.guidance_scale)
+        if model.drawing_guidance_scale != 1.0:
+            arguments |= backbone.guidance_arguments(model.drawing_guidance_scale)
     latents = pipe([request.prompt for request in requests], **arguments)[0]
     latents = backbone.from_pipeline(latents, size)
     encoders = backbone.encoders_type(pipe, model.max_text_tokens)

@@ -45,9 +45,9 @@ def sample_latents(
         Clean latents `[B, C, *last_size]`.
     """
     scheduler.set_timesteps(steps or scheduler.num_inference_steps, device=latents.device)
-    guided = guidance_scale > 1 and empty is not None
+    guided = guidance_scale > 1
     if guided:
-        assert empty is not None
+        assert empty is not None, "guidance takes an empty conditioning"
         conditioning = Conditioning.cat([empty.expand(len(latents)), conditioning])
     x = latents
     with networks.role(role), networks.autocast():

@@ -9,7 +9,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from swd.scheduler import ScaleWiseScheduler, blend_frames, upsample
+from swd.scheduler import ScaleWiseScheduler, blend_frames, check_schedule, upsample
 from swd.types import Size, UserError
 
 __all__ = ["Interval", "ScaleSchedule", "downscale", "upsample"]
@@ -26,7 +26,7 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Interval:
-    """One step of the schedule as training sees it (SwD paper, section 3.2).
+    """One step of the schedule as training sees it (SwD paper, section 4.1).
 
     Attributes:
         index: which step, from 0.
@@ -42,7 +42,7 @@ class Interval:
 
 
 class ScaleSchedule:
-    """Noise levels `sigma_1 > ... > sigma_N` with sizes `s_1 <= ... <= s_N` (SwD paper, section 3.1).
+    """Noise levels `sigma_1 > ... > sigma_N` with sizes `s_1 <= ... <= s_N` (SwD paper, section 4.1).
 
     Args:
         sigmas: N noise levels in (0, 1], strictly decreasing.
@@ -61,29 +61,12 @@ class ScaleSchedule:
         process: Literal["flow", "epsilon"] | None = None,
     ) -> None:
         self.process = process
-        self.sigmas = tuple(float(s) for s in sigmas)
-        self.sizes: tuple[Size, ...] = tuple((s, s) if isinstance(s, int) else tuple(s) for s in sizes)
-        self._check()
-
-    def _check(self) -> None:
-        if not self.sigmas:
-            raise UserError("schedule.sigmas is empty; give at least one noise level, e.g. [1.0]")
-        if len(self.sigmas) != len(self.sizes):
-            raise UserError(
-                f"schedule has {len(self.sigmas)} sigmas but {len(self.sizes)} sizes; give one size per sigma"
-            )
-        for sigma in self.sigmas:
-            if not 0 < sigma <= 1:
-                raise UserError(f"schedule.sigmas contains {sigma}; noise levels lie in (0, 1]")
-        for a, b in zip(self.sigmas, self.sigmas[1:], strict=False):
-            if not b < a:
-                raise UserError(f"schedule.sigmas must be strictly decreasing, but {b} follows {a}")
-        for size in self.sizes:
-            if len(size) not in (2, 3) or len(size) != len(self.sizes[0]) or min(size) < 1:
-                raise UserError(f"schedule.sizes contains {size}; every size is a side, (H, W) or (F, H, W), all alike")
-        for small, large in zip(self.sizes, self.sizes[1:], strict=False):
-            if any(b < a for a, b in zip(small, large, strict=True)):
-                raise UserError(f"schedule.sizes must not shrink, but {large} follows {small}")
+        self.sigmas: tuple[float, ...]
+        self.sizes: tuple[Size, ...]
+        try:
+            self.sigmas, self.sizes = check_schedule(sigmas, sizes, where="schedule.")
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
     def __len__(self) -> int:
         return len(self.sigmas)
@@ -118,17 +101,20 @@ class ScaleSchedule:
         """The sampler of this schedule.
 
         Raises:
-            UserError: if the noise levels are of another process.
+            UserError: if the noise levels are of another process, or a side is no multiple of `divisor`.
         """
         self.check_process(prediction_type)
         sizes = [s[0] if len(s) == 2 and s[0] == s[1] else list(s) for s in self.sizes]
-        return ScaleWiseScheduler(
-            sigmas=list(self.sigmas), sizes=sizes, divisor=divisor, prediction_type=prediction_type
-        )
+        try:
+            return ScaleWiseScheduler(
+                sigmas=list(self.sigmas), sizes=sizes, divisor=divisor, prediction_type=prediction_type
+            )
+        except ValueError as error:
+            raise UserError(f"schedule: {error}") from None
 
 
 def downscale(pixels: Tensor, size: Sequence[int]) -> Tensor:
-    """Area-downscale pictures or videos to a size in pixels, from full size directly (SwD paper, section 3.2).
+    """Area-downscale pictures or videos to a size in pixels, from full size directly (SwD paper, section 4.1).
 
     A video loses frames first: those at `linspace(0, F - 1, n)`, blended linearly from their neighbours.
 

@@ -7,15 +7,21 @@ This file stands alone: it needs torch and diffusers only, so that an exported m
     latents = scheduler.initial_latents(1, channels=16, height=128, width=128, generator=generator)
     pipe(prompt, latents=latents, height=1024, width=1024, num_inference_steps=4, guidance_scale=1.0)
 
-Stable Diffusion 3, SDXL and Wan pipelines also start from `height` and `width` (`num_frames`) of the first size.
+Without `latents`, a pipeline draws the noise itself: call it with `height` and `width` (Wan: `num_frames` too) of the
+*first* size; the picture comes out at the last one. SANA then needs `use_resolution_binning=False` as well, and SDXL
+`original_size` and `target_size` of the last size, which its network is told at every step. FLUX needs `latents`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -26,10 +32,12 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 INTERPOLATION = "bicubic"
+REMEMBERED = 20_000
+"""For how many latents of `initial_latents` (each counts twice: two layouts) a scheduler remembers the sizes."""
 
 
 def upsample(x0: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize a clean latent to a larger size (SwD paper, section 3.1).
+    """Resize a clean latent to a larger size (SwD paper, section 4.1).
 
     Space: bicubic, `align_corners=False`, no antialias. Time (video): linear blending of neighbouring frames with
     the first and the last frame fixed. Equal sizes return the input itself.
@@ -79,6 +87,86 @@ def vp_timestep(sigma: Tensor) -> Tensor:
     return (1000 * sigma.float()).round().long().clamp(0, 999)
 
 
+def check_schedule(
+    sigmas: Any, sizes: Any, divisor: Any = 1, where: str = ""
+) -> tuple[tuple[float, ...], tuple[tuple[int, ...], ...]]:
+    """The noise levels and latent sizes of a schedule, checked.
+
+    Args:
+        sigmas: N noise levels in (0, 1], strictly decreasing.
+        sizes: N latent side lengths, (H, W) or (F, H, W), all of one kind; sides never shrink.
+        divisor: what heights and widths are multiples of.
+        where: what messages put before "sigmas" and "sizes".
+
+    Returns:
+        The levels as floats, and the sizes as tuples.
+
+    Raises:
+        ValueError: if a rule above is broken.
+    """
+    levels = _noise_levels(sigmas, f"{where}sigmas")
+    shapes = tuple(_size(size, f"{where}sizes") for size in _listed(sizes, f"{where}sizes"))
+    if len(levels) != len(shapes):
+        counts = f"{len(levels)} sigmas but {len(shapes)} sizes"
+        raise ValueError(f"{where}sigmas and {where}sizes differ in number: {counts}; give one size per sigma")
+    _check_count(divisor, f"{where}divisor")
+    for size in shapes:
+        if len(size) != len(shapes[0]):
+            raise ValueError(f"{where}sizes contains {size} beside {shapes[0]}; give sizes that are all alike")
+        if any(side % divisor for side in size[-2:]):
+            raise ValueError(f"{where}sizes contains {size}; height and width must be multiples of {divisor}")
+    for small, large in pairwise(shapes):
+        if any(b < a for a, b in zip(small, large, strict=True)):
+            raise ValueError(f"{where}sizes must not shrink, but {large} follows {small}")
+    return levels, shapes
+
+
+def _check_count(value: Any, name: str) -> None:
+    if not _is_number(value, Integral) or value < 1:
+        raise ValueError(f"{name} is {value!r}; use a whole number of at least 1")
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _listed(values: Any, name: str) -> list[Any]:
+    """The entries of a list, an array or a tensor."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Sequence):
+        raise ValueError(f"{name} is {values!r}; give a list")
+    return list(values)
+
+
+def _noise_levels(sigmas: Any, name: str) -> tuple[float, ...]:
+    """Noise levels, strictly decreasing in (0, 1]."""
+    levels = _listed(sigmas, name)
+    if not levels:
+        raise ValueError(f"{name} is empty; give at least one noise level, e.g. [1.0]")
+    for sigma in levels:
+        if not _is_number(sigma, Real):
+            raise ValueError(f"{name} contains {sigma!r}; noise levels are numbers in (0, 1]")
+        if not 0 < sigma <= 1:
+            raise ValueError(f"{name} contains {float(sigma)}; noise levels lie in (0, 1]")
+    for a, b in pairwise(levels):
+        if not b < a:
+            raise ValueError(f"{name} must be strictly decreasing, but {float(b)} follows {float(a)}")
+    return tuple(float(sigma) for sigma in levels)
+
+
+def _size(size: Any, name: str) -> tuple[int, ...]:
+    """One size: a side, (H, W) or (F, H, W), of whole numbers from 1."""
+    sides = size.tolist() if hasattr(size, "tolist") else size
+    sides = list(sides) if isinstance(sides, Sequence) and not isinstance(sides, str) else [sides, sides]
+    whole = all(_is_number(side, Integral) and side > 0 for side in sides)
+    if not whole or len(sides) not in (2, 3):
+        shown = size if isinstance(size, str) else tuple(sides)
+        raise ValueError(
+            f"{name} contains {shown!r}; every size is a side, (H, W) or (F, H, W), all alike, of whole numbers from 1"
+        )
+    return tuple(int(side) for side in sides)
+
+
 def pack(latents: Tensor) -> Tensor:
     """2x2 patches as tokens, `[B, C, H, W]` to `[B, H/2 * W/2, 4 C]`: how FLUX carries latents."""
     batch, channels, height, width = latents.shape
@@ -109,14 +197,19 @@ class ScaleWiseSchedulerOutput(BaseOutput):
 
 
 class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
-    """Sampler of scale-wise distilled models: predict clean, upsample, noise afresh (SwD paper, section 3.1).
+    """Sampler of scale-wise distilled models: predict clean, upsample, noise afresh (SwD paper, section 4.1).
 
     `step` may return a *larger* sample than it was given. Re-noising draws come from a hash of the signs of each
     sample's own initial latent, so a picture is the same alone or in a batch and follows the caller's generator.
 
+    Where a call ends follows from its first latent. One from `initial_latents` ends at the size that was asked for
+    there, in whatever order and how often such latents are used. Any other is taken as the first size of the schedule,
+    in its own aspect ratio; one that is too large for that is refused, since it would end far beyond the last size.
+
     Args:
-        sigmas: noise level of every step, strictly decreasing, the first at most 1.
-        sizes: latent side length, (H, W) or (F, H, W) of every step, never decreasing.
+        sigmas: noise level of every step, strictly decreasing, the first at most 1, all above 0.
+        sizes: latent side length, (H, W) or (F, H, W) of every step, all of one kind, never decreasing. Heights and
+            widths are multiples of `divisor`.
         num_train_timesteps: what the network's timestep is at sigma 1.
         divisor: latent side lengths are rounded to a multiple of this when the call's aspect ratio differs.
         interpolation: how clean predictions are upsampled; only "bicubic" is known.
@@ -144,12 +237,38 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"prediction_type {prediction_type!r} is not known; use 'flow' or 'epsilon'")
         if interpolation != INTERPOLATION:
             raise ValueError(f"interpolation {interpolation!r} is not known; models are trained with {INTERPOLATION!r}")
-        if len(sigmas) != len(sizes):
-            raise ValueError(f"{len(sigmas)} sigmas but {len(sizes)} sizes; give one size per sigma")
-        self.base_sizes = [(s, s) if isinstance(s, int) else tuple(s) for s in sizes]
+        _check_count(num_train_timesteps, "num_train_timesteps")
+        self._levels, checked = check_schedule(sigmas, sizes, divisor)
+        self.base_sizes = list(checked)
         self.keep_x0 = False
-        self._planned: list[tuple[int, ...]] = list(self.base_sizes)
-        self.set_timesteps(len(sigmas))
+        self._plans: OrderedDict[tuple[int, ...], list[tuple[int, ...]]] = OrderedDict()
+        self._begin_index: int | None = None
+        self.set_timesteps(len(self._levels))
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As diffusers' own; the configuration must name a schedule.
+
+        Raises:
+            ValueError: for another scheduler's configuration, which holds no `sigmas` and `sizes`.
+        """
+        if isinstance(config, Mapping):
+            missing = [key for key in ("sigmas", "sizes") if key not in config and key not in kwargs]
+            if missing:
+                kind = config.get("_class_name")
+                what = f"a configuration of {kind}" if kind not in (None, cls.__name__) else "this configuration"
+                raise ValueError(
+                    f"{what} has no {' and '.join(missing)}: load the schedule that was saved with the model, "
+                    f"{cls.__name__}.from_pretrained(folder), or give sigmas= and sizes="
+                )
+            if not {"sigmas", "sizes"} & set(config) and "prediction_type" in config:
+                # diffusers would drop another class's value where it is that class's default, as SDXL's "epsilon" is.
+                kwargs.setdefault("prediction_type", config["prediction_type"])
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    def __len__(self) -> int:
+        """Number of timesteps that the network was trained on, as of diffusers' schedulers."""
+        return int(self.config.num_train_timesteps)
 
     # What pipelines call before the loop
 
@@ -160,7 +279,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
     ) -> None:
-        """Start a new sample.
+        """Start a new sample; nothing of an earlier one remains.
 
         Args:
             num_inference_steps: must be the schedule's number of steps.
@@ -168,7 +287,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
             sigmas: accepted when they are this schedule's, or evenly spaced ones that a pipeline fills in by itself.
             mu: ignored (resolution-dependent shift of other schedulers).
         """
-        own = list(self.config.sigmas)
+        own = list(self._levels)
         steps = len(sigmas) if sigmas is not None else num_inference_steps
         if steps is not None and steps != len(own):
             raise ValueError(
@@ -185,12 +304,13 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         self.sizes = list(self.base_sizes)
         self.x0_predictions: list[Tensor] = []
         self._step_index = 0
+        self._started = False  # whether this sample's sizes are known
         self._seeds: list[int] = []
 
     def _known(self, sigmas: Sequence[float]) -> bool:
         given = torch.as_tensor(list(sigmas), dtype=torch.float64)
         n = len(given)
-        own = torch.tensor(list(self.config.sigmas), dtype=torch.float64)
+        own = torch.tensor(self._levels, dtype=torch.float64)
         return torch.allclose(given, own, atol=1e-3) or torch.allclose(
             given, torch.linspace(1.0, 1.0 / n, n, dtype=torch.float64), atol=1e-6
         )
@@ -199,6 +319,45 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         """Only 0 is possible: img2img `strength` below 1 would start in the middle of the schedule."""
         if begin_index:
             raise ValueError(f"strength below 1 (begin_index={begin_index}) is not supported: start from pure noise")
+        self._begin_index = begin_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """The first step, as a pipeline set it: 0, or None before it did."""
+        return self._begin_index
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor | float) -> Tensor:
+        """Clean latents at a noise level, as in training: `(1 - sigma) x0 + sigma eps` with `sigma = timestep / 1000`.
+
+        The variance-preserving process ("epsilon"): `sqrt(abar) x0 + sqrt(1 - abar) eps` with `abar` of the timestep.
+
+        Args:
+            original_samples: `[B, C, *size]`, any size.
+            noise: standard Gaussian noise of the same shape.
+            timesteps: one for all samples, or one each `[B]`; from 0 to `num_train_timesteps`, for "epsilon" to 999.
+
+        Raises:
+            ValueError: for timesteps out of range, or if latents of another size than the current one are noised in the
+                middle of a call, as inpainting pipelines do: sizes grow here, and the two would not fit.
+        """
+        size = tuple(original_samples.shape[2:])
+        if 0 < self._step_index < self.num_inference_steps and size != self.sizes[self._step_index]:
+            raise ValueError(
+                f"add_noise of latents of size {size} at a step of size {self.sizes[self._step_index]}: inpainting and "
+                "image-to-image keep one size, a scale-wise model grows; use the text-to-image pipeline"
+            )
+        time = torch.as_tensor(timesteps).cpu().double().reshape(-1)  # not every device has float64
+        last = self.config.num_train_timesteps if self.config.prediction_type == "flow" else len(signal_levels()) - 1
+        if time.numel() not in (1, len(original_samples)) or not bool(((time >= 0) & (time <= last)).all()):
+            raise ValueError(f"timesteps={time.tolist()}; give one, or one a sample, from 0 to {last}")
+        if self.config.prediction_type == "flow":
+            signal, level = 1 - time / last, time / last
+        else:
+            abar = signal_levels()[time.round().long()]
+            signal, level = abar.sqrt(), (1 - abar).sqrt()
+        x0, axes = original_samples.float(), [1] * (original_samples.ndim - 1)
+        signal, level = (scale.to(x0).view(-1, *axes) for scale in (signal, level))
+        return (signal * x0 + level * noise.to(x0)).to(original_samples.dtype)
 
     def scale_noise(self, *args: Any, **kwargs: Any) -> Tensor:
         """Image-to-image pipelines call this; a scale-wise model starts from pure noise only."""
@@ -233,15 +392,17 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
             packed: as FLUX's tokens `[B, L, 4 C]`.
 
         Returns:
-            `[B, C, *first_size]` float32, or tokens.
+            `[B, C, *first_size]` float32, or tokens. They may be moved, cast, split or put together with others for the
+            same final size; once their values change they are like any latent that a pipeline drew itself.
 
         Raises:
-            ValueError: if there are not as many generators as samples.
+            ValueError: if there are not as many generators as samples, or a side is no multiple of `divisor`.
         """
         final = self.base_sizes[-1]
         sides = (height or final[-2], width or final[-1])
         wanted: tuple[int, ...] = sides if len(final) == 2 else (frames or final[0], *sides)
-        first = self._plan(wanted)[0]
+        plan = self.sizes_ending_at(wanted)
+        first = plan[0]
         if isinstance(generator, Sequence):
             if len(generator) != batch:
                 raise ValueError(f"{len(generator)} generators for {batch} samples; give one each")
@@ -249,7 +410,26 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
             noise = torch.cat(rows)
         else:
             noise = torch.randn(batch, channels, *first, generator=generator)
+        noise = self._remember(noise, plan)
         return pack(noise) if packed else noise
+
+    def _remember(self, noise: Tensor, plan: list[tuple[int, ...]]) -> Tensor:
+        """Bind the sizes of a call to its first latents, which alone are sure to be of that call.
+
+        Where the first size alone would lead to other sizes, the latents are marked: the signs of a few values, chosen
+        by the final size, are turned. Noise it is all the same, but no longer what a pipeline draws from that seed.
+        """
+        first = plan[0]
+        if plan != self._sizes_for(first) or self._is_too_large(first):
+            noise = noise * _mark(plan[-1], noise[0].numel()).view(noise.shape[1:])
+        even = noise.ndim == 4 and not any(side % 2 for side in noise.shape[2:])
+        for row in [*noise, *(pack(noise) if even else [])]:  # as a map and as FLUX's tokens
+            key = _key(row)
+            self._plans.pop(key, None)  # to the end, should it be there
+            self._plans[key] = plan
+        while len(self._plans) > REMEMBERED:
+            self._plans.popitem(last=False)
+        return noise
 
     def attach(self, pipe: Any) -> Any:
         """Make a diffusers pipeline sample with this schedule; returns the pipeline.
@@ -267,12 +447,31 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
 
     def _refresh_ids(self, network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         ids = kwargs["img_ids"]
+        if self._step_index == 0:
+            self._start_from_ids(kwargs["hidden_states"], ids)
         size = self._token_size(kwargs["hidden_states"])
         return args, kwargs | {"img_ids": position_ids(size, ids.device, ids.dtype)}
 
+    def _start_from_ids(self, tokens: Tensor, ids: Tensor) -> None:
+        """The sizes of a FLUX call, which ends at its `height` and `width`: the pipeline's ids are of those."""
+        final = tuple(2 * (int(ids[..., axis].max()) + 1) for axis in (1, 2))
+        self.sizes, self._started = self.sizes_ending_at(final), True
+        first = self.sizes[0]
+        if 4 * tokens.shape[1] != first[0] * first[1]:
+            raise ValueError(
+                f"{tokens.shape[1]} tokens are no latent of size {first}, where a call that ends at {final} starts: "
+                "pass latents=initial_latents(..., packed=True), and height and width of the final size"
+            )
+        planned = self._planned([_key(row) for row in tokens])
+        if planned is not None and planned[-1] != final:
+            raise ValueError(
+                f"latents=initial_latents(...) were made for the final size {planned[-1]}, but height and width of the "
+                f"call are those of {final}; give both the same"
+            )
+
     def _token_size(self, tokens: Tensor) -> tuple[int, ...]:
         """Latent size of packed tokens at the current step."""
-        size = self.sizes[self._step_index] if self._step_index else self._planned[0]
+        size = self.sizes[self._step_index]
         if size[0] * size[1] != 4 * tokens.shape[1]:
             raise ValueError(
                 f"{tokens.shape[1]} tokens are no latent of size {size}: pass latents=initial_latents(...)"
@@ -307,11 +506,14 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"step called more than {self.num_inference_steps} times; call set_timesteps first")
         packed, dtype = sample.ndim == 3, sample.dtype
         if packed:
+            if not self._started:  # no network was attached that would have seen FLUX's position ids
+                self.sizes = self._planned([_key(row) for row in sample]) or self.sizes
             size = self._token_size(sample)
             sample, model_output = unpack(sample, size), unpack(model_output, size)
         if i == 0:
-            self.sizes = self._sizes_for(tuple(sample.shape[2:]))
             self._seeds = [_latent_seed(row) for row in sample]
+            self.sizes = self.sizes if packed else self._start(tuple(sample.shape[2:]))
+            self._started = True
         x0 = self._to_x0(sample.float(), model_output.float(), i)
         if self.keep_x0:
             self.x0_predictions.append(x0.to(dtype))
@@ -358,11 +560,6 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"size {final}: sides must be multiples of {self.config.divisor}")
         return [*(self._stretched(size, final, base[-1]) for size in base[:-1]), final]
 
-    def _plan(self, final: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """Remember the sizes of a call that ends at exactly `final`."""
-        self._planned = self.sizes_ending_at(final)
-        return self._planned
-
     def _stretched(self, size: tuple[int, ...], wanted: tuple[int, ...], base: tuple[int, ...]) -> tuple[int, ...]:
         """`size` times wanted / base along each axis, rounded to what the network takes."""
         stretched = []
@@ -371,17 +568,81 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
             stretched.append(max(unit, round(new * side / old / unit) * unit))
         return tuple(stretched)
 
+    def _start(self, first: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """The sizes of a call from its first latents.
+
+        Raises:
+            ValueError: if they can be no first latents of this schedule.
+        """
+        planned = self._planned([(seed, *first) for seed in self._seeds])
+        if planned is not None:
+            return list(planned)
+        sizes = self._sizes_for(first)
+        if self._is_too_large(first):
+            raise ValueError(
+                f"the first latent has size {first}, but this schedule starts at {self.base_sizes[0]} and ends at "
+                f"{self.base_sizes[-1]}: the call would end at {sizes[-1]}. Pass latents=scheduler.initial_latents(..) "
+                "for the final size, or height and width (num_frames) of the first size alone (SANA: with "
+                "use_resolution_binning=False)"
+            )
+        return sizes
+
+    def _planned(self, keys: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]] | None:
+        """The sizes that `initial_latents` planned for the samples of a call; None for latents from elsewhere.
+
+        Raises:
+            ValueError: if the samples were made for different final sizes.
+        """
+        known = (self._plans.get(key) for key in keys)
+        plans = {plan[-1]: plan for plan in known if plan is not None}
+        if len(plans) > 1:
+            raise ValueError(
+                f"latents of one call were made for final sizes {' and '.join(map(str, plans))}; call twice"
+            )
+        return next(iter(plans.values()), None)
+
+    def _is_too_large(self, first: tuple[int, ...]) -> bool:
+        """Whether a size cannot be the schedule's first one in any aspect ratio, but for rounding to the divisor.
+
+        Aspect ratios share an area (and a number of frames). Rounding adds half a unit to a side of the last size,
+        which counts by the ratio of first to last, and another half to the first.
+        """
+        start, end = self.base_sizes[0], self.base_sizes[-1]
+        if start == end:
+            return False  # one size throughout: the call ends where it starts
+        if all(side >= last for side, last in zip(first, end, strict=True)):
+            return True
+        ratios = [small / large for small, large in zip(start, end, strict=True)]
+        sides = [
+            side - self.config.divisor / 2 * (1 + ratio) for side, ratio in zip(first[-2:], ratios[-2:], strict=True)
+        ]
+        too_wide = min(sides) > 0 and math.prod(sides) > math.prod(start[-2:])
+        return too_wide or (len(first) == 3 and first[0] - (1 + ratios[0]) / 2 > start[0])
+
     def _sizes_for(self, first: tuple[int, ...]) -> list[tuple[int, ...]]:
         """The schedule's sizes, stretched to the aspect ratio of the initial latent."""
         base = self.base_sizes
-        for known in (self._planned, base):
-            if first == known[0]:
-                return list(known)
         if len(first) != len(base[0]):
             raise ValueError(f"initial latent has size {first}, the schedule's first size is {base[0]}")
+        if first == base[0]:
+            return list(base)
         sizes = [self._stretched(size, first, base[0]) for size in base]
         sizes[0] = first
         return sizes
+
+
+def _mark(final: tuple[int, ...], count: int) -> Tensor:
+    """`count` factors 1 or -1, float32, of which 1 to 32 are -1: which ones says a size."""
+    digest = int.from_bytes(hashlib.blake2b(repr(final).encode(), digest_size=4).digest(), "little")
+    factors = torch.ones(count)
+    for place in range(min(32, count)):
+        factors[place] = -1 if place == 0 or digest >> place & 1 else 1
+    return factors
+
+
+def _key(row: Tensor) -> tuple[int, ...]:
+    """What a latent `[C, *size]`, or its tokens `[L, 4 C]`, is known by: its seed and its shape."""
+    return (_latent_seed(row), *(row.shape[1:] if row.ndim > 2 else row.shape[:1]))
 
 
 def _latent_seed(row: Tensor) -> int:

@@ -278,7 +278,8 @@ def pretrained(name: str, folder: Path, kind: type[Model] = Pretrained, **more: 
         "feature_blocks": [0],
         "max_text_tokens": TEXT_TOKENS,
         "size": SIZES[name][-1],
-        "guidance_scale": 1.0 if name == "flux" else 3.0,
+        "dmd_guidance_scale": 1.0 if name == "flux" else 3.0,
+        "drawing_guidance_scale": 1.0 if name == "flux" else 3.0,
         "embedded_guidance": 4.5 if name == "flux" else None,
         "targets": TARGETS[:4] if name == "sana" else TARGETS,
     } | more

@@ -14,7 +14,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning import Callback
 from lightning.pytorch.strategies import DDPStrategy
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from shards import make_pictures
 from tiny import CONF, composed
 
@@ -128,8 +128,47 @@ def test_defaults_of_a_model_are_those_of_the_released_scripts(model: str, tmp_p
         return
     assert cfg.task.lr == 5e-6 and cfg.trainer.max_steps == 3000 and cfg.task.checkpointing
     batch = {"sd35_medium": 64, "sd35_large": 32, "flux_dev": 24, "sdxl": 64, "wan21_1_3b": 24}
-    guidance = {"sd35_medium": 7.0, "sd35_large": 4.5, "flux_dev": 1.0, "sdxl": 7.5, "wan21_1_3b": 5.0}
-    assert cfg.data.batch_size == batch[model] and cfg.model.guidance_scale == guidance[model]
+    assert cfg.data.batch_size == batch[model]
+
+
+GUIDANCE = {  # in DMD, when drawing, and as the network is fed it
+    "shapes": (4.0, 4.0, None),
+    "sd35_medium": (7.0, 4.5, None),
+    "sd35_large": (4.5, 4.5, None),
+    "flux_dev": (1.0, 1.0, 4.5),
+    "sdxl": (7.5, 7.5, None),
+    "wan21_1_3b": (5.0, 5.0, None),
+    "sana_1600m": (4.5, 4.5, None),
+}
+
+
+@pytest.mark.parametrize("experiment", [False, True])
+@pytest.mark.parametrize("model", options("model"))
+def test_guidance_of_dmd_and_of_drawing_are_two(model: str, experiment: bool, tmp_path: Path) -> None:
+    dmd, drawing, fed = GUIDANCE[model]
+    if experiment and f"paper_{model}" not in options("experiment"):
+        pytest.skip("not in the paper")
+    group = {"experiment": f"paper_{model}"} if experiment else {"model": model}
+    cfg = composed([*arguments(tmp_path, **group), "+loss/term@loss.other=dmd"])
+    assert cfg.loss.other.guidance_scale == cfg.model.dmd_guidance_scale == dmd
+    assert cfg.model.drawing_guidance_scale == drawing and cfg.model.get("embedded_guidance") == fed
+    assert "guidance_scale" not in cfg.model
+    drawn = composed([f"model={model}", "prompts=x", "out=y"], "generate")
+    assert drawn.model.drawing_guidance_scale == drawing and drawn.guidance_scale is None
+
+
+def test_a_run_of_an_earlier_version_still_builds(tmp_path: Path) -> None:
+    """Its config.yaml has one `model.guidance_scale` for both, resolved into the loss."""
+    cfg = OmegaConf.create(OmegaConf.to_container(composed(arguments(tmp_path, model="shapes")), resolve=True))
+    for model in (cfg.model, cfg.task.model):
+        for key in ("dmd_guidance_scale", "drawing_guidance_scale"):
+            del model[key]
+        model.guidance_scale = 3.0
+    cfg.loss.dmd.guidance_scale = cfg.task.loss.dmd.guidance_scale = 3.0
+    cfg.trainer.accelerator = "cpu"
+    task, _ = train.prepare(cfg)
+    assert isinstance(task, Distiller) and task.terms["dmd"].guidance_scale == 3.0
+    assert (task.model.dmd_guidance_scale, task.model.drawing_guidance_scale) == (3.0, 3.0)
 
 
 def test_the_command_line_wins_over_a_models_defaults(tmp_path: Path) -> None:

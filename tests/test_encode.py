@@ -164,6 +164,26 @@ def test_buckets_train_the_same_cached_and_uncached(name: str, model: Pretrained
     assert len(read_manifest(str(tmp_path / "cache"))["buckets"]) == 2
 
 
+def test_sdxls_zeros_are_made_of_what_a_cache_holds(tmp_path: Path) -> None:
+    """Caches, earlier ones too, hold the encoded empty prompt; SDXL's pipeline guides by zeros."""
+    model = families.pretrained("sdxl", families.save("sdxl", tmp_path / "sdxl"))
+    folder, out = make_data("sdxl", model, tmp_path / "data"), tmp_path / "cache"
+    encode.run(config("sdxl", model, folder, out, precision="fp32"))
+    data = ShardData(str(out), batch_size=2)
+    held = data.empty(None)
+    assert held.embeds.any() and held.pooled is not None and held.pooled.any()
+
+    class Both:  # what a trainer says of its data
+        datamodule = data
+
+    task = Distiller(model, ScaleSchedule(families.SIGMAS, families.SIZES["sdxl"]), terms())
+    task._trainer = Both()  # type: ignore[assignment]
+    for empty in (task.empty, task.empty_for(model.pixel_size(model.size))):
+        assert not empty.embeds.any() and empty.pooled is not None and not empty.pooled.any()
+        assert empty.embeds.shape == held.embeds.shape and empty.time_ids is not None
+        assert empty.time_ids.tolist() == [[64, 64, 0, 0, 64, 64]]
+
+
 def test_a_cache_of_one_other_proportion_trains(sd3: Pretrained, tmp_path: Path) -> None:
     folder = make_pictures(tmp_path / "data", 4, [(96, 64)])
     more = {"data.buckets": "['3:2']", "data.multiple": 16, "data.size": 64}

@@ -172,7 +172,9 @@ def test_teacher_at_the_students_levels_is_plain_guided_euler(task: Distiller) -
     levels = [*tiny.SIGMAS, 0.0]
     with torch.no_grad():
         for sigma, below in itertools.pairwise(levels):
-            x0 = task.networks.guided_x0(x, torch.full((2,), sigma), text, task.empty, task.model.guidance_scale)
+            x0 = task.networks.guided_x0(
+                x, torch.full((2,), sigma), text, task.empty, task.model.drawing_guidance_scale
+            )
             x = x + (below - sigma) * (x - x0) / sigma
     assert torch.allclose(drawn, task.encoders.decode(x), atol=1e-4)
 
@@ -186,7 +188,7 @@ def test_teacher_in_full_follows_the_stock_pipeline(task: Distiller) -> None:
         height=64,
         width=64,
         num_inference_steps=5,
-        guidance_scale=task.model.guidance_scale,
+        guidance_scale=task.model.drawing_guidance_scale,
         generator=[torch.Generator().manual_seed(3)],
         max_sequence_length=12,
         output_type="pt",
@@ -254,7 +256,7 @@ def test_statistics_depend_on_every_weight(task: Distiller, judge: Judge, tmp_pa
         next(other.parameters()).view(-1)[0] += 1e-3
     other.save_pretrained(tmp_path)
     assert evaluate.teacher_store(task, tmp_path).facts["judge_sha256"] != store.facts["judge_sha256"]
-    task.model.guidance_scale = 2.0
+    task.model.drawing_guidance_scale = 2.0
     assert evaluate.teacher_store(task, tmp_path).facts["guidance_scale"] != store.facts["guidance_scale"]
     with pytest.raises(UserError, match=r"no \.safetensors"):
         evaluate.sha256_of(tmp_path / "nothing")

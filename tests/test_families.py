@@ -389,6 +389,137 @@ def test_the_stock_pipeline_draws_what_training_draws(name: str, model: Pretrain
     assert len(steps) == 3
 
 
+@pytest.mark.parametrize("guidance", [1.0, 9.0])
+def test_dmds_guided_prediction_is_the_stock_pipelines(name: str, model: Pretrained, guidance: float) -> None:
+    """At every step of the stock pipeline's own sampler: text, empty text, fed guidance, sizes, all as it is called."""
+    from swd.sample import Request, build_pipeline, draw
+
+    teacher = families.pretrained(name, model.folder, drawing_guidance_scale=guidance, teacher_steps=3)
+    pipe = build_pipeline(teacher)
+    seen: list[tuple[Tensor, Any, Tensor]] = []
+    original = pipe.scheduler.step
+
+    def watched(prediction: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append((prediction.clone(), float(timestep), sample.clone()))
+        return original(prediction, timestep, sample, *args, **kwargs)
+
+    pipe.scheduler.step = watched
+    size = families.NON_SQUARE[name]
+    draw(pipe, teacher, [Request(prompt, seed) for seed, prompt in enumerate(PROMPTS)], size)
+    assert len(seen) == 3
+
+    task = Distiller(teacher, ScaleSchedule([1.0], [size]), {"mmd": MMD(blocks=[0])})
+    task.configure_model()
+    text, backbone = task._encode_prompts(PROMPTS, None), teacher.backbone_class
+    for prediction, timestep, sample in seen:
+        sigma = torch.full((2,), timestep / 1000)
+        x_t = backbone.from_pipeline(sample, size)
+        with torch.no_grad():
+            ours = task.networks.guided_x0(x_t, sigma, text, task.empty, guidance)
+            plain = task.networks.guided_x0(x_t, sigma, text, task.empty, 1.0)
+        theirs = backbone.process.to_x0(x_t, backbone.from_pipeline(prediction, size), sigma)
+        effect = 1e-3 if guidance == 1.0 else float((plain - theirs).abs().max() / theirs.abs().max())
+        assert (ours - theirs).abs().max() < 0.05 * effect * theirs.abs().max()
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_sdxls_input_without_a_prompt_is_what_its_pipeline_says(tmp_path: Path, zeros: bool) -> None:
+    pipeline = families.build("sdxl")
+    pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
+    pipeline.save_pretrained(tmp_path / "sdxl")
+    model = families.pretrained("sdxl", tmp_path / "sdxl")
+    task = Distiller(model, ScaleSchedule([1.0], [8]), {"mmd": MMD(blocks=[0])})
+    task.configure_model()
+    _, embeds, _, pooled = pipeline.encode_prompt("a star", do_classifier_free_guidance=True)
+    assert_close(task.empty.embeds, embeds)
+    assert task.empty.pooled is not None and task.empty.time_ids is not None
+    assert_close(task.empty.pooled, pooled)
+    assert bool(embeds.any()) is not zeros and task.empty.time_ids.tolist() == [[64, 64, 0, 0, 64, 64]]
+
+
+# Calls as users of diffusers make them
+
+
+def scale_wise(name: str, model: Pretrained, sizes: Any = None) -> Any:
+    """The stock pipeline with our scheduler, and what it is called with beside size and latents."""
+    from swd.sample import build_pipeline
+
+    pipe = build_pipeline(model)
+    kind = model.backbone_class.process.prediction_type
+    schedule = ScaleSchedule(families.SIGMAS, sizes or families.SIZES[name])
+    schedule.scheduler(model.limits.divisor, kind).attach(pipe)
+    options = dict(model.backbone_class.sampling_arguments(model.max_text_tokens, model.embedded_guidance))
+    options |= {"prompt": "a red star", "num_inference_steps": 3, "output_type": "latent"}
+    return pipe, options
+
+
+def in_pixels(model: Pretrained, size: Any) -> dict[str, int]:
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    *frames, height, width = model.pixel_size(size)
+    return {"height": height, "width": width} | ({"num_frames": frames[0]} if frames else {})
+
+
+@pytest.mark.parametrize("which", [1, 2, "default"])
+def test_a_call_at_a_later_size_is_refused(name: str, model: Pretrained, which: Any) -> None:
+    """It would end at the square of the size's ratio: twice the side for the last size of most schedules."""
+    if which == "default" and name == "wan":
+        pytest.skip("its default is 480p whatever the network")
+    pipe, options = scale_wise(name, model)
+    size = {} if which == "default" else in_pixels(model, families.SIZES[name][which])
+    message = r"tokens are no latent.*pass latents=" if name == "flux" else r"starts at .* and ends at .*Pass latents="
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message) as caught:
+            pipe(**options, **size)
+        assert "\n" not in str(caught.value)
+    if name != "flux":
+        start = in_pixels(model, families.SIZES[name][0])
+        assert tuple(pipe(**options, **start)[0].shape[2:]) == model.size
+
+
+def test_a_flux_call_ends_at_its_height_and_width(tmp_path: Path) -> None:
+    model = families.pretrained("flux", families.save("flux", tmp_path / "flux"))
+    pipe, options = scale_wise("flux", model)
+    for sides in ((8, 8), (8, 12), (10, 6), (8, 8)):
+        latents = pipe.scheduler.initial_latents(1, 4, *sides, packed=True)
+        size = in_pixels(model, sides)
+        first = pipe(**options, **size, latents=latents)[0]
+        assert first.shape[1] == sides[0] * sides[1] // 4
+        assert_close(copy.deepcopy(pipe)(**options, **size, latents=latents)[0], first, rtol=1e-4, atol=1e-5)
+        pipe.scheduler.initial_latents(1, 4, 12, 8)  # of a call that never comes
+        assert torch.equal(pipe(**options, **size, latents=latents)[0], first)
+    with pytest.raises(ValueError, match="height and width of the final size"):
+        pipe(**options, **in_pixels(model, 4), latents=pipe.scheduler.initial_latents(1, 4, packed=True))
+    turned = pipe.scheduler.initial_latents(1, 4, 4, 16, packed=True)  # as many tokens as the square
+    with pytest.raises(ValueError, match=r"made for the final size \(4, 16\).*are those of \(8, 8\)"):
+        pipe(**options, **in_pixels(model, 8), latents=turned)
+
+
+def test_latents_end_where_they_were_planned_to_whatever_was_called_before(name: str, model: Pretrained) -> None:
+    """Two final sizes with one first size and one seed; calls in both orders, again, and by a copy of the pipeline."""
+    if name == "flux":
+        pytest.skip("its calls end at their height and width")
+    pipe, options = scale_wise(name, model, [[1, 4, 4], [2, 6, 6], [3, 8, 16]] if name == "wan" else [4, 6, 16])
+    scheduler, own = pipe.scheduler, pipe.scheduler.base_sizes[-1]
+    other = (*own[:-1], 14)
+
+    def latents(final: Any) -> Tensor:
+        frames = final[0] if len(final) == 3 else None
+        generator = torch.Generator().manual_seed(0)
+        return scheduler.initial_latents(1, model.channels, *final[-2:], frames, generator)
+
+    def ends(**more: Any) -> tuple[int, ...]:
+        return tuple(pipe(**options, **more)[0].shape[2:])
+
+    first = in_pixels(model, scheduler.base_sizes[0])
+    a, b = latents(own), latents(other)
+    assert a.shape == b.shape and not torch.equal(a, b)
+    plain = {"generator": torch.Generator().manual_seed(0), **first}
+    assert [ends(latents=x, **first) for x in (b, a, a, b)] == [other, own, own, other]
+    assert [ends(**plain), ends(latents=b, **first), ends(**plain)] == [own, other, own]
+    pipe = copy.deepcopy(pipe)
+    assert [ends(latents=x.half().float(), **first) for x in (a, b)] == [own, other]
+
+
 def test_the_stock_pipeline_draws_what_training_draws_in_bf16(name: str, built: dict[str, BuiltOnce]) -> None:
     """Training computes under autocast, a stock pipeline in bf16 throughout: they agree as far as bf16 goes.
 

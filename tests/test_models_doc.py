@@ -99,6 +99,14 @@ def test_parameters_and_layers(name: str, model: Pretrained) -> None:
     assert int(batch) == cfg.data.batch_size and int(steps.partition(":")[0]) == len(cfg.schedule.sizes)
 
 
+@pytest.mark.parametrize("option", [file.stem for file in (CONF / "model").glob("*.yaml")])
+def test_guidance(option: str) -> None:
+    model = composed(["folder=x", "name=y", f"model={option}"]).model
+    dmd, _, drawing, steps, _ = table(TEXT_OF_DOC, "guidance of")[option]
+    assert [float(dmd), float(drawing)] == [model.dmd_guidance_scale, model.drawing_guidance_scale]
+    assert int(steps) == model.teacher_steps
+
+
 def test_memory(name: str, model: Pretrained) -> None:
     network = model.meta_network
     base = 2 * (count(network) + sum(buffer.numel() for buffer in network.buffers()))
@@ -140,7 +148,7 @@ def test_work(name: str, model: Pretrained) -> None:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             backbone.features(x, sigma, text, model.feature_blocks)
         early += counter.get_total_flops() / 1e12 / len(sizes)
-    passes = 25 if model.guidance_scale == 1 else 26
+    passes = 25 if model.dmd_guidance_scale == 1 else 26
     expected = [f"{whole:.2f}", f"{early / whole:.2f}", f"{passes * whole + 21 * early:.0f}"]
     assert table(TEXT_OF_DOC, "model | F ")[name][:4] == [*expected, f"{3 * whole + 4 * early:.0f}"]
 

@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import families
 import lightning as L
 import pytest
 import torch
@@ -291,3 +292,14 @@ def test_the_embedded_vae_keeps_pictures(side: int, psnr: float) -> None:
     assert 10 * (4 / (output - pixels).square().mean()).log10() > psnr
     assert latents.std().item() == pytest.approx(1, abs=0.2)  # one scale for all sizes
     assert abs(latents.mean().item()) < 0.15
+
+
+def test_dropped_captions_and_sizes_are_those_of_drawing(tmp_path: Path) -> None:
+    """SDXL: zeros in place of a caption, as its pipeline guides; the size in pixels is the last one's."""
+    model = families.pretrained("sdxl", families.save("sdxl", tmp_path / "sdxl"))
+    task = FlowMatching(model, [4, 6], caption_dropout=1.0, out=str(tmp_path / "out"))
+    text = task.encoders.encode_prompts(["a red star"])
+    dropped = task.drop_captions(text, torch.Generator().manual_seed(0))
+    assert text.embeds.any() and not dropped.embeds.any()
+    assert dropped.pooled is not None and not dropped.pooled.any()
+    assert dropped.time_ids is not None and dropped.time_ids.tolist() == [[48, 48, 0, 0, 48, 48]]

@@ -379,3 +379,40 @@ def test_weights_of_another_configuration_are_refused(tiny_model: Path, tmp_path
         file.write_text(json.dumps(config | {key: value}))
         with pytest.raises(UserError, match=rf"'transformer' has weights of another configuration: .*{message}"):
             pretrained(folder).network()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, (7.0, 4.5)),
+        ({"dmd_guidance_scale": 2.0}, (2.0, 4.5)),
+        ({"drawing_guidance_scale": 2}, (7.0, 2.0)),
+        ({"guidance_scale": 3.0}, (3.0, 3.0)),  # of a run of an earlier version
+        ({"guidance_scale": 3.0, "drawing_guidance_scale": 5.0}, (3.0, 5.0)),
+        ({"guidance_scale": 3.0, "dmd_guidance_scale": 5.0}, (5.0, 3.0)),
+        ({"guidance_scale": 0.5}, (0.5, 1.0)),
+    ],
+)
+def test_two_guidance_scales_or_one_for_both(given: dict[str, float], expected: tuple[float, float]) -> None:
+    model = Pretrained("sd3", "swd://assets/shapes-sd3", **given)  # type: ignore[arg-type]
+    assert (model.dmd_guidance_scale, model.drawing_guidance_scale) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dmd_guidance_scale": -1.0}, r"model\.dmd_guidance_scale=-1\.0"),
+        ({"dmd_guidance_scale": float("nan")}, r"model\.dmd_guidance_scale=nan"),
+        ({"drawing_guidance_scale": 0.5}, r"model\.drawing_guidance_scale=0\.5; use 1 for none, or more"),
+        ({"drawing_guidance_scale": float("inf")}, r"model\.drawing_guidance_scale=inf"),
+        ({"guidance_scale": float("nan")}, r"model\.guidance_scale=nan"),
+        ({"embedded_guidance": float("inf")}, r"model\.embedded_guidance=inf"),
+        (
+            {"guidance_scale": 3.0, "dmd_guidance_scale": 7.0, "drawing_guidance_scale": 4.5},
+            r"model\.guidance_scale=3\.0 is two keys now",
+        ),
+    ],
+)
+def test_a_guidance_that_means_nothing_is_refused(given: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Pretrained("sd3", "swd://assets/shapes-sd3", **given)  # type: ignore[arg-type]

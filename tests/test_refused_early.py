@@ -156,5 +156,5 @@ def test_dmd_warns_with_the_paper_s_reason(stored: dict[str, Path], tmp_path: Pa
         "model.feature_blocks=[0]",
         "loss=dmd",
     ]
-    with pytest.warns(UserWarning, match=rf"DMD is known to fail on {name}.*low resolution.*section 4.*loss=mmd"):
+    with pytest.warns(UserWarning, match=rf"DMD is known to fail on {name}.*low resolution.*appendix B.*loss=mmd"):
         checked(stored, tmp_path, *given)

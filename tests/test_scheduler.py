@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import families
+import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+)
 from tiny import CHANNELS, SIGMAS, SIZES, TEXT_TOKENS, build_latents, build_networks, build_schedule
 from torch import Tensor
 from torch.testing import assert_close
 
+from swd.data.buckets import aspect_size
+from swd.diffusion import RectifiedFlow, VariancePreserving
 from swd.modules.backbones.sd3 import SD3Encoders
 from swd.modules.networks import SharedBase
 from swd.sampling import initial_latents, sample_latents
-from swd.schedule import upsample
+from swd.schedule import ScaleSchedule, upsample
 from swd.scheduler import ScaleWiseScheduler
+from swd.types import UserError
 
 PROMPTS = ["a red star above a blue ring", "a green heart"]
 
@@ -235,3 +250,254 @@ def test_half_precision_draws_the_same_noise(dtype: torch.dtype) -> None:
         return x.float()
 
     assert (run(latents.to(dtype)) - run(latents)).abs().max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sigmas": [0.5, 0.8]}, r"sigmas must be strictly decreasing, but 0\.8 follows 0\.5"),
+        ({"sigmas": [0.5, 0.5]}, "strictly decreasing"),
+        ({"sigmas": [1.8, 0.5]}, r"sigmas contains 1\.8; noise levels lie in \(0, 1\]"),
+        ({"sigmas": [1.0, 0.0]}, r"contains 0\.0"),
+        ({"sigmas": [1.0, -0.1]}, r"contains -0\.1"),
+        ({"sigmas": [1.0, float("nan")]}, "contains nan"),
+        ({"sigmas": [float("inf"), 0.5]}, "contains inf"),
+        ({"sigmas": ["1.0", 0.5]}, "contains '1.0'; noise levels are numbers"),
+        ({"sigmas": [True, 0.5]}, "contains True"),
+        ({"sigmas": [None, 0.5]}, "contains None"),
+        ({"sigmas": 1.0}, r"sigmas is 1\.0; give a list"),
+        ({"sigmas": "1.0"}, "give a list"),
+        ({"sigmas": {"a": 1.0}}, "give a list"),
+        ({"sigmas": []}, "sigmas is empty"),
+        ({"sizes": []}, "2 sigmas but 0 sizes"),
+        ({"sizes": [6, 4]}, r"must not shrink, but \(4, 4\) follows \(6, 6\)"),
+        ({"sizes": [[4, 6], [6, 4]]}, "must not shrink"),
+        ({"sizes": [[3, 4, 4], [2, 6, 6]]}, "must not shrink"),
+        ({"sizes": [4, [2, 6, 6]]}, r"\(2, 6, 6\) beside \(4, 4\)"),
+        ({"sizes": [0, 4]}, r"sizes contains \(0, 0\)"),
+        ({"sizes": [-4, 4]}, r"sizes contains \(-4, -4\)"),
+        ({"sizes": [4.5, 6]}, r"\(4\.5, 4\.5\).*whole numbers"),
+        ({"sizes": ["4", "6"]}, "sizes contains '4'"),
+        ({"sizes": [None, 6]}, "None"),
+        ({"sizes": [True, 6]}, "True"),
+        ({"sizes": [[4], [6]]}, r"\(4,\)"),
+        ({"sizes": 8}, "sizes is 8; give a list"),
+        ({"sizes": [5, 6], "divisor": 2}, r"\(5, 5\).*multiples of 2"),
+        ({"sizes": [[4, 4], [6, 7]], "divisor": 2}, r"\(6, 7\).*multiples of 2"),
+        ({"divisor": 0}, "divisor is 0; use a whole number of at least 1"),
+        ({"divisor": -2}, "divisor is -2"),
+        ({"divisor": 1.5}, r"divisor is 1\.5"),
+        ({"divisor": "2"}, "divisor is '2'"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps is 0"),
+        ({"num_train_timesteps": None}, "num_train_timesteps is None"),
+        ({"prediction_type": "v_prediction"}, "v_prediction"),
+    ],
+)
+def test_what_is_no_schedule_is_refused_by_the_constructor_and_from_a_file(
+    arguments: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    whole = {"sigmas": [1.0, 0.5], "sizes": [4, 6]} | arguments
+    with pytest.raises(ValueError, match=message) as caught:
+        ScaleWiseScheduler(**whole)
+    assert "\n" not in str(caught.value)
+    file = tmp_path / "scheduler_config.json"
+    file.write_text(json.dumps({"_class_name": "ScaleWiseScheduler"} | whole))
+    with pytest.raises(ValueError, match=message):
+        ScaleWiseScheduler.from_pretrained(tmp_path)
+    if not {"divisor", "num_train_timesteps", "prediction_type"} & set(arguments):
+        with pytest.raises(UserError, match=message):
+            ScaleSchedule(**whole)
+
+
+def test_what_has_been_exported_still_loads(tmp_path: Path) -> None:
+    """Every field of earlier files, with the sizes in each of their forms; arrays and tensors as before."""
+    fields = {"divisor": 2, "interpolation": "bicubic", "num_train_timesteps": 1000, "prediction_type": "flow"}
+    for sizes in ([4, 6, 8], [4, [6, 8], 8], [[2, 4, 4], [3, 6, 6], [5, 8, 8]], [8, 8, 8]):
+        config = {"_class_name": "ScaleWiseScheduler", "_diffusers_version": "0.36.0", "sigmas": list(SIGMAS)}
+        (tmp_path / "scheduler_config.json").write_text(json.dumps(config | fields | {"sizes": sizes}))
+        scheduler = ScaleWiseScheduler.from_pretrained(tmp_path)
+        assert ScaleWiseScheduler.from_config(scheduler.config).base_sizes == scheduler.base_sizes
+        assert ScaleWiseScheduler.from_config(scheduler.config, divisor=1).config.divisor == 1
+    for kind in (np.array, torch.tensor):
+        scheduler = ScaleWiseScheduler(sigmas=kind([1.0, 0.5]), sizes=kind([4, 6]))
+        assert scheduler.base_sizes == [(4, 4), (6, 6)] and scheduler.sigmas.tolist() == [1.0, 0.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    "other", [FlowMatchEulerDiscreteScheduler(shift=3.0), DDIMScheduler(), EulerDiscreteScheduler()], ids=type
+)
+def test_another_schedulers_configuration_is_refused(other: Any, tmp_path: Path) -> None:
+    """`X.from_config(pipe.scheduler.config)` would take the default schedule, whatever the model."""
+    kind = type(other).__name__
+    with pytest.raises(ValueError, match=r"has no sigmas and sizes.*ScaleWiseScheduler\.from_pretrained\(folder\)"):
+        ScaleWiseScheduler.from_config(other.config)
+    other.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"a configuration of {kind} has no sigmas and sizes"):
+        ScaleWiseScheduler.from_pretrained(tmp_path)
+    for config in ({}, {"sigmas": [1.0, 0.5]}, {"_class_name": "ScaleWiseScheduler", "sigmas": [1.0]}):
+        with pytest.raises(ValueError, match=r"this configuration has no .*sizes"):
+            ScaleWiseScheduler.from_config(config)
+    own = ScaleWiseScheduler.from_config(other.config, sigmas=[1.0, 0.5], sizes=[4, 6])
+    assert own.base_sizes == [(4, 4), (6, 6)]
+    assert own.config.prediction_type == getattr(other.config, "prediction_type", "flow")
+
+
+# Which size a call ends at
+
+
+def ends_at(scheduler: ScaleWiseScheduler, x: Tensor) -> tuple[int, ...]:
+    return tuple(run(scheduler, x)[-1].shape[2:])
+
+
+@pytest.mark.parametrize(
+    "first", [(8, 8), (6, 6), (6, 8), (16, 16), (12, 5), (5, 12), (10, 4), (20, 20), (8, 4), (4, 8)]
+)
+def test_a_first_latent_too_large_for_the_schedule_is_refused(first: tuple[int, int]) -> None:
+    scheduler = build_schedule().scheduler(divisor=2)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"starts at \(4, 4\) and ends at \(8, 8\).*initial_latents") as caught:
+            run(scheduler, torch.randn(1, 4, *first))
+        assert "\n" not in str(caught.value)
+    assert ends_at(scheduler, build_latents(side=4)) == (8, 8)
+
+
+@pytest.mark.parametrize("first", [(6, 20, 34), (5, 20, 34), (6, 34, 20), (6, 26, 26), (6, 10, 16)])
+def test_videos_start_small_on_every_axis(first: tuple[int, ...]) -> None:
+    sizes = [[6, 20, 34], [11, 30, 52], [21, 60, 104]]
+    scheduler = ScaleWiseScheduler(sigmas=list(SIGMAS), sizes=sizes, divisor=2)
+    assert not scheduler._is_too_large(first)
+    for frames, height, width in ((21, *first[1:]), (7, *first[1:]), (first[0], 60, 104), (21, 60, 104), (11, 30, 52)):
+        assert scheduler._is_too_large((frames, height, width))
+
+
+@pytest.mark.parametrize(("sizes", "divisor"), [((64, 80, 96, 128), 2), ((32, 48, 96, 128), 2), ((16, 20, 24, 32), 1)])
+def test_first_sizes_of_all_aspect_ratios_are_taken_and_no_later_ones(sizes: tuple[int, ...], divisor: int) -> None:
+    scheduler = ScaleWiseScheduler(sigmas=[1.0, 0.9, 0.8, 0.7], sizes=sizes, divisor=divisor)
+    for width in range(1, 25):
+        for height in range(1, 25):
+            if 0.25 <= width / height <= 4:
+                final = aspect_size(f"{width}:{height}", sizes[-1] ** 2, divisor)
+                first, *later = scheduler.sizes_ending_at(final)
+                assert not scheduler._is_too_large(first), (final, first)
+                assert all(map(scheduler._is_too_large, later)), (final, later)
+
+
+def test_one_size_throughout_takes_any(tmp_path: Path) -> None:
+    scheduler = ScaleWiseScheduler(sigmas=list(SIGMAS), sizes=[8, 8, 8])
+    for size in ((8, 8), (4, 4), (16, 24)):
+        assert ends_at(scheduler, torch.randn(1, 4, *size)) == size
+
+
+def test_a_plan_belongs_to_its_latents(tmp_path: Path) -> None:
+    """A first size of 32x32 leads to 130x126 for the latents that were made for it, and to 128x128 for all others."""
+    scheduler = ScaleWiseScheduler(sigmas=list(SIGMAS), sizes=[32, 64, 128], divisor=2)
+    seed = torch.Generator().manual_seed
+    plain = torch.randn(2, 4, 32, 32, generator=seed(0))
+    usual = scheduler.initial_latents(2, 4, generator=seed(0))
+    odd = scheduler.initial_latents(2, 4, height=130, width=126, generator=seed(0))
+    large = scheduler.initial_latents(2, 4, height=256, width=192, generator=seed(0))
+    assert torch.equal(usual, plain) and not torch.equal(odd, plain)
+    assert torch.equal(odd.abs(), plain.abs()) and large.shape[2:] == (64, 48)
+    expected = [(odd, (130, 126)), (plain, (128, 128)), (large, (256, 192)), (usual, (128, 128)), (odd, (130, 126))]
+    for x, final in [*expected, *reversed(expected)]:
+        assert ends_at(scheduler, x) == final
+    copied = copy.deepcopy(scheduler)
+    scheduler.initial_latents(1, 4, height=126, width=130, generator=seed(0))
+    for one in (scheduler, copied):
+        assert ends_at(one, odd[1:].half()) == (130, 126) and ends_at(one, plain) == (128, 128)
+    wide = scheduler.initial_latents(2, 4, height=64, width=256, generator=seed(0))  # the same numbers as 16x64
+    assert torch.equal(wide.flatten(), plain.flatten()) and ends_at(scheduler, wide) == (64, 256)
+    scheduler.initial_latents(1, 4, generator=seed(0))
+    assert ends_at(scheduler, plain) == (128, 128) and ends_at(scheduler, wide) == (64, 256)
+    with pytest.raises(ValueError, match="made for final sizes"):
+        ends_at(scheduler, torch.cat([odd[:1], usual[1:]]))
+    with pytest.raises(ValueError, match="starts at"):
+        ends_at(copied, torch.randn(large.shape, generator=seed(0)))
+
+
+def test_marked_latents_are_noise_as_any_other() -> None:
+    scheduler = ScaleWiseScheduler(sigmas=[1.0, 0.5], sizes=[8, 32])
+    noise = scheduler.initial_latents(4000, 1, height=33, width=31, generator=torch.Generator().manual_seed(0))
+    assert noise.flatten(1).mean(0).abs().max() < 0.07 and (noise.flatten(1).std(0) - 1).abs().max() < 0.06
+
+
+def test_few_plans_are_kept() -> None:
+    scheduler = ScaleWiseScheduler(sigmas=[1.0, 0.5], sizes=[4, 8])
+    for _ in range(3):
+        scheduler.initial_latents(9000, 1)
+    assert len(scheduler._plans) <= 20_000
+
+
+# What others ask of a scheduler
+
+
+@pytest.mark.parametrize("process", [RectifiedFlow(), VariancePreserving()])
+def test_add_noise_is_the_noising_of_training(process: Any) -> None:
+    scheduler = ScaleWiseScheduler(sigmas=[1.0, 0.8, 0.6], sizes=[4, 6, 8], prediction_type=process.prediction_type)
+    x0, eps = build_latents(3), build_latents(3, seed=1)
+    times = torch.tensor([999, 400, 17])
+    expected = process.add_noise(x0, eps, times / 1000)
+    assert_close(scheduler.add_noise(x0, eps, times), expected, rtol=0, atol=1e-6)
+    for i, sigma in enumerate(scheduler.sigmas[:-1]):  # one for all; what `step` makes of it comes back
+        x_t = scheduler.add_noise(x0, eps, scheduler.timesteps[i][None])
+        assert_close(x_t, process.add_noise(x0, eps, sigma), rtol=0, atol=1e-6)
+    half = scheduler.add_noise(x0.half(), eps.half(), scheduler.timesteps[1])
+    assert half.dtype == torch.float16 and half.shape == x0.shape
+    for wrong in (torch.tensor([1001]), torch.tensor([-1.0]), torch.tensor([float("nan")]), torch.tensor([1, 2])):
+        with pytest.raises(ValueError, match="timesteps="):
+            scheduler.add_noise(x0, eps, wrong)
+
+
+def test_add_noise_between_steps_is_refused_where_sizes_grow() -> None:
+    """Inpainting pipelines blend the noised picture with the latents after each step."""
+    x = build_latents(side=4)
+    for sizes, fits in (([4, 6, 8], False), ([4, 4, 4], True)):
+        scheduler = ScaleWiseScheduler(sigmas=list(SIGMAS), sizes=sizes)
+        scheduler.step(x, 0, x)
+        if fits:
+            assert scheduler.add_noise(x, x, scheduler.timesteps[1]).shape == x.shape
+            continue
+        with pytest.raises(ValueError, match="inpainting and image-to-image keep one size"):
+            scheduler.add_noise(x, x, scheduler.timesteps[1])
+        scheduler.set_timesteps(3)
+        assert scheduler.add_noise(x, x, scheduler.timesteps[1]).shape == x.shape
+
+
+def test_what_third_party_code_asks_for() -> None:
+    scheduler = ScaleWiseScheduler(sigmas=list(SIGMAS), sizes=[4, 6, 8], num_train_timesteps=500)
+    assert len(scheduler) == 500 and scheduler.order == 1 and scheduler.init_noise_sigma == 1.0
+    assert scheduler.timesteps.tolist() == [500, 400, 300] and scheduler.num_inference_steps == 3
+    assert scheduler.begin_index is None and scheduler.step_index == 0
+    scheduler.set_begin_index(0)
+    assert scheduler.begin_index == 0
+    run(pickle.loads(pickle.dumps(scheduler)), build_latents(side=4))
+
+
+@pytest.mark.parametrize("kind", ["img2img", "inpaint"])
+def test_sdxls_other_pipelines_end_in_one_sentence(kind: str, tmp_path: Path) -> None:
+    base = families.build("sdxl")
+    scheduler = ScaleWiseScheduler(sigmas=[1.0, 0.8, 0.6], sizes=[4, 6, 8], divisor=2, prediction_type="epsilon")
+    parts = base.components | {"scheduler": scheduler}
+    for unused in ("image_encoder", "feature_extractor"):
+        parts.pop(unused, None)
+    pipeline = {"img2img": StableDiffusionXLImg2ImgPipeline, "inpaint": StableDiffusionXLInpaintPipeline}[kind]
+    pipe = pipeline(**parts, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    picture = torch.rand(1, 3, 64, 64)
+    more = {"mask_image": torch.ones(1, 1, 64, 64)} if kind == "inpaint" else {}
+    for strength, side, message in (
+        (None, 64, "strength below 1"),
+        (0.5, 64, "strength below 1"),
+        (1.0, 64, r"starts at \(4, 4\)"),
+        (1.0, 32, "inpainting and image-to-image keep one size"),
+    ):
+        small = torch.nn.functional.interpolate(picture, size=side)
+        masks = {key: torch.nn.functional.interpolate(mask, size=side) for key, mask in more.items()}
+        sizes = {"height": side, "width": side} if kind == "inpaint" else {}
+        call: dict[str, Any] = {"prompt": "a star", "image": small, "num_inference_steps": 3, "guidance_scale": 1.0}
+        call |= {"output_type": "latent"} | masks | sizes | ({} if strength is None else {"strength": strength})
+        if (kind, strength, side) == ("img2img", 1.0, 32):  # the first size at full strength: nothing to refuse
+            assert pipe(**call).images.shape[2:] == (8, 8)
+            continue
+        with pytest.raises(ValueError, match=message):
+            pipe(**call)

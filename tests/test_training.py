@@ -279,6 +279,26 @@ def test_what_changes_no_sample_may_change_when_a_run_continues(tmp_path: Path) 
     assert config_difference(checkpoint, changed) == "data.path was a, now b"
 
 
+def test_a_run_with_one_guidance_scale_for_both_can_go_on(tmp_path: Path) -> None:
+    """Runs of earlier versions have `model.guidance_scale`; what DMD takes is compared with the loss."""
+    checkpoint = tmp_path / "checkpoints" / "iteration-2.ckpt"
+
+    def config(dmd: float, **model: float) -> Any:
+        return OmegaConf.create(
+            {
+                "model": {"rank": 4} | model,
+                "task": {"model": {"rank": 4} | model},
+                "loss": {"dmd": {"guidance_scale": dmd}},
+            }
+        )
+
+    OmegaConf.save(config(7.0, guidance_scale=7.0), tmp_path / "config.yaml")
+    two = {"dmd_guidance_scale": 7.0, "drawing_guidance_scale": 4.5}
+    assert config_difference(checkpoint, config(7.0, **two)) is None
+    difference = config_difference(checkpoint, config(4.5, **two | {"dmd_guidance_scale": 4.5}))
+    assert difference == "loss.dmd.guidance_scale was 7.0, now 4.5"
+
+
 @pytest.mark.parametrize("resume", ["missing.ckpt", "."])
 def test_resuming_what_is_not_there_is_refused(tiny_model: Path, tmp_path: Path, resume: str) -> None:
     with pytest.raises(UserError, match="resume="):

@@ -20,6 +20,8 @@ from swd.types import UserError
 COMPARED = ("seed", "model", "schedule", "loss", "data", "task")  # the task repeats the groups that it is built from
 NO_MATTER = ("workers", "prefetch", "max_bad")
 """Keys of the data that change neither a sample nor its turn."""
+GUIDANCE = ("guidance_scale", "dmd_guidance_scale", "drawing_guidance_scale")
+"""Keys of a model that training has no use for: the loss has its own. Runs of earlier versions have the first alone."""
 
 
 class Checkpoint(ModelCheckpoint):
@@ -140,6 +142,9 @@ def config_difference(path: Path, cfg: DictConfig) -> str | None:
     for plain in (old, new):
         for key in NO_MATTER:
             plain.setdefault("data", {}).pop(key, None)
+        for model in (plain.get("model"), (plain.get("task") or {}).get("model")):
+            for key in GUIDANCE:
+                (model or {}).pop(key, None)
     for section in COMPARED:
         difference = first_difference(old.get(section), new.get(section), section)
         if difference:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,8 @@ NOT_DRAWN_WITH = {"_target_", "path", "tuning", "rank", "alpha", "targets", "fea
     "size",
     "teacher_steps",
     "guidance_scale",
+    "dmd_guidance_scale",
+    "drawing_guidance_scale",
     "embedded_guidance",
 }
 """Keys of a model that do not matter here, or that the manifest says elsewhere."""
@@ -223,15 +226,21 @@ def requests_of(cfg: DictConfig) -> Requests:
 
 
 def model_of(cfg: DictConfig) -> Pretrained:
-    """The teacher, with the steps and the guidance that are asked for."""
+    """The teacher, with the steps and the guidance that are asked for.
+
+    Raises:
+        UserError: for a guidance scale that a pipeline would ignore.
+    """
     model: Pretrained = instantiate(cfg.model, _convert_="all")
     if cfg.steps is not None:
         model.teacher_steps = cfg.steps
     if cfg.guidance_scale is not None:
+        if not 1 <= cfg.guidance_scale < math.inf:
+            raise UserError(f"guidance_scale={cfg.guidance_scale}; use 1 for none, or more")
         if model.network_config.get("guidance_embeds"):
             model.embedded_guidance = float(cfg.guidance_scale)
         else:
-            model.guidance_scale = float(cfg.guidance_scale)
+            model.drawing_guidance_scale = float(cfg.guidance_scale)
     return model
 
 
@@ -260,7 +269,7 @@ def settings_of(cfg: DictConfig, model: Pretrained, requests: Requests, size: Si
     return {
         "model": {"name": model.name, "fingerprint": whole_fingerprint(model), **config},
         "steps": model.teacher_steps,
-        "guidance_scale": model.guidance_scale,
+        "guidance_scale": model.drawing_guidance_scale,
         "embedded_guidance": model.embedded_guidance,
         "precision": str(model.dtype(device)).removeprefix("torch."),
         "size": list(model.pixel_size(size)),

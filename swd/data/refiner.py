@@ -53,7 +53,7 @@ def draw_refined(
     common = {
         "prompt": [request.prompt for request in requests],
         "num_inference_steps": model.teacher_steps,
-        "guidance_scale": model.guidance_scale,
+        "guidance_scale": model.drawing_guidance_scale,
         "generator": [torch.Generator().manual_seed(request.seed) for request in requests],
         "output_type": "latent",
     }

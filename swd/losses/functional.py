@@ -1,4 +1,4 @@
-"""The losses as pure functions: tensors in, tensors out, float32 inside (SwD paper, section 3.3)."""
+"""The losses as pure functions: tensors in, tensors out, float32 inside (SwD paper, sections 4.1, 4.2)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def mmd_loss(
     bandwidth: float = 100.0,
     reduce: Reduce = "image",
 ) -> Tensor:
-    """Maximum mean discrepancy between the tokens of two feature maps (SwD paper, eq. 2).
+    """Maximum mean discrepancy between the tokens of two feature maps (SwD paper, section 4.2, eq. 2).
 
     Args:
         real, fake: features `[B, L, D]`.

@@ -18,7 +18,7 @@ MOST_LAYERS = 64
 
 
 class GAN(LossTerm):
-    """GAN (SwD paper, section 3.3; DMD2): the discriminator reads the fake network's features of noised latents.
+    """GAN (SwD paper, appendix A, after DMD2): the discriminator reads the fake network's features of noised latents.
 
     With DMD it judges the same noised sample that DMD draws, in the same forward; without, its own draw.
 

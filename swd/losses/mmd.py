@@ -14,7 +14,7 @@ from swd.types import Noised, UserError
 
 
 class MMD(LossTerm):
-    """MMD (SwD paper, section 3.3, eq. 2) on features of the teacher or the fake network.
+    """MMD (SwD paper, section 4.2, eq. 2) on features of the teacher or the fake network.
 
     Args:
         weight: of the loss.

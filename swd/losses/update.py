@@ -18,7 +18,7 @@ from swd.types import Conditioning, Draws, UserError
 def student_x0(
     networks: Networks, interval: Interval, source: Tensor, conditioning: Conditioning, draws: Draws
 ) -> Tensor:
-    """The student's clean prediction at the target size (SwD paper, section 3.2).
+    """The student's clean prediction at the target size (SwD paper, section 4.1).
 
     Args:
         networks: the roles.

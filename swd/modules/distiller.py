@@ -33,7 +33,7 @@ class Inputs:
     Attributes:
         interval: the step of the schedule that is trained.
         source, target: clean latents of the data at its two sizes.
-        conditioning: B rows; `empty`: the encoded empty prompt, one row.
+        conditioning: B rows; `empty`: what takes the place of a prompt for guidance, one row.
         draws: where random numbers come from.
     """
 
@@ -46,7 +46,7 @@ class Inputs:
 
 
 class Distiller(LightningModule):
-    """Scale-wise distillation of one pretrained model (SwD paper, algorithm 1).
+    """Scale-wise distillation of one pretrained model (SwD paper, section 4.1).
 
     One call of `training_step` is one update on one fresh batch: `critic_updates` critic updates, then a generator
     update, make an iteration. Iteration k trains step `k mod N` of the schedule. `global_step` counts iterations.
@@ -155,16 +155,17 @@ class Distiller(LightningModule):
 
     @property
     def empty(self) -> Conditioning:
-        """The encoded empty prompt for the schedule's own size, one row."""
+        """What takes the place of a prompt for guidance, for the schedule's own size, one row."""
         return self.empty_for(None)
 
     def empty_for(self, bucket: Size | None) -> Conditioning:
-        """The encoded empty prompt, one row, for finished pictures of `bucket` pixels; None: the schedule's own."""
+        """What takes the place of a prompt for guidance, one row, for finished pictures of `bucket` pixels.
+
+        None: the schedule's own. Caches hold the encoded empty prompt; SDXL's zeros are made of it here.
+        """
         if bucket not in self._empty:
-            if self._is_cached:
-                self._empty[bucket] = self._data.empty(bucket)
-            else:
-                self._empty[bucket] = self._encode_prompts([""], bucket)
+            empty = self._data.empty(bucket) if self._is_cached else self._encode_prompts([""], bucket)
+            self._empty[bucket] = self.model.unconditional(empty)
         return self._empty[bucket].to(self.device)
 
     def _encode_prompts(self, prompts: list[str], bucket: Size | None) -> Conditioning:
@@ -341,7 +342,7 @@ def check_fit(model: Pretrained, schedule: ScaleSchedule, terms: Mapping[str, Lo
     reason = model.backbone_class.dmd_fails
     if reason and any(isinstance(term, DMD) for term in terms.values()):
         warnings.warn(
-            f"DMD is known to fail on {model.family}: {reason} (SwD paper, section 4); loss=mmd is what works",
+            f"DMD is known to fail on {model.family}: {reason} (SwD paper, appendix B); loss=mmd is what works",
             UserWarning,
             stacklevel=2,
         )

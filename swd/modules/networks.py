@@ -102,7 +102,17 @@ class Networks(nn.Module, ABC):
     def guided_x0(
         self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning, empty: Conditioning, guidance: float
     ) -> Tensor:
-        """The teacher's clean prediction with classifier-free guidance: `empty + guidance * (text - empty)`."""
+        """The teacher's clean prediction with classifier-free guidance: `empty + guidance * (text - empty)`.
+
+        It equals what the stock pipeline predicts at this level, given the same scale and the family's own `empty`.
+
+        Args:
+            x_t: noised latent `[B, C, *size]`.
+            sigma: noise levels `[B]`.
+            conditioning: B rows.
+            empty: what takes the place of a prompt, one row (`Pretrained.unconditional`).
+            guidance: 1 for none: one pass instead of two.
+        """
         if guidance == 1.0:
             return self.x0("teacher", x_t, sigma, conditioning)[0]
         both = Conditioning.cat([conditioning, empty.expand(len(x_t))])

@@ -34,12 +34,14 @@ from swd.modules.parts import (
     weight_indices,
 )
 from swd.modules.quantize import Quantization, quantize
-from swd.types import Size, UserError
+from swd.types import Conditioning, Size, UserError
 
 Precision = Literal["auto", "fp32", "bf16"]
 
 LARGEST_RANK = 64
 """LoRA rank that is always allowed (SwD paper, appendix C); beyond it, up to the network's own width."""
+DMD_GUIDANCE, DRAWING_GUIDANCE = 7.0, 4.5
+"""Stable Diffusion 3.5 Medium's: of DMD in the released script, of the training set in the paper's appendix A."""
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 """A tokenizer folder has at least one of them."""
@@ -65,12 +67,17 @@ class Pretrained:
         precision: dtype of the frozen base; LoRA and losses are always float32. "auto": bf16 where the machine computes
             it natively.
         quantization: stores the frozen base's linear layers in 8 bits, "int8" or "fp8".
-        guidance_scale: classifier-free guidance of the teacher, in DMD and when it samples.
+        dmd_guidance_scale: classifier-free guidance of the teacher in DMD; 1 for none. The default is that of the
+            released script for Stable Diffusion 3.5 Medium.
+        drawing_guidance_scale: classifier-free guidance of the teacher when it draws: its training set, samples, the
+            rows of an evaluation; 1 for none. The default is the paper's for Stable Diffusion 3.5 (appendix A).
         embedded_guidance: guidance that a guidance-distilled network (FLUX.1-dev) is fed, in all roles.
         feature_blocks: blocks that MMD and GAN read by default.
         max_text_tokens: length that the pipeline's T5 prompt is padded to.
         teacher_steps: steps of the teacher's own sampler, 1 to 1000.
         init_adapter: folder of an adapter to start the student from: a run, an export, or a published PEFT folder.
+        guidance_scale: what runs of earlier versions have instead of the two scales above: one for both. A scale of its
+            own wins over it.
 
     Attributes:
         initial: what `init_adapter` holds, from when it was checked until the student has it.
@@ -94,18 +101,23 @@ class Pretrained:
         targets: Sequence[str] = TARGETS,
         precision: Precision = "auto",
         quantization: Quantization | None = None,
-        guidance_scale: float = 7.0,
+        dmd_guidance_scale: float | None = None,
+        drawing_guidance_scale: float | None = None,
         embedded_guidance: float | None = None,
         feature_blocks: Sequence[int] = (11,),
         max_text_tokens: int = 256,
         teacher_steps: int = 28,
         init_adapter: str | None = None,
+        guidance_scale: float | None = None,
     ) -> None:
         self.family, self.backbone_class = family, load_family(family)
         self.tuning, self.rank, self.alpha, self.targets = tuning, rank, alpha, tuple(targets)
         self.path, self.revision = path, revision
         self.precision, self.quantization = precision, quantization
-        self.guidance_scale, self.embedded_guidance = guidance_scale, embedded_guidance
+        self.dmd_guidance_scale, self.drawing_guidance_scale = guidance_scales(
+            dmd_guidance_scale, drawing_guidance_scale, guidance_scale
+        )
+        self.embedded_guidance = embedded_guidance
         self.feature_blocks, self.max_text_tokens = tuple(feature_blocks), max_text_tokens
         self.teacher_steps, self.init_adapter = teacher_steps, init_adapter
         self._check_settings()
@@ -127,7 +139,6 @@ class Pretrained:
         most = self.backbone_class.encoders_type.most_text_tokens
         limits.whole("model.max_text_tokens", self.max_text_tokens, 1, most, f"all that {self.family}'s pipeline takes")
         limits.whole("model.teacher_steps", self.teacher_steps, 1, limits.STEPS)
-        limits.number("model.guidance_scale", self.guidance_scale, 0, limits.GUIDANCE, "1 for none")
         limits.number("model.embedded_guidance", self.embedded_guidance, 0, limits.GUIDANCE)
         if self.rank < 1:
             raise UserError(f"model.rank={self.rank}; a LoRA rank is at least 1")
@@ -214,6 +225,8 @@ class Pretrained:
             )
 
     def _check_guidance(self) -> None:
+        if self.embedded_guidance is not None and not 0 <= self.embedded_guidance < math.inf:
+            raise UserError(f"model.embedded_guidance={self.embedded_guidance}; use a scale of 0 or more, e.g. 4.5")
         if self.network_config.get("guidance_embeds") and self.embedded_guidance is None:
             raise UserError(
                 "model.embedded_guidance is null, but this network is fed a guidance scale; FLUX.1-dev's is 4.5"
@@ -333,6 +346,14 @@ class Pretrained:
         """Names of the pipeline's subfolders."""
         index = read_json(self.folder / "model_index.json")
         return [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
+
+    def unconditional(self, empty: Conditioning) -> Conditioning:
+        """What takes the place of a prompt for classifier-free guidance, as the stock pipeline has it.
+
+        Args:
+            empty: the encoded empty prompt, from the encoders or a cache.
+        """
+        return self.backbone_class.unconditional(empty, read_json(self.folder / "model_index.json"))
 
     def latent_dtype(self, pipe: Any) -> torch.dtype:
         """What the stock pipeline carries latents in."""
@@ -461,6 +482,25 @@ def _reason(error: Exception) -> str:
     text = " ".join(f"{type(error).__name__}: {error}".split())
     # Libraries advise to run a folder's own code, which this package never does.
     return "it has code of its own, which is never run" if "trust_remote_code" in text else text[:160]
+
+
+def guidance_scales(dmd: float | None, drawing: float | None, both: float | None) -> tuple[float, float]:
+    """The guidance of DMD and that of drawing, from the two keys and the one that runs of earlier versions have.
+
+    Raises:
+        UserError: for a scale that cannot be used, or all three at once.
+    """
+    for key, scale, least in (("dmd", dmd, 0.0), ("drawing", drawing, 1.0), ("", both, 0.0)):
+        limits.number(f"model.{key}{key and '_'}guidance_scale", scale, least, limits.GUIDANCE, "1 for none")
+    if both is None:
+        return DMD_GUIDANCE if dmd is None else float(dmd), DRAWING_GUIDANCE if drawing is None else float(drawing)
+    if dmd is not None and drawing is not None:
+        raise UserError(
+            f"model.guidance_scale={both} is two keys now, model.dmd_guidance_scale={dmd} for the teacher in DMD and "
+            f"model.drawing_guidance_scale={drawing} for what it draws; set these and leave guidance_scale out"
+        )
+    # Below 1 pipelines drew without guidance.
+    return float(both if dmd is None else dmd), float(max(both, 1.0) if drawing is None else drawing)
 
 
 def native_bf16(device: torch.device) -> bool:

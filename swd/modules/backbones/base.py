@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ from swd.modules.encoders import Encoders
 from swd.types import Conditioning, Size, UserError
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
-"""Linear layers that get LoRA: attention and MLP (SwD paper, appendix C). All five families call them so."""
+"""Linear layers that get LoRA: attention and MLP (SwD paper, appendix A). All five families call them so."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,16 @@ class Backbone(nn.Module, ABC):
     def guidance_arguments(scale: float) -> dict[str, Any]:
         """What the stock pipeline is called with for classifier-free guidance with an empty prompt."""
         return {"guidance_scale": scale}
+
+    @staticmethod
+    def unconditional(empty: Conditioning, pipeline_config: Mapping[str, Any]) -> Conditioning:
+        """What the stock pipeline feeds in place of a prompt for classifier-free guidance: the encoded empty prompt.
+
+        Args:
+            empty: the encoded empty prompt.
+            pipeline_config: the pipeline's `model_index.json`.
+        """
+        return empty
 
     @staticmethod
     def to_pipeline(latents: Tensor) -> Tensor:

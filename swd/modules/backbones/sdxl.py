@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -58,6 +58,18 @@ class SDXLBackbone(Backbone):
     @staticmethod
     def sampling_arguments(max_text_tokens: int, guidance: float | None) -> dict[str, Any]:
         return {"guidance_scale": 1.0}
+
+    @staticmethod
+    def unconditional(empty: Conditioning, pipeline_config: Mapping[str, Any]) -> Conditioning:
+        """Zeros instead of an encoded empty prompt, where the pipeline says `force_zeros_for_empty_prompt`.
+
+        SDXL's base was trained so: dropped captions were zeros behind the text encoders. It is published with that
+        setting, which is also the pipeline's default. The micro-conditioning stays.
+        """
+        if not pipeline_config.get("force_zeros_for_empty_prompt", True):
+            return empty
+        assert empty.pooled is not None
+        return replace(empty, embeds=torch.zeros_like(empty.embeds), pooled=torch.zeros_like(empty.pooled))
 
     @staticmethod
     def comfy_key(module: str) -> str:

@@ -7,6 +7,7 @@ it is distilled (SwD paper, appendix B).
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 from collections import deque
 from collections.abc import Sequence
@@ -76,7 +77,7 @@ class FlowMatching(L.LightningModule):
         warmup: steps up to it; half a cosine down to zero follows.
         weight_decay: of AdamW.
         ema: decay of the averaged weights.
-        caption_dropout: how often a caption becomes the empty one, for classifier-free guidance.
+        caption_dropout: how often a caption becomes what guidance takes in its place (the empty one; SDXL: zeros).
         sigma_shift, sigma_spread: see `draw_sigma`.
         reuse: a step trains on `reuse` times as many pictures as its batch brings; the others come from a memory of
             pictures already encoded (at every size). 1: every picture is used once and encoded at one size only.
@@ -168,6 +169,7 @@ class FlowMatching(L.LightningModule):
         """Text encoders and VAE, loaded when first used."""
         if not self._encoders:
             self._encoders.append(self.model.encoders(self.device).to(self.device))
+            self._encoders[0].final_size = max(self.sizes, key=math.prod)  # what conditioning names, if it names a size
         return self._encoders[0]
 
     def on_fit_start(self) -> None:
@@ -231,9 +233,9 @@ class FlowMatching(L.LightningModule):
         return (latents - shift) * scale
 
     def drop_captions(self, conditioning: Conditioning, generator: torch.Generator) -> Conditioning:
-        """Replace some rows by the encoded empty prompt."""
+        """Replace some rows by what takes the place of a prompt for guidance."""
         dropped = torch.rand(len(conditioning), generator=generator) < self.caption_dropout
-        empty = self.encoders.encode_prompts([""])
+        empty = self.model.unconditional(self.encoders.encode_prompts([""]))
 
         def mix(kept: Tensor, blank: Tensor) -> Tensor:
             mask = dropped.view(-1, *[1] * (kept.ndim - 1)).to(kept.device)
