@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,13 @@ def stop_unless_finite(trainer: Trainer, checks: Checks, place: str, state: str)
     )
 
 
-def step_or_stop(optimizer: Any, trainer: Trainer, parameters: Iterable[Tensor], name: str, place: str) -> None:
+def step_or_stop(
+    step: Callable[[], Any], trainer: Trainer, parameters: Iterable[Tensor], name: str, place: str
+) -> None:
     """One optimizer step, after which the weights must still be finite.
 
     Args:
-        optimizer: whose `step` is called.
+        step: makes the step.
         trainer: of the run.
         parameters: its weights.
         name: of the weights, for the message.
@@ -61,7 +63,7 @@ def step_or_stop(optimizer: Any, trainer: Trainer, parameters: Iterable[Tensor],
     """
     overflow = False
     try:
-        optimizer.step()
+        step()
     except RuntimeError as error:  # torch's words where a factor of the step exceeds the weights' type
         if "without overflow" not in str(error):
             raise

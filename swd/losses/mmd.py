@@ -21,7 +21,7 @@ class MMD(LossTerm):
         blocks: whose features are compared; the loss is their mean.
         features: network that the features come from; None: the fake where one is trained, else the teacher.
         kernel: "linear" compares token means, "rbf" all pairs of tokens.
-        distance: "pseudo_huber" or "squared" (eq. 2, summed over the images of the global batch), for the linear kernel.
+        distance: "pseudo_huber" or "squared" (eq. 2, summed over the global batch), for the linear kernel.
         c: pseudo-Huber constant.
         bandwidth: sigma of the rbf kernel.
         reduce: compare per image, or the batch as one set (on one process only: sets of parts of a batch are not the

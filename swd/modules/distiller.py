@@ -309,7 +309,7 @@ class Distiller(LightningModule):
         owner = "the student" if role == "student" else "the critic"
         checks = checks | {f"gradient norm of {owner}": norm.isfinite()}
         stop_unless_finite(self.trainer, checks, place, "no weight was changed by it")
-        step_or_stop(optimizer, self.trainer, parameters, f"weights of {owner}", place)
+        step_or_stop(optimizer.step, self.trainer, parameters, f"weights of {owner}", place)
 
     @torch.no_grad()
     def predictions(self) -> Checks:

@@ -7,12 +7,60 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import AveragedModel
+
+from swd.finite import all_finite, step_or_stop, stop_unless_finite
+from swd.types import Checks, UserError
+
+
+class WatchedTask(L.LightningModule):
+    """A task with one optimizer whose run stops at the first value that is not finite.
+
+    Attributes:
+        checks: what the last `training_step` found finite or not, term by term.
+    """
+
+    checks: Checks
+
+    @property
+    def updates(self) -> int:
+        """Batches taken so far: where the data continue when a run is resumed."""
+        return int(self.global_step)
+
+    @property
+    def _place(self) -> str:
+        return f"iteration {self.global_step + 1}"
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        self.checks = {**getattr(self, "checks", {}), "loss": loss.detach().isfinite()}
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        gradients = [p.grad for p in self._trained(optimizer) if p.grad is not None]
+        checks = self.checks | {"gradient norm": get_total_norm(gradients).isfinite()}
+        stop_unless_finite(self.trainer, checks, self._place, "no weight was changed by it")
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        optimizer = kwargs.get("optimizer", args[2] if len(args) > 2 else None)
+        step = partial(super().optimizer_step, *args, **kwargs)
+        step_or_stop(step, self.trainer, self._trained(optimizer), "weights", self._place)
+
+    @staticmethod
+    def _trained(optimizer: Any) -> list[Tensor]:
+        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def check_finite(module: nn.Module, what: str) -> None:
+    """Raise UserError if weights about to be written over older ones are not finite, in the type that is written."""
+    if not all_finite(module.state_dict().values()):
+        raise UserError(f"{what} has weights that are not finite and was not written; try a lower task.lr")
 
 
 def averaged(model: nn.Module, decay: float) -> AveragedModel:
