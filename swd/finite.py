@@ -16,7 +16,8 @@ from swd.types import Checks, UserError
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:
     """Whether no element of any tensor is infinite or NaN: a boolean scalar, computed where the tensors are."""
     found = [tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point()]
-    return torch.stack(found).all() if found else torch.tensor(True)
+    # Steps of an optimizer are on the CPU, its moments are not.
+    return torch.stack([each.to(found[0].device) for each in found]).all() if found else torch.tensor(True)
 
 
 def stop_unless_finite(trainer: Trainer, checks: Checks, place: str, state: str) -> None:

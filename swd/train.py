@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import sys
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hydra.utils import instantiate
@@ -17,10 +20,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
 
-from swd.callbacks.checkpoint import find_checkpoint
+from swd.callbacks import Progress, Samples, SaveAdapter
+from swd.callbacks.checkpoint import clear_run, find_checkpoint
+from swd.callbacks.fixed import FixedLosses
+from swd.checkpoints import Resumable, iterations
 from swd.config import check, one_line
 from swd.files import claim_folder, write_json, write_text
+from swd.finite import last_checkpoint
+from swd.io.progress import say
 from swd.modules.distiller import Distiller
+from swd.modules.pretrain.common import WatchedTask
 from swd.types import UserError
 
 ROOT = {"seed": int, "name": str, "output": str, "folder": str, "resume": str | None}
@@ -46,19 +55,103 @@ def fit(cfg: DictConfig, *more: Callback) -> tuple[LightningModule, Trainer]:
     quiet()
     folder = Path(cfg.folder)
     task, data = build(cfg)
-    checkpoint = find_checkpoint(cfg.resume, folder.parent, cfg)
-    # Under a launcher each process runs this; only the first one owns the folder.
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0:
-        record(cfg, claim_folder(folder, reserve=True), checkpoint)
+    checkpoint = find_checkpoint(cfg.resume, folder.parent, cfg, cast(Resumable, task))
+    if checkpoint and iterations(checkpoint) >= cfg.trainer.max_steps:
+        return finish(cfg, task, data, checkpoint, *more)
     trainer = build_trainer(cfg, folder, *more)
+    # Under a launcher each process runs this; only the first one owns the folder.
+    owner = int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
+    if owner:
+        record(cfg, claim_folder(folder, reserve=True), checkpoint)
+        for run in {folder, run_of(checkpoint)} if checkpoint else {folder}:
+            clear_run(run)
+    try:
+        _fit(trainer, task, data, checkpoint)
+    except (UserError, KeyboardInterrupt):
+        if owner:
+            drop_empty(folder)
+        raise
+    return task, trainer
+
+
+def _fit(trainer: Trainer, task: LightningModule, data: Any, checkpoint: str | None) -> None:
+    """`trainer.fit`, with what a user can mend told in one line."""
+    callbacks: list[Callback] = cast(Any, trainer).callbacks
+    callbacks.sort(key=_turn)
     try:
         trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
     except MisconfigurationException as error:
         raise UserError(f"trainer: {one_line(error)}") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"{error.filename or trainer.default_root_dir} cannot be written ({error.strerror}); make room; last good "
+            f"checkpoint: {last_checkpoint(trainer)}"
+        ) from None
     except SystemExit:  # what Lightning makes of Ctrl-C
         if trainer.interrupted:
             raise KeyboardInterrupt from None
         raise
+
+
+def _turn(callback: Callback) -> int:
+    """Order of callbacks: checkpoint and student are written before anything that draws or measures can fail."""
+    if isinstance(callback, ModelCheckpoint):
+        return 1
+    if isinstance(callback, SaveAdapter):
+        return 2
+    return 4 if isinstance(callback, Progress) else 3 if isinstance(callback, Samples | FixedLosses) else 0
+
+
+def run_of(checkpoint: str) -> Path:
+    """The run folder that a checkpoint lies in."""
+    return Path(checkpoint).parent.parent
+
+
+def drop_empty(folder: Path) -> None:
+    """Remove the folder of a run of which nothing came but the record of how it was started."""
+    started = {"config.yaml", "run.json"}
+    if {file.name for file in folder.iterdir()} <= started:
+        for name in started:
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def finish(
+    cfg: DictConfig, task: LightningModule, data: Any, checkpoint: str, *more: Callback
+) -> tuple[LightningModule, Trainer]:
+    """Write what a run whose iterations are all done still lacks, into its own folder; no new one is left.
+
+    Args:
+        cfg: the configuration; `folder` becomes the run's.
+        task, data: as `build` made them.
+        checkpoint: the last one of the run.
+        more: callbacks of a caller who goes on with the trained task; it is then loaded even if nothing is missing.
+    """
+    run, done = run_of(checkpoint), iterations(checkpoint)
+    asked, cfg.folder = Path(cfg.folder), str(run)
+    if asked.is_dir() and not any(asked.iterdir()):
+        asked.rmdir()  # Hydra makes it before anything is known
+    clear_run(run)
+    plain = OmegaConf.merge(cfg, {"logger": None})  # a logger would start its files afresh
+    trainer = build_trainer(cast(DictConfig, plain), run, *more)
+    late = [c for c in cast(Any, trainer).callbacks if isinstance(c, SaveAdapter | Samples)]
+    missing: dict[str, Callable[[], None]] = {
+        path: partial(c.on_train_end, trainer, task)
+        for c in sorted(late, key=_turn)
+        if (path := c.missing(run, task, done))
+    }
+    if isinstance(task, WatchedTask) and task.older_than(Path(checkpoint)):
+        missing[str(task.target)] = task.export
+    if missing or more:
+        _fit(trainer, task, data, checkpoint)
+        task.to(trainer.strategy.root_device)
+    for write in missing.values():
+        write()
+    if trainer.is_global_zero:
+        wrote = f"wrote {', '.join(missing)} from {checkpoint}, and " if missing else ""
+        say(f"all {done} iterations of {run} were done; {wrote}nothing else is left to do")
     return task, trainer
 
 
@@ -70,7 +163,7 @@ def prepare(cfg: DictConfig) -> tuple[LightningModule, Any]:
     """
     built = build(cfg)
     if cfg.resume not in (None, "auto"):
-        find_checkpoint(cfg.resume, Path(cfg.output), cfg)
+        find_checkpoint(cfg.resume, Path(cfg.output), cfg, cast(Resumable, built[0]))
     return built
 
 
@@ -97,6 +190,8 @@ def build(cfg: DictConfig) -> tuple[LightningModule, Any]:
         )
     if isinstance(task, Distiller) and hasattr(data, "check"):
         data.check(task.model, task.schedule)
+    if isinstance(task, Distiller):
+        task.check_processes(processes)
     return task, data
 
 

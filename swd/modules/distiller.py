@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,11 +11,12 @@ from typing import Any, Literal
 import torch
 from lightning import LightningModule
 from torch import Tensor
-from torch.nn import ModuleDict
+from torch.nn import ModuleDict, Parameter
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 
 from swd.adapters import check_start, read_adapter
+from swd.checkpoints import optimizer_misfit
 from swd.finite import all_finite, step_or_stop, stop_unless_finite
 from swd.losses.base import CriticStep, GeneratorStep, LossTerm, Metrics
 from swd.losses.dmd import DMD
@@ -198,11 +200,14 @@ class Distiller(LightningModule):
 
     def configure_optimizers(self) -> list[Optimizer]:
         options: dict[str, Any] = {"betas": tuple(self.betas), "weight_decay": self.weight_decay}
-        optimizers: list[Optimizer] = [AdamW(self.networks.role_parameters("student"), lr=self.lr, **options)]
-        if self.critic_updates:
-            critic = [*self.networks.role_parameters("fake"), *self.terms.parameters()]
-            optimizers.append(AdamW(critic, lr=self.critic_lr, **options))
-        return optimizers
+        rates = (self.lr, self.critic_lr)
+        trained = self._trained(self.networks, self.terms)
+        return [AdamW(parameters, lr=lr, **options) for parameters, lr in zip(trained, rates, strict=False)]
+
+    def _trained(self, networks: Networks, terms: ModuleDict) -> list[list[Parameter]]:
+        """What each optimizer trains: the student, and the critic if there is one."""
+        student = networks.role_parameters("student")
+        return [student, [*networks.role_parameters("fake"), *terms.parameters()]] if self.critic_updates else [student]
 
     def check_processes(self, processes: int) -> None:
         """Raise UserError if a term of the loss cannot be shared by so many processes."""
@@ -386,14 +391,35 @@ class Distiller(LightningModule):
         checkpoint["swd"] = {"updates": self.updates}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if "swd" not in checkpoint:
-            raise UserError("the checkpoint is not one of a distillation with this program")
         self.updates = int(checkpoint["swd"]["updates"])
-        missing = {k for k, p in self.named_parameters() if p.requires_grad} - set(checkpoint["state_dict"])
-        if missing:
-            raise UserError(
-                f"the checkpoint has no weights for {sorted(missing)[0]}; it belongs to another configuration"
-            )
+
+    def misfit(self, checkpoint: Mapping[str, Any]) -> str | None:
+        """What a checkpoint lacks, or has in another shape, of what this trains; None if it fits. Loads no weights."""
+        updates = checkpoint.get("swd", {}).get("updates")
+        expected = checkpoint["global_step"] * self.updates_per_iteration
+        if updates != expected:
+            return f"it counts {updates} updates rather than {expected}, or is not of a distillation with this program"
+        trained = self._shapes()
+        state = {key: tuple(value.shape) for key, value in checkpoint["state_dict"].items()}
+        for key, shape in {key: shape for each in trained for key, shape in each.items()}.items():
+            if state.get(key) != shape:
+                return f"{key} is missing or has another shape"
+        stored = checkpoint["optimizer_states"]
+        if len(stored) != len(trained):
+            return f"it has {len(stored)} optimizers rather than {len(trained)}"
+        wrong = (optimizer_misfit(one, list(each.values())) for one, each in zip(stored, trained, strict=True))
+        return next((reason for reason in wrong if reason), None)
+
+    def _shapes(self) -> list[dict[str, tuple[int, ...]]]:
+        """Name and shape of what each optimizer trains, without weights in memory."""
+        networks, terms = self.model.untrained_networks(self.roles), copy.deepcopy(self.terms)
+        with torch.device("meta"):
+            for term in terms.values():
+                term.build(self.model.limits.width)
+        whole = ModuleDict({"networks": networks, "terms": terms})
+        names = {parameter: name for name, parameter in whole.named_parameters()}
+        groups = self._trained(networks, terms)
+        return [{names[parameter]: tuple(parameter.shape) for parameter in group} for group in groups]
 
 
 def check_fit(model: Pretrained, schedule: ScaleSchedule, terms: Mapping[str, LossTerm]) -> None:

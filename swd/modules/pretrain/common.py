@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import AveragedModel
 
+from swd.checkpoints import tensors
 from swd.finite import all_finite, step_or_stop, stop_unless_finite
 from swd.types import Checks, UserError
 
@@ -29,6 +30,20 @@ class WatchedTask(L.LightningModule):
     """
 
     checks: Checks
+
+    @property
+    def target(self) -> Path:
+        """The folder that `export` writes."""
+        raise NotImplementedError
+
+    def export(self) -> None:
+        """Write what was trained."""
+        raise NotImplementedError
+
+    def older_than(self, checkpoint: Path) -> bool:
+        """Whether what `export` writes is missing, or is from before `checkpoint`."""
+        times = [file.stat().st_mtime_ns for file in self.target.glob("*.safetensors")]
+        return max(times, default=0) < checkpoint.stat().st_mtime_ns
 
     @property
     def updates(self) -> int:
@@ -51,6 +66,19 @@ class WatchedTask(L.LightningModule):
         optimizer = kwargs.get("optimizer", args[2] if len(args) > 2 else None)
         step = partial(super().optimizer_step, *args, **kwargs)
         step_or_stop(step, self.trainer, self._trained(optimizer), "weights", self._place)
+
+    def misfit(self, checkpoint: Mapping[str, Any]) -> str | None:
+        """What a checkpoint lacks of an optimizer with its moments; None if it fits. Loads no weights."""
+        states = checkpoint["optimizer_states"]
+        if len(states) != 1:
+            return f"it has {len(states)} optimizers rather than 1"
+        shapes = {tuple(value.shape) for value in checkpoint["state_dict"].values()}
+        moments = [part["state"] for part in states[0].get("parts", states)]
+        if not all(moments):
+            return "an optimizer has lost its moments"
+        if any(tuple(value.shape) not in shapes | {()} for value in tensors(moments)):
+            return "a moment of an optimizer has the shape of no weight"
+        return None
 
     @staticmethod
     def _trained(optimizer: Any) -> list[Tensor]:

@@ -250,14 +250,18 @@ class FlowMatching(WatchedTask):
     def on_train_end(self) -> None:
         self.export()
 
+    @property
+    def target(self) -> Path:
+        return self.out / self.model.backbone_class.subfolder
+
     def export(self) -> None:
         """Write the averaged network into the pipeline folder `out`."""
         if self.trainer.is_global_zero:
             network: Any = copy.deepcopy(self.average.module)
             network.to(self.save_dtype)
-            check_finite(network, f"{self.out / self.model.backbone_class.subfolder}")
+            check_finite(network, str(self.target))
             network.register_to_config(_name_or_path="")  # not where this machine keeps it
-            replace_files(self.out / self.model.backbone_class.subfolder, network.save_pretrained)
+            replace_files(self.target, network.save_pretrained)
 
     def configure_optimizers(self) -> Any:
         network = self.backbone.network

@@ -151,6 +151,10 @@ class JudgeTask(WatchedTask):
     def on_train_end(self) -> None:
         self.export()
 
+    @property
+    def target(self) -> Path:
+        return self.out
+
     def export(self) -> None:
         """Write the averaged judge."""
         if self.trainer.is_global_zero:

@@ -6,7 +6,7 @@ import copy
 import math
 from collections import deque
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -148,6 +148,10 @@ class VAETask(WatchedTask):
         mean, square = torch.stack(means).mean(), torch.stack(squares).mean()
         return mean.item(), (square - mean.square()).sqrt().item()
 
+    @property
+    def target(self) -> Path:
+        return self.path / "vae"
+
     def export(self) -> None:
         """Write the averaged VAE in half precision, with the shift and the scale that normalise its latents."""
         if not self.trainer.is_global_zero:
@@ -155,13 +159,15 @@ class VAETask(WatchedTask):
         vae: Any = copy.deepcopy(self.average.module)
         vae.eval()
         if self.part == "all":
+            if not self.recent:  # resumed when nothing was left to train
+                self.recent.append(cast(Any, self.trainer).datamodule.last(256, 0).pixels.to(self.device))
             mean, deviation = self.measure_latents(vae, torch.cat(list(self.recent)))
             if not math.isfinite(mean + 1 / max(deviation, 1e-30)):
-                raise UserError(f"VAE {self.path / 'vae'} has latents that are not finite and was not written")
+                raise UserError(f"VAE {self.target} has latents that are not finite and was not written")
             vae.register_to_config(shift_factor=round(mean, 4), scaling_factor=round(1 / deviation, 4))
         vae.to(torch.float16)
-        check_finite(vae, f"VAE {self.path / 'vae'}")
-        replace_files(self.path / "vae", vae.save_pretrained)
+        check_finite(vae, f"VAE {self.target}")
+        replace_files(self.target, vae.save_pretrained)
 
     def configure_optimizers(self) -> Any:
         trained = [p for p in self.vae.parameters() if p.requires_grad]
