@@ -32,7 +32,14 @@ from swd.modules.distiller import Distiller
 from swd.modules.pretrain.common import WatchedTask
 from swd.types import UserError
 
-ROOT = {"seed": int, "name": str, "output": str, "folder": str, "resume": str | None}
+ROOT = {
+    "seed": int,
+    "name": str,
+    "output": str,
+    "folder": str,
+    "resume": str | None,
+    "sample_prompts": list[str],
+}
 PACKAGES = ("swd", "torch", "lightning", "hydra-core", "diffusers", "peft", "transformers", "torchmetrics")
 
 
@@ -151,7 +158,7 @@ def finish(
         write()
     if trainer.is_global_zero:
         wrote = f"wrote {', '.join(missing)} from {checkpoint}, and " if missing else ""
-        say(f"all {done} iterations of {run} were done; {wrote}nothing else is left to do")
+        say(f"the iterations of {run} ({done}) are all done; {wrote}nothing else is left to do")
     return task, trainer
 
 
