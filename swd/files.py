@@ -32,7 +32,7 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        with _in_use(work):
+        with in_use(work):
             new = work / path.name
             write(new)
             replace(path, new, work / "old")
@@ -42,7 +42,7 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> Path:
 
 
 @contextmanager
-def _in_use(work: Path) -> Iterator[bool]:
+def in_use(work: Path) -> Iterator[bool]:
     """Hold the lock on a folder that `write_aside` made, which ends with the process; True if it was to be had."""
     handle = os.open(work, os.O_RDONLY)
     try:
@@ -67,7 +67,7 @@ def clear_leftovers(folder: Path) -> None:
             continue
         ours = False
         try:
-            with _in_use(work) as ours:
+            with in_use(work) as ours:
                 if ours and (work / "old").exists() and not (folder / found[1]).exists():
                     os.rename(work / "old", folder / found[1])
         except OSError:  # gone meanwhile, or not ours to open

@@ -6,7 +6,9 @@ import errno
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,9 +21,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
 
 from swd.callbacks import Progress, Samples, SaveAdapter
-from swd.callbacks.checkpoint import clear_run, find_checkpoint
+from swd.callbacks.checkpoint import clear_runs, find_checkpoint
 from swd.callbacks.fixed import FixedLosses
 from swd.checkpoints import Resumable, iterations
 from swd.config import check, one_line
@@ -61,27 +64,36 @@ def fit(cfg: DictConfig, *more: Callback) -> tuple[LightningModule, Trainer]:
     """
     quiet()
     folder = Path(cfg.folder)
+    try:
+        return _fit(cfg, folder, *more)
+    except (UserError, KeyboardInterrupt):
+        with suppress(OSError):
+            folder.rmdir()  # which Hydra made; it stays if anything is in it
+        raise
+
+
+def _fit(cfg: DictConfig, folder: Path, *more: Callback) -> tuple[LightningModule, Trainer]:
     task, data = build(cfg)
+    # Under a launcher each process runs this; only the first one owns the folder.
+    owner = int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
+    if owner and cfg.resume:
+        clear_runs(folder.parent if cfg.resume == "auto" else Path(cfg.resume))
     checkpoint = find_checkpoint(cfg.resume, folder.parent, cfg, cast(Resumable, task))
     if checkpoint and iterations(checkpoint) >= cfg.trainer.max_steps:
         return finish(cfg, task, data, checkpoint, *more)
     trainer = build_trainer(cfg, folder, *more)
-    # Under a launcher each process runs this; only the first one owns the folder.
-    owner = int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
     if owner:
         record(cfg, claim_folder(folder, reserve=True), checkpoint)
-        for run in {folder, run_of(checkpoint)} if checkpoint else {folder}:
-            clear_run(run)
     try:
-        _fit(trainer, task, data, checkpoint)
+        _train(trainer, task, data, checkpoint)
     except (UserError, KeyboardInterrupt):
         if owner:
-            drop_empty(folder)
+            drop_record(folder)
         raise
     return task, trainer
 
 
-def _fit(trainer: Trainer, task: LightningModule, data: Any, checkpoint: str | None) -> None:
+def _train(trainer: Trainer, task: LightningModule, data: Any, checkpoint: str | None) -> None:
     """`trainer.fit`, with what a user can mend told in one line."""
     callbacks: list[Callback] = cast(Any, trainer).callbacks
     callbacks.sort(key=_turn)
@@ -89,12 +101,12 @@ def _fit(trainer: Trainer, task: LightningModule, data: Any, checkpoint: str | N
         trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
     except MisconfigurationException as error:
         raise UserError(f"trainer: {one_line(error)}") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except (OSError, SafetensorError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not full and not isinstance(error, SafetensorError):
             raise
         raise UserError(
-            f"{error.filename or trainer.default_root_dir} cannot be written ({error.strerror}); make room; last good "
-            f"checkpoint: {last_checkpoint(trainer)}"
+            f"training stopped: {one_line(error)}; make room; last good checkpoint: {last_checkpoint(trainer)}"
         ) from None
     except SystemExit:  # what Lightning makes of Ctrl-C
         if trainer.interrupted:
@@ -116,13 +128,12 @@ def run_of(checkpoint: str) -> Path:
     return Path(checkpoint).parent.parent
 
 
-def drop_empty(folder: Path) -> None:
-    """Remove the folder of a run of which nothing came but the record of how it was started."""
+def drop_record(folder: Path) -> None:
+    """Remove the record of how a run was started where nothing else came of it."""
     started = {"config.yaml", "run.json"}
     if {file.name for file in folder.iterdir()} <= started:
         for name in started:
             (folder / name).unlink(missing_ok=True)
-        folder.rmdir()
 
 
 def finish(
@@ -137,13 +148,14 @@ def finish(
         more: callbacks of a caller who goes on with the trained task; it is then loaded even if nothing is missing.
     """
     run, done = run_of(checkpoint), iterations(checkpoint)
-    asked, cfg.folder = Path(cfg.folder), str(run)
-    if asked.is_dir() and not any(asked.iterdir()):
-        asked.rmdir()  # Hydra makes it before anything is known
-    clear_run(run)
+    with suppress(OSError):
+        Path(cfg.folder).rmdir()  # which Hydra made; it stays if anything is in it
+    cfg.folder = str(run)
     plain = OmegaConf.merge(cfg, {"logger": None})  # a logger would start its files afresh
     trainer = build_trainer(cast(DictConfig, plain), run, *more)
-    late = [c for c in cast(Any, trainer).callbacks if isinstance(c, SaveAdapter | Samples)]
+    callbacks: list[Callback] = cast(Any, trainer).callbacks
+    callbacks[:] = [c for c in callbacks if not isinstance(c, ModelCheckpoint)]  # nothing to save
+    late = [c for c in callbacks if isinstance(c, SaveAdapter | Samples)]
     missing: dict[str, Callable[[], None]] = {
         path: partial(c.on_train_end, trainer, task)
         for c in sorted(late, key=_turn)
@@ -152,13 +164,16 @@ def finish(
     if isinstance(task, WatchedTask) and task.older_than(Path(checkpoint)):
         missing[str(task.target)] = task.export
     if missing or more:
-        _fit(trainer, task, data, checkpoint)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Total length of .* is zero")  # rightly: no batch is left
+            _train(trainer, task, data, checkpoint)
         task.to(trainer.strategy.root_device)
     for write in missing.values():
         write()
     if trainer.is_global_zero:
-        wrote = f"wrote {', '.join(missing)} from {checkpoint}, and " if missing else ""
-        say(f"the iterations of {run} ({done}) are all done; {wrote}nothing else is left to do")
+        wrote = [path for path in missing if Path(path).exists()]
+        also = f"wrote {', '.join(wrote)} from {checkpoint}, and " if wrote else ""
+        say(f"the iterations of {run} ({done}) are all done; {also}nothing else is left to do")
     return task, trainer
 
 

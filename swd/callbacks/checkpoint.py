@@ -128,7 +128,13 @@ class SaveAdapter(Callback):
         return None if all((run / "adapter" / name).is_file() for name in needed) else str(run / "adapter")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not (isinstance(pl_module, Distiller) and trainer.is_global_zero):
+        if not isinstance(pl_module, Distiller):
+            return
+        trained = [p.detach() for p in pl_module.networks.role_parameters("student")]
+        checks = {"weights of the student": all_finite(trained)} | pl_module.predictions()
+        place = f"iteration {trainer.global_step}, before the student is written"
+        stop_unless_finite(trainer, checks, place, "no student was written")
+        if not trainer.is_global_zero:
             return
         try:
             self._save(trainer, pl_module)
@@ -254,7 +260,9 @@ def recorded(file: Path) -> dict[str, Any]:
     return plain  # type: ignore[return-value]
 
 
-def clear_run(folder: Path) -> None:
-    """Remove what writes that were killed left behind in a run folder."""
-    for name in FOLDERS:
-        clear_leftovers(folder / name)
+def clear_runs(resume: Path) -> None:
+    """Remove what writes that were killed left behind in the runs that `resume`, a folder or a checkpoint, is about."""
+    found = [resume.parent] if resume.is_file() else list(resume.glob("**/checkpoints"))
+    for run in {folder.parent for folder in found}:
+        for name in FOLDERS:
+            clear_leftovers(run / name)

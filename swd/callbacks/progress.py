@@ -60,15 +60,15 @@ class Progress(Callback):
 def source(task: LightningModule) -> str:
     """What a task starts from, for a reader."""
     model: Any = getattr(task, "model", None)
-    return f"model {model.name}" if model is not None else type(task).__name__
+    return f"model {model.name}" if model is not None else "data and network"
 
 
 def describe(task: LightningModule) -> str:
     """What is trained: task, model, losses and schedule, in a few words."""
-    text = f"training {type(task).__name__}"
+    text = getattr(task, "deed", "training")
     model, terms, schedule = (cast(Any, getattr(task, name, None)) for name in ("model", "terms", "schedule"))
     if model is not None:
-        text += f" of {model.name}"
+        text += f" {model.name}"
     if terms is not None:
         text += f" with {', '.join(terms)}"
     if schedule is not None:

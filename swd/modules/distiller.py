@@ -88,6 +88,9 @@ class Distiller(LightningModule):
         UserError: if schedule, loss and model do not fit together.
     """
 
+    deed = "distilling"
+    """What this does to the model, for messages."""
+
     def __init__(
         self,
         model: Pretrained,

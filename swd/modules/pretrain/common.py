@@ -18,6 +18,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import AveragedModel
 
 from swd.checkpoints import tensors
+from swd.files import clear_leftovers, in_use
 from swd.finite import all_finite, step_or_stop, stop_unless_finite
 from swd.types import Checks, UserError
 
@@ -27,9 +28,11 @@ class WatchedTask(L.LightningModule):
 
     Attributes:
         checks: what the last `training_step` found finite or not, term by term.
+        deed: what is done, for messages.
     """
 
     checks: Checks
+    deed: str
 
     @property
     def target(self) -> Path:
@@ -121,11 +124,13 @@ def replace_files(folder: str | Path, write: Callable[[Path], None]) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
+    clear_leftovers(folder)
+    fresh = Path(tempfile.mkdtemp(prefix=".new.", dir=folder))
     try:
-        write(fresh)
-        for path in sorted(fresh.iterdir()):
-            path.chmod(0o644)
-            os.replace(path, folder / path.name)
+        with in_use(fresh):
+            write(fresh)
+            for path in sorted(fresh.iterdir()):
+                path.chmod(0o644)
+                os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

@@ -90,6 +90,8 @@ class FlowMatching(WatchedTask):
         UserError: for a size or a block count that the network cannot take, or counts that do not fit together.
     """
 
+    deed = "training by flow matching"
+
     def __init__(
         self,
         model: Pretrained,

@@ -114,6 +114,8 @@ class JudgeTask(WatchedTask):
         seed: of the degradations drawn.
     """
 
+    deed = "training the judge"
+
     def __init__(
         self,
         out: str,

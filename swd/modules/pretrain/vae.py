@@ -56,6 +56,8 @@ class VAETask(WatchedTask):
         seed: of every draw, and of the skeleton.
     """
 
+    deed = "training the VAE"
+
     def __init__(
         self,
         path: str,
