@@ -16,6 +16,7 @@ import torch
 from tiny import composed, overrides
 
 from swd.callbacks import checkpoint as callback
+from swd.callbacks.fixed import FixedLosses
 from swd.callbacks.samples import Samples
 from swd.checkpoints import CheckpointFiles, damage
 from swd.files import clear_leftovers, in_use, write_aside
@@ -220,6 +221,18 @@ def test_a_done_run_gets_what_it_lacks_and_no_other_folder_appears(
             assert ("wrote" in line) == (bool(taken) and not repeated)
             assert [folder.name for folder in (tmp_path / "runs").iterdir()] == ["one"]
             assert contents(run) == whole and not list(run.glob(".*"))
+
+
+def test_who_goes_on_with_a_done_run_gets_its_networks(finished: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """As the demo does, which measures and reports after training."""
+    run = copied(finished, tmp_path).parent.parent
+    fixed = FixedLosses(pictures=2)
+    cfg = composed(overrides(tiny_model, tmp_path / "runs" / "next", loss="dmd", resume="auto"))
+    task, trainer = fit(cfg, fixed)
+    assert isinstance(task, Distiller) and cfg.folder == str(run) and trainer.global_step == 2
+    stored = torch.load(run / "checkpoints" / "iteration-2.ckpt", weights_only=True)["state_dict"]
+    state = task.state_dict()
+    assert stored and all(torch.equal(state[key], value) for key, value in stored.items())
 
 
 def test_a_done_run_of_the_judge_is_written_from_its_checkpoint(tmp_path: Path) -> None:

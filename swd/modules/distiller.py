@@ -416,7 +416,7 @@ class Distiller(LightningModule):
     def _shapes(self) -> list[dict[str, tuple[int, ...]]]:
         """Name and shape of what each optimizer trains, without weights in memory."""
         networks, terms = self.model.untrained_networks(self.roles), copy.deepcopy(self.terms)
-        with torch.device("meta"):
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
             for term in terms.values():
                 term.build(self.model.limits.width)
         whole = ModuleDict({"networks": networks, "terms": terms})
