@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,14 @@ from swd.types import UserError
 
 CHECKSUMS = "checksums.json"
 """What a student's folder holds beside its files: their SHA-256."""
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+_LEFTOVER = re.compile(r"\.(.+)\.[a-z0-9_]{8}")
+"""Names of the folders that `write_aside` works in."""
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> Path:
@@ -25,12 +35,48 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        new = work / path.name
-        write(new)
-        replace(path, new, work / "old")
+        with in_use(work):
+            new = work / path.name
+            write(new)
+            replace(path, new, work / "old")
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return path
+
+
+@contextmanager
+def in_use(work: Path) -> Iterator[bool]:
+    """Hold the lock on a folder that `write_aside` made, which ends with the process; True if it was to be had."""
+    handle = os.open(work, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (OSError, AttributeError):  # held by who writes there; or no locks, on this file system or at all
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(handle)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what writes that were killed left behind in `folder`; those that still run are left alone.
+
+    Where the kill came between taking an old folder away and putting the new one in its place, the old one goes back.
+    """
+    for work in folder.glob(".*"):
+        found = _LEFTOVER.fullmatch(work.name)
+        if found is None or not work.is_dir() or work.is_symlink():
+            continue
+        ours = False
+        try:
+            with in_use(work) as ours:
+                if ours and (work / "old").exists() and not (folder / found[1]).exists():
+                    os.rename(work / "old", folder / found[1])
+        except OSError:  # gone meanwhile, or not ours to open
+            continue
+        if ours:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def replace(path: Path, new: Path, old: Path) -> None:

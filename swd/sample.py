@@ -432,6 +432,8 @@ def save(drawn: Tensor, path: Path, info: dict[str, Any], fps: int = 16) -> Path
     """Write a PNG or an MP4 with its origin in the metadata, never over an existing file."""
     if path.exists():
         raise UserError(f"{path} exists already; choose another folder or seed")
+    if not drawn.isfinite().all():
+        raise UserError(f"{path} would hold values that are not finite; try model.precision=fp32, or another adapter")
     told = {key: str(value) for key, value in {**info, "software": f"swd {__version__}"}.items() if value is not None}
     if drawn.ndim == 4:
         return write_aside(path, lambda new: video.write(new, drawn, fps, json.dumps(told)))

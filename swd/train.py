@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import sys
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hydra.utils import instantiate
@@ -16,14 +21,28 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
 
-from swd.callbacks.checkpoint import find_checkpoint
+from swd.callbacks import Progress, Samples, SaveAdapter
+from swd.callbacks.checkpoint import clear_runs, find_checkpoint
+from swd.callbacks.fixed import FixedLosses
+from swd.checkpoints import Resumable, iterations
 from swd.config import check, one_line
 from swd.files import claim_folder, write_json, write_text
+from swd.finite import last_checkpoint
+from swd.io.progress import say
 from swd.modules.distiller import Distiller
+from swd.modules.pretrain.common import WatchedTask
 from swd.types import UserError
 
-ROOT = {"seed": int, "name": str, "output": str, "folder": str, "resume": str | None}
+ROOT = {
+    "seed": int,
+    "name": str,
+    "output": str,
+    "folder": str,
+    "resume": str | None,
+    "sample_prompts": list[str],
+}
 PACKAGES = ("swd", "torch", "lightning", "hydra-core", "diffusers", "peft", "transformers", "torchmetrics")
 
 
@@ -45,20 +64,116 @@ def fit(cfg: DictConfig, *more: Callback) -> tuple[LightningModule, Trainer]:
     """
     quiet()
     folder = Path(cfg.folder)
+    try:
+        return _fit(cfg, folder, *more)
+    except (UserError, KeyboardInterrupt):
+        with suppress(OSError):
+            folder.rmdir()  # which Hydra made; it stays if anything is in it
+        raise
+
+
+def _fit(cfg: DictConfig, folder: Path, *more: Callback) -> tuple[LightningModule, Trainer]:
     task, data = build(cfg)
-    checkpoint = find_checkpoint(cfg.resume, folder.parent, cfg)
     # Under a launcher each process runs this; only the first one owns the folder.
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0:
-        record(cfg, claim_folder(folder, reserve=True), checkpoint)
+    owner = int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
+    if owner and cfg.resume:
+        clear_runs(folder.parent if cfg.resume == "auto" else Path(cfg.resume))
+    checkpoint = find_checkpoint(cfg.resume, folder.parent, cfg, cast(Resumable, task))
+    if checkpoint and iterations(checkpoint) >= cfg.trainer.max_steps:
+        return finish(cfg, task, data, checkpoint, *more)
     trainer = build_trainer(cfg, folder, *more)
+    if owner:
+        record(cfg, claim_folder(folder, reserve=True), checkpoint)
+    try:
+        _train(trainer, task, data, checkpoint)
+    except (UserError, KeyboardInterrupt):
+        if owner:
+            drop_record(folder)
+        raise
+    return task, trainer
+
+
+def _train(trainer: Trainer, task: LightningModule, data: Any, checkpoint: str | None) -> None:
+    """`trainer.fit`, with what a user can mend told in one line."""
+    callbacks: list[Callback] = cast(Any, trainer).callbacks
+    callbacks.sort(key=_turn)
     try:
         trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
     except MisconfigurationException as error:
         raise UserError(f"trainer: {one_line(error)}") from None
+    except (OSError, SafetensorError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not full and not isinstance(error, SafetensorError):
+            raise
+        raise UserError(
+            f"training stopped: {one_line(error)}; make room; last good checkpoint: {last_checkpoint(trainer)}"
+        ) from None
     except SystemExit:  # what Lightning makes of Ctrl-C
         if trainer.interrupted:
             raise KeyboardInterrupt from None
         raise
+
+
+def _turn(callback: Callback) -> int:
+    """Order of callbacks: checkpoint and student are written before anything that draws or measures can fail."""
+    if isinstance(callback, ModelCheckpoint):
+        return 1
+    if isinstance(callback, SaveAdapter):
+        return 2
+    return 4 if isinstance(callback, Progress) else 3 if isinstance(callback, Samples | FixedLosses) else 0
+
+
+def run_of(checkpoint: str) -> Path:
+    """The run folder that a checkpoint lies in."""
+    return Path(checkpoint).parent.parent
+
+
+def drop_record(folder: Path) -> None:
+    """Remove the record of how a run was started where nothing else came of it."""
+    started = {"config.yaml", "run.json"}
+    if {file.name for file in folder.iterdir()} <= started:
+        for name in started:
+            (folder / name).unlink(missing_ok=True)
+
+
+def finish(
+    cfg: DictConfig, task: LightningModule, data: Any, checkpoint: str, *more: Callback
+) -> tuple[LightningModule, Trainer]:
+    """Write what a run whose iterations are all done still lacks, into its own folder; no new one is left.
+
+    Args:
+        cfg: the configuration; `folder` becomes the run's.
+        task, data: as `build` made them.
+        checkpoint: the last one of the run.
+        more: callbacks of a caller who goes on with the trained task; it is then loaded even if nothing is missing.
+    """
+    run, done = run_of(checkpoint), iterations(checkpoint)
+    with suppress(OSError):
+        Path(cfg.folder).rmdir()  # which Hydra made; it stays if anything is in it
+    cfg.folder = str(run)
+    plain = OmegaConf.merge(cfg, {"logger": None})  # a logger would start its files afresh
+    trainer = build_trainer(cast(DictConfig, plain), run, *more)
+    callbacks: list[Callback] = cast(Any, trainer).callbacks
+    callbacks[:] = [c for c in callbacks if not isinstance(c, ModelCheckpoint)]  # nothing to save
+    late = [c for c in callbacks if isinstance(c, SaveAdapter | Samples)]
+    missing: dict[str, Callable[[], None]] = {
+        path: partial(c.on_train_end, trainer, task)
+        for c in sorted(late, key=_turn)
+        if (path := c.missing(run, task, done))
+    }
+    if isinstance(task, WatchedTask) and task.older_than(Path(checkpoint)):
+        missing[str(task.target)] = task.export
+    if missing or more:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Total length of .* is zero")  # rightly: no batch is left
+            _train(trainer, task, data, checkpoint)
+        task.to(trainer.strategy.root_device)
+    for write in missing.values():
+        write()
+    if trainer.is_global_zero:
+        wrote = [path for path in missing if Path(path).exists()]
+        also = f"wrote {', '.join(wrote)} from {checkpoint}, and " if wrote else ""
+        say(f"the iterations of {run} ({done}) are all done; {also}nothing else is left to do")
     return task, trainer
 
 
@@ -70,7 +185,7 @@ def prepare(cfg: DictConfig) -> tuple[LightningModule, Any]:
     """
     built = build(cfg)
     if cfg.resume not in (None, "auto"):
-        find_checkpoint(cfg.resume, Path(cfg.output), cfg)
+        find_checkpoint(cfg.resume, Path(cfg.output), cfg, cast(Resumable, built[0]))
     return built
 
 
@@ -97,6 +212,8 @@ def build(cfg: DictConfig) -> tuple[LightningModule, Any]:
         )
     if isinstance(task, Distiller) and hasattr(data, "check"):
         data.check(task.model, task.schedule)
+    if isinstance(task, Distiller):
+        task.check_processes(processes)
     return task, data
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
@@ -12,6 +13,9 @@ from torch import Tensor
 
 Size = tuple[int, ...]
 """Latent side lengths: (H, W) for images, (F, H, W) for video."""
+
+Checks = dict[str, Tensor]
+"""Whether something is finite, a boolean scalar each, by the name that a user is told; causes before effects."""
 
 
 class UserError(ValueError):
@@ -175,3 +179,26 @@ def check_shape(name: str, tensor: Tensor, expected: Sequence[int | None]) -> No
     actual = tuple(tensor.shape)
     if len(actual) != len(expected) or any(e is not None and a != e for a, e in zip(actual, expected, strict=True)):
         raise ValueError(f"{name} has shape {actual}, expected {tuple(expected)} (None: any)")
+
+
+def check_number(key: str, value: float, least: float | None = None, above: float | None = None) -> float:
+    """`value` as a float.
+
+    Args:
+        key: of the configuration, for the message.
+        value: what was given.
+        least, above: lower limit, itself allowed or not; None: any finite number.
+
+    Raises:
+        UserError: if it is infinite, NaN, or below the limit.
+    """
+    limit = f" of {least:g} or more" if least is not None else f" above {above:g}" if above is not None else ""
+    wrong = UserError(f"{key}={value}; use a finite number{limit}")
+    try:
+        number = float(value)
+    except OverflowError:  # an integer that no float holds
+        raise wrong from None
+    in_range = (least is None or number >= least) and (above is None or number > above)
+    if not (math.isfinite(number) and in_range):
+        raise wrong
+    return number

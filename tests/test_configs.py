@@ -35,7 +35,7 @@ def options(group: str) -> list[str]:
 
 
 # Groups that can be combined freely when a model is distilled; what belongs to other tasks comes with its experiment.
-FREE = ("loss", "schedule", "data", "trainer", "callbacks", "logger")
+FREE = ("sheet", "loss", "schedule", "data", "trainer", "callbacks", "logger")
 ONE_MEGAPIXEL = ("image_4step", "image_4step_wide", "image_6step", "full_4step", "full_2step")
 SCHEDULES = {
     "shapes": ("shapes_4step", "shapes_6step", "full_4step", "full_2step"),
@@ -126,7 +126,8 @@ def test_defaults_of_a_model_are_those_of_the_released_scripts(model: str, tmp_p
     assert len(cfg.schedule.sigmas) == (6 if model == "sd35_medium" else 4)
     if model in ("shapes", "sana_1600m"):
         return
-    assert cfg.task.lr == 5e-6 and cfg.trainer.max_steps == 3000 and cfg.task.checkpointing
+    assert cfg.task.lr == 5e-6 and cfg.task.checkpointing
+    assert cfg.trainer.max_steps == (4000 if model == "sd35_large" else 3000)
     batch = {"sd35_medium": 64, "sd35_large": 32, "flux_dev": 24, "sdxl": 64, "wan21_1_3b": 24}
     assert cfg.data.batch_size == batch[model]
 

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+from functools import partial
+from pathlib import Path
+from typing import Any
 
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from swd.callbacks import progress as callback
 from swd.io.progress import Progress, duration, rate_text
 
 
@@ -51,3 +59,40 @@ def test_duration(seconds: float, text: str) -> None:
 def test_rate() -> None:
     assert rate_text(12.34, "picture") == "12.3 pictures/s"
     assert rate_text(0.25, "picture") == "4 s/picture"
+
+
+class Task(L.LightningModule):
+    """Takes a step of the clock at each update."""
+
+    deed = "fitting"
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock, self.weight = clock, torch.nn.Parameter(torch.ones(1))
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        self.clock.now += 12
+        self.last_metrics = {"loss": self.weight.detach().sum()}
+        return self.weight.sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([self.weight], lr=0.0)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+def test_training_tells_where_it_is_without_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(callback, "Lines", partial(Progress, clock=clock))
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    quiet |= {"enable_model_summary": False, "accelerator": "cpu", "default_root_dir": tmp_path}
+    trainer = L.Trainer(max_steps=6, callbacks=[callback.Progress()], **quiet)
+    trainer.fit(Task(clock), DataLoader(torch.ones(8, 1)))
+    first, start, *lines, end = capsys.readouterr().err.splitlines()[-5:]
+    assert first.startswith("loading") and start == f"fitting into {tmp_path}: 6 iterations"
+    assert lines == [
+        "iteration 3/6 (50%), 12 s/iteration, 36 s left; loss 1",
+        "iteration 6/6 (100%), 12 s/iteration, 0 s left; loss 1",
+    ]
+    assert end == "done: 6 iterations in 1 min 12 s"

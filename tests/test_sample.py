@@ -470,3 +470,12 @@ def test_two_pictures_never_share_a_name(made, tmp_path: Path) -> None:
     cfg.prompts_file = str(tmp_path / "p.csv")
     with pytest.raises(UserError, match="two requests would be called a-star_seed1"):
         sample.run(cfg)
+
+
+def test_a_picture_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
+    for value in (float("nan"), float("inf")):
+        drawn = torch.zeros(3, 8, 8)
+        drawn[1, 2, 3] = value
+        with pytest.raises(UserError, match=r"a\.png would hold values that are not finite"):
+            sample.save(drawn, tmp_path / "a.png", {})
+    assert not (tmp_path / "a.png").exists()

@@ -240,10 +240,10 @@ def test_resume_auto_starts_afresh_where_there_is_nothing(tiny_model: Path, tmp_
 def test_resume_auto_takes_the_newest_run_of_the_same_configuration(tiny_model: Path, tmp_path: Path) -> None:
     train(tiny_model, tmp_path / "one", loss="mmd", trainer__max_steps=1)
     train(tiny_model, tmp_path / "two", loss="mmd", trainer__max_steps=1, task__lr=0.5)
-    task, _ = train(tiny_model, tmp_path / "three", loss="mmd", trainer__max_steps=1, resume="auto")
+    task, _ = train(tiny_model, tmp_path / "three", loss="mmd", trainer__max_steps=2, resume="auto")
     record = (tmp_path / "three" / "run.json").read_text()
     assert str(tmp_path / "one" / "checkpoints") in record
-    assert task.updates == 1
+    assert task.updates == 2
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
 
-from swd.adapters import save_adapter, save_student
-from swd.config import first_difference
+from swd.adapters import NETWORK_CONFIG, PEFT_CONFIG, PEFT_WEIGHTS, SCHEDULER_CONFIG, save_adapter, save_student
+from swd.checkpoints import CheckpointFiles, Resumable, damage, tensors
+from swd.config import first_difference, one_line
+from swd.files import clear_leftovers
+from swd.finite import all_finite, last_checkpoint, stop_unless_finite
 from swd.modules.distiller import Distiller
 from swd.modules.networks import SharedBase
 from swd.types import UserError
@@ -22,10 +26,15 @@ NO_MATTER = ("workers", "prefetch", "max_bad")
 """Keys of the data that change neither a sample nor its turn."""
 GUIDANCE = ("guidance_scale", "dmd_guidance_scale", "drawing_guidance_scale")
 """Keys of a model that training has no use for: the loss has its own. Runs of earlier versions have the first alone."""
+FOLDERS = (".", "checkpoints", "samples")
+"""Where a run writes, seen from its folder."""
 
 
 class Checkpoint(ModelCheckpoint):
     """Save every so many iterations, and at the end, into `checkpoints/` of the run folder.
+
+    A new checkpoint is complete before an old one is deleted, and is not written at all if anything that it would hold,
+    or what the networks now predict, is not finite.
 
     Args:
         every: iterations between checkpoints.
@@ -45,21 +54,63 @@ class Checkpoint(ModelCheckpoint):
             save_last=False,
             save_on_train_epoch_end=False,
         )
-        self.every = every
+        self.every, self.keep = every, keep
+        self.files = CheckpointFiles()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
+        trainer.strategy.checkpoint_io = self.files
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         # Where a resumed run starts there is a checkpoint already; another would lie between two iterations.
         self._last_global_step_saved = trainer.global_step
+        self._check_space(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         if trainer.global_step != self._last_global_step_saved:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        module = trainer.lightning_module
+        trained = [p.detach() for p in module.parameters() if p.requires_grad]
+        weights = trained if isinstance(module, Distiller) else list(module.state_dict().values())
+        moments = tensors([optimizer.state_dict() for optimizer in trainer.optimizers])
+        checks = {"weights": all_finite(weights), "optimizer moments": all_finite(moments)}
+        if isinstance(module, Distiller):
+            checks |= module.predictions()
+        place = f"iteration {trainer.global_step}, before its checkpoint"
+        stop_unless_finite(trainer, checks, place, "no checkpoint was written or deleted")
+        with self.files.failures() as failures:
+            super()._save_checkpoint(trainer, filepath)
+        # Only the first process writes; all of them must stop, or the others would wait for it.
+        failure = trainer.strategy.broadcast(failures[0] if failures else "")
+        if failure:
+            raise UserError(failure)
+
+    def _check_space(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise UserError if the checkpoints that will lie beside each other do not fit on the disk."""
+        remaining = trainer.max_steps // self.every - trainer.global_step // self.every
+        remaining += trainer.max_steps % self.every != 0
+        count = min(self.keep + 1, remaining)
+        each = checkpoint_bytes(pl_module)
+        free = trainer.strategy.broadcast(shutil.disk_usage(trainer.default_root_dir).free)
+        if count * each > free:
+            raise UserError(
+                f"{count} checkpoints of {each / 1e9:.3g} GB lie beside each other in {self.dirpath} while one is "
+                f"written, and {free / 1e9:.3g} GB are free; make room, give another output=, or lower "
+                f"callbacks.checkpoint.keep={self.keep}"
+            )
+
+
+def checkpoint_bytes(task: LightningModule) -> int:
+    """About how large a checkpoint of `task` is: what it stores of its weights, and two moments of what is trained."""
+    trained = sum(p.numel() * p.element_size() for p in task.parameters() if p.requires_grad)
+    if isinstance(task, Distiller):
+        return 3 * trained
+    return 2 * trained + sum(value.numel() * value.element_size() for value in task.state_dict().values())
 
 
 class SaveAdapter(Callback):
@@ -68,80 +119,127 @@ class SaveAdapter(Callback):
     An adapter goes to `adapter/`; a student that was trained whole to `student/`, as a diffusers model.
     """
 
+    def missing(self, run: Path, task: LightningModule, iterations: int) -> str | None:
+        """The student's folder if a run of so many iterations lacks its student, else None."""
+        if not isinstance(task, Distiller):
+            return None
+        if task.model.tuning == "full":
+            there = (run / "student" / NETWORK_CONFIG).is_file() and any((run / "student").glob("*.safetensors"))
+            return None if there else str(run / "student")
+        needed = (PEFT_CONFIG, PEFT_WEIGHTS, SCHEDULER_CONFIG)
+        return None if all((run / "adapter" / name).is_file() for name in needed) else str(run / "adapter")
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not (isinstance(pl_module, Distiller) and trainer.is_global_zero):
+        if not isinstance(pl_module, Distiller):
             return
-        model, networks = pl_module.model, pl_module.networks
+        trained = [p.detach() for p in pl_module.networks.role_parameters("student")]
+        checks = {"weights of the student": all_finite(trained)} | pl_module.predictions()
+        place = f"iteration {trainer.global_step}, before the student is written"
+        stop_unless_finite(trainer, checks, place, "no student was written")
+        if not trainer.is_global_zero:
+            return
+        try:
+            self._save(trainer, pl_module)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"the student cannot be written to {trainer.default_root_dir} ({one_line(error)}); make room and give "
+                f"the same command with resume={last_checkpoint(trainer)}"
+            ) from None
+
+    def _save(self, trainer: Trainer, task: Distiller) -> None:
+        model, networks = task.model, task.networks
         if isinstance(networks, SharedBase):
             save_adapter(
                 Path(trainer.default_root_dir) / "adapter",
                 networks.adapter_state("student"),
                 model.rank,
                 model.rank if model.alpha is None else model.alpha,
-                pl_module.scheduler(),
+                task.scheduler(),
                 base=model.name,
                 part=model.backbone_class.subfolder,
             )
         else:
             network: Any = networks.backbone_of("student").network
-            save_student(Path(trainer.default_root_dir) / "student", network, pl_module.scheduler())
+            save_student(Path(trainer.default_root_dir) / "student", network, task.scheduler())
 
 
-def find_checkpoint(resume: str | None, runs: Path, cfg: DictConfig) -> str | None:
+def find_checkpoint(resume: str | None, runs: Path, cfg: DictConfig, task: Resumable | None = None) -> str | None:
     """The checkpoint to continue from.
 
     Args:
         resume: None: start afresh; "auto": the newest valid one under `runs`, if any; else a file or a run folder.
         runs: where runs of this name live.
         cfg: the configuration of this run, which must agree with the checkpoint's.
+        task: what is resumed; it says whether a checkpoint is complete.
 
     Raises:
-        UserError: if a named checkpoint is missing or unreadable, or belongs to another configuration.
+        UserError: if a named checkpoint is missing or damaged, belongs to another configuration, or cannot be compared.
     """
     if resume is None:
         return None
-    root = runs if resume == "auto" else Path(resume)
-    if root.is_file():
-        candidates = [root]
-    else:
-        candidates = sorted(root.glob("**/checkpoints/*.ckpt"), key=lambda p: p.stat().st_mtime, reverse=True)
+    if not resume:
+        raise UserError("resume= is empty; give a .ckpt file, a run folder, auto, or null to start afresh")
+    auto = resume == "auto"
     passed: list[str] = []
-    for path in candidates:
-        difference = config_difference(path, cfg)
+    reason = ""
+    for path in _candidates(runs if auto else Path(resume)):
+        try:
+            difference = config_difference(path, cfg)
+        except UserError as error:
+            if not auto:
+                raise UserError(f"resume={resume}: {error}") from None
+            warnings.warn(f"{path.parent.parent} was passed over: {error}", stacklevel=2)
+            continue
         if difference is not None:
-            if resume != "auto":
+            if not auto:
                 raise UserError(f"resume={resume} was made with another configuration: {difference}")
             passed.append(f"{path.parent.parent}: {difference}")
             continue
-        if readable(path):
+        reason = damage(path, task) or ""
+        if not reason:
             return str(path)
-        warnings.warn(f"{path} is damaged and was passed over", stacklevel=2)
-    if resume == "auto":
-        if passed:
-            warnings.warn(f"resume=auto starts afresh: no run has this configuration ({passed[0]})", stacklevel=2)
-        return None
-    raise UserError(f"resume={resume} holds no valid checkpoint; give a .ckpt file, a run folder, or auto")
+        if path != Path(resume):
+            warnings.warn(f"{path} is damaged ({reason}) and was passed over", stacklevel=2)
+    if not auto:
+        why = f" ({reason})" if reason else ""
+        raise UserError(f"resume={resume} holds no valid checkpoint{why}; give a .ckpt file, a run folder, or auto")
+    if passed:
+        warnings.warn(f"resume=auto starts afresh: no run has this configuration ({passed[0]})", stacklevel=2)
+    return None
+
+
+def _candidates(root: Path) -> list[Path]:
+    """`root` if it is a file, else the checkpoints of the runs in it, the newest first."""
+    if root.is_file():
+        return [root]
+    found = []
+    for path in root.glob("**/checkpoints/*.ckpt"):
+        try:
+            found.append((path.stat().st_mtime_ns, path))
+        except OSError:  # deleted meanwhile by the run that it belongs to
+            continue
+    return [path for _, path in sorted(found, reverse=True)]
 
 
 def readable(path: Path) -> bool:
-    """Whether a checkpoint loads and holds what is needed."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # truncated, not a checkpoint, unsafe: none of them can be resumed from
-        return False
-    return {"state_dict", "optimizer_states", "global_step"} <= set(checkpoint)
+    """Whether a checkpoint is whole."""
+    return damage(path) is None
 
 
 def config_difference(path: Path, cfg: DictConfig) -> str | None:
-    """The first difference between this configuration and the one beside a checkpoint, None where they agree."""
+    """The first difference between this configuration and the one beside a checkpoint, None where they agree.
+
+    Raises:
+        UserError: if the one beside the checkpoint is missing or damaged.
+    """
     file = path.parent.parent / "config.yaml"
     if not file.is_file():
-        return None
-    old, new = (OmegaConf.to_container(each, resolve=True) for each in (OmegaConf.load(file), cfg))
-    assert isinstance(old, dict) and isinstance(new, dict)
+        raise UserError(f"{file} is missing, so that the settings of {path.name} cannot be compared; put it back")
+    old, new = recorded(file), OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(new, dict)
     for plain in (old, new):
-        for key in NO_MATTER:
-            plain.setdefault("data", {}).pop(key, None)
+        if isinstance(plain.get("data"), dict):
+            plain["data"] = {key: value for key, value in plain["data"].items() if key not in NO_MATTER}
         for model in (plain.get("model"), (plain.get("task") or {}).get("model")):
             for key in GUIDANCE:
                 (model or {}).pop(key, None)
@@ -150,3 +248,26 @@ def config_difference(path: Path, cfg: DictConfig) -> str | None:
         if difference:
             return difference
     return None
+
+
+def recorded(file: Path) -> dict[str, Any]:
+    """What a run recorded as its configuration, as plain values.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        plain = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    except Exception as error:  # of the file system, of UTF-8, of YAML or of OmegaConf
+        raise UserError(f"{file} is damaged ({one_line(error)})") from None
+    if not isinstance(plain, dict) or not plain:
+        raise UserError(f"{file} is damaged (it holds no configuration)")
+    return plain  # type: ignore[return-value]
+
+
+def clear_runs(resume: Path) -> None:
+    """Remove what writes that were killed left behind in the runs that `resume`, a folder or a checkpoint, is about."""
+    found = [resume.parent] if resume.is_file() else list(resume.glob("**/checkpoints"))
+    for run in {folder.parent for folder in found}:
+        for name in FOLDERS:
+            clear_leftovers(run / name)

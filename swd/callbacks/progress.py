@@ -1,65 +1,80 @@
-"""A progress bar that counts iterations and names each loss."""
+"""What a training does, while it does it: where it starts, how far it is with each loss, where it ended."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
-from rich import progress as bars
-from rich.console import Console
+
+from swd.io.progress import Progress as Lines
+from swd.io.progress import say
 
 SHOWN = ("dmd", "mmd", "gan", "fake_score", "discriminator", "x0_mse", "loss")
 
 
 class Progress(Callback):
-    """Live bar on standard error: iteration, time left, each loss. Without a terminal, a line every so often.
+    """A bar on a terminal, else a line at the start, about every 30 seconds, and at the end; on standard error.
+
+    Each has the iteration, the rate, the time left and the losses. Loading, which comes before, has a line too.
 
     Args:
-        description: what the bar is called.
-        lines: how many lines are printed where there is no terminal.
+        description: what a step of the bar is called.
     """
 
-    def __init__(self, description: str = "iteration", lines: int = 10) -> None:
-        self.description, self.lines = description, lines
-        self.console = Console(stderr=True)
-        self.bar: bars.Progress | None = None
+    def __init__(self, description: str = "iteration") -> None:
+        self.description = description
+        self.lines: Lines | None = None
         self._shown = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.is_global_zero:
+            say(f"loading {source(pl_module)} on {trainer.strategy.root_device}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._shown = trainer.global_step  # of a resumed run: known, without losses
-        if not trainer.is_global_zero or not self.console.is_terminal:
-            return
-        self.bar = bars.Progress(
-            bars.TextColumn(self.description),
-            bars.MofNCompleteColumn(),
-            bars.BarColumn(bar_width=20),
-            bars.TimeElapsedColumn(),
-            bars.TextColumn("left"),
-            bars.TimeRemainingColumn(),
-            bars.TextColumn("{task.fields[losses]}"),
-            console=self.console,
-            transient=False,
+        title = f"{describe(pl_module)} into {trainer.default_root_dir}"
+        self.lines = Lines(
+            title, trainer.max_steps, self.description, done=trainer.global_step, shown=trainer.is_global_zero
         )
-        self.bar.start()
-        self.task = self.bar.add_task("train", total=trainer.max_steps, completed=trainer.global_step, losses="")
+        self.lines.__enter__()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         step = trainer.global_step
-        if not trainer.is_global_zero or step in (0, self._shown):
+        if self.lines is None or step in (0, self._shown):
             return
-        self._shown = step
-        if self.bar is not None:
-            self.bar.update(self.task, completed=step, losses=losses_text(pl_module))
-        elif step % max(1, trainer.max_steps // self.lines) == 0:
-            print(f"{self.description} {step}/{trainer.max_steps}  {losses_text(pl_module)}", flush=True)
+        count, self._shown = step - self._shown, step
+        self.lines.advance(count, losses_text(pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        self._close(None)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        self._close(exception)
+
+    def _close(self, error: BaseException | None) -> None:
+        if self.lines is not None:
+            self.lines.__exit__(type(error) if error else None, error, None)
+            self.lines = None
+
+
+def source(task: LightningModule) -> str:
+    """What a task starts from, for a reader."""
+    model: Any = getattr(task, "model", None)
+    return f"model {model.name}" if model is not None else "data and network"
+
+
+def describe(task: LightningModule) -> str:
+    """What is trained: task, model, losses and schedule, in a few words."""
+    text = getattr(task, "deed", "training")
+    model, terms, schedule = (cast(Any, getattr(task, name, None)) for name in ("model", "terms", "schedule"))
+    if model is not None:
+        text += f" {model.name}"
+    if terms is not None:
+        text += f" with {', '.join(terms)}"
+    if schedule is not None:
+        first, last = ("x".join(map(str, size)) for size in (schedule.sizes[0], schedule.sizes[-1]))
+        text += f", {len(schedule)} steps from {first} to {last} latents,"
+    return text
 
 
 def losses_text(module: LightningModule) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
+from swd.config import one_line
 from swd.files import write_aside
+from swd.finite import all_finite
 from swd.images import grid
 from swd.modules.distiller import Distiller
 from swd.types import UserError
@@ -21,6 +24,8 @@ class Samples(Callback):
         prompts: what to draw.
         every: iterations between drawings; the last iteration is always drawn.
         seed: of the first prompt, the others count up.
+
+    What goes wrong here is a warning: pictures for looking at are not worth a training.
     """
 
     def __init__(self, prompts: Sequence[str], every: int = 100, seed: int = 0) -> None:
@@ -41,11 +46,28 @@ class Samples(Callback):
         if step == self._drawn or not trainer.is_global_zero or not isinstance(pl_module, Distiller):
             return
         self._drawn = step
+        try:
+            self._write(trainer, pl_module)
+        except Exception as error:
+            warnings.warn(f"no samples of iteration {step}: {one_line(error)}", stacklevel=2)
+
+    def _write(self, trainer: Trainer, task: Distiller) -> None:
         seeds = [self.seed + i for i in range(len(self.prompts))]
-        _, sizes = pl_module.sample(self.prompts, seeds, keep_x0=True)
+        _, sizes = task.sample(self.prompts, seeds, keep_x0=True)
+        if not all_finite(sizes):
+            raise ValueError("the student's pictures hold values that are not finite")
         sheet = grid([[pictures[i] for pictures in sizes] for i in range(len(self.prompts))])
-        path = Path(trainer.default_root_dir) / "samples" / f"iteration-{step:06d}.png"
+        path = self._path(Path(trainer.default_root_dir), trainer.global_step)
         write_aside(path, lambda new: sheet.save(new, format="PNG"))
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):
                 logger.log_image("samples", [sheet], caption=["; ".join(self.prompts)])
+
+    @staticmethod
+    def _path(run: Path, iteration: int) -> Path:
+        return run / "samples" / f"iteration-{iteration:06d}.png"
+
+    def missing(self, run: Path, task: LightningModule, iterations: int) -> str | None:
+        """The sheet of the last iteration if a run of so many iterations lacks it, else None."""
+        path = self._path(run, iterations)
+        return str(path) if isinstance(task, Distiller) and not path.is_file() else None

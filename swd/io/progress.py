@@ -50,7 +50,7 @@ class Progress:
         if not self.shown:
             return self
         earlier = f", {self.place} of them done before" if self.place else ""
-        self._say(f"{self.task}: {self._count(self.total)}{earlier}")
+        say(f"{self.task}: {self._count(self.total)}{earlier}")
         if sys.stderr.isatty():
             self._bar = tqdm(total=self.total, initial=self.place, unit=self.unit, mininterval=1, file=sys.stderr)
         return self
@@ -63,7 +63,7 @@ class Progress:
             self._bar.update(count)
         elif self.shown and self._clock() - self._told >= self.interval:
             self._told = self._clock()
-            self._say(self.line(note))
+            say(self.line(note))
 
     def line(self, note: str = "") -> str:
         """Place, rate and time left in words."""
@@ -81,14 +81,15 @@ class Progress:
             self._bar.close()
         if self.shown and kind is None:
             seconds = self._clock() - self._started
-            self._say(f"done: {self._count(self.place - self._first)} in {duration(seconds)}")
+            say(f"done: {self._count(self.place - self._first)} in {duration(seconds)}")
 
     def _count(self, number: int) -> str:
         return f"{number} {self.unit}{'' if number == 1 else 's'}"
 
-    @staticmethod
-    def _say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+
+def say(text: str) -> None:
+    """A line for the reader, on standard error, at once."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def rate_text(rate: float, unit: str) -> str:

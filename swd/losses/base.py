@@ -67,6 +67,8 @@ class Step:
         x0_real: target latents of the same shape.
         draws: where random numbers come from.
         wanted: union of what the terms want of the fake network.
+        shares: over how many processes the global batch is split; their gradients are averaged, so that a loss that
+            is a sum over the batch must be multiplied by this.
     """
 
     networks: Networks
@@ -76,6 +78,7 @@ class Step:
     x0_real: Tensor
     draws: Draws
     wanted: FakePass = FakePass()
+    shares: int = 1
     _noised: dict[tuple[str, IndexRange], tuple[Noised, Tensor]] = field(default_factory=dict)
     _fake: dict[int, tuple[Tensor | None, dict[int, Tensor]]] = field(default_factory=dict)
 
@@ -143,11 +146,16 @@ class LossTerm(nn.Module):
 
     Attributes:
         trains_fake: whether the term has a `critic` that trains the fake network.
+        critic_name: of the critic's loss, in metrics and messages.
+        separable: whether the gradient of a batch is the mean of the gradients of its parts, so that several processes
+            can share a batch.
         generator_pass, critic_pass: what the term wants of the fake network's forward on the noised `x0_hat`.
     """
 
     name: str
     trains_fake: bool = False
+    critic_name: str = ""
+    separable: bool = True
     generator_pass: FakePass = FakePass()
     critic_pass: FakePass = FakePass()
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from swd.diffusion import IndexRange
 from swd.losses.base import CriticStep, FakePass, GeneratorStep, LossTerm, Metrics
 from swd.losses.functional import dmd_direction, dmd_loss
+from swd.types import check_number
 
 
 class DMD(LossTerm):
@@ -24,6 +25,7 @@ class DMD(LossTerm):
 
     name = "dmd"
     trains_fake = True
+    critic_name = "fake_score"
     generator_pass = FakePass(prediction=True)
     critic_pass = FakePass(prediction=True)
 
@@ -35,7 +37,8 @@ class DMD(LossTerm):
         critic_indices: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        self.weight, self.guidance_scale = weight, guidance_scale
+        self.weight = check_number("loss.dmd.weight", weight, least=0)
+        self.guidance_scale = check_number("loss.dmd.guidance_scale", guidance_scale, least=0)
         self.indices, self.critic_indices = indices, critic_indices
 
     def generator(self, step: GeneratorStep) -> tuple[Tensor, Metrics]:

@@ -23,11 +23,14 @@ def dmd_direction(x0_hat: Tensor, x0_real: Tensor, x0_fake: Tensor) -> Tensor:
         x0_fake: fake-score network's clean prediction on the same.
 
     Returns:
-        `(fake - real) / mean|x0_hat - real|`, the mean per sample; 0 where the denominator makes it undefined.
+        `(fake - real) / mean|x0_hat - real|`, the mean per sample; 0 where the denominator is exactly 0. A prediction
+        that is not finite stays so, for the caller to notice.
     """
     x0_hat, x0_real, x0_fake = x0_hat.float(), x0_real.float(), x0_fake.float()
     scale = (x0_hat - x0_real).abs().flatten(1).mean(1).reshape(-1, *[1] * (x0_hat.ndim - 1))
-    return torch.nan_to_num((x0_fake - x0_real) / scale, nan=0.0, posinf=0.0, neginf=0.0)
+    undefined = scale == 0
+    # Times 0 rather than set to 0: NaN and infinity of a network survive it.
+    return (x0_fake - x0_real) / scale.masked_fill(undefined, 1.0) * (~undefined)
 
 
 def dmd_loss(x0_hat: Tensor, direction: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from swd.diffusion import IndexRange
 from swd.losses.base import CriticStep, FakePass, GeneratorStep, LossTerm, Metrics
 from swd.losses.functional import discriminator_logits, gan_discriminator_loss, gan_generator_loss
 from swd.modules.gan_head import GANHead
-from swd.types import UserError
+from swd.types import UserError, check_number
 
 MOST_LAYERS = 64
 """Of the head; the released configuration has 4."""
@@ -33,6 +33,7 @@ class GAN(LossTerm):
 
     name = "gan"
     trains_fake = True
+    critic_name = "discriminator"
 
     def __init__(
         self,
@@ -51,7 +52,9 @@ class GAN(LossTerm):
                 f"loss.gan.layers={layers}; use 1 to {MOST_LAYERS}: widths fall from layer to layer, and more of them "
                 "would hardly differ"
             )
-        self.weight, self.discriminator_weight, self.blocks = weight, discriminator_weight, tuple(blocks)
+        self.weight = check_number("loss.gan.weight", weight, least=0)
+        self.discriminator_weight = check_number("loss.gan.discriminator_weight", discriminator_weight, least=0)
+        self.blocks = tuple(blocks)
         self.indices, self.critic_indices = indices, critic_indices
         self.layers = layers
         self.generator_pass = self.critic_pass = FakePass(blocks=self.blocks)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from swd.losses.base import GeneratorStep, LossTerm, Metrics
 from swd.losses.functional import Distance, Kernel, Reduce, mmd_loss
-from swd.types import Noised, UserError
+from swd.types import Noised, UserError, check_number
 
 
 class MMD(LossTerm):
@@ -21,10 +21,11 @@ class MMD(LossTerm):
         blocks: whose features are compared; the loss is their mean.
         features: network that the features come from; None: the fake where one is trained, else the teacher.
         kernel: "linear" compares token means, "rbf" all pairs of tokens.
-        distance: "pseudo_huber" or "squared" (eq. 2), for the linear kernel.
+        distance: "pseudo_huber" or "squared" (eq. 2, summed over the global batch), for the linear kernel.
         c: pseudo-Huber constant.
         bandwidth: sigma of the rbf kernel.
-        reduce: compare per image, or the batch as one set.
+        reduce: compare per image, or the batch as one set (on one process only: sets of parts of a batch are not the
+            batch's).
         noise: "range" noises both sides alike; "none" compares clean latents (ablation).
         indices: noise-level indices, both ends included; None: the process' own (18..27).
     """
@@ -47,11 +48,12 @@ class MMD(LossTerm):
         super().__init__()
         if not blocks:
             raise UserError("loss.mmd.blocks is empty; name at least one feature block")
-        if not c >= 0 or not bandwidth > 0:
-            raise UserError(f"loss.mmd: c={c}, bandwidth={bandwidth}; use c of 0 or more and a bandwidth above 0")
-        self.weight, self.blocks, self.features = weight, tuple(blocks), features
-        self.kernel, self.distance, self.c, self.bandwidth = kernel, distance, c, bandwidth
+        self.weight = check_number("loss.mmd.weight", weight, least=0)
+        self.c = check_number("loss.mmd.c", c, least=0)
+        self.bandwidth = check_number("loss.mmd.bandwidth", bandwidth, above=0)
+        self.blocks, self.features, self.kernel, self.distance = tuple(blocks), features, kernel, distance
         self.reduce, self.noise, self.indices = reduce, noise, indices
+        self.separable = reduce == "image"
 
     def blocks_used(self) -> tuple[int, ...]:
         return self.blocks
@@ -67,6 +69,8 @@ class MMD(LossTerm):
             for r, f in zip(f_real, f_fake, strict=True)
         ]
         loss = torch.stack(losses).mean()
+        if self.kernel == "linear" and self.distance == "squared":
+            loss = loss * step.shares  # a sum over the images, where every other choice is a mean
         return self.weight * loss, {"mmd": loss.detach()}
 
     def _noised(self, step: GeneratorStep) -> tuple[Noised, Noised]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from swd.losses.base import CriticStep, FakePass, GeneratorStep, LossTerm, Metrics, Networks
 from swd.losses.mmd import MMD
 from swd.schedule import Interval, upsample
-from swd.types import Conditioning, Draws, UserError
+from swd.types import Checks, Conditioning, Draws, UserError
 
 
 def student_x0(
@@ -36,18 +36,28 @@ def student_x0(
     return networks.x0("student", x_t, sigma, conditioning)[0]
 
 
-def generator_gradient(terms: Mapping[str, LossTerm], step: GeneratorStep) -> tuple[Tensor, Tensor, Metrics]:
+def generator_gradient(
+    terms: Mapping[str, LossTerm], step: GeneratorStep, checks: Checks | None = None
+) -> tuple[Tensor, Tensor, Metrics]:
     """Total generator loss, its gradient with respect to `step.x0_hat` (a leaf), and metrics.
 
     Terms are differentiated one after the other, so that one feature graph is alive at a time, and with
     `autograd.grad`, so that nothing leaks into the fake network's gradients.
+
+    Args:
+        terms: by name.
+        step: the update.
+        checks: is told, by the term's name, whether its weighted loss and its gradient are finite.
     """
     total = torch.zeros((), device=step.x0_hat.device)
     gradient = torch.zeros_like(step.x0_hat)
     metrics: Metrics = {}
     for name in sorted(terms, key=_shared_pass_first(terms)):
         loss, values = terms[name].generator(step)
-        gradient += torch.autograd.grad(loss, step.x0_hat)[0]
+        own = torch.autograd.grad(loss, step.x0_hat)[0]
+        if checks is not None:
+            checks[name] = loss.detach().isfinite() & own.isfinite().all()
+        gradient += own
         total += loss.detach()
         metrics |= values
         del loss
@@ -59,12 +69,19 @@ def _shared_pass_first(terms: Mapping[str, LossTerm]):  # type: ignore[no-untype
     return lambda name: (not terms[name].generator_pass.blocks, not terms[name].generator_pass.prediction, name)
 
 
-def critic_loss(terms: Mapping[str, LossTerm], step: CriticStep) -> tuple[Tensor, Metrics]:
-    """Total critic loss and metrics of the terms that train the fake network."""
+def critic_loss(
+    terms: Mapping[str, LossTerm], step: CriticStep, checks: Checks | None = None
+) -> tuple[Tensor, Metrics]:
+    """Total critic loss and metrics of the terms that train the fake network.
+
+    `checks` is told, by the name of the critic's loss, whether it is finite.
+    """
     losses: list[Tensor] = []
     metrics: Metrics = {}
     for term in trainers(terms).values():
         loss, values = term.critic(step)
+        if checks is not None:
+            checks[term.critic_name] = loss.detach().isfinite()
         losses.append(loss)
         metrics |= values
     return torch.stack(losses).sum(), metrics

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
 from torch import Tensor
-from torch.nn import ModuleDict
+from torch.nn import ModuleDict, Parameter
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 
 from swd.adapters import check_start, read_adapter
+from swd.checkpoints import optimizer_misfit
+from swd.finite import all_finite, step_or_stop, stop_unless_finite
 from swd.losses.base import CriticStep, GeneratorStep, LossTerm, Metrics
 from swd.losses.dmd import DMD
 from swd.losses.update import critic_loss, generator_gradient, settle_features, student_x0, trainers, wanted
@@ -23,7 +27,7 @@ from swd.modules.pretrained import Pretrained
 from swd.sampling import initial_latents, sample_latents
 from swd.schedule import Interval, ScaleSchedule, downscale
 from swd.scheduler import ScaleWiseScheduler
-from swd.types import Batch, Conditioning, SeededDraws, Size, UserError
+from swd.types import Batch, Checks, Conditioning, SeededDraws, Size, UserError, check_number
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Inputs:
         source, target: clean latents of the data at its two sizes.
         conditioning: B rows; `empty`: what takes the place of a prompt for guidance, one row.
         draws: where random numbers come from.
+        place: iteration (from 1), step of the schedule (from 1) and update, for messages.
     """
 
     interval: Interval
@@ -43,6 +48,21 @@ class Inputs:
     conditioning: Conditioning
     empty: Conditioning
     draws: SeededDraws
+    place: str = ""
+
+    def finite(self) -> Checks:
+        """Whether what the data and their encoders gave is finite."""
+        texts = [t for c in (self.conditioning, self.empty) for t in (c.embeds, c.pooled) if t is not None]
+        return {"latents of the data": all_finite([self.source, self.target]), "encoded prompts": all_finite(texts)}
+
+    def first(self) -> Inputs:
+        """The first sample alone."""
+        return replace(
+            self,
+            source=self.source[:1].clone(),  # a view would keep the whole batch in memory
+            target=self.target[:1].clone(),
+            conditioning=self.conditioning.map(lambda tensor: tensor[:1].clone()),
+        )
 
 
 class Distiller(LightningModule):
@@ -67,6 +87,9 @@ class Distiller(LightningModule):
     Raises:
         UserError: if schedule, loss and model do not fit together.
     """
+
+    deed = "distilling"
+    """What this does to the model, for messages."""
 
     def __init__(
         self,
@@ -99,6 +122,7 @@ class Distiller(LightningModule):
         self.updates = 0
         self.last_metrics: Metrics = {}
         self._critic_metrics: list[Metrics] = []
+        self._seen: Inputs | None = None  # of the last update, one sample: what is tried before weights are saved
         self.networks: Networks
         self._encoders: Encoders | None = None
         self._empty: dict[Size | None, Conditioning] = {}
@@ -180,11 +204,26 @@ class Distiller(LightningModule):
 
     def configure_optimizers(self) -> list[Optimizer]:
         options: dict[str, Any] = {"betas": tuple(self.betas), "weight_decay": self.weight_decay}
-        optimizers: list[Optimizer] = [AdamW(self.networks.role_parameters("student"), lr=self.lr, **options)]
-        if self.critic_updates:
-            critic = [*self.networks.role_parameters("fake"), *self.terms.parameters()]
-            optimizers.append(AdamW(critic, lr=self.critic_lr, **options))
-        return optimizers
+        rates = (self.lr, self.critic_lr)
+        trained = self._trained(self.networks, self.terms)
+        return [AdamW(parameters, lr=lr, **options) for parameters, lr in zip(trained, rates, strict=False)]
+
+    def _trained(self, networks: Networks, terms: ModuleDict) -> list[list[Parameter]]:
+        """What each optimizer trains: the student, and the critic if there is one."""
+        student = networks.role_parameters("student")
+        return [student, [*networks.role_parameters("fake"), *terms.parameters()]] if self.critic_updates else [student]
+
+    def check_processes(self, processes: int) -> None:
+        """Raise UserError if a term of the loss cannot be shared by so many processes."""
+        for name, term in self.terms.items():
+            if processes > 1 and not term.separable:
+                raise UserError(
+                    f"loss.{name}.reduce=batch compares the whole batch as one set, which {processes} processes cannot "
+                    f"share; use loss.{name}.reduce=image, or one process (trainer.devices=1)"
+                )
+
+    def on_fit_start(self) -> None:
+        self.check_processes(self.trainer.world_size)  # whatever launcher started them
 
     # One update
 
@@ -198,6 +237,7 @@ class Distiller(LightningModule):
             self.conditioning(batch),
             self.empty_for(batch.bucket),
             draws,
+            self._place(iteration, interval, update),
         )
 
         if update < self.critic_updates:
@@ -205,6 +245,12 @@ class Distiller(LightningModule):
         else:
             self._generator_update(inputs)
         self.updates += 1
+        self._seen = inputs.first()
+
+    def _place(self, iteration: int, interval: Interval, update: int) -> str:
+        step = f"step {interval.index + 1} of {len(self.schedule)} of the schedule"
+        which = f"critic update {update + 1} of {self.critic_updates}"
+        return f"iteration {iteration + 1}, {step}, {which if update < self.critic_updates else 'generator update'}"
 
     def conditioning(self, batch: Batch) -> Conditioning:
         """The batch's prompts, encoded."""
@@ -235,13 +281,11 @@ class Distiller(LightningModule):
             inputs.target,
             inputs.draws,
             wanted(trainers(self.terms), "critic_pass"),
+            self.trainer.world_size,
         )
-        loss, metrics = critic_loss(self.terms, step)
-        optimizer = self._optimizer("fake")
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        self.clip_gradients(optimizer, self.clip, "norm")
-        optimizer.step()
+        checks = inputs.finite() | {"the student's prediction": all_finite([x0_hat])}
+        loss, metrics = critic_loss(self.terms, step, checks)
+        self._descend("fake", loss, checks, inputs.place)
         self._critic_metrics.append(metrics)
 
     def _generator_update(self, inputs: Inputs) -> None:
@@ -255,15 +299,43 @@ class Distiller(LightningModule):
             inputs.target,
             inputs.draws,
             wanted(self.terms, "generator_pass"),
+            self.trainer.world_size,
         )
-        loss, gradient, metrics = generator_gradient(self.terms, step)
-        optimizer = self._optimizer("student")
-        optimizer.zero_grad()
-        self.manual_backward((x0_hat * gradient).sum())
-        self.clip_gradients(optimizer, self.clip, "norm")
-        optimizer.step()
+        checks = inputs.finite() | {"the student's prediction": all_finite([leaf])}
+        loss, gradient, metrics = generator_gradient(self.terms, step, checks)
+        self._descend("student", (x0_hat * gradient).sum(), checks, inputs.place)
         distance = (leaf.detach() - inputs.target).square().mean()
         self._report({"loss": loss, "x0_mse": distance} | metrics, inputs.interval)
+
+    def _descend(self, role: Literal["student", "fake"], loss: Tensor, checks: Checks, place: str) -> None:
+        """One optimizer step down the gradient of `loss`, if that and everything in `checks` is finite."""
+        optimizer = self._optimizer(role)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        # Not `self.clip_gradients`, which does not tell the norm.
+        norm = clip_grad_norm_(parameters, self.clip)
+        owner = "the student" if role == "student" else "the critic"
+        checks = checks | {f"gradient norm of {owner}": norm.isfinite()}
+        stop_unless_finite(self.trainer, checks, place, "no weight was changed by it")
+        step_or_stop(optimizer.step, self.trainer, parameters, f"weights of {owner}", place)
+
+    @torch.no_grad()
+    def predictions(self) -> Checks:
+        """Whether the trained networks as they are now predict finite values, on one sample of the last update.
+
+        Weights may be finite and yet so large that nothing they predict is: better known before they are saved.
+        """
+        if self._seen is None:
+            return {}
+        seen = self._seen
+        x0_hat = self._student_x0(seen)
+        found = {"the student's prediction": all_finite([x0_hat])}
+        if "fake" in self.roles:
+            sigma = torch.full((1,), seen.interval.sigma, device=x0_hat.device)
+            x0 = self.networks.x0("fake", x0_hat, sigma, seen.conditioning)[0]
+            found["the fake network's prediction"] = all_finite([x0])
+        return found
 
     def _student_x0(self, inputs: Inputs) -> Tensor:
         return student_x0(self.networks, inputs.interval, inputs.source, inputs.conditioning, inputs.draws)
@@ -323,14 +395,35 @@ class Distiller(LightningModule):
         checkpoint["swd"] = {"updates": self.updates}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if "swd" not in checkpoint:
-            raise UserError("the checkpoint is not one of a distillation with this program")
         self.updates = int(checkpoint["swd"]["updates"])
-        missing = {k for k, p in self.named_parameters() if p.requires_grad} - set(checkpoint["state_dict"])
-        if missing:
-            raise UserError(
-                f"the checkpoint has no weights for {sorted(missing)[0]}; it belongs to another configuration"
-            )
+
+    def misfit(self, checkpoint: Mapping[str, Any]) -> str | None:
+        """What a checkpoint lacks, or has in another shape, of what this trains; None if it fits. Loads no weights."""
+        updates = checkpoint.get("swd", {}).get("updates")
+        expected = checkpoint["global_step"] * self.updates_per_iteration
+        if updates != expected:
+            return f"it counts {updates} updates rather than {expected}, or is not of a distillation with this program"
+        trained = self._shapes()
+        state = {key: tuple(value.shape) for key, value in checkpoint["state_dict"].items()}
+        for key, shape in {key: shape for each in trained for key, shape in each.items()}.items():
+            if state.get(key) != shape:
+                return f"{key} is missing or has another shape"
+        stored = checkpoint["optimizer_states"]
+        if len(stored) != len(trained):
+            return f"it has {len(stored)} optimizers rather than {len(trained)}"
+        wrong = (optimizer_misfit(one, list(each.values())) for one, each in zip(stored, trained, strict=True))
+        return next((reason for reason in wrong if reason), None)
+
+    def _shapes(self) -> list[dict[str, tuple[int, ...]]]:
+        """Name and shape of what each optimizer trains, without weights in memory."""
+        networks, terms = self.model.untrained_networks(self.roles), copy.deepcopy(self.terms)
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            for term in terms.values():
+                term.build(self.model.limits.width)
+        whole = ModuleDict({"networks": networks, "terms": terms})
+        names = {parameter: name for name, parameter in whole.named_parameters()}
+        groups = self._trained(networks, terms)
+        return [{names[parameter]: tuple(parameter.shape) for parameter in group} for group in groups]
 
 
 def check_fit(model: Pretrained, schedule: ScaleSchedule, terms: Mapping[str, LossTerm]) -> None:
@@ -365,9 +458,7 @@ def check_fit(model: Pretrained, schedule: ScaleSchedule, terms: Mapping[str, Lo
 def check_optimizer(lr: float, critic_lr: float, clip: float, betas: tuple[float, float], weight_decay: float) -> None:
     """Raise UserError for a value that AdamW or clipping cannot work with."""
     for key, value in {"lr": lr, "critic_lr": critic_lr, "clip": clip}.items():
-        if not value > 0:
-            raise UserError(f"task.{key}={value}; use a number above 0")
+        check_number(f"task.{key}", value, above=0)
     if not all(0 <= beta < 1 for beta in betas):
         raise UserError(f"task.betas={list(betas)}; use two numbers from 0 to below 1")
-    if not weight_decay >= 0:
-        raise UserError(f"task.weight_decay={weight_decay}; use 0 or more")
+    check_number("task.weight_decay", weight_decay, least=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import math
@@ -408,6 +409,14 @@ class Pretrained:
         if self.quantization:
             quantize(backbone.network, self.targets, self.quantization)
         return SharedBase(backbone, self.rank, self.alpha, self.targets, roles, seed)
+
+    def untrained_networks(self, roles: Sequence[Role]) -> Networks:
+        """`networks` without weights, on the meta device: names and shapes of what is trained."""
+        with torch.device("meta"):
+            backbone = self.backbone_class(copy.deepcopy(self.meta_network), self.embedded_guidance)
+            if self.tuning == "full":
+                return SeparateCopies(backbone, roles)
+            return SharedBase(backbone, self.rank, self.alpha, self.targets, roles)
 
     @property
     def network_class(self) -> Any:

@@ -15,15 +15,15 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
+from swd.finite import all_finite
 from swd.modules.backbones.base import Backbone
 from swd.modules.hub import is_hub_id
-from swd.modules.pretrain.common import averaged, replace_files, warmup_cosine
+from swd.modules.pretrain.common import WatchedTask, averaged, check_finite, replace_files, warmup_cosine
 from swd.modules.pretrain.muon import MuonAdamW, hidden_matrices
 from swd.modules.pretrained import Pretrained
 from swd.schedule import downscale
@@ -59,7 +59,7 @@ def draw_sigma(batch: int, shift: float, spread: float, generator: torch.Generat
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-class FlowMatching(L.LightningModule):
+class FlowMatching(WatchedTask):
     """Train every weight of a pretrained rectified-flow network to draw at all sizes of a schedule.
 
     Each step takes one size: pictures are shrunk in pixel space (area), encoded, noised as `x_t = (1 - sigma) x0 +
@@ -90,6 +90,8 @@ class FlowMatching(L.LightningModule):
     Raises:
         UserError: for a size or a block count that the network cannot take, or counts that do not fit together.
     """
+
+    deed = "training by flow matching"
 
     def __init__(
         self,
@@ -160,11 +162,6 @@ class FlowMatching(L.LightningModule):
             raise UserError(f"task.reuse={self.reuse}; use at least 1")
 
     @property
-    def updates(self) -> int:
-        """Batches taken so far: where the data continue when a run is resumed."""
-        return int(self.global_step)
-
-    @property
     def encoders(self) -> Any:
         """Text encoders and VAE, loaded when first used."""
         if not self._encoders:
@@ -196,6 +193,7 @@ class FlowMatching(L.LightningModule):
         target = eps if process.prediction_type == "epsilon" else eps - x0
         loss = F.mse_loss(prediction.float(), target)
 
+        self.checks = {"encoded data": all_finite([x0]), "the network's prediction": all_finite([prediction])}
         self.last_metrics = {"loss": loss.detach()}
         self.log_dict({"loss": loss.detach(), f"loss/{size[0]}": loss.detach()})
         return loss
@@ -256,13 +254,18 @@ class FlowMatching(L.LightningModule):
     def on_train_end(self) -> None:
         self.export()
 
+    @property
+    def target(self) -> Path:
+        return self.out / self.model.backbone_class.subfolder
+
     def export(self) -> None:
         """Write the averaged network into the pipeline folder `out`."""
         if self.trainer.is_global_zero:
             network: Any = copy.deepcopy(self.average.module)
             network.to(self.save_dtype)
+            check_finite(network, str(self.target))
             network.register_to_config(_name_or_path="")  # not where this machine keeps it
-            replace_files(self.out / self.model.backbone_class.subfolder, network.save_pretrained)
+            replace_files(self.target, network.save_pretrained)
 
     def configure_optimizers(self) -> Any:
         network = self.backbone.network

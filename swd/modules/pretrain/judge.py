@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Subset
 from swd.data.datamodule import check_loading
 from swd.data.shapes import BACKGROUNDS, COLOURS, PLACES, RESOLUTION, SHAPES, SIZES, Scene, ShapesDataset
 from swd.metrics.judge import NOTHING, Judge
-from swd.modules.pretrain.common import averaged, replace_files, warmup_cosine
+from swd.modules.pretrain.common import WatchedTask, averaged, check_finite, replace_files, warmup_cosine
 
 IGNORE = -100
 """Target of a place that says nothing: colour and size of an empty one."""
@@ -101,7 +101,7 @@ def judge_accuracy(logits: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict
     return result
 
 
-class JudgeTask(L.LightningModule):
+class JudgeTask(WatchedTask):
     """Train a `Judge` on drawn pictures and write it to `out`.
 
     A batch holds `pixels` [B, 3, 128, 128] in [-1, 1] and `targets` (see `targets`).
@@ -115,6 +115,8 @@ class JudgeTask(L.LightningModule):
         save_every: steps between writes.
         seed: of the degradations drawn.
     """
+
+    deed = "training the judge"
 
     def __init__(
         self,
@@ -136,11 +138,6 @@ class JudgeTask(L.LightningModule):
         self.judge.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = averaged(self.judge, ema)
 
-    @property
-    def updates(self) -> int:
-        """Batches taken so far: where the data continue when a run is resumed."""
-        return int(self.global_step)
-
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         pixels = degrade(batch["pixels"], self.generator).contiguous(memory_format=torch.channels_last)
         logits = self.judge(pixels)
@@ -158,10 +155,15 @@ class JudgeTask(L.LightningModule):
     def on_train_end(self) -> None:
         self.export()
 
+    @property
+    def target(self) -> Path:
+        return self.out
+
     def export(self) -> None:
         """Write the averaged judge."""
         if self.trainer.is_global_zero:
             judge: Any = copy.deepcopy(self.average.module)
+            check_finite(judge, f"judge {self.out}")
             replace_files(self.out, judge.eval().save_pretrained)
 
     def configure_optimizers(self) -> Any:

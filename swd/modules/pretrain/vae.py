@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import deque
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from swd.modules.pretrain.common import averaged, replace_files, warmup_cosine
+from swd.modules.pretrain.common import WatchedTask, averaged, check_finite, replace_files, warmup_cosine
 from swd.shapes_pipeline import build_pipeline, save_pipeline
-from swd.types import Batch
+from swd.types import Batch, UserError
 
 
 def edges(pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,7 +36,7 @@ def reconstruction_loss(output: Tensor, target: Tensor, square_weight: float, ed
     return loss
 
 
-class VAETask(L.LightningModule):
+class VAETask(WatchedTask):
     """Train the VAE of the pipeline in `path` on pictures at several sizes, and write it back with its latents' scale.
 
     `batch.pixels` is [B, 3, H, W] in [-1, 1]; each step shrinks its batch to one of `sizes`.
@@ -55,6 +55,8 @@ class VAETask(L.LightningModule):
             networks trained on its latents stay valid.
         seed: of every draw, and of the skeleton.
     """
+
+    deed = "training the VAE"
 
     def __init__(
         self,
@@ -99,11 +101,6 @@ class VAETask(L.LightningModule):
             self.vae.encoder.requires_grad_(False)
         self.average = averaged(self.vae, self.ema)
 
-    @property
-    def updates(self) -> int:
-        """Batches taken so far: where the data continue when a run is resumed."""
-        return int(self.global_step)
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert batch.pixels is not None  # drawn on the fly
         side = self.sizes[int(torch.randint(len(self.sizes), (), generator=self.pick))]
@@ -118,6 +115,7 @@ class VAETask(L.LightningModule):
         reconstruction = reconstruction_loss(output, pixels, self.square_weight, self.edge_weight)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         loss = reconstruction + self.kl_weight * kl
+        self.checks = {"reconstruction": reconstruction.detach().isfinite(), "kl": kl.detach().isfinite()}
         error = F.mse_loss(output, pixels)
         self.last_metrics = {"loss": loss.detach(), "psnr": 10 * (4 / error.detach()).log10(), "kl": kl.detach()}
         self.log_dict(self.last_metrics)
@@ -152,6 +150,10 @@ class VAETask(L.LightningModule):
         mean, square = torch.stack(means).mean(), torch.stack(squares).mean()
         return mean.item(), (square - mean.square()).sqrt().item()
 
+    @property
+    def target(self) -> Path:
+        return self.path / "vae"
+
     def export(self) -> None:
         """Write the averaged VAE in half precision, with the shift and the scale that normalise its latents."""
         if not self.trainer.is_global_zero:
@@ -159,9 +161,15 @@ class VAETask(L.LightningModule):
         vae: Any = copy.deepcopy(self.average.module)
         vae.eval()
         if self.part == "all":
+            if not self.recent:  # resumed when nothing was left to train
+                self.recent.append(cast(Any, self.trainer).datamodule.last(256, 0).pixels.to(self.device))
             mean, deviation = self.measure_latents(vae, torch.cat(list(self.recent)))
+            if not math.isfinite(mean + 1 / max(deviation, 1e-30)):
+                raise UserError(f"VAE {self.target} has latents that are not finite and was not written")
             vae.register_to_config(shift_factor=round(mean, 4), scaling_factor=round(1 / deviation, 4))
-        replace_files(self.path / "vae", vae.to(torch.float16).save_pretrained)
+        vae.to(torch.float16)
+        check_finite(vae, f"VAE {self.target}")
+        replace_files(self.target, vae.save_pretrained)
 
     def configure_optimizers(self) -> Any:
         trained = [p for p in self.vae.parameters() if p.requires_grad]
