@@ -19,7 +19,6 @@ from typing import Any, Protocol
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -36,7 +35,18 @@ from swd.adapters import (
     locate,
     write_layouts,
 )
-from swd.config import check, one_line, to_plain
+from swd.config import (
+    PRETRAINED,
+    allowed_here,
+    build,
+    build_node,
+    check,
+    check_recorded,
+    node_of,
+    one_line,
+    read_recorded,
+    to_plain,
+)
 from swd.files import check_checksums, write_aside, write_checksums, write_json
 from swd.io.progress import Progress
 from swd.limits import STEPS
@@ -56,13 +66,15 @@ SCHEDULER_FILE, ASSET = "scale_wise_scheduler.py", "swd://"
 
 def run(cfg: DictConfig) -> None:
     """Export what the configuration says; prints the folder."""
+    if OmegaConf.is_missing(cfg, "to"):
+        raise UserError("to is missing; give to=FOLDER")
     check(cfg, ROOT)
     train.quiet()
     target = Path(cfg.to)
     check_target(target)
     source = locate(cfg.run, Path(cfg.output), "run")
     student = load_student(source)
-    model: Pretrained = instantiate(model_of(source, cfg), _convert_="all")
+    model = build_model(model_of(source, cfg), cfg)
     student.check_fits(model)
     schedule = schedule_of(source, cfg, model)
     task = f"exporting {source} of {model.name} to {target}" + (", and loading it back" if cfg.verify else "")
@@ -89,19 +101,31 @@ def check_target(target: Path) -> None:
 def model_of(source: Path, cfg: DictConfig) -> Any:
     """The model that a run was trained with, changed by what the command line sets of it.
 
-    The configuration's where the command line names a model, or without a run.
+    The configuration's where the command line names a model, or without a run. A run may be somebody else's, so what it
+    says is plain data: see `swd.config.check_recorded`.
+
+    Raises:
+        UserError: if the run's configuration is damaged, or holds anything but a model's plain values.
     """
     folder = source if source.is_dir() else source.parent
     file = folder.parent / "config.yaml"
     named = any(re.match(r"\+*(model|experiment)[=@]", override) for override in overrides())
     if named or folder.name not in ("adapter", "student") or not file.is_file():
-        return cfg.model
-    run = OmegaConf.load(file)
+        return node_of(cfg, "model")
+    node = read_recorded(file).get("model")
+    given = node_of(cfg, "model")
     for override in overrides():
-        key = override.lstrip("+").partition("=")[0]
-        if key.startswith("model."):
-            OmegaConf.update(run, key, OmegaConf.select(cfg, key), force_add=True)
-    return run.model
+        key = re.split(r"[.=\[]", override.lstrip("+").removeprefix("model."))[0]
+        if override.lstrip("+").startswith("model.") and key in given and isinstance(node, dict):
+            node[key] = given[key]
+    check_recorded(node, "model", PRETRAINED, file)
+    return node
+
+
+def build_model(node: dict[str, Any], cfg: DictConfig) -> Pretrained:
+    """The model that `model_of` found."""
+    model: Pretrained = build_node({"_target_": PRETRAINED} | node, "model", allowed_here(cfg))
+    return model
 
 
 def overrides() -> list[str]:
@@ -126,7 +150,7 @@ def schedule_of(source: Path, cfg: DictConfig, model: Pretrained) -> ScaleWiseSc
                 f"{expected}; name the model that it belongs to"
             )
     else:
-        schedule: ScaleSchedule = instantiate(cfg.schedule, _convert_="all")
+        schedule: ScaleSchedule = build(cfg, "schedule")
         sampler = schedule.scheduler(model.limits.divisor, expected)
         if not chosen:
             warnings.warn(

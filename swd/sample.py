@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderTiny
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image, PngImagePlugin
 from torch import Tensor
@@ -21,14 +20,15 @@ from tqdm import tqdm
 
 from swd import __version__, limits, train, video
 from swd.adapters import locate
-from swd.config import check, to_plain
+from swd.config import check, node_of, stored
 from swd.data.buckets import aspect_size
 from swd.data.work import say
-from swd.export import model_of, schedule_of
+from swd.export import build_model, model_of, schedule_of
 from swd.files import claim_folder, write_aside
 from swd.images import to_pil
 from swd.io.progress import Progress
 from swd.io.tables import NoText, read_table, text_of
+from swd.masking import mask, mask_text
 from swd.modules import hub
 from swd.modules.pretrained import Pretrained, check_model_folder, read_json
 from swd.modules.quantize import quantize
@@ -81,14 +81,13 @@ def run(cfg: DictConfig) -> None:
     requests, model, student, schedule, size = job.requests, job.model, job.student, job.schedule, job.size
     ending = "mp4" if model.backbone_class.video else "png"
     folder = claim_files(Path(cfg.folder), requests, ending)
-    drawer = f"model {model.name}, " + (f"adapter {job.source}" if student else "no adapter: the teacher")
+    drawer = mask_text(f"model {model.name}, " + (f"adapter {job.source}" if student else "no adapter: the teacher"))
     print(drawer, flush=True)
     warn_beyond(model, [request.prompt for request in requests])
     say(f"loading {drawer}")
     pipe = build_pipeline(model, student, schedule, cfg)
     info = {
-        "model": to_plain(job.node),
-        "adapter": job.source,
+        **origin(cfg, job),
         "adapter_hash": student.hash if student else None,
         "schedule": dict(schedule.config) if schedule else None,
     }
@@ -105,6 +104,18 @@ def run(cfg: DictConfig) -> None:
                     file = folder / f"{request.stem}_step{number}_{side}.{ending}"
                     tqdm.write(str(save(drawn[i], file, told, cfg.fps)))
             progress.advance(len(batch))
+
+
+def origin(cfg: DictConfig, job: Job) -> dict[str, Any]:
+    """What pictures say of the model and the adapter: no value of the environment, no credential."""
+    shown, plain = stored(cfg), node_of(cfg, "model")
+    typed = shown.get("model", {})
+    # What the command line gave is told as it was typed, the rest as the run recorded it.
+    model = {key: typed[key] if key in plain and plain[key] == value else value for key, value in job.node.items()}
+    adapter = None if job.source is None else str(job.source)
+    if adapter is not None and "${" in str(shown["adapter"]):
+        adapter = shown["adapter"]
+    return mask({"model": model, "adapter": adapter})  # type: ignore[no-any-return]
 
 
 # What is asked for
@@ -142,8 +153,8 @@ def prepare(cfg: DictConfig) -> Job:
     check(cfg, ROOT)
     requests = plan(cfg)
     source = None if cfg.adapter is None else locate(cfg.adapter, Path(cfg.output))
-    node = cfg.model if source is None else model_of(source, cfg)
-    model: Pretrained = instantiate(node, _convert_="all")
+    node = node_of(cfg, "model") if source is None else model_of(source, cfg)
+    model = build_model(node, cfg)
     student = schedule = None
     if source is not None:
         student = load_student(source)

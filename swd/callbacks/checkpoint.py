@@ -9,12 +9,12 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from safetensors import SafetensorError
 
 from swd.adapters import NETWORK_CONFIG, PEFT_CONFIG, PEFT_WEIGHTS, SCHEDULER_CONFIG, save_adapter, save_student
 from swd.checkpoints import CheckpointFiles, Resumable, damage, tensors
-from swd.config import first_difference, one_line
+from swd.config import first_difference, one_line, read_recorded, stored
 from swd.files import clear_leftovers
 from swd.finite import all_finite, last_checkpoint, stop_unless_finite
 from swd.modules.distiller import Distiller
@@ -130,7 +130,8 @@ class SaveAdapter(Callback):
         return None if all((run / "adapter" / name).is_file() for name in needed) else str(run / "adapter")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not isinstance(pl_module, Distiller):
+        # Without a single iteration there is no student, only fresh weights.
+        if not (isinstance(pl_module, Distiller) and trainer.global_step):
             return
         trained = [p.detach() for p in pl_module.networks.role_parameters("student")]
         checks = {"weights of the student": all_finite(trained)} | pl_module.predictions()
@@ -235,8 +236,7 @@ def config_difference(path: Path, cfg: DictConfig) -> str | None:
     file = path.parent.parent / "config.yaml"
     if not file.is_file():
         raise UserError(f"{file} is missing, so that the settings of {path.name} cannot be compared; put it back")
-    old, new = recorded(file), OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(new, dict)
+    old, new = read_recorded(file), stored(cfg)
     for plain in (old, new):
         if isinstance(plain.get("data"), dict):
             plain["data"] = {key: value for key, value in plain["data"].items() if key not in NO_MATTER}
@@ -248,21 +248,6 @@ def config_difference(path: Path, cfg: DictConfig) -> str | None:
         if difference:
             return difference
     return None
-
-
-def recorded(file: Path) -> dict[str, Any]:
-    """What a run recorded as its configuration, as plain values.
-
-    Raises:
-        UserError: if it cannot be read.
-    """
-    try:
-        plain = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    except Exception as error:  # of the file system, of UTF-8, of YAML or of OmegaConf
-        raise UserError(f"{file} is damaged ({one_line(error)})") from None
-    if not isinstance(plain, dict) or not plain:
-        raise UserError(f"{file} is damaged (it holds no configuration)")
-    return plain  # type: ignore[return-value]
 
 
 def clear_runs(resume: Path) -> None:

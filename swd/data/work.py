@@ -21,6 +21,7 @@ from swd.data.ahead import read_ahead
 from swd.data.shards import MANIFEST, fault, is_done, read_manifest, shard_name, write_manifest, write_shard
 from swd.files import claim_folder, file_hash, write_json
 from swd.io.progress import Progress
+from swd.masking import mask
 from swd.modules.pretrained import read_json
 from swd.types import UserError
 
@@ -129,7 +130,7 @@ class Job:
         """
         self.check()
         claim_folder(self.folder)
-        told = {"kind": self.kind, "rows": self.rows, "shard_size": self.shard_size, **self.settings}
+        told = mask({"kind": self.kind, "rows": self.rows, "shard_size": self.shard_size, **self.settings})
         if not (self.folder / JOB).is_file():
             found = sorted(p.name for p in self.folder.iterdir() if not p.name.startswith("."))
             # Several processes start at once: another one's first files are no stranger's.
@@ -186,7 +187,7 @@ class Job:
             return None
         for reason in self._faults([shard for shard in range(self.shards) if shard not in mine]).values():
             raise UserError(f"out={self.folder}: {reason}; run the same command again, it makes this shard anew")
-        manifest = write_manifest(self.folder, self.kind, self.shards, {**self.settings, **measured()})
+        manifest = write_manifest(self.folder, self.kind, self.shards, mask({**self.settings, **measured()}))
         # Half-written shards of killed processes, and what they kept; another one may be writing the manifest, too.
         for stray in (*self.folder.glob(".[0-9]*"), self.folder / PARTIAL):
             shutil.rmtree(stray, ignore_errors=True)
