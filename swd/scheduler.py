@@ -244,6 +244,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         self._plans: OrderedDict[tuple[int, ...], list[tuple[int, ...]]] = OrderedDict()
         self._begin_index: int | None = None
         self.set_timesteps(len(self._levels))
+        self._in_call = False
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -304,6 +305,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         self.sizes = list(self.base_sizes)
         self.x0_predictions: list[Tensor] = []
         self._step_index = 0
+        self._in_call = True  # whether a pipeline samples, and its network is not just called by itself
         self._started = False  # whether this sample's sizes are known
         self._seeds: list[int] = []
 
@@ -446,6 +448,8 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         return pipe
 
     def _refresh_ids(self, network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if not self._in_call:
+            return args, kwargs
         ids = kwargs["img_ids"]
         if self._step_index == 0:
             self._start_from_ids(kwargs["hidden_states"], ids)
@@ -518,6 +522,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         if self.keep_x0:
             self.x0_predictions.append(x0.to(dtype))
         self._step_index = i + 1
+        self._in_call = i + 1 < self.num_inference_steps
         prev = x0 if i + 1 == self.num_inference_steps else self._renoise(x0, i + 1, noise)
         if packed:
             prev, x0 = pack(prev), pack(x0)

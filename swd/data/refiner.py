@@ -8,14 +8,23 @@ import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline
 from torch import Tensor
 
-from swd.modules.backbones.sdxl import SDXLBackbone
+from swd.modules.backbones.sdxl import SDXLBackbone, SDXLEncoders
+from swd.modules.encoders import Encoders
 from swd.modules.pretrained import Pretrained
 from swd.sample import Request
 from swd.types import Size, UserError
 
 
+class RefinerEncoders(SDXLEncoders):
+    """The second of SDXL's text encoders alone."""
+
+    optional: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
+
+
 class SDXLRefiner(SDXLBackbone):
     """The refiner's UNet: as SDXL's, in the pipeline that starts from a picture."""
+
+    encoders_type: ClassVar[type[Encoders]] = RefinerEncoders
 
     pipeline_type: ClassVar[str] = "StableDiffusionXLImg2ImgPipeline"
     pipeline_aliases: ClassVar[tuple[str, ...]] = ()
