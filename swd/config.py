@@ -1,33 +1,237 @@
-"""The schema: every config node with a `_target_` is checked against the constructor's typed signature."""
+"""The schema: every config node with a `_target_` is checked against an allow list and the constructor's signature."""
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
+import math
+import os
+import pkgutil
+import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 
+from swd.masking import is_secret, mask, mask_url, secrets_of_environment
 from swd.types import UserError
 
 NODES = ("task", "model", "schedule", "data", "trainer", "logger")
 """Groups whose option is one constructor."""
 COLLECTIONS = ("loss", "callbacks")
 """Groups whose option is several constructors by name."""
-SPECIAL = {"_target_", "_convert_", "_recursive_", "_partial_", "_args_"}
+OPTIONAL = ("callbacks", "logger")
+"""Groups that may be left out: `callbacks=null`."""
+SPECIAL = {"_target_", "_convert_", "_partial_"}
+"""Hydra's own keys that a node may hold; what is nested is built first, and arguments are given by name."""
+
+PRETRAINED = "swd.modules.pretrained.Pretrained"
+
+ALLOWED: Mapping[str, Collection[str]] = {
+    "swd.modules.distiller": ("Distiller",),
+    "swd.modules.pretrained": ("Pretrained",),
+    "swd.modules.pretrain.flow": ("FlowMatching",),
+    "swd.modules.pretrain.judge": ("JudgeTask", "JudgeData"),
+    "swd.modules.pretrain.vae": ("VAETask",),
+    "swd.schedule": ("ScaleSchedule",),
+    "swd.losses": ("DMD", "MMD", "GAN"),
+    "swd.data.datamodule": ("PairData",),
+    "swd.data.images": ("FolderDataset",),
+    "swd.data.shapes": ("ShapesDataset",),
+    "swd.data.webdataset": ("ShardData",),
+    "swd.callbacks": ("Checkpoint", "Progress", "Samples", "SaveAdapter"),
+    "swd.callbacks.fixed": ("FixedLosses",),
+    "lightning": ("Trainer",),
+    "lightning.pytorch": ("Trainer",),
+    "lightning.pytorch.loggers": (
+        "CSVLogger",
+        "TensorBoardLogger",
+        "WandbLogger",
+        "MLFlowLogger",
+        "CometLogger",
+        "NeptuneLogger",
+    ),
+    "lightning.pytorch.callbacks": (
+        "DeviceStatsMonitor",
+        "EarlyStopping",
+        "LearningRateMonitor",
+        "ModelCheckpoint",
+        "ModelSummary",
+        "OnExceptionCheckpoint",
+        "RichModelSummary",
+        "ThroughputMonitor",
+        "Timer",
+    ),
+    "lightning.pytorch.profilers": ("SimpleProfiler", "AdvancedProfiler", "PyTorchProfiler", "XLAProfiler"),
+    "lightning.pytorch.strategies": (
+        "DDPStrategy",
+        "FSDPStrategy",
+        "ModelParallelStrategy",
+        "DeepSpeedStrategy",
+        "SingleDeviceStrategy",
+    ),
+    "lightning.pytorch.plugins.environments": (
+        "SLURMEnvironment",
+        "TorchElasticEnvironment",
+        "LightningEnvironment",
+        "MPIEnvironment",
+        "LSFEnvironment",
+        "KubeflowEnvironment",
+    ),
+}
+"""All that a configuration may build, by package: classes alone, and none that runs, reads or imports what it is told.
+
+`allow='[my_package.MyTerm]'` on the command line adds to it, and nothing else does.
+"""
 
 
-def check(cfg: DictConfig, root: Mapping[str, Any] | None = None) -> None:
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `least` to `most`, both included; `above`: `least` itself is not."""
+
+    least: float = 0
+    most: float = math.inf
+    above: bool = False
+
+    def problem(self, value: Any) -> str | None:
+        """What to use instead of `value`; None if it is inside, or is no number."""
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None
+        if value < self.least or (self.above and value == self.least):
+            return f"use a number above {self.least:g}" if self.above else f"use {self.least:g} or more"
+        return f"use at most {self.most:,.15g}" if value > self.most else None
+
+
+LARGEST_FLOAT = 3.4028234663852886e38
+"""Of float32, which losses and optimizers compute in."""
+LARGEST_INTEGER = 2**63 - 1
+
+SHARE, COUNT, WEIGHT = Range(0, 1), Range(1, 2**31 - 1), Range(0, 1e6)
+RATE = Range(0, 1e6, above=True)
+"""Of learning: AdamW moves every weight by about the rate at each step, so anything near 1 destroys a network already;
+the bound refuses what cannot be meant at all."""
+RANGES: Mapping[str, Range] = {
+    "lr": RATE,
+    "critic_lr": RATE,
+    "muon_lr": RATE,
+    "weight_decay": Range(0, 1e3),
+    "critic_updates": Range(0, 10_000),
+    "weight": WEIGHT,
+    "discriminator_weight": WEIGHT,
+    "kl_weight": WEIGHT,
+    "square_weight": WEIGHT,
+    "edge_weight": WEIGHT,
+    "size_weights": WEIGHT,
+    "layers": Range(1, 64),  # of the discriminator's head, whose widths fall from the network's to 1
+    "ema": SHARE,
+    "caption_dropout": SHARE,
+    "crop_chance": SHARE,
+    "max_bad": SHARE,
+    "seed": Range(0, LARGEST_INTEGER),
+    "batch_size": Range(1, 100_000),  # over all processes; the paper's is 64
+    "workers": Range(0, max(16, 4 * (os.cpu_count() or 1))),
+    "prefetch": Range(0, 1000),
+    "warmup": Range(0, 2**31 - 1),
+    "every": COUNT,
+    "keep": COUNT,
+    "save_every": COUNT,
+    "lines": COUNT,
+    "reuse": Range(1, 10_000),
+    "memory": COUNT,
+    "max_steps": COUNT,
+    "num_nodes": Range(1, 100_000),
+}
+"""What arguments of the project's constructors and of the Trainer may be: a name means the same everywhere."""
+
+
+# What is allowed
+
+
+def allowed_here(cfg: DictConfig) -> tuple[str, ...]:
+    """The names that the command line adds to what may be built.
+
+    Raises:
+        UserError: for a list that is none, or that comes from a file: whoever sends a file must not grant it anything.
+    """
+    names = OmegaConf.to_container(cfg, resolve=False).get("allow") or []  # type: ignore[union-attr]
+    if not fits(names, list[str]):
+        raise UserError(f"allow={names!r} is not valid; expected a list of names, as in allow='[my_package.MyTerm]'")
+    if names and HydraConfig.initialized():
+        given = [override for override in HydraConfig.get().overrides.task if re.match(r"\+*allow=", override)]
+        if not given:
+            raise UserError("allow is set in a file, and only the command line may: give allow='[my_package.MyTerm]'")
+    for name in names:
+        import_allowed(name)
+    return tuple(names)
+
+
+def import_allowed(name: str) -> Any:
+    """The class, function or module that the command line allows.
+
+    Raises:
+        UserError: if there is none.
+    """
+    try:
+        found = pkgutil.resolve_name(name)
+    except Exception as error:  # importing a module runs it, and it may fail in any way
+        reason = f"{type(error).__name__}: {one_line(error)}"[:200]
+        raise UserError(
+            f"allow={name} cannot be imported ({reason}); give the full dotted name of a class of your own, and put "
+            "its folder on PYTHONPATH"
+        ) from None
+    if not (callable(found) or inspect.ismodule(found)):
+        raise UserError(f"allow={name} is a {type(found).__name__}; name a class, or the module of a family")
+    return found
+
+
+def target_of(name: Any, path: str, allow: Collection[str] = ()) -> Any:
+    """The class that a `_target_` names, if a configuration may build it; imports nothing that is not on the list.
+
+    Args:
+        name: dotted, of the package that lists it or of the module that defines it.
+        path: where the node is, for messages.
+        allow: names beyond `ALLOWED`.
+
+    Raises:
+        UserError: if it is not on the list.
+    """
+    if isinstance(name, str):
+        if name in allow:
+            return import_allowed(name)
+        module, _, own = name.rpartition(".")
+        for package, classes in ALLOWED.items():
+            if own in classes and (module == package or module.startswith(f"{package}.")):
+                found = getattr(importlib.import_module(package), own)
+                if module in (package, found.__module__):
+                    return found
+    known = [f"{package}.{own}" for package, classes in ALLOWED.items() for own in classes]
+    close = difflib.get_close_matches(str(name), known, 1, cutoff=0.8)
+    raise UserError(
+        f"{path}._target_={name} is not among the classes that a configuration may build; check its spelling"
+        + (f" (did you mean {close[0]!r}?)" if close else "")
+        + ", or name a class of your own on the command line: allow='[my_package.MyClass]'"
+    )
+
+
+# Checking
+
+
+def check(cfg: DictConfig, root: Mapping[str, Any] | None = None, allow: Collection[str] | None = None) -> None:
     """Check a composed configuration before anything is built.
 
     Args:
         cfg: the configuration.
         root: types of the plain values at the root; None: those are not looked at.
+        allow: what may be built beyond `ALLOWED`; None: what the command line says.
 
     Raises:
         UserError: naming the key, the value and the fix.
@@ -36,13 +240,17 @@ def check(cfg: DictConfig, root: Mapping[str, Any] | None = None) -> None:
         plain: Any = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"configuration does not resolve: {one_line(error)}") from None
+    except RecursionError:
+        raise UserError("configuration does not resolve: values refer to each other in a circle") from None
     assert isinstance(plain, dict)
     if root is not None:
         _check_root(plain, root)
+    _check_secrets(plain, "")
+    allow = allowed_here(cfg) if allow is None else allow
     for group in COLLECTIONS:
         _check_collection(plain.get(group), group)
     # The task repeats the groups that it is built from: name their keys where the user knows them.
-    _check_node({key: plain[key] for key in sorted(plain, key=lambda k: k == "task")}, "")
+    _check_node({key: plain[key] for key in sorted(plain, key=lambda k: k == "task")}, "", allow)
 
 
 def _check_root(plain: dict[str, Any], root: Mapping[str, Any]) -> None:
@@ -52,6 +260,47 @@ def _check_root(plain: dict[str, Any], root: Mapping[str, Any]) -> None:
             raise UserError(_unknown_key(key, key, known))
         if key in root and not fits(value, root[key]):
             raise UserError(_bad_value(key, value, root[key]))
+        if key in root and value == "":
+            raise UserError(f"{key} is empty; give {key}=VALUE, or leave it out")
+        if key in NODES and key not in OPTIONAL and not (isinstance(value, dict) and "_target_" in value):
+            raise UserError(f"{key}={value!r} names no {key}; leave it out for the default, or choose one: {key}=NAME")
+        if key in (*COLLECTIONS, *OPTIONAL) and not (value is None or isinstance(value, dict)):
+            raise UserError(f"{key}={value!r} is no option of {key}; --help lists them")
+    if {"name", "output"} <= set(root):
+        check_names(plain.get("name"), plain.get("output"))
+
+
+def check_names(name: Any, output: Any) -> None:
+    """Raise UserError unless results of the run `name` lie in a folder below `output`."""
+    for key, value in (("name", name), ("output", output)):
+        if isinstance(value, str) and (not value.strip() or "\0" in value or "\n" in value):
+            raise UserError(f"{key}={value!r} is no name of a folder; give {key}=NAME")
+    if not (isinstance(name, str) and isinstance(output, str)):
+        return
+    parts = Path(name).parts
+    if Path(name).is_absolute() or not parts or ".." in parts or name.startswith("~"):
+        raise UserError(
+            f"name={name} would leave output={output}; give a plain name, and say where results go with output=FOLDER"
+        )
+    long = max((part for part in (*parts, *Path(output).parts)), key=lambda part: len(os.fsencode(part)))
+    if len(os.fsencode(long)) > 240:  # file systems take 255 bytes, and names of temporary files are a little longer
+        raise UserError(f"{long[:60]}... is {len(os.fsencode(long))} bytes long; names of folders take at most 240")
+
+
+def _check_secrets(value: Any, path: str) -> None:
+    """A credential of the environment in an ordinary value would be written into files, names and requests."""
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            if not is_secret(key):
+                _check_secrets(inner, f"{path}.{key}" if path else str(key))
+    if not isinstance(value, str):
+        return
+    outside_urls = mask_url(value) if "://" in value else value
+    for name, secret in secrets_of_environment().items():
+        if secret in outside_urls:
+            raise UserError(
+                f"{path} holds the value of the environment variable {name}, and would be written down; leave it out"
+            )
 
 
 def _check_collection(nodes: Any, group: str) -> None:
@@ -66,26 +315,39 @@ def _check_collection(nodes: Any, group: str) -> None:
             raise UserError(_unknown_key(f"{group}.{name}", name, known))
 
 
-def _check_node(node: Any, path: str) -> None:
+def _check_node(node: Any, path: str, allow: Collection[str]) -> None:
     if isinstance(node, list):
         for i, value in enumerate(node):
-            _check_node(value, f"{path}[{i}]")
+            _check_node(value, f"{path}[{i}]", allow)
+    elif isinstance(node, int | float) and not isinstance(node, bool):
+        _check_number(node, path)
     if not isinstance(node, dict):
         return
     if "_target_" in node:
-        _check_call(node, path)
+        _check_call(node, path, allow)
     for key, value in node.items():
-        _check_node(value, f"{path}.{key}" if path else str(key))
+        _check_node(value, f"{path}.{key}" if path else str(key), allow)
 
 
-def _check_call(node: dict[str, Any], path: str) -> None:
-    try:
-        target = hydra.utils.get_object(node["_target_"])
-    except Exception:
-        raise UserError(f"{path}._target_={node['_target_']} cannot be imported; check its spelling") from None
+def _check_number(value: float, path: str) -> None:
+    """Infinities and numbers beyond those of the machine are no setting of anything."""
+    if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+        raise UserError(
+            f"{path}={value if abs(value) < 10**30 else 'a longer number'} is too large; use at most 2^63 - 1"
+        )
+    if not math.isfinite(value) or abs(value) > LARGEST_FLOAT:
+        raise UserError(f"{path}={value} is not a finite number of 32 bits; use one below 3.4e38")
+
+
+def _check_call(node: dict[str, Any], path: str, allow: Collection[str]) -> None:
+    target = target_of(node["_target_"], path, allow)
     function = target.__init__ if inspect.isclass(target) else target
-    parameters = dict(inspect.signature(target).parameters)
+    try:
+        parameters = dict(inspect.signature(target).parameters)
+    except (TypeError, ValueError):
+        raise UserError(f"{path}._target_={node['_target_']} is nothing that can be built; name a class") from None
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    ranges = RANGES if str(target.__module__).startswith(("swd.", "lightning.")) else {}
     try:
         hints = get_type_hints(function)
     except Exception:  # a third party's annotations may not resolve; its own checks then apply
@@ -93,10 +355,17 @@ def _check_call(node: dict[str, Any], path: str) -> None:
     for key, value in node.items():
         if key in SPECIAL:
             continue
+        if key.startswith("_") and key.endswith("_"):
+            raise UserError(f"{path}.{key} is not taken here; give {node['_target_']} its arguments by name")
         if key not in parameters and not open_ended:
             raise UserError(_unknown_key(f"{path}.{key}", key, list(parameters)))
         if key in hints and not fits(value, hints[key]):
             raise UserError(_bad_value(f"{path}.{key}", value, hints[key]))
+        for number in value if isinstance(value, list) else [value]:
+            problem = ranges[key].problem(number) if key in ranges else None
+            if problem:
+                _check_number(number, f"{path}.{key}")
+                raise UserError(f"{path}.{key}={number}; {problem}")
     for key, parameter in parameters.items():
         required = parameter.default is parameter.empty and parameter.kind in (
             parameter.POSITIONAL_OR_KEYWORD,
@@ -187,5 +456,252 @@ def choice(group: str) -> str | None:
 
 
 def to_plain(cfg: DictConfig | ListConfig) -> Any:
-    """The resolved configuration as plain dicts and lists."""
-    return OmegaConf.to_container(cfg, resolve=True)
+    """The resolved configuration as plain dicts and lists.
+
+    Raises:
+        UserError: if a value refers to nothing.
+    """
+    try:
+        return OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"configuration does not resolve: {one_line(error)}") from None
+
+
+# Building: the only place that calls what a configuration names
+
+
+def build(cfg: DictConfig, key: str, allow: Collection[str] | None = None) -> Any:
+    """Build one group of a configuration: an object, or a dict of objects by name.
+
+    Args:
+        cfg: the whole configuration.
+        key: the group, such as "model" or "callbacks".
+        allow: what may be built beyond `ALLOWED`; None: what the command line says.
+
+    Raises:
+        UserError: if the group is missing, names what may not be built, or a constructor refuses its arguments.
+    """
+    return build_node(node_of(cfg, key), key, allowed_here(cfg) if allow is None else allow)
+
+
+def node_of(cfg: DictConfig, key: str) -> dict[str, Any]:
+    """A group of a configuration as plain values; empty where one that may be left out is.
+
+    Raises:
+        UserError: if it is missing.
+    """
+    node = to_plain(cfg).get(key)
+    if node is None and key in (*COLLECTIONS, *OPTIONAL):
+        return {}
+    if not isinstance(node, dict):
+        raise UserError(f"{key} is missing; choose one with {key}=NAME, --help lists them")
+    return node
+
+
+def build_node(node: Any, path: str, allow: Collection[str] = ()) -> Any:
+    """Build a node of plain values.
+
+    Args:
+        node: dicts with a `_target_` become objects, wherever they are in it.
+        path: what the node is called, for messages.
+        allow: what may be built beyond `ALLOWED`.
+
+    Raises:
+        UserError: as `build`.
+    """
+    _check_node(node, path, allow)
+    return _construct(node, path, allow)
+
+
+def arguments_of(cfg: DictConfig, key: str) -> dict[str, Any]:
+    """The arguments that `build` would give the constructor of a group, built."""
+    allow, node = allowed_here(cfg), node_of(cfg, key)
+    _check_node(node, key, allow)
+    return {name: _construct(value, f"{key}.{name}", allow) for name, value in node.items() if name not in SPECIAL}
+
+
+def _construct(node: Any, path: str, allow: Collection[str]) -> Any:
+    if isinstance(node, list):
+        return [_construct(value, f"{path}[{i}]", allow) for i, value in enumerate(node)]
+    if not isinstance(node, dict):
+        return node
+    values = {key: _construct(value, f"{path}.{key}", allow) for key, value in node.items() if key not in SPECIAL}
+    if "_target_" not in node:
+        return values
+    target = target_of(node["_target_"], path, allow)
+    if node.get("_partial_"):
+        return partial(target, **values)
+    try:
+        return target(**values)
+    except UserError:
+        raise
+    except ValueError as error:  # a constructor refused what the configuration gave it
+        raise UserError(f"{path}: {one_line(error)}") from error
+    except Exception as error:
+        if not str(target.__module__).startswith("lightning."):
+            raise
+        # Whatever a third party's constructor raises comes from the arguments, or from a package that is missing.
+        raise UserError(f"{path}: {type(error).__name__}: {one_line(error)}") from error
+
+
+# What is read from a run or an export of somebody else
+
+
+class _Values(yaml.SafeLoader):
+    """Plain values alone: no tags, no anchors, no key twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent) or getattr(self.peek_event(), "anchor", None):  # type: ignore[no-untyped-call]
+            raise yaml.YAMLError("anchors and aliases are not taken")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [key.value for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1] if len(keys) < 1000 else ["more than 1000 keys"]
+        if twice:
+            raise yaml.YAMLError(f"found duplicate key {twice[0]}")
+        return super().construct_mapping(node, deep)
+
+
+# A date is text, as in OmegaConf.
+_Values.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+LARGEST_RECORD = 2**20
+"""Bytes of a recorded configuration; ours take about 5,000."""
+
+
+def read_recorded(file: Path) -> dict[str, Any]:
+    """The configuration that a run recorded, as plain values: nothing in it is resolved, built or imported.
+
+    Args:
+        file: the run's `config.yaml`.
+
+    Raises:
+        UserError: if it cannot be read, or holds anything but plain values by name.
+    """
+    try:
+        if file.stat().st_size > LARGEST_RECORD:
+            raise UserError(f"{file} has more than {LARGEST_RECORD:,} bytes; it is no recorded configuration")
+        value = yaml.load(file.read_text(encoding="utf-8"), Loader=_Values)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); copy the run again") from None
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = {RecursionError: "nested too deeply", UnicodeDecodeError: "not UTF-8 text"}.get(type(error))
+        raise UserError(f"{file} is damaged ({reason or one_line(error)[:200]}); copy the run again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file} is damaged (it holds no keys with values); copy the run again")
+    _check_plain(value, "", file)
+    return value
+
+
+def _check_plain(value: Any, path: str, file: Path) -> None:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise UserError(f"{file} is damaged (key {key!r} below {path or 'the root'} is no text); copy it again")
+            _check_plain(inner, f"{path}.{key}" if path else key, file)
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            _check_plain(inner, f"{path}[{i}]", file)
+    elif not (value is None or isinstance(value, bool | int | float | str)):
+        raise UserError(f"{file} is damaged ({path} is a {type(value).__name__}, no plain value); copy it again")
+
+
+def check_recorded(node: Any, key: str, target: str, file: Path) -> None:
+    """Raise UserError unless a node of a recorded configuration describes `target` by plain values alone.
+
+    Args:
+        node: as `read_recorded` gives it.
+        key: what it is called.
+        target: the only `_target_` that it may have, and only at its top.
+        file: where it is from.
+    """
+    if not isinstance(node, dict):
+        raise UserError(f"{file} has no {key}; name it on the command line: {key}=NAME")
+    if node.get("_target_", target) != target:
+        raise UserError(f"{file}: {key}._target_={node['_target_']} is not taken from a file; a {key} is {target}")
+
+    def walk(value: Any, path: str) -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                if name.startswith("_") and path != key:
+                    raise UserError(f"{file}: {path}.{name} is not taken from a file; remove it")
+                walk(inner, f"{path}.{name}")
+        elif isinstance(value, list):
+            for i, inner in enumerate(value):
+                walk(inner, f"{path}[{i}]")
+        elif isinstance(value, str) and "${" in value:
+            raise UserError(f"{file}: {path}={value!r} refers to something outside of it; give {path}=VALUE")
+
+    for name, value in node.items():
+        if name.startswith("_") and name != "_target_":
+            raise UserError(f"{file}: {key}.{name} is not taken from a file; remove it")
+        walk(value, f"{key}.{name}")
+
+
+# What is written down
+
+
+def stored(cfg: DictConfig) -> dict[str, Any]:
+    """A configuration as files keep it: resolved, but for values of the environment, and without credentials.
+
+    `${oc.env:NAME}` stays as it is, also inside other values and in what is made of them.
+    """
+    used: dict[str, str] = {}
+
+    def name_it(name: str, *default: Any) -> Any:
+        if name not in os.environ and default:
+            return default[0]
+        used[name] = os.environ.get(name, "")
+        return f"SWDENV{name}SWDEND"
+
+    OmegaConf.register_new_resolver("oc.env", name_it, replace=True)
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True)
+    except Exception:  # a reference that computes with the value; it is kept as it was typed
+        plain = OmegaConf.to_container(cfg, resolve=False)
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+
+    def named(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: named(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [named(inner) for inner in value]
+        if not isinstance(value, str):
+            return value
+        for name, content in used.items():
+            if len(content) >= 4:  # also in what Hydra resolved before, as the folder; shorter ones occur by chance
+                value = value.replace(content, f"${{oc.env:{name}}}")
+        return re.sub("SWDENV(.+?)SWDEND", r"${oc.env:\1}", value)
+
+    result: dict[str, Any] = mask(named(plain))
+    return result
+
+
+class _Dumper(yaml.SafeDumper):
+    """Like OmegaConf's: text that looks like a number is quoted, and nothing is an alias of anything."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> Any:
+    try:
+        float(text)
+    except ValueError:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'")
+
+
+_Dumper.add_representer(str, _text)
+
+
+def to_yaml(plain: Any) -> str:
+    """Plain values as YAML that `read_recorded` and OmegaConf read alike."""
+    text: str = yaml.dump(plain, Dumper=_Dumper, allow_unicode=True, sort_keys=False, default_flow_style=False)
+    return text

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -24,7 +23,7 @@ from rich.table import Table
 
 from swd import evaluate, report, train
 from swd.callbacks.fixed import FixedLosses
-from swd.config import check
+from swd.config import build, check
 from swd.data.shapes import RESOLUTION
 from swd.evaluate import Advance, Contender, Judged, Row, Timing
 from swd.files import write_json, write_text
@@ -107,8 +106,8 @@ def check_settings(cfg: DictConfig) -> Path:
     if cfg.trainer.max_steps < 1:
         raise UserError(f"trainer.max_steps={cfg.trainer.max_steps}; the demo distils for at least 1 iteration")
     folder = _judge_folder(cfg.judge)
-    model: Pretrained = instantiate(cfg.model, _convert_="all")
-    schedule: ScaleSchedule = instantiate(cfg.schedule, _convert_="all")
+    model: Pretrained = build(cfg, "model")
+    schedule: ScaleSchedule = build(cfg, "schedule")
     size = schedule.sizes[-1]
     if len(size) == 3 or model.pixel_size(size) != (RESOLUTION, RESOLUTION):
         raise UserError(
@@ -140,7 +139,7 @@ def place(task: Distiller, judge: Judge, device: torch.device) -> tuple[Distille
 
 def store_teacher(cfg: DictConfig, judge: Judge, judge_folder: Path) -> None:
     """Draw and judge the teacher's full-length pictures, and keep the statistics beside the judge."""
-    task: Distiller = instantiate(cfg.task, _convert_="all")
+    task: Distiller = build(cfg, "task")
     if not os.access(judge_folder, os.W_OK):
         raise UserError(f"{judge_folder} cannot be written; use a checkout of the repository, or judge=FOLDER")
     task.configure_model()

@@ -14,8 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -30,7 +29,18 @@ from swd.adapters import (
     locate,
     write_layouts,
 )
-from swd.config import check, one_line, to_plain
+from swd.config import (
+    PRETRAINED,
+    allowed_here,
+    build,
+    build_node,
+    check,
+    check_recorded,
+    node_of,
+    one_line,
+    read_recorded,
+    to_plain,
+)
 from swd.files import write_aside, write_json
 from swd.modules.backbones.base import Backbone
 from swd.modules.hub import is_hub_id
@@ -54,7 +64,7 @@ def run(cfg: DictConfig) -> None:
         raise UserError(f"to={cfg.to} exists already and is no empty folder; choose another")
     source = locate(cfg.run, Path(cfg.output), "run")
     student = load_student(source)
-    model: Pretrained = instantiate(model_of(source, cfg), _convert_="all")
+    model = build_model(model_of(source, cfg), cfg)
     student.check_fits(model)
     schedule = schedule_of(source, cfg, model)
     print(export(student, model, schedule, target, cfg.verify))
@@ -63,19 +73,31 @@ def run(cfg: DictConfig) -> None:
 def model_of(source: Path, cfg: DictConfig) -> Any:
     """The model that a run was trained with, changed by what the command line sets of it.
 
-    The configuration's where the command line names a model, or without a run.
+    The configuration's where the command line names a model, or without a run. A run may be somebody else's, so what it
+    says is plain data: see `swd.config.check_recorded`.
+
+    Raises:
+        UserError: if the run's configuration is damaged, or holds anything but a model's plain values.
     """
     folder = source if source.is_dir() else source.parent
     file = folder.parent / "config.yaml"
     named = any(re.match(r"\+*(model|experiment)[=@]", override) for override in overrides())
     if named or folder.name not in ("adapter", "student") or not file.is_file():
-        return cfg.model
-    run = OmegaConf.load(file)
+        return node_of(cfg, "model")
+    node = read_recorded(file).get("model")
+    given = node_of(cfg, "model")
     for override in overrides():
-        key = override.lstrip("+").partition("=")[0]
-        if key.startswith("model."):
-            OmegaConf.update(run, key, OmegaConf.select(cfg, key), force_add=True)
-    return run.model
+        key = re.split(r"[.=\[]", override.lstrip("+").removeprefix("model."))[0]
+        if override.lstrip("+").startswith("model.") and key in given and isinstance(node, dict):
+            node[key] = given[key]
+    check_recorded(node, "model", PRETRAINED, file)
+    return node
+
+
+def build_model(node: dict[str, Any], cfg: DictConfig) -> Pretrained:
+    """The model that `model_of` found."""
+    model: Pretrained = build_node({"_target_": PRETRAINED} | node, "model", allowed_here(cfg))
+    return model
 
 
 def overrides() -> list[str]:
@@ -100,7 +122,7 @@ def schedule_of(source: Path, cfg: DictConfig, model: Pretrained) -> ScaleWiseSc
                 f"{expected}; name the model that it belongs to"
             )
     else:
-        schedule: ScaleSchedule = instantiate(cfg.schedule, _convert_="all")
+        schedule: ScaleSchedule = build(cfg, "schedule")
         sampler = schedule.scheduler(model.limits.divisor, expected)
         if not chosen:
             warnings.warn(

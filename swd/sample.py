@@ -15,18 +15,18 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderTiny
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from swd import __version__, train, video
 from swd.adapters import locate
-from swd.config import check, to_plain
+from swd.config import check, node_of, stored
 from swd.data.buckets import aspect_size
-from swd.export import model_of, schedule_of
+from swd.export import build_model, model_of, schedule_of
 from swd.files import claim_folder, write_aside
 from swd.images import to_pil
+from swd.masking import mask, mask_text
 from swd.modules import hub
 from swd.modules.pretrained import Pretrained, check_model_folder, read_json
 from swd.modules.quantize import quantize
@@ -74,12 +74,11 @@ def run(cfg: DictConfig) -> None:
     requests, model, student, schedule, size = job.requests, job.model, job.student, job.schedule, job.size
     ending = "mp4" if model.backbone_class.video else "png"
     folder = claim_files(Path(cfg.folder), requests, ending)
-    print(f"model {model.name}, " + (f"adapter {job.source}" if student else "no adapter: the teacher"))
+    print(mask_text(f"model {model.name}, " + (f"adapter {job.source}" if student else "no adapter: the teacher")))
 
     pipe = build_pipeline(model, student, schedule, cfg)
     info = {
-        "model": to_plain(job.node),
-        "adapter": job.source,
+        **origin(cfg, job),
         "adapter_hash": student.hash if student else None,
         "schedule": dict(schedule.config) if schedule else None,
     }
@@ -92,6 +91,18 @@ def run(cfg: DictConfig) -> None:
             for number, drawn in enumerate(sizes, 1):
                 side = "x".join(map(str, reversed(drawn[i].shape[-2:])))
                 print(save(drawn[i], folder / f"{request.stem}_step{number}_{side}.{ending}", told, cfg.fps))
+
+
+def origin(cfg: DictConfig, job: Job) -> dict[str, Any]:
+    """What pictures say of the model and the adapter: no value of the environment, no credential."""
+    shown, plain = stored(cfg), node_of(cfg, "model")
+    typed = shown.get("model", {})
+    # What the command line gave is told as it was typed, the rest as the run recorded it.
+    model = {key: typed[key] if key in plain and plain[key] == value else value for key, value in job.node.items()}
+    adapter = None if job.source is None else str(job.source)
+    if adapter is not None and "${" in str(shown["adapter"]):
+        adapter = shown["adapter"]
+    return mask({"model": model, "adapter": adapter})  # type: ignore[no-any-return]
 
 
 # What is asked for
@@ -129,8 +140,8 @@ def prepare(cfg: DictConfig) -> Job:
     check(cfg, ROOT)
     requests = plan(cfg)
     source = None if cfg.adapter is None else locate(cfg.adapter, Path(cfg.output))
-    node = cfg.model if source is None else model_of(source, cfg)
-    model: Pretrained = instantiate(node, _convert_="all")
+    node = node_of(cfg, "model") if source is None else model_of(source, cfg)
+    model = build_model(node, cfg)
     student = schedule = None
     if source is not None:
         student = load_student(source)

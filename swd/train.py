@@ -10,21 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
 
+from swd import __version__
 from swd.callbacks.checkpoint import find_checkpoint
-from swd.config import check, one_line
+from swd.config import arguments_of, check, one_line, stored, to_yaml
+from swd.config import build as build_group
 from swd.files import claim_folder, write_json, write_text
+from swd.masking import mask_text
 from swd.modules.distiller import Distiller
 from swd.types import UserError
 
-ROOT = {"seed": int, "name": str, "output": str, "folder": str, "resume": str | None}
-PACKAGES = ("swd", "torch", "lightning", "hydra-core", "diffusers", "peft", "transformers", "torchmetrics")
+ROOT = {"seed": int, "name": str, "output": str, "folder": str, "resume": str | None, "allow": list[str]}
+PACKAGES = ("torch", "lightning", "hydra-core", "diffusers", "peft", "transformers", "torchmetrics")
 
 
 def run(cfg: DictConfig) -> None:
@@ -87,8 +89,8 @@ def build(cfg: DictConfig) -> tuple[LightningModule, Any]:
         value = OmegaConf.select(cfg, key)
         if value < least:
             raise UserError(f"{key}={value}; use {least} or more")
-    task: LightningModule = instantiate(cfg.task, _convert_="all")
-    data = instantiate(cfg.data, _convert_="all")
+    task: LightningModule = build_group(cfg, "task")
+    data = build_group(cfg, "data")
     processes = _processes(trainer_options(cfg))
     if data.batch_size % processes:
         raise UserError(
@@ -102,7 +104,7 @@ def build(cfg: DictConfig) -> tuple[LightningModule, Any]:
 
 def trainer_options(cfg: DictConfig) -> dict[str, Any]:
     """The Trainer's arguments in the configuration."""
-    return dict(instantiate(cfg.trainer, _convert_="all", _partial_=True).keywords)
+    return arguments_of(cfg, "trainer")
 
 
 def build_trainer(cfg: DictConfig, folder: Path, *more: Callback) -> Trainer:
@@ -112,9 +114,9 @@ def build_trainer(cfg: DictConfig, folder: Path, *more: Callback) -> Trainer:
         # Student and fake network step in turn, so some parameters have no gradient in each update.
         # Buffers never change, and SD3.5 Medium's hold 0.45 GB.
         options["strategy"] = DDPStrategy(find_unused_parameters=True, broadcast_buffers=False)
-    callbacks = [instantiate(node, _convert_="all") for node in (cfg.get("callbacks") or {}).values()]
+    callbacks = list(build_group(cfg, "callbacks").values())
     callbacks += more
-    logger: Any = instantiate(cfg.logger, _convert_="all") if cfg.get("logger") else False
+    logger: Any = build_group(cfg, "logger") or False
     fixed = {
         "max_epochs": -1,  # steps count; a finished epoch must not keep a longer run from continuing
         "default_root_dir": str(folder),
@@ -143,19 +145,18 @@ def _processes(options: dict[str, Any]) -> int:
 
 
 def record(cfg: DictConfig, folder: Path, checkpoint: str | None) -> None:
-    """Write the resolved configuration, the command and the versions into the run folder."""
-    versions = {name: version(name) for name in PACKAGES}
+    """Write configuration, command and versions into the run folder, without credentials (see `swd.config.stored`)."""
     command = [os.environ["SWD_COMMAND"]] if "SWD_COMMAND" in os.environ else []  # of the installed `swd`
     write_json(
         folder / "run.json",
         {
-            "command": " ".join([Path(sys.argv[0]).name, *command, *sys.argv[1:]]),
+            "command": mask_text(" ".join([Path(sys.argv[0]).name, *command, *sys.argv[1:]])),
             "resumed_from": checkpoint,
             "python": platform.python_version(),
-            "versions": versions,
+            "versions": {"swd": __version__} | {name: version(name) for name in PACKAGES},
         },
     )
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    write_text(folder / "config.yaml", to_yaml(stored(cfg)))
 
 
 def use_own_gpu() -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from swd.adapters import save_adapter, save_student
-from swd.config import first_difference
+from swd.config import first_difference, read_recorded, stored
 from swd.modules.distiller import Distiller
 from swd.modules.networks import SharedBase
 from swd.types import UserError
@@ -135,8 +135,7 @@ def config_difference(path: Path, cfg: DictConfig) -> str | None:
     file = path.parent.parent / "config.yaml"
     if not file.is_file():
         return None
-    old, new = (OmegaConf.to_container(each, resolve=True) for each in (OmegaConf.load(file), cfg))
-    assert isinstance(old, dict) and isinstance(new, dict)
+    old, new = read_recorded(file), stored(cfg)
     for plain in (old, new):
         for key in NO_MATTER:
             plain.setdefault("data", {}).pop(key, None)

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from swd import __version__, train
-from swd.config import check
+from swd.config import build, check
 from swd.data.cache import TEXT, Precision, latents_name, pack_latents, pack_text, relative_error
 from swd.data.datamodule import check_pixels
 from swd.data.identity import identity
@@ -113,9 +112,9 @@ def prepare(cfg: DictConfig) -> Plan:
     for key in ("batch_size", "shard_size", "limit"):
         if cfg[key] is not None and cfg[key] < 1:
             raise UserError(f"{key}={cfg[key]}; use at least 1")
-    model: Pretrained = instantiate(cfg.model, _convert_="all")
-    schedule: ScaleSchedule = instantiate(cfg.schedule, _convert_="all")
-    data = instantiate(cfg.data, _convert_="all")
+    model: Pretrained = build(cfg, "model")
+    schedule: ScaleSchedule = build(cfg, "schedule")
+    data = build(cfg, "data")
     dataset = getattr(data, "source", None) or getattr(data, "dataset", None)
     if not hasattr(dataset, "caption"):
         raise UserError("data is no set of captioned pictures that can be encoded; use data=images or data=webdataset")

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from swd import train, video
-from swd.config import check, to_plain
+from swd import __version__, train, video
+from swd.config import build, check, to_plain
 from swd.data.identity import whole_fingerprint
 from swd.data.refiner import build_refiner, draw_refined, load_refiner
 from swd.data.shards import is_done, shard_name
@@ -53,7 +52,7 @@ ROOT = train.ROOT | {
 }
 BYTES = {"png": 1.6, "jpg": 0.6, "webp": 0.4, "mp4": 0.03}
 """About how many bytes a pixel of a photograph takes."""
-PACKAGES = ("swd", "torch", "diffusers", "transformers", "pillow")
+PACKAGES = ("torch", "diffusers", "transformers", "pillow")
 NOT_DRAWN_WITH = {"_target_", "path", "tuning", "rank", "alpha", "targets", "feature_blocks", "init_adapter"} | {
     "quantization",
     "precision",
@@ -165,7 +164,7 @@ def requests_of(cfg: DictConfig) -> list[Request]:
 
 def model_of(cfg: DictConfig) -> Pretrained:
     """The teacher, with the steps and the guidance that are asked for."""
-    model: Pretrained = instantiate(cfg.model, _convert_="all")
+    model: Pretrained = build(cfg, "model")
     if cfg.steps is not None:
         model.teacher_steps = cfg.steps
     if cfg.guidance_scale is not None:
@@ -208,7 +207,7 @@ def settings_of(cfg: DictConfig, model: Pretrained, requests: list[Request], siz
         "size": list(model.pixel_size(size)),
         "files": {"format": ending, **lossy},
         "prompts": {"sha256": hashlib.sha256(listed.encode()).hexdigest()},
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {"swd": __version__} | {name: version(name) for name in PACKAGES},
     }
 
 

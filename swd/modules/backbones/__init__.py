@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 
 from swd.modules.backbones.base import Backbone
 from swd.types import UserError
@@ -18,20 +19,22 @@ def load_family(name: str) -> type[Backbone]:
     """The backbone of a family.
 
     Args:
-        name: a module of this package, or the dotted name of any other that defines one `Backbone`.
+        name: a module of this package, or the dotted name of a module that is imported already and defines one
+            `Backbone`. A name is never imported because it stands in a file: `allow='[my_package.my_family]'` on the
+            command line does that.
 
     Raises:
         UserError: if there is no such module, or it does not define exactly one backbone.
     """
-    path = name if "." in name else f"{__name__}.{name}"
-    if "." not in name and name not in known_families():
+    if name in known_families():
+        module = importlib.import_module(f"{__name__}.{name}")
+    elif "." in name and name in sys.modules:
+        module = sys.modules[name]
+    else:
         raise UserError(
-            f"model.family={name} is not known; use one of {', '.join(known_families())}, or a module's name"
+            f"model.family={name} is not known; use one of {', '.join(known_families())}, or a module of your own that "
+            "the command line allows: allow='[my_package.my_family]'"
         )
-    try:
-        module = importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        raise UserError(f"model.family={name} cannot be imported ({error}); check its spelling") from None
     found = [
         value
         for value in vars(module).values()
