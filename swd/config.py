@@ -34,6 +34,26 @@ OPTIONAL = ("callbacks", "logger")
 SPECIAL = {"_target_", "_convert_", "_partial_"}
 """Hydra's own keys that a node may hold; what is nested is built first, and arguments are given by name."""
 
+FOREIGN = {
+    "ckpt_path": "resume=FILE",
+    "checkpoint": "resume=FILE",
+    "epochs": "trainer.max_steps=ITERATIONS",
+    "max_epochs": "trainer.max_steps=ITERATIONS",
+    "max_steps": "trainer.max_steps=ITERATIONS",
+    "steps": "trainer.max_steps=ITERATIONS",
+    "iterations": "trainer.max_steps=ITERATIONS",
+    "lr": "task.lr=RATE",
+    "learning_rate": "task.lr=RATE",
+    "batch_size": "data.batch_size=NUMBER",
+    "gpus": "trainer.devices=NUMBER",
+    "devices": "trainer.devices=NUMBER",
+    "precision": "model.precision=bf16",
+    "output_dir": "output=FOLDER",
+    "out": "output=FOLDER",
+    "prompt": "prompts='[TEXT]'",
+}
+"""What keys of other programs are called here."""
+
 PRETRAINED = "swd.modules.pretrained.Pretrained"
 
 ALLOWED: Mapping[str, Collection[str]] = {
@@ -239,7 +259,7 @@ def check(cfg: DictConfig, root: Mapping[str, Any] | None = None, allow: Collect
     try:
         plain: Any = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"configuration does not resolve: {one_line(error)}") from None
+        raise UserError(f"configuration does not resolve: {unresolved(error)}") from None
     except RecursionError:
         raise UserError("configuration does not resolve: values refer to each other in a circle") from None
     assert isinstance(plain, dict)
@@ -251,6 +271,8 @@ def check(cfg: DictConfig, root: Mapping[str, Any] | None = None, allow: Collect
         _check_collection(plain.get(group), group)
     # The task repeats the groups that it is built from: name their keys where the user knows them.
     _check_node({key: plain[key] for key in sorted(plain, key=lambda k: k == "task")}, "", allow)
+    for key, value in plain.items() if root is not None else ():
+        _check_group(key, value)
 
 
 def _check_root(plain: dict[str, Any], root: Mapping[str, Any]) -> None:
@@ -262,21 +284,24 @@ def _check_root(plain: dict[str, Any], root: Mapping[str, Any]) -> None:
             raise UserError(_bad_value(key, value, root[key]))
         if key in root and value == "":
             raise UserError(f"{key} is empty; give {key}=VALUE, or leave it out")
-        if key in NODES and key not in OPTIONAL and not (isinstance(value, dict) and "_target_" in value):
-            raise UserError(f"{key}={value!r} names no {key}; leave it out for the default, or choose one: {key}=NAME")
-        if key in (*COLLECTIONS, *OPTIONAL) and not (value is None or isinstance(value, dict)):
-            raise UserError(f"{key}={value!r} is no option of {key}; --help lists them")
     if {"name", "output"} <= set(root):
         check_names(plain.get("name"), plain.get("output"))
+
+
+def _check_group(key: str, value: Any) -> None:
+    if key in NODES and key not in OPTIONAL and not (isinstance(value, dict) and "_target_" in value):
+        raise UserError(f"{key}={value!r} names no {key}; leave it out for the default, or choose one: {key}=NAME")
+    if key in (*COLLECTIONS, *OPTIONAL) and not (value is None or isinstance(value, dict)):
+        raise UserError(f"{key}={value!r} is no option of {key}; --help lists them")
 
 
 def check_names(name: Any, output: Any) -> None:
     """Raise UserError unless results of the run `name` lie in a folder below `output`."""
     for key, value in (("name", name), ("output", output)):
-        if isinstance(value, str) and (not value.strip() or "\0" in value or "\n" in value):
+        if not isinstance(value, str):
+            raise UserError(f"{key}={value!r} is not valid; expected text")
+        if not (value.strip() and value.isprintable()):
             raise UserError(f"{key}={value!r} is no name of a folder; give {key}=NAME")
-    if not (isinstance(name, str) and isinstance(output, str)):
-        return
     parts = Path(name).parts
     if Path(name).is_absolute() or not parts or ".." in parts or name.startswith("~"):
         raise UserError(
@@ -347,11 +372,13 @@ def _check_call(node: dict[str, Any], path: str, allow: Collection[str]) -> None
     except (TypeError, ValueError):
         raise UserError(f"{path}._target_={node['_target_']} is nothing that can be built; name a class") from None
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    ranges = RANGES if str(target.__module__).startswith(("swd.", "lightning.")) else {}
     try:
         hints = get_type_hints(function)
     except Exception:  # a third party's annotations may not resolve; its own checks then apply
         hints = {}
+    ours = str(target.__module__).startswith(("swd.", "lightning."))
+    if ours and node.get("_partial_"):
+        raise UserError(f"{path}._partial_ is not taken here; {node['_target_']} is built at once")
     for key, value in node.items():
         if key in SPECIAL:
             continue
@@ -362,7 +389,7 @@ def _check_call(node: dict[str, Any], path: str, allow: Collection[str]) -> None
         if key in hints and not fits(value, hints[key]):
             raise UserError(_bad_value(f"{path}.{key}", value, hints[key]))
         for number in value if isinstance(value, list) else [value]:
-            problem = ranges[key].problem(number) if key in ranges else None
+            problem = RANGES[key].problem(number) if ours and key in RANGES else None
             if problem:
                 _check_number(number, f"{path}.{key}")
                 raise UserError(f"{path}.{key}={number}; {problem}")
@@ -402,6 +429,8 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def _unknown_key(path: str, key: str, known: list[str]) -> str:
+    if path == key and key in FOREIGN:
+        return f"unknown key {key}; here it is {FOREIGN[key]}"
     close = difflib.get_close_matches(key, known, 1)
     hint = f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(known)}"
     return f"unknown key {path.lstrip('.')}; {hint}"
@@ -442,6 +471,13 @@ def first_difference(old: Any, new: Any, path: str = "") -> str | None:
     return None if same else f"{path} was {old}, now {new}"
 
 
+def unresolved(error: BaseException) -> str:
+    """What OmegaConf says of a reference, on one line and in the words of the user."""
+    text = one_line(error)
+    found = re.search(r"Interpolation key '([^']+)' not found.*full_key: (\S+)", text)
+    return f"{found[2]} refers to {found[1]}, which is not set" if found else text
+
+
 def one_line(error: BaseException) -> str:
     """An exception's message on one line."""
     return " ".join(str(error).split())
@@ -464,7 +500,7 @@ def to_plain(cfg: DictConfig | ListConfig) -> Any:
     try:
         return OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"configuration does not resolve: {one_line(error)}") from None
+        raise UserError(f"configuration does not resolve: {unresolved(error)}") from None
 
 
 # Building: the only place that calls what a configuration names

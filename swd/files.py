@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -12,6 +14,54 @@ from pathlib import Path
 from typing import Any
 
 from swd.types import UserError
+
+ADVICE = {
+    errno.ENOSPC: "free some space, or choose another disk",
+    errno.EDQUOT: "your quota is used up: free some space, or choose another disk",
+    errno.EFBIG: "choose a disk that takes files of this size",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "change its permissions, or choose another folder",
+    errno.EPERM: "change its permissions, or choose another folder",
+    errno.EIO: "the disk or the network failed; try again, or choose another one",
+    errno.ESTALE: "the network disk was lost; try again",
+    errno.EMFILE: "too many files are open: raise the limit (ulimit -n 4096), or use fewer workers",
+    errno.ENFILE: "too many files are open on this machine: use fewer workers",
+    errno.ENAMETOOLONG: "use shorter names",
+    errno.ENOTDIR: "a part of this path is a file; choose another one",
+    errno.EISDIR: "this is a folder, and a file is needed; choose another name",
+    errno.ELOOP: "links lead in a circle; choose another path",
+    errno.EBUSY: "another program holds it; try again",
+    errno.ENODEV: "the disk is gone; choose another one",
+    errno.ENXIO: "the disk is gone; choose another one",
+}
+"""What to do about a failed file operation, by its number. All of them are of the machine, none of the program."""
+
+
+def failed_operation(error: BaseException, path: Path | str | None = None) -> OSError | None:
+    """The file operation that failed behind an error, with its number and its file; None for errors of other kinds.
+
+    Args:
+        error: of Python, or of a library that hides the number: safetensors, torch, Pillow, ffmpeg.
+        path: what was being written, where the error does not know.
+    """
+    number, file = getattr(error, "errno", None), getattr(error, "filename", None) or path
+    file = None if file is None else str(file)
+    if isinstance(error, OSError) and number in ADVICE:
+        return OSError(number, os.strerror(number), file)
+    text = " ".join(str(error).split())
+    ours = isinstance(error, OSError) or type(error).__name__ in ("SafetensorError", "RuntimeError")
+    if not ours:
+        return None
+    named = re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", text)
+    if named and int(named[1] or named[2]) in ADVICE:
+        number = int(named[1] or named[2])
+        return OSError(number, os.strerror(number), file)
+    if "No space left on device" in text:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file)
+    writer = "PytorchStreamWriter failed writing", "inline_container.cc", "when writing image file"
+    if any(words in text for words in writer) and "PytorchStreamReader" not in text:
+        return OSError(errno.EIO, "writing failed; the disk may be full", file)
+    return None
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> Path:
@@ -25,6 +75,15 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> Path:
         new = work / path.name
         write(new)
         replace(path, new, work / "old")
+    except UserError:
+        raise
+    except Exception as error:
+        failed = failed_operation(error)
+        if failed is None:
+            raise
+        inside = failed.filename is None or str(failed.filename).startswith(str(work))
+        # Under the name that the user knows, not that of the temporary sibling.
+        raise OSError(failed.errno, failed.strerror, str(path) if inside else failed.filename) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return path

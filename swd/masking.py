@@ -77,7 +77,7 @@ def mask_text(text: str) -> str:
     text, done, parts = mask_url(text), 0, []
     for found in _ASSIGNED.finditer(text):
         value = _VALUE.match(text, found.end())
-        prose = found[1] in ("key", "token") and ":" in found[0]
+        prose = found[1] in ("key", "full_key") or (found[1] == "token" and ":" in found[0])
         if found.start() < done or value is None or prose or not is_secret(found[1]) or value[0] in ("null", MASK):
             continue
         parts += [text[done : found.end()], MASK]

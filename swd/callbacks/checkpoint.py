@@ -67,7 +67,8 @@ class SaveAdapter(Callback):
     """
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not (isinstance(pl_module, Distiller) and trainer.is_global_zero):
+        # Without a single iteration there is no student, only fresh weights.
+        if not (isinstance(pl_module, Distiller) and trainer.is_global_zero and trainer.global_step):
             return
         model, networks = pl_module.model, pl_module.networks
         if isinstance(networks, SharedBase):
