@@ -53,6 +53,8 @@ $(STAMP): pyproject.toml setup.py requirements.lock
 	@$(PIP) install -q $(TORCH_PIP_ARGS) $(TORCH)
 	@echo "==> installing the versions of requirements.lock"
 	@$(PIP) install -q -r requirements.lock
+	@# An earlier checkout was installed under the name swd, and its files would stay beside the new ones.
+	@! $(PIP) show -q swd >/dev/null 2>&1 || $(PIP) uninstall -q -y swd
 	@echo "==> installing swd, editable"
 	@$(PIP) install -q --no-deps --no-build-isolation -e .
 	@touch $@

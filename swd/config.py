@@ -526,7 +526,8 @@ def node_of(cfg: DictConfig, key: str) -> dict[str, Any]:
     Raises:
         UserError: if it is missing.
     """
-    node = to_plain(cfg).get(key)
+    node = None if OmegaConf.is_missing(cfg, key) else cfg.get(key)
+    node = to_plain(node) if isinstance(node, DictConfig | ListConfig) else node
     if node is None and key in (*COLLECTIONS, *OPTIONAL):
         return {}
     if not isinstance(node, dict):
@@ -671,7 +672,7 @@ def check_recorded(node: Any, key: str, target: str, file: Path) -> None:
             for i, inner in enumerate(value):
                 walk(inner, f"{path}[{i}]")
         elif isinstance(value, str) and "${" in value:
-            raise UserError(f"{file}: {path}={value!r} refers to something outside of it; give {path}=VALUE")
+            raise UserError(f"{file}: {path}={value!r} refers to something outside of it; give ++{path}=VALUE")
 
     for name, value in node.items():
         if name.startswith("_") and name != "_target_":

@@ -331,11 +331,13 @@ def _processes(options: dict[str, Any]) -> int:
 
 def record(cfg: DictConfig, folder: Path, checkpoint: str | None) -> None:
     """Write configuration, command and versions into the run folder, without credentials (see `swd.config.stored`)."""
+    program = Path(sys.argv[0]).name
+    program = "swd" if program in ("__main__.py", "cli.py") else program  # python -m swd
     command = [os.environ["SWD_COMMAND"]] if "SWD_COMMAND" in os.environ else []  # of the installed `swd`
     write_json(
         folder / "run.json",
         {
-            "command": mask_text(" ".join([Path(sys.argv[0]).name, *command, *sys.argv[1:]])),
+            "command": mask_text(" ".join([program, *command, *sys.argv[1:]])),
             "resumed_from": checkpoint,
             "python": platform.python_version(),
             "versions": {"swd": __version__} | {name: version(name) for name in PACKAGES},

@@ -17,7 +17,9 @@ def check_available() -> None:
     try:
         import imageio_ffmpeg  # noqa: F401
     except ImportError:
-        raise UserError("reading and writing videos needs ffmpeg; install it with: pip install 'swd[video]'") from None
+        raise UserError(
+            "reading and writing videos needs ffmpeg; install it with: pip install imageio-ffmpeg"
+        ) from None
 
 
 def write(path: Path, video: Tensor, fps: int, comment: str = "") -> Path:

@@ -28,6 +28,7 @@ from swd.data.sources import Part, Problem, Row, Source, list_source
 from swd.data.work import JOB, Job, Sample, share
 from swd.files import write_json
 from swd.images import picture_bytes
+from swd.masking import mask
 from swd.types import UserError
 
 ROOT = {
@@ -274,7 +275,7 @@ def write_report(job: Job, source: Source, plan: Plan, manifest: dict[str, Any])
     }
     if plan.buckets is not None:
         report["buckets"] = histogram(job, plan)
-    write_json(job.folder / REPORT, report | {"list": problems})
+    write_json(job.folder / REPORT, mask(report | {"list": problems}))
     return report
 
 

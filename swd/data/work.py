@@ -18,6 +18,7 @@ from tqdm import tqdm
 from swd.config import first_difference
 from swd.data.shards import MANIFEST, is_done, write_manifest, write_shard
 from swd.files import claim_folder, write_json
+from swd.masking import mask
 from swd.modules.pretrained import read_json
 from swd.types import UserError
 
@@ -92,7 +93,7 @@ class Job:
         if self.rows < 1:
             raise UserError("there is nothing to do: the list of samples is empty")
         claim_folder(self.folder)
-        told = {"kind": self.kind, "rows": self.rows, "shard_size": self.shard_size, **self.settings}
+        told = mask({"kind": self.kind, "rows": self.rows, "shard_size": self.shard_size, **self.settings})
         if not (self.folder / JOB).is_file():
             found = sorted(p.name for p in self.folder.iterdir() if not p.name.startswith("."))
             # Several processes start at once: another one's first files are no stranger's.
@@ -129,7 +130,7 @@ class Job:
                 write_shard(self.folder, shard, make(self.rows_of(shard), bar.update))
         if self.shards_left:
             return None
-        manifest = write_manifest(self.folder, self.kind, self.shards, {**self.settings, **measured()})
+        manifest = write_manifest(self.folder, self.kind, self.shards, mask({**self.settings, **measured()}))
         # Half-written shards of killed processes, and what they kept; another one may be writing the manifest, too.
         for stray in (*self.folder.glob(".[0-9]*"), self.folder / PARTIAL):
             shutil.rmtree(stray, ignore_errors=True)
