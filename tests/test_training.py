@@ -123,7 +123,8 @@ class NormSpy(Callback):
 @pytest.mark.parametrize(("clip", "clipped"), [(1e-4, True), (1e4, False)])
 def test_gradients_of_both_optimizers_are_clipped(tiny_model: Path, tmp_path: Path, clip: float, clipped: bool) -> None:
     NormSpy.norms = []
-    train(tiny_model, tmp_path, f"+callbacks.spy._target_={__name__}.NormSpy", loss="dmd", task__clip=clip)
+    spy = [f"+callbacks.spy._target_={__name__}.NormSpy", f"allow=[{__name__}.NormSpy]"]
+    train(tiny_model, tmp_path, *spy, loss="dmd", task__clip=clip)
     assert len(NormSpy.norms) == 6
     for norm in NormSpy.norms:
         assert norm == pytest.approx(clip, rel=1e-3) if clipped else norm < clip
