@@ -247,7 +247,11 @@ def _machine_or_user(error: BaseException | None, where: str | None) -> str | No
         if failed is not None:
             assert failed.errno is not None
             place = failed.filename or "a file"
-            verb = "cannot be written" if failed.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) else "failed"
+            verb = (
+                "cannot be written"
+                if failed.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+                else "failed"
+            )
             return f"{place} {verb} ({failed.strerror}); {ADVICE[failed.errno]}"
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             return f"out of memory ({one_line(error)[:160]}); use a smaller batch or model"

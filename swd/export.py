@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -57,6 +57,8 @@ SCHEDULER_FILE, ASSET = "scale_wise_scheduler.py", "swd://"
 
 def run(cfg: DictConfig) -> None:
     """Export what the configuration says; prints the folder."""
+    if OmegaConf.is_missing(cfg, "to"):
+        raise UserError("to is missing; give to=FOLDER")
     check(cfg, ROOT)
     train.quiet()
     target = Path(cfg.to)

@@ -199,6 +199,8 @@ def plan(cfg: DictConfig) -> list[Request]:
     for key in ("images_per_prompt", "batch_size", "fps"):
         if cfg[key] < 1:
             raise UserError(f"{key}={cfg[key]}; use at least 1")
+    if cfg.images_per_prompt > 100_000:  # every one is a file, and the list of them is made at once
+        raise UserError(f"images_per_prompt={cfg.images_per_prompt}; use at most 100,000")
     if not 0 <= cfg.seed < 2**63:
         raise UserError(f"seed={cfg.seed}; use 0 or more, below 2^63")
     if cfg.prompts_file is not None:
