@@ -86,6 +86,7 @@ def prepare(cfg: DictConfig) -> tuple[LightningModule, Any]:
         UserError: for wrong input.
     """
     built = build(cfg)
+    build_trainer(cfg, Path(cfg.folder))
     if cfg.resume not in (None, "auto"):
         find_checkpoint(cfg.resume, Path(cfg.output), cfg)
     return built

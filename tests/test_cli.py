@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import importlib
 import os
 import shutil
 import subprocess
@@ -12,10 +14,13 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from tiny import overrides
+from safetensors import SafetensorError
+from tiny import composed, overrides
 
-from swd import cli
+from swd import cli, train
+from swd.files import write_aside
 from swd.modules.pretrained import Pretrained
+from swd.types import UserError
 
 ROOT = Path(__file__).parents[1]
 Refused = Callable[..., str]
@@ -120,6 +125,58 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "strategy": (["trainer.strategy=nope"], ["trainer", "nope"]),
     "devices": (["trainer.devices=0"], ["trainer", "devices=0"]),
     "checkpoints": (["callbacks.checkpoint.every=0"], ["every=0"]),
+    "no number": (["loss.mmd.weight=inf"], ["loss.mmd.weight=inf", "finite"]),
+    "beyond the machine": (["loss.gan.weight=99999999999999999999"], ["loss.gan.weight=", "too large"]),
+    "beyond float32": (["task.critic_lr=1e300"], ["task.critic_lr=1e+300", "finite"]),
+    "negative weight": (["loss.dmd.weight=-1"], ["loss.dmd.weight=-1", "0 or more"]),
+    "weight decay": (["task.weight_decay=1e30"], ["task.weight_decay=1e+30", "at most"]),
+    "seed of the data": (["data.seed=-1"], ["data.seed=-1", "0 or more"]),
+    "seed of the task": (["task.seed=-5"], ["task.seed=-5", "0 or more"]),
+    "workers": (["data.workers=100000"], ["data.workers=100000", "at most"]),
+    "layers": (["loss.gan.layers=100000"], ["loss.gan.layers=100000", "at most"]),
+    "lines": (["callbacks=default", "+callbacks.progress.lines=0"], ["callbacks.progress.lines=0", "1 or more"]),
+    "no batch": (["+trainer.limit_train_batches=0"], ["trainer.limit_train_batches=0", "3 batches"]),
+    "half an iteration": (["+trainer.limit_train_batches=2"], ["trainer.limit_train_batches=2", "3 batches"]),
+    "no epoch": (["+trainer.max_epochs=0"], ["trainer.max_epochs=0", "trainer.max_steps"]),
+    "devices of a GPU": (["trainer.devices=[0]"], ["devices=[0]", "CPU"]),
+    "all devices": (["trainer.devices=-1"], ["devices=-1", "CPU"]),
+    "listed devices": (["trainer.devices='0,1'"], ["devices='0,1'", "CPU"]),
+    "devices in letters": (["trainer.devices=abc"], ["devices='abc'", "how many"]),
+    "tpu": (["trainer.accelerator=tpu"], ["trainer: "]),
+    "double precision": (["+trainer.precision=64-true"], ["trainer.precision=64-true", "float32"]),
+    "half precision": (["+trainer.precision=16-mixed"], ["trainer.precision=16-mixed", "model.precision=bf16"]),
+    "bf16": (["+trainer.precision=bf16-true"], ["trainer.precision=bf16-true", "model.precision=bf16"]),
+    "another folder": (["+trainer.default_root_dir=x"], ["trainer.default_root_dir=x", "folder=FOLDER"]),
+    "Lightning's bar": (["+trainer.enable_progress_bar=true"], ["trainer.enable_progress_bar=True", "progress"]),
+    "clipping": (["+trainer.gradient_clip_val=1.0"], ["trainer.gradient_clip_val=1.0", "task.clip"]),
+    "trial of a negative": (["+trainer.fast_dev_run=-1"], ["trainer.fast_dev_run=-1"]),
+    "trial and resume": (["+trainer.fast_dev_run=1", "resume=auto"], ["leave out resume"]),
+    "builtins": (["data._target_=builtins.dict"], ["data._target_=builtins.dict", "may build"]),
+    "positional arguments": (["+task._args_=[1]"], ["task._args_", "by name"]),
+    # groups
+    "no data": (["data=null"], ["data=null", "leave it out"]),
+    "no task": (["task=null"], ["task=null", "leave it out"]),
+    "number for a group": (["loss=5"], ["loss=5", "loss=mmd"]),
+    "trainer taken out": (["~trainer"], ["trainer"]),
+    "group with a plus": (["+experiment=shapes_vae"], ["experiment=shapes_vae without +"]),
+    "Lightning's name": (["+ckpt_path=x"], ["ckpt_path", "resume=FILE"]),
+    # what Hydra cannot read
+    "equals sign": (["name=a=b"], ["""'name="a=b"'"""]),
+    "equals sign in a path": (["output=runs/lr=0.1"], ["""'output="runs/lr=0.1"'"""]),
+    "exclamation": (["name=a!"], ["""'name="a!"'"""]),
+    "accents": (["name=été"], ["""'name="été"'"""]),
+    "apostrophe": (["name=it's"], ["""name=\\"it's\\\""""]),
+    "comma": (["name=a,b"], ["""'name="a,b"'""", "-m"]),
+    # names
+    "name above": (["name=../../up"], ["name=../../up", "output=FOLDER"]),
+    "name elsewhere": (["name=/tmp/up"], ["name=/tmp/up", "output=FOLDER"]),
+    "name around": (["name=a/../../up"], ["name=a/../../up", "output=FOLDER"]),
+    "no name": (["name=''"], ["name=''"]),
+    "name with a tab": (["name='a\tb'"], ["name="]),
+    "long name": (["name=" + "x" * 300], ["300 bytes"]),
+    "no folder": (["folder=''"], ["folder is empty"]),
+    "no resume": (["resume=''"], ["resume is empty"]),
+    "no output": (["output=''"], ["output=''"]),
     # files
     "resume": (["resume=nowhere"], ["resume=nowhere holds no valid checkpoint"]),
     "configuration folder": (["--config-dir=nowhere"], ["nowhere", "not found"]),
@@ -242,3 +299,117 @@ def test_in_a_process_of_its_own(arguments: list[str], tmp_path: Path) -> None:
     result = shell(sys.executable, str(ROOT / "train.py"), *arguments)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+
+
+@pytest.mark.parametrize("empty", [["experiment=null"], ["callbacks=null"], ["logger=null"], ["logger=none"]])
+def test_groups_that_may_be_left_out(monkeypatch: pytest.MonkeyPatch, tiny_model: Path, empty: list[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", *overrides(tiny_model, Path("run")), *empty])
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        cli.launch("train")
+
+
+@pytest.mark.parametrize("arguments", [["name=../up"], ["task.lr=-1"], ["trainer.accelerator=tpu"], ["data=null"]])
+@pytest.mark.parametrize("flag", [[], ["-m"]])
+def test_refused_input_leaves_no_folder(
+    refused: Refused, tiny_model: Path, arguments: list[str], flag: list[str]
+) -> None:
+    refused(*flag, *overrides(tiny_model, Path("run")), *arguments)
+    assert not Path("run").exists() and not Path("../up").exists() and not list(Path().rglob("*.json"))
+    assert not [path for path in Path("outputs").rglob("*") if path.name not in ("sweep",)]
+
+
+# Failing disks
+
+
+FAILURES = [
+    (OSError(errno.ENOSPC, "No space left on device"), "run cannot be written (No space left on device)"),
+    (OSError(errno.EDQUOT, "Disk quota exceeded", "run/x"), "run/x cannot be written"),
+    (OSError(errno.EROFS, "Read-only file system", "run/x"), "run/x cannot be written"),
+    (OSError(errno.EACCES, "Permission denied", "run/x"), "run/x failed (Permission denied)"),
+    (OSError(errno.EIO, "Input/output error", "run/x"), "run/x failed (Input/output error)"),
+    (OSError(errno.EMFILE, "Too many open files", "run/x"), "run/x failed (Too many open files)"),
+    (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "run cannot be"),
+    (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), "run failed (writing failed"),
+    (MemoryError(), "out of memory"),
+]
+
+
+@pytest.mark.parametrize(("error", "words"), FAILURES, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("command", ["train", "sample", "export", "generate", "encode", "import"])
+def test_a_failing_machine_is_one_line_in_every_command(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch, command: str, error: Exception, words: str
+) -> None:
+    def fail(cfg: object) -> None:
+        raise error
+
+    module = importlib.import_module(cli.COMMANDS[command][0])
+    monkeypatch.setattr(module, "run", fail)
+    where = {"train": ["folder=run"], "sample": ["folder=run"], "export": ["to=run"]}.get(command, ["out=run"])
+    assert words in refused(*where, command=command)
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    def full(new: Path) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write_aside(tmp_path / "x" / "weights", full)
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(tmp_path / "x" / "weights")
+    assert list((tmp_path / "x").iterdir()) == []
+
+
+def test_a_defect_while_a_refusal_is_handled_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError), cli.user_errors():
+        try:
+            raise UserError("wrong input")
+        except UserError:
+            1 / 0  # noqa: B018 - the defect
+
+
+def test_a_refusal_behind_another_error_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught, cli.user_errors():
+        raise RuntimeError("in a hook") from UserError("wrong input")
+    assert caught.value.code == 2 and capsys.readouterr().err == "error: wrong input\n"
+
+
+@pytest.mark.parametrize("module", ["swd", "swd.cli"])
+def test_it_runs_as_a_module(module: str) -> None:
+    assert shell(sys.executable, "-m", module, "--version").stdout.startswith("swd ")
+    result = shell(sys.executable, "-m", module, "trian")
+    assert result.returncode == 2 and result.stderr.startswith("error: unknown command 'trian'")
+
+
+def test_a_trial_counts_iterations_and_keeps_nothing(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tmp_path: Path
+) -> None:
+    arguments = overrides(tiny_model, tmp_path / "run", callbacks="default")
+    cfg = composed([*arguments, "+trainer.fast_dev_run=2"])
+    trainer = train.build_trainer(cfg, tmp_path)
+    assert trainer.max_steps == 2 and not trainer.fast_dev_run and not trainer.loggers
+    kept = [type(callback).__name__ for callback in trainer.callbacks]
+    assert not {"Checkpoint", "SaveAdapter", "Samples"} & set(kept)
+
+
+def test_no_iteration_leaves_no_adapter(monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tmp_path: Path) -> None:
+    monkeypatch.undo()
+    cfg = composed([*overrides(tiny_model, tmp_path / "run", callbacks="default"), "+trainer.max_time=00:00:00:00"])
+    with pytest.raises(UserError, match="no iteration was completed"):
+        train.fit(cfg)
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_data_of_the_judge_are_for_the_judge_alone() -> None:
+    with pytest.raises(UserError, match="data=judge is for task=judge alone"):
+        train.build(composed(["folder=x", "name=y", "data=judge"]))
+    with pytest.raises(UserError, match="choose them with data=judge"):
+        train.build(composed(["folder=x", "name=y", "experiment=shapes_judge", "data=shapes"]))
+
+
+def test_wandb_without_an_account_is_told_before_a_folder_is_made(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tmp_path: Path
+) -> None:
+    for key in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "NETRC"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert "logger.offline=true" in refused(*overrides(tiny_model, Path("run")), "logger=wandb")
+    assert not Path("run").exists()
