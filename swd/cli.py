@@ -126,6 +126,8 @@ def group_option(argument: str) -> str | None:
     key = key.lstrip("+")
     if sign and not key:
         raise UserError(f"{argument!r} has no key in front of the =; --help lists the keys")
+    if sign and key in GROUPS and not _names_options(argument):
+        raise UserError(f"{argument}: options of a group are names, as in loss=mmd; --help lists them")
     if not sign or key not in GROUPS or value not in ("null", "Null", "NULL", "~", "None", "none", ""):
         return argument
     if key == "experiment":
@@ -135,6 +137,19 @@ def group_option(argument: str) -> str | None:
     if value == "none":
         return argument  # Hydra lists the options
     raise UserError(f"{argument} chooses no {key}, and one is needed; leave it out for the default, or give {key}=NAME")
+
+
+def _names_options(argument: str) -> bool:
+    """Whether a group is given names, or null; Hydra ends in a traceback for numbers."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    try:
+        value = OverridesParser.create().parse_override(argument).value()
+    except Exception:  # Hydra says itself what it cannot read
+        return True
+    if isinstance(value, list):
+        return all(isinstance(part, str) for part in value)
+    return not isinstance(value, bool | int | float)
 
 
 def quiet_warnings() -> None:

@@ -157,6 +157,8 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "no data": (["data=null"], ["data=null", "leave it out"]),
     "no task": (["task=null"], ["task=null", "leave it out"]),
     "number for a group": (["loss=5"], ["loss=5", "loss=mmd"]),
+    "nothing in a group": (["loss=[null]"], ["loss=[null]", "loss=mmd"]),
+    "numbers for a group": (["callbacks=[1.0,2]"], ["callbacks=[1.0,2]", "names"]),
     "trainer taken out": (["~trainer"], ["trainer"]),
     "group with a plus": (["+experiment=shapes_vae"], ["experiment=shapes_vae without +"]),
     "Lightning's name": (["+ckpt_path=x"], ["ckpt_path", "resume=FILE"]),
