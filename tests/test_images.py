@@ -159,7 +159,7 @@ def test_videos_need_ffmpeg_before_training_starts(tmp_path: Path, monkeypatch: 
     (tmp_path / "a.mp4").touch()
     (tmp_path / "a.txt").write_text("a star")
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
-    with pytest.raises(UserError, match=r"reading and writing videos needs ffmpeg.*swd\[video\]"):
+    with pytest.raises(UserError, match=r"reading and writing videos needs ffmpeg.*imageio-ffmpeg"):
         FolderDataset(str(tmp_path), (5, 16, 16), "videos")
 
 

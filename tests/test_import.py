@@ -94,7 +94,11 @@ def test_the_published_layout_keeps_bytes_captions_and_indices(tmp_path: Path, c
     assert report == {"rows": 8, "imported": 8, "problems": {}, "ignored": {}, "list": []}
     said = capsys.readouterr()
     assert "8 of 8 pictures" in said.out
-    assert said.err.startswith("importing ") and "8 pictures\ndone: 8 pictures in " in said.err
+    assert (
+        said.err.startswith("list the pictures of ")
+        and "\nimporting " in said.err
+        and "8 pictures\ndone: 8 pictures in " in said.err
+    )
     data = ShardSet(str(tmp_path / "out"))
     assert data.columns["width"].tolist() == [48] * 8 and len(data.manifest["shards"]) == 3
     assert data.read(5, ["tiff"])["tiff"].tobytes() == samples[5]["picture"]

@@ -402,7 +402,7 @@ def test_absurd_ranks_and_heads_are_refused_on_the_command_line(tmp_path: Path, 
         "model.rank=100000",
         "loss.gan.layers=100000",
         "model.init_adapter=''",
-        "model.guidance_scale=inf",
+        "model.dmd_guidance_scale=inf",
     ):
         with pytest.raises(Exception) as caught:
             build(tiny.composed([*tiny.overrides(tiny_model, tmp_path), override]))

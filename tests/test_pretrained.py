@@ -403,7 +403,7 @@ def test_two_guidance_scales_or_one_for_both(given: dict[str, float], expected: 
     [
         ({"dmd_guidance_scale": -1.0}, r"model\.dmd_guidance_scale=-1\.0"),
         ({"dmd_guidance_scale": float("nan")}, r"model\.dmd_guidance_scale=nan"),
-        ({"drawing_guidance_scale": 0.5}, r"model\.drawing_guidance_scale=0\.5; use 1 for none, or more"),
+        ({"drawing_guidance_scale": 0.5}, r"model\.drawing_guidance_scale=0\.5; use 1 to 100, 1 for none"),
         ({"drawing_guidance_scale": float("inf")}, r"model\.drawing_guidance_scale=inf"),
         ({"guidance_scale": float("nan")}, r"model\.guidance_scale=nan"),
         ({"embedded_guidance": float("inf")}, r"model\.embedded_guidance=inf"),

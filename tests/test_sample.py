@@ -433,7 +433,7 @@ def test_prompts_of_the_command_line_are_texts_of_one_line_each(made, tmp_path: 
         (["fine", "\udcff"], 5, "a prompt of prompts is no valid Unicode"),
         (["x" * 131_073], 5, "has 131,073 characters, more than 131,072"),
         (["\u200b"], 5, "is empty"),
-        (["a", "b"], 2**63 - 1, "seed=9223372036854775808 of the last pictures; use smaller seeds"),
+        (["a", "b"], 2**63 - 1, "seed=9223372036854775808; use 0 or more, below 2\\^63"),
     ):
         cfg.prompts, cfg.seed = prompts, seed
         with pytest.raises(UserError, match=message):

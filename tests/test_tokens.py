@@ -108,8 +108,7 @@ def test_one_warning_says_how_many_and_by_how_much(saved: Any) -> None:
 
 def test_a_tokenizer_that_cannot_be_read_is_left_to_who_loads_the_model(saved: Any, tmp_path: Path) -> None:
     folder = families.save("sd3", tmp_path / "damaged")
-    for file in (folder / "tokenizer_3").glob("*"):
-        file.write_bytes(b"?")
+    (folder / "tokenizer_3" / "tokenizer.json").write_bytes(b"?")
     assert TextLimit(families.pretrained("sd3", folder)).beyond([LONG]) == Beyond(0)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -213,7 +212,7 @@ def requests_of(cfg: DictConfig) -> Requests:
     limits.whole("shard_size", cfg.shard_size, 1, MOST_IN_A_SHARD, "a shard is one file")
     limits.whole("fps", cfg.fps, 1, limits.FPS)
     limits.whole("steps", cfg.steps, 1, limits.STEPS, "the noise levels that models are trained on")
-    limits.number("guidance_scale", cfg.guidance_scale, 0, limits.GUIDANCE, "1 for none")
+    limits.number("guidance_scale", cfg.guidance_scale, 1, limits.GUIDANCE, "1 for none")
     if not 1 <= cfg.quality <= 100:
         raise UserError(f"quality={cfg.quality}; use 1 to 100")
     limits.seed("seed", cfg.seed)
@@ -234,8 +233,6 @@ def model_of(cfg: DictConfig) -> Pretrained:
     if cfg.steps is not None:
         model.teacher_steps = cfg.steps
     if cfg.guidance_scale is not None:
-        if not 1 <= cfg.guidance_scale < math.inf:
-            raise UserError(f"guidance_scale={cfg.guidance_scale}; use 1 for none, or more")
         if model.network_config.get("guidance_embeds"):
             model.embedded_guidance = float(cfg.guidance_scale)
         else:
