@@ -158,8 +158,6 @@ RANGES: Mapping[str, Range] = {
     "max_bad": SHARE,
     "seed": Range(0, LARGEST_INTEGER),
     "batch_size": Range(1, 100_000),  # over all processes; the paper's is 64
-    "workers": Range(0, max(16, 4 * (os.cpu_count() or 1))),
-    "prefetch": Range(0, 1000),
     "warmup": Range(0, 2**31 - 1),
     "every": COUNT,
     "keep": COUNT,

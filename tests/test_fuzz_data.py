@@ -179,7 +179,7 @@ def test_many_random_settings(
     [
         ("generate", "images_per_prompt=1000000000", "of 2 prompts are 2000000000 pictures"),
         ("generate", f"images_per_prompt={10**30}", "use at most 2^63 - 1"),
-        ("generate", "guidance_scale=-1", "guidance_scale=-1; use 0 to 100"),
+        ("generate", "guidance_scale=-1", "guidance_scale=-1; use 1 to 100"),
         ("generate", "guidance_scale=inf", "guidance_scale=inf is not a finite number"),
         ("generate", "guidance_scale=nan", "guidance_scale=nan is not a finite number"),
         ("generate", "steps=-5", "steps=-5; use at least 1"),

@@ -377,7 +377,7 @@ def test_what_diffusers_cannot_load_is_one_line(stored: dict[str, Path], tmp_pat
     "values",
     [
         {"rank": 100_000},
-        {"rank": 65},
+        {"rank": 257},
         {"rank": 0},
         {"teacher_steps": 0},
         {"teacher_steps": -3},
@@ -402,7 +402,7 @@ def test_absurd_ranks_and_heads_are_refused_on_the_command_line(tmp_path: Path, 
         "model.rank=100000",
         "loss.gan.layers=100000",
         "model.init_adapter=''",
-        "model.dmd_guidance_scale=inf",
+        "model.drawing_guidance_scale=inf",
     ):
         with pytest.raises(Exception) as caught:
             build(tiny.composed([*tiny.overrides(tiny_model, tmp_path), override]))

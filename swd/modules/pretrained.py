@@ -40,7 +40,7 @@ from swd.types import Conditioning, Size, UserError
 Precision = Literal["auto", "fp32", "bf16"]
 
 LARGEST_RANK = 256
-"""LoRA rank that is always allowed: twice the largest of the paper (appendix A); beyond it, up to the network's own width."""
+"""LoRA rank that is always allowed, twice the largest of the paper (appendix A); else up to the network's width."""
 DMD_GUIDANCE, DRAWING_GUIDANCE = 7.0, 4.5
 """Stable Diffusion 3.5 Medium's: of DMD in the released script, of the training set in the paper's appendix A."""
 
