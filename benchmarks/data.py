@@ -25,10 +25,10 @@ from PIL import Image
 
 from swd.data.cache import TEXT, latents_name, pack_latents, pack_text
 from swd.data.datamodule import ThreadedLoader
-from swd.data.images import cover_and_crop, decode, read_picture
+from swd.data.job import Job, Sample
+from swd.data.picture_files import cover_and_crop, decode, read_picture
 from swd.data.shards import ShardSet
 from swd.data.webdataset import CachedShards, DueBatches
-from swd.data.work import Job, Sample
 from swd.types import Conditioning
 
 SIZES = ((64, 64), (80, 80), (96, 96), (128, 128))

@@ -1,6 +1,6 @@
 """`python -m swd COMMAND ...` is the installed `swd` command."""
 
-from swd.cli import main
+from swd.commands.cli import main
 
 if __name__ == "__main__":
     main()

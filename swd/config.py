@@ -22,7 +22,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
-from swd.masking import is_secret, mask, mask_url, secrets_of_environment
+from swd.io.masking import is_secret, mask, mask_url, secrets_of_environment
 from swd.types import UserError
 
 NODES = ("task", "model", "schedule", "data", "trainer", "logger")
@@ -59,17 +59,17 @@ PRETRAINED = "swd.modules.pretrained.Pretrained"
 ALLOWED: Mapping[str, Collection[str]] = {
     "swd.modules.distiller": ("Distiller",),
     "swd.modules.pretrained": ("Pretrained",),
-    "swd.modules.pretrain.flow": ("FlowMatching",),
-    "swd.modules.pretrain.judge": ("JudgeTask", "JudgeData"),
-    "swd.modules.pretrain.vae": ("VAETask",),
+    "swd.modules.flow_matching": ("FlowMatching",),
+    "swd.shapes.train_judge": ("JudgeTask", "JudgeData"),
+    "swd.shapes.train_vae": ("VAETask",),
     "swd.schedule": ("ScaleSchedule",),
     "swd.losses": ("DMD", "MMD", "GAN"),
     "swd.data.datamodule": ("PairData",),
-    "swd.data.images": ("FolderDataset",),
-    "swd.data.shapes": ("ShapesDataset",),
+    "swd.data.picture_files": ("FolderDataset",),
+    "swd.shapes.dataset": ("ShapesDataset",),
     "swd.data.webdataset": ("ShardData",),
     "swd.callbacks": ("Checkpoint", "Progress", "Samples", "SaveAdapter"),
-    "swd.callbacks.fixed": ("FixedLosses",),
+    "swd.callbacks.fixed_losses": ("FixedLosses",),
     "lightning": ("Trainer",),
     "lightning.pytorch": ("Trainer",),
     "lightning.pytorch.loggers": (

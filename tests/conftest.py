@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 
-from swd import cli
+from swd.commands import cli
 
 DATA = Path(__file__).parent / "data"
 

@@ -16,14 +16,14 @@ from omegaconf import DictConfig, OmegaConf
 from shards import make_pictures
 from tiny import CONF, composed
 
-from swd import demo, sample, train
+from swd.commands import import_pictures, sample, train
 from swd.config import check
-from swd.data import importer
 from swd.diffusion import rectified_flow_table
 from swd.losses import DMD, GAN, MMD
 from swd.modules import hub
 from swd.modules.distiller import Distiller
 from swd.scheduler import ScaleWiseScheduler
+from swd.shapes import demo
 from swd.types import UserError
 
 
@@ -255,7 +255,7 @@ def test_every_preset_of_the_demo_passes_the_schema(option: str, tmp_path: Path)
 
 
 def test_the_import_passes_the_schema() -> None:
-    assert importer.prepare(composed(["source=a", "out=b"], "import")) == importer.Plan()
+    assert import_pictures.prepare(composed(["source=a", "out=b"], "import")) == import_pictures.Plan()
 
 
 @pytest.mark.parametrize("option", options("model"))

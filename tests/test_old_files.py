@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from PIL import Image
 
-from swd.cli import launch
+from swd.commands.cli import launch
 
 OLD = Path(__file__).parent / "data" / "version_0_1"
 

@@ -29,7 +29,7 @@ from swd.data.buckets import aspect_size
 from swd.diffusion import RectifiedFlow, VariancePreserving
 from swd.modules.backbones.sd3 import SD3Encoders
 from swd.modules.networks import SharedBase
-from swd.sampling import initial_latents, sample_latents
+from swd.modules.sampling import initial_latents, sample_latents
 from swd.schedule import ScaleSchedule, upsample
 from swd.scheduler import ScaleWiseScheduler
 from swd.types import UserError

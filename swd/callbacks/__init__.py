@@ -2,6 +2,6 @@
 
 from swd.callbacks.checkpoint import Checkpoint, SaveAdapter
 from swd.callbacks.progress import Progress
-from swd.callbacks.samples import Samples
+from swd.callbacks.sample_sheets import Samples
 
 __all__ = ["Checkpoint", "Progress", "Samples", "SaveAdapter"]

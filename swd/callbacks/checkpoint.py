@@ -12,12 +12,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 from safetensors import SafetensorError
 
-from swd.adapters import NETWORK_CONFIG, PEFT_CONFIG, PEFT_WEIGHTS, SCHEDULER_CONFIG, save_adapter, save_student
-from swd.checkpoints import CheckpointFiles, Resumable, damage, tensors
 from swd.config import first_difference, one_line, read_recorded, stored
-from swd.files import clear_leftovers
-from swd.finite import all_finite, last_checkpoint, stop_unless_finite
+from swd.io.files import clear_leftovers
+from swd.modules.adapters import NETWORK_CONFIG, PEFT_CONFIG, PEFT_WEIGHTS, SCHEDULER_CONFIG, save_adapter, save_student
+from swd.modules.checkpoints import CheckpointFiles, Resumable, damage, tensors
 from swd.modules.distiller import Distiller
+from swd.modules.finite import all_finite, last_checkpoint, stop_unless_finite
 from swd.modules.networks import SharedBase
 from swd.types import UserError
 

@@ -6,8 +6,8 @@ from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
 
-from swd.io.progress import Progress as Lines
-from swd.io.progress import say
+from swd.io.job_log import Progress as Lines
+from swd.io.job_log import say
 
 SHOWN = ("dmd", "mmd", "gan", "fake_score", "discriminator", "x0_mse", "loss")
 

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from swd import limits
-from swd.data.ahead import read_ahead
+from swd.data.job import is_first
+from swd.data.read_ahead import read_ahead
 from swd.data.shards import CorruptSample
-from swd.data.work import is_first
+from swd.io import limits
 from swd.modules.pretrained import Pretrained
 from swd.modules.tokens import evenly, warn_beyond
 from swd.schedule import ScaleSchedule

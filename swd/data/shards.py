@@ -31,7 +31,7 @@ import xxhash
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from swd.files import file_hash, write_json
+from swd.io.files import file_hash, write_json
 from swd.types import UserError
 
 MANIFEST, FORMAT = "manifest.json", 2

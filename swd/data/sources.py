@@ -23,9 +23,9 @@ from typing import Any
 
 from webdataset.shardlists import expand_urls
 
+from swd.data.job import share
 from swd.data.shards import split_name
-from swd.data.work import share
-from swd.io.progress import Progress
+from swd.io.job_log import Progress
 from swd.io.tables import LONGEST, NoText, Table, is_blank, parse_object, read_table, text_of
 from swd.types import UserError
 

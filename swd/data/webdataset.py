@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from swd import limits
 from swd.data.buckets import bucket_sizes, nearest_bucket
 from swd.data.cache import TEXT, Assembler, latents_name
 from swd.data.datamodule import (
@@ -35,7 +34,7 @@ from swd.data.datamodule import (
     warn_long_captions,
 )
 from swd.data.identity import difference
-from swd.data.images import MAX_PIXELS, PICTURES, VIDEOS, check_max_pixels, read_picture, read_video
+from swd.data.picture_files import MAX_PIXELS, PICTURES, VIDEOS, check_max_pixels, read_picture, read_video
 from swd.data.shards import (
     MANIFEST,
     CorruptSample,
@@ -49,7 +48,8 @@ from swd.data.shards import (
     read_manifest,
 )
 from swd.data.sources import ENDINGS, caption_of
-from swd.data.stream import StreamDataset, is_stream
+from swd.data.streamed import StreamDataset, is_stream
+from swd.io import limits
 from swd.io.tables import NoText
 from swd.modules.pretrained import Pretrained
 from swd.schedule import ScaleSchedule

@@ -10,7 +10,7 @@ from torch import Tensor
 from swd.diffusion import IndexRange
 from swd.losses.base import CriticStep, FakePass, GeneratorStep, LossTerm, Metrics
 from swd.losses.functional import discriminator_logits, gan_discriminator_loss, gan_generator_loss
-from swd.modules.gan_head import GANHead
+from swd.losses.gan_head import GANHead
 from swd.types import UserError, check_number
 
 MOST_LAYERS = 64

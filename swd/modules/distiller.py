@@ -15,16 +15,16 @@ from torch.nn import ModuleDict, Parameter
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 
-from swd.adapters import check_start, read_adapter
-from swd.checkpoints import optimizer_misfit
-from swd.finite import all_finite, step_or_stop, stop_unless_finite
 from swd.losses.base import CriticStep, GeneratorStep, LossTerm, Metrics
 from swd.losses.dmd import DMD
 from swd.losses.update import critic_loss, generator_gradient, settle_features, student_x0, trainers, wanted
+from swd.modules.adapters import check_start, read_adapter
+from swd.modules.checkpoints import optimizer_misfit
 from swd.modules.encoders import Encoders, draw_latents
+from swd.modules.finite import all_finite, step_or_stop, stop_unless_finite
 from swd.modules.networks import Networks, Role, SharedBase
 from swd.modules.pretrained import Pretrained
-from swd.sampling import initial_latents, sample_latents
+from swd.modules.sampling import initial_latents, sample_latents
 from swd.schedule import Interval, ScaleSchedule, downscale
 from swd.scheduler import ScaleWiseScheduler
 from swd.types import Batch, Checks, Conditioning, SeededDraws, Size, UserError, check_number

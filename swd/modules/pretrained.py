@@ -17,13 +17,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from swd import limits
+from swd.io import limits
 from swd.modules import hub
 from swd.modules.backbones import load_family
 from swd.modules.backbones.base import TARGETS, Backbone, Limits
 from swd.modules.encoders import Encoders, pixel_size
-from swd.modules.networks import Networks, Role, SeparateCopies, SharedBase, check_targets
-from swd.modules.parts import (
+from swd.modules.model_folders import (
     LARGEST_SIDE,
     LARGEST_WIDTH,
     MOST_LAYERS,
@@ -34,6 +33,7 @@ from swd.modules.parts import (
     weight_files,
     weight_indices,
 )
+from swd.modules.networks import Networks, Role, SeparateCopies, SharedBase, check_targets
 from swd.modules.quantize import Quantization, quantize
 from swd.types import Conditioning, Size, UserError
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import transformers
 
-from swd.io.progress import Progress
+from swd.io.job_log import Progress
 from swd.modules.pretrained import Pretrained, read_json
 
 AT_ONCE = 1000

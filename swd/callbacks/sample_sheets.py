@@ -1,0 +1,73 @@
+"""Pictures of fixed prompts at every size, while training."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+from swd.config import one_line
+from swd.io.files import write_aside
+from swd.io.pictures import grid
+from swd.modules.distiller import Distiller
+from swd.modules.finite import all_finite
+from swd.types import UserError
+
+
+class Samples(Callback):
+    """Draw fixed prompts with fixed seeds now and then, one row a prompt, one column a size.
+
+    Args:
+        prompts: what to draw.
+        every: iterations between drawings; the last iteration is always drawn.
+        seed: of the first prompt, the others count up.
+
+    What goes wrong here is a warning: pictures for looking at are not worth a training.
+    """
+
+    def __init__(self, prompts: Sequence[str], every: int = 100, seed: int = 0) -> None:
+        if every < 1 or not prompts:
+            raise UserError(f"callbacks.samples: every={every} with {len(prompts)} prompts; use at least 1 of each")
+        self.prompts, self.every, self.seed = list(prompts), every, seed
+        self._drawn = -1
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if trainer.global_step and trainer.global_step % self.every == 0:
+            self._draw(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = trainer.global_step
+        if step == self._drawn or not trainer.is_global_zero or not isinstance(pl_module, Distiller):
+            return
+        self._drawn = step
+        try:
+            self._write(trainer, pl_module)
+        except Exception as error:
+            warnings.warn(f"no samples of iteration {step}: {one_line(error)}", stacklevel=2)
+
+    def _write(self, trainer: Trainer, task: Distiller) -> None:
+        seeds = [self.seed + i for i in range(len(self.prompts))]
+        _, sizes = task.sample(self.prompts, seeds, keep_x0=True)
+        if not all_finite(sizes):
+            raise ValueError("the student's pictures hold values that are not finite")
+        sheet = grid([[pictures[i] for pictures in sizes] for i in range(len(self.prompts))])
+        path = self._path(Path(trainer.default_root_dir), trainer.global_step)
+        write_aside(path, lambda new: sheet.save(new, format="PNG"))
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):
+                logger.log_image("samples", [sheet], caption=["; ".join(self.prompts)])
+
+    @staticmethod
+    def _path(run: Path, iteration: int) -> Path:
+        return run / "samples" / f"iteration-{iteration:06d}.png"
+
+    def missing(self, run: Path, task: LightningModule, iterations: int) -> str | None:
+        """The sheet of the last iteration if a run of so many iterations lacks it, else None."""
+        path = self._path(run, iterations)
+        return str(path) if isinstance(task, Distiller) and not path.is_file() else None

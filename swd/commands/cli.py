@@ -1,0 +1,385 @@
+"""Entry points: `swd COMMAND ...`, `python train.py ...`. Compose, run, and turn a user's error into one line."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from swd.io.files import ADVICE, failed_operation
+from swd.io.masking import mask_text
+from swd.types import UserError
+
+COMMANDS = {
+    "train": (
+        "swd.commands.train",
+        "distil a model, or train one of the embedded ones (experiment=shapes_teacher ...)",
+    ),
+    "sample": ("swd.commands.sample", "draw pictures of prompts"),
+    "export": ("swd.export.student_folder", "write a student as one folder for diffusers, peft and, mostly, ComfyUI"),
+    "generate": ("swd.commands.generate", "let a teacher draw its own training set"),
+    "import": ("swd.commands.import_pictures", "make shards of captioned pictures"),
+    "encode": ("swd.commands.encode", "encode a data set once, for all trainings of one model"),
+    "demo": ("swd.shapes.demo", "distil, sample, evaluate and report on the embedded teacher"),
+}
+"""The module whose `run` a command calls, and what it is for."""
+
+NEEDED = ("task", "model", "schedule", "loss", "data", "trainer", "folders", "preset")
+GROUPS = (*NEEDED, "callbacks", "logger", "experiment")
+"""Folders of `conf/`."""
+
+# Notices of libraries that a user cannot act on.
+NOTICES = (
+    ".*`torch_dtype` is deprecated.*",
+    ".*Already found a `peft_config`.*",
+    ".*LeafSpec.*",
+    ".*module\\(s\\) in eval mode.*",
+    ".*Experiment logs directory.*",
+    ".*does not have many workers.*",
+    ".*`weights_only`.*",
+    ".*`IterableDataset` has `__len__` defined.*",  # streams know how many batches they give
+    ".*your dataloader is not resumable.*",  # PairData goes on exactly where the run stopped
+    ".*The dirpath has changed from.*",  # every run has a folder of its own
+    ".*callbacks used to create the checkpoint need to be provided.*",
+    ".*Deterministic behavior.*",
+    ".*could be decompression bomb.*",  # pictures have a limit of our own, which says what to do
+    ".*with manual optimization and every_n_train_steps.*",  # whole iterations are what a resumed run continues from
+)
+
+
+def main() -> None:
+    """The installed `swd` command."""
+    if "SWD_COMMAND" in os.environ and "LOCAL_RANK" in os.environ:  # a process that distributed training started
+        launch(os.environ["SWD_COMMAND"])
+        return
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if command in ("-h", "--help"):
+        print("usage: swd COMMAND [key=value ...]\n\nScale-wise distillation of diffusion models.\n\ncommands:")
+        for name, (_, text) in COMMANDS.items():
+            print(f"  {name:10}{text}")
+        print("\nswd COMMAND --help lists the options of a command.")
+        return
+    if command == "--version":
+        from swd import __version__
+
+        print(f"swd {__version__}")
+        return
+    if command not in COMMANDS:
+        _fail(f"unknown command {command!r}; commands are {', '.join(COMMANDS)}")
+    os.environ["SWD_COMMAND"] = command
+    sys.argv = [sys.argv[0], *sys.argv[2:]]
+    launch(command)
+
+
+def launch(command: str) -> None:
+    """Compose the configuration of `command` from the command line and call the command's `run` with it.
+
+    Exits with status 2 and one line on standard error if the input was wrong, in a sweep too.
+    """
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us instead of Hydra's own printer
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import hydra
+
+    quiet_warnings()
+    run: Callable[..., None] = importlib.import_module(COMMANDS[command][0]).run
+    main = hydra.main(version_base="1.3", config_path=config_path(), config_name=command)
+    started = False
+
+    def job(cfg: Any) -> None:
+        nonlocal started
+        started = True
+        quiet_warnings()  # again: a sweep's job may run in a process of its own
+        try:
+            with user_errors(where=results_of(cfg)):  # here, before Hydra adds lines to them
+                run(cfg)
+        finally:
+            remove_empty_output()
+
+    with user_errors(), _short_usage():
+        sys.argv[1:] = [named for argument in sys.argv[1:] if (named := group_option(argument)) is not None]
+        try:
+            main(job)()
+        except OSError as error:
+            if started or error.errno in (None, errno.EPIPE):  # Hydra's own errors may be OSErrors without a number
+                raise
+            folder, reason = error.filename, error.strerror
+            raise UserError(
+                f"output folder {folder} cannot be written ({reason}); choose another with output="
+            ) from None
+
+
+def group_option(argument: str) -> str | None:
+    """An argument of the command line as Hydra takes it: it knows no `GROUP=null`.
+
+    Returns:
+        None where null is the default anyway.
+
+    Raises:
+        UserError: if a group cannot be empty.
+    """
+    key, sign, value = argument.partition("=")
+    key = key.lstrip("+")
+    if sign and not key:
+        raise UserError(f"{argument!r} has no key in front of the =; --help lists the keys")
+    if sign and key in GROUPS and not _names_options(argument):
+        raise UserError(f"{argument}: options of a group are names, as in loss=mmd; --help lists them")
+    if not sign or key not in GROUPS or value not in ("null", "Null", "NULL", "~", "None", "none", ""):
+        return argument
+    if key == "experiment":
+        return None
+    if key in ("callbacks", "logger"):
+        return f"{key}=none"
+    if value == "none":
+        return argument  # Hydra lists the options
+    raise UserError(f"{argument} chooses no {key}, and one is needed; leave it out for the default, or give {key}=NAME")
+
+
+def _names_options(argument: str) -> bool:
+    """Whether a group is given names, or null; Hydra ends in a traceback for numbers."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    try:
+        value = OverridesParser.create().parse_override(argument).value()
+    except Exception:  # Hydra says itself what it cannot read
+        return True
+    if isinstance(value, list):
+        return all(isinstance(part, str) for part in value)
+    return not isinstance(value, bool | int | float)
+
+
+def quiet_warnings() -> None:
+    """Print warnings on one line, and leave out those that a user cannot act on."""
+    for text in NOTICES:
+        warnings.filterwarnings("ignore", text)
+    warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {mask_text(str(message))}\n"
+
+
+def results_of(cfg: Any) -> str | None:
+    """Where a command writes, as far as its configuration says so."""
+    for key in ("out", "to", "folder"):
+        with suppress(Exception):  # missing or unresolved: the command itself says so
+            if cfg.get(key):
+                return str(cfg[key])
+    return None
+
+
+def remove_empty_output() -> None:
+    """Remove the folder that Hydra made for this run, and the one around it, if the run left nothing there."""
+    from hydra.core.hydra_config import HydraConfig
+
+    with suppress(Exception):  # a folder that is not empty, or gone already
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        if folder.resolve() != Path.cwd():
+            folder.rmdir()
+            folder.parent.rmdir()
+
+
+@contextmanager
+def _short_usage() -> Iterator[None]:
+    """argparse's complaint about the command line on one line, without its usage text."""
+
+    def error(parser: argparse.ArgumentParser, message: str) -> None:
+        _fail(f"{message}; options such as -m come before key=value, see --help")
+
+    original = argparse.ArgumentParser.error
+    argparse.ArgumentParser.error = error  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        argparse.ArgumentParser.error = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def user_errors(where: str | None = None) -> Iterator[None]:
+    """Turn wrong input and a failing machine into one line and exit status 2; defects keep their traceback.
+
+    Args:
+        where: the folder of the results, for failed writes that do not say which file it was.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError as error:
+        if error.filename is not None:
+            raise
+        # Whoever read the output has ended (swd sample | head); Python must not try to flush it once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception as error:
+        message = told(error, where)
+        if message is None:
+            raise
+        _fail(message)
+
+
+def told(error: BaseException, where: str | None = None) -> str | None:
+    """An error in one line for the user; None if it is a defect of the program."""
+    from hydra.errors import HydraException, InstantiationException, OverrideParseException
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    from swd.config import one_line, unresolved
+
+    cause = _machine_or_user(error, where)
+    if cause is not None:
+        return cause
+    if isinstance(error, InstantiationException):
+        return None
+    if isinstance(error, OverrideParseException):
+        return _quoting(error.override, one_line(error))
+    if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
+        wrong = [
+            a for a in sys.argv[1:] if re.fullmatch(r"\+*(\w+)=([\d.+-]+|true|false|null|.*null.*|\{.*\})", a, re.I)
+        ]
+        return f"{' '.join(wrong) or 'an argument'}: options of a group are names, as in loss=mmd; see --help"
+    if isinstance(error, HydraException | OmegaConfBaseException | YAMLError):
+        reason = "" if error.__cause__ is None else f" ({one_line(error.__cause__)})"
+        return _hydra_message(unresolved(error), reason)
+    return None
+
+
+def config_path() -> str:
+    """Folder of the configuration: `conf/` of a checkout, else the one installed as `swd.conf`."""
+    folder = Path(__file__).parents[2] / "conf"
+    return str(folder) if (folder / "train.yaml").is_file() else "pkg://swd.conf"
+
+
+def _machine_or_user(error: BaseException | None, where: str | None) -> str | None:
+    """Only causes are followed (`raise ... from`): what was merely being handled when an error came is no reason."""
+    from swd.config import one_line
+
+    while error is not None:
+        if isinstance(error, UserError):
+            return one_line(error)
+        failed = failed_operation(error, where)
+        if failed is not None:
+            assert failed.errno is not None
+            place = failed.filename or "a file"
+            verb = (
+                "cannot be written"
+                if failed.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+                else "failed"
+            )
+            return f"{place} {verb} ({failed.strerror}); {ADVICE[failed.errno]}"
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            return f"out of memory ({one_line(error)[:160]}); use a smaller batch or model"
+        error = error.__cause__
+    return None
+
+
+# Hydra's own errors, reworded to name the fix
+
+
+def _quoting(override: str, text: str) -> str:
+    """What to type instead of an argument that Hydra cannot read."""
+    key, sign, value = override.partition("=")
+    if not sign:
+        return f"{override!r} is no key=value; --help lists the keys"
+    if re.search(r"[^\w.@/:$~+-]", key):
+        return f"{override!r} is no key=value: {key!r} is no name of a key; put quotes around the whole argument"
+    opened = [value.count(a) - value.count(b) for a, b in ("[]", "{}")]
+    closed = value + "]" * max(opened[0], 0) + "}" * max(opened[1], 0)
+    for advice, mended in (
+        ("close its bracket", closed if value[:1] in "[{" and closed != value else None),
+        ("put its parts in quotes of their own", _quoted_list(value)),
+        ("put its value in quotes of its own", _quoted(value)),
+    ):
+        if mended is not None and _is_readable(f"{key}={mended}"):
+            more = ", or write prompts into a file: prompts_file=FILE" if key == "prompts" else ""
+            return f"{mask_text(override)} cannot be read; {advice}: {_for_shell(f'{key}={mended}')}{more}"
+    return f"{override!r} cannot be read ({text.partition(' See https')[0]})"
+
+
+def _quoted(value: str) -> str:
+    inner = value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
+    return '"' + re.sub(r'(\\*)"', r'\1\1\\"', inner.strip()) + ('\\"' if inner.endswith("\\") else '"')
+
+
+def _quoted_list(value: str) -> str | None:
+    if not (value.startswith("[") and value.endswith("]")):
+        return None
+    parts = [part.strip() for part in value[1:-1].split(",")]
+    return (
+        "[" + ",".join(part if part[:1] in "'\"" and part[-1:] == part[:1] else _quoted(part) for part in parts) + "]"
+    )
+
+
+def _is_readable(override: str) -> bool:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    try:
+        OverridesParser.create().parse_override(override).value()
+    except Exception:  # whatever the grammar makes of it
+        return False
+    return True
+
+
+def _for_shell(argument: str) -> str:
+    """As it is typed in a shell: in single quotes where that is possible."""
+    if "'" not in argument:
+        return f"'{argument}'"
+    return '"' + re.sub(r'([\\"$`])', r"\\\1", argument) + '"'
+
+
+def _hydra_message(text: str, reason: str = "") -> str:
+    from swd.config import FOREIGN
+
+    for pattern, message in (
+        (
+            r"Multiple values for ([\w/]+)\. .*override [\w/]+: ([^']+)'",
+            r"\1 has one option at a time: give \1=\2 without +",
+        ),
+        (
+            r"force-add of config groups is not supported: '\++([^']+)'",
+            r"\1 chooses an option of a group: leave out the +",
+        ),
+        (
+            r"Ambiguous value for argument '(\w[\w.]*)=(.*?)' 1\. .*",
+            r"""\1=\2 holds a comma: as text it is '\1="\2"', as a list '\1=[\2]', and -m runs one job for each""",
+        ),
+        (r"Could not delete from config\. '([^']+)' does not exist\.", r"~\1: there is no such key to take out"),
+        (
+            r"Could not append to config\. An item is already at '([^']+)'.*",
+            r"+\1: this key is there already; leave out the +",
+        ),
+    ):
+        if re.match(pattern, text):
+            return re.sub(pattern, message, text)
+    merged = re.match(r"Error merging override (.*)", text)
+    if merged:
+        return f"{merged[1]} cannot be used here{reason}"
+
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    if unknown and unknown.group(1) == "model.guidance_scale":
+        keys = "model.dmd_guidance_scale for the teacher in DMD, model.drawing_guidance_scale for what it draws"
+        return f"model.guidance_scale is two keys now: {keys}"
+    if unknown:
+        key = unknown.group(1)
+        hint = f"here it is {FOREIGN[key]}" if key in FOREIGN else "--help and --cfg job list what there is"
+        return f"unknown key {key}; {hint}"
+    group = re.search(
+        r"Could not find '([^']+)' Available options in '([^']+)':\s*(.*?)(?:Config search path.*)?$", text
+    )
+    if group:
+        return f"there is no {group.group(1)}; options of {group.group(2)} are: {', '.join(group.group(3).split())}"
+    return text
+
+
+def _fail(message: str) -> None:
+    print(f"error: {mask_text(message)}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,482 @@
+"""`swd encode`: what text encoders and VAE make of a data set, paid once, as shards that training reads instead."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from swd import __version__
+from swd.commands import train
+from swd.config import build, check
+from swd.data.cache import TEXT, Precision, latents_name, pack_latents, pack_text, relative_error
+from swd.data.datamodule import check_pixels
+from swd.data.identity import identity
+from swd.data.job import MOST_IN_A_SHARD, MOST_ROWS, Job, Sample, is_first, say, share
+from swd.data.shards import CorruptSample, is_done, shard_name
+from swd.data.webdataset import PictureShards, empty_name
+from swd.io import limits
+from swd.io.files import file_hash, write_aside, write_json
+from swd.io.job_log import Progress
+from swd.modules.encoders import draw_latents
+from swd.modules.pretrained import Pretrained, read_json
+from swd.modules.tokens import TextLimit, evenly, warn_beyond
+from swd.schedule import ScaleSchedule, downscale
+from swd.types import SeededDraws, Size, UserError
+
+Posterior = Literal["keep", "draw", "mean"]
+
+ROOT = train.ROOT | {
+    "out": str,
+    "precision": Precision,
+    "posterior": Posterior,
+    "deduplicate": bool,
+    "batch_size": int,
+    "shard_size": int,
+    "limit": int | None,
+    "max_bad": float,
+}
+NOTES = "notes"
+"""Folder with what each finished shard measured."""
+LOOKED_AT = 1000
+"""Captions that are counted before work begins, where not all are read anyway; the manifest counts all."""
+BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+
+
+def run(cfg: DictConfig) -> None:
+    """Encode what the configuration names; prints where it lies."""
+    train.quiet()
+    plan = prepare(cfg)
+    plan.job.claim()
+    if plan.job.is_complete:
+        print(f"{plan.job.folder} is complete already: {plan.job.rows} samples")
+        return
+    train.use_own_gpu()
+    say(f"loading the encoders of {plan.model.name}")
+    encoder = Encoder(plan)
+    encoder.announce()
+    task = f"encoding {told_name(plan.dataset)} with {plan.model.name} into {plan.job.folder}"
+    manifest = plan.job.run(encoder.samples, encoder.measured, task)
+    if manifest is not None:
+        errors = ", ".join(f"{name} {value:.2g}" for name, value in manifest["relative_error"].items())
+        bad = f", {manifest['unusable']} unusable" if manifest["unusable"] else ""
+        print(
+            f"{plan.job.folder}: {manifest['samples']} samples{bad}, {manifest['bytes'] / 1e6:.1f} MB; "
+            f"relative error of storing: {errors}"
+        )
+
+
+# What is asked for
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a configuration asks for, checked; nothing large is loaded yet.
+
+    Attributes:
+        dataset: items are dicts with `pixels` and `prompt`; `caption(i)` gives the caption alone.
+        model: whose encoders.
+        schedules: one a bucket, ending at the bucket's size.
+        buckets: sizes in pixels of finished pictures.
+        bucket_of: bucket of a row.
+        job: the shards.
+        precision, posterior, deduplicate: how values are stored.
+        batch_size: pictures or prompts encoded at once.
+        workers: loader processes.
+        max_bad: share of rows that may be unusable.
+    """
+
+    dataset: Any
+    model: Pretrained
+    schedules: list[ScaleSchedule]
+    buckets: list[Size]
+    bucket_of: Callable[[int], int]
+    job: Job
+    precision: Precision
+    posterior: Posterior
+    deduplicate: bool
+    batch_size: int
+    workers: int
+    max_bad: float
+
+
+def prepare(cfg: DictConfig) -> Plan:
+    """Check everything that can be checked before weights are loaded.
+
+    Raises:
+        UserError: naming what is wrong and the fix.
+    """
+    if OmegaConf.is_missing(cfg, "out"):
+        raise UserError("out is missing; give out=FOLDER")
+    check(cfg, ROOT)
+    limits.whole("batch_size", cfg.batch_size, 1, limits.AT_ONCE, "no device encodes more at once")
+    limits.whole("shard_size", cfg.shard_size, 1, MOST_IN_A_SHARD, "a shard is kept in memory until it is complete")
+    limits.whole("limit", cfg.limit, 1)
+    limits.number("max_bad", cfg.max_bad, 0, 1, "a share of the samples")
+    model: Pretrained = build(cfg, "model")
+    schedule: ScaleSchedule = build(cfg, "schedule")
+    data = build(cfg, "data")
+    dataset = getattr(data, "source", None) or getattr(data, "dataset", None)
+    if not hasattr(dataset, "caption"):
+        raise UserError("data is no set of captioned pictures that can be encoded; use data=images or data=webdataset")
+    rows = rows_of(dataset, cfg.limit)
+    buckets, bucket_of = buckets_of(dataset, model, schedule)
+    schedules = [schedule.stretched(model.latent_size(size), model.limits.divisor) for size in buckets]
+    for stretched in schedules:
+        for size in stretched.sizes:
+            model.limits.check_size(size)
+    settings = {
+        "identity": identity(model, schedule),
+        "buckets": [
+            {"pixels": list(pixels), "sizes": [list(size) for size in stretched.sizes]}
+            for pixels, stretched in zip(buckets, schedules, strict=True)
+        ],
+        "precision": cfg.precision,
+        "posterior": cfg.posterior,
+        "deduplicate": cfg.deduplicate,
+        "encoders": str(model.dtype("cuda" if torch.cuda.is_available() else "cpu")).removeprefix("torch."),
+        "data": told_of(dataset),
+        "code": __version__,
+    }
+    job = Job(Path(cfg.out), "cache", rows, cfg.shard_size, settings)
+    return Plan(
+        dataset,
+        model,
+        schedules,
+        buckets,
+        bucket_of,
+        job,
+        cfg.precision,
+        cfg.posterior,
+        cfg.deduplicate,
+        cfg.batch_size,
+        int(getattr(data, "workers", 0)),
+        cfg.max_bad,
+    )
+
+
+def rows_of(dataset: Any, limit: int | None) -> int:
+    """How many samples are encoded.
+
+    Raises:
+        UserError: if there are endlessly many and no limit.
+    """
+    count = len(dataset)
+    if limit is None and count > MOST_ROWS:
+        raise UserError(f"data has {count} samples, drawn as they are asked for; give limit=, e.g. limit=5000")
+    if limit is not None and limit > MOST_ROWS:
+        raise UserError(f"limit={limit} is more than one cache holds; use at most {MOST_ROWS}")
+    if limit is not None and limit > count:
+        raise UserError(f"limit={limit}, but data has {count} samples; use at most {count}")
+    return count if limit is None else limit
+
+
+def buckets_of(dataset: Any, model: Pretrained, schedule: ScaleSchedule) -> tuple[list[Size], Callable[[int], int]]:
+    """Sizes in pixels of finished pictures, and which one a row is for."""
+    if isinstance(dataset, PictureShards):
+        dataset.check(model, schedule)
+        if dataset.buckets is not None:
+            return [tuple(size) for size in dataset.buckets], lambda row: int(dataset.bucket_of[row])
+    elif hasattr(dataset, "size"):
+        check_pixels(tuple(dataset.size), model, schedule, key="data.dataset.size")
+    return [model.pixel_size(schedule.sizes[-1])], lambda row: 0
+
+
+def told_name(dataset: Any) -> str:
+    """What people call the data."""
+    told = told_of(dataset)
+    return str(told.get("path", told.get("kind")))
+
+
+def told_of(dataset: Any) -> dict[str, Any]:
+    """Where the data come from, for the manifest: what must be the same when a stopped job goes on."""
+    if isinstance(dataset, PictureShards):
+        shards = [str(entry["sha256"]) for entry in dataset.shards.manifest["shards"]]
+        size = list(dataset.pixels)
+        return {"path": dataset.shards.root, "size": size, "samples": len(dataset), "shards": shards}
+    told: dict[str, Any] = {"kind": type(dataset).__name__, "samples": len(dataset)}
+    if hasattr(dataset, "folder"):
+        return told | {"path": str(dataset.folder), "size": list(dataset.size)}
+    return told | {name: getattr(dataset, name, None) for name in ("seed", "split")}
+
+
+# Encoding
+
+
+class Encoder:
+    """Encodes rows of a plan.
+
+    Args:
+        plan: what is asked for.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.notes = plan, plan.job.folder / NOTES
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device, self.encoders = device, plan.model.encoders(device).to(device)
+        self.text_limit = TextLimit(plan.model)
+        self.captions: list[str] | None = None
+        self.holders: dict[tuple[str, int], int] = {}
+        if plan.deduplicate:
+            self.captions = self._all_captions()
+            for row, caption in enumerate(self.captions):
+                self.holders.setdefault((caption, plan.bucket_of(row)), row)
+        if is_first():
+            rows = evenly(plan.job.rows, LOOKED_AT)
+            captions = self.captions or [self._caption(row) for row in rows]
+            warn_beyond(plan.model, captions, "captions", plan.job.rows)
+
+    def _all_captions(self) -> list[str]:
+        rows, captions = self.plan.job.rows, []
+        with Progress("reading captions", rows, "caption", shown=is_first() and rows > LOOKED_AT) as progress:
+            for row in range(rows):
+                captions.append(self._caption(row))
+                progress.advance()
+        return captions
+
+    def _caption(self, row: int) -> str:
+        """A row's caption; empty where it cannot be read (the row then cannot be used)."""
+        try:
+            return str(self.plan.dataset.caption(row))
+        except (CorruptSample, UserError):
+            return ""
+
+    def announce(self) -> None:
+        """Print what will be made, and refuse what does not fit on the disk.
+
+        Raises:
+            UserError: if there is less free space than it will take.
+        """
+        plan, job = self.plan, self.plan.job
+        caption = self._caption(0)
+        text = len(self._packed_text(self._encode_text([caption], 0)[0], caption, plan.precision))
+        different = len(self.holders) / job.rows if plan.deduplicate else 1.0
+        values = sum(torch.Size(size).numel() for size in plan.schedules[0].sizes) * plan.model.channels
+        latents = values * BYTES[plan.precision] * (2 if plan.posterior == "keep" else 1)
+        left = job.rows_left
+        needed, free = left * (latents + different * text), shutil.disk_usage(job.folder).free
+        told = (
+            f"{left} samples take about {needed / 1e9:.3g} GB (each {latents / 1e6:.3g} MB of latents at "
+            f"{len(plan.schedules[0])} sizes and {text / 1e6:.3g} MB of text; {different:.0%} of the prompts differ)"
+        )
+        if needed > free:
+            raise UserError(
+                f"{told}, but {job.folder} has {free / 1e9:.3g} GB free; use precision=int8 or another out="
+            )
+        if share()[0] == 0:
+            print(f"model {plan.model.name}: {told}, in {job.shards} shards at {job.folder}", flush=True)
+
+    def samples(self, rows: range, advance: Callable[[int], object]) -> Iterator[Sample]:
+        """The samples of a shard, and what was measured on the way as a note beside it."""
+        sums: dict[str, list[float]] = {}
+        found, reasons = self._latents(rows, sums, advance)
+        texts = self._texts(rows, found, sums)
+        empty = self._write_empty() if rows.start == 0 else {}
+        beyond = self.text_limit.beyond(caption for caption, _ in found.values())
+        note = {"sums": sums, "unusable": reasons, "beyond": [beyond.count, beyond.most], "empty_sha256": empty}
+        write_json(self._note(rows.start // self.plan.job.shard_size), note)
+        for row in rows:
+            caption, latents = found.get(row, (self._caption(row), {}))
+            bucket = self.plan.bucket_of(row)
+            files = {"txt": caption.encode()}
+            if row in texts:
+                files[TEXT] = texts[row]
+            holder = self.holders[caption, bucket] if self.plan.deduplicate else row
+            columns = {"usable": int(row in found), "bucket": bucket, "text": holder}
+            yield f"{row:08d}", files | latents, columns
+
+    def _texts(
+        self, rows: range, found: Mapping[int, tuple[str, Any]], sums: dict[str, list[float]]
+    ) -> dict[int, bytes]:
+        """Packed conditioning of the rows that hold their prompt's."""
+        plan, texts = self.plan, {}
+        captions = {row: found[row][0] if row in found else self._caption(row) for row in rows}
+        own = [row for row in rows if not plan.deduplicate or self.holders[captions[row], plan.bucket_of(row)] == row]
+        for bucket, part in self._batches(own):
+            encoded = self._encode_text([captions[row] for row in part], bucket)
+            for row, conditioning in zip(part, encoded, strict=True):
+                texts[row] = self._packed_text(conditioning, captions[row], plan.precision)
+                add(sums, "text", relative_error(conditioning.embeds[0].float(), plan.precision))
+        return texts
+
+    @staticmethod
+    def _packed_text(conditioning: Any, prompt: str, precision: Precision) -> bytes:
+        """A prompt's conditioning as it is stored.
+
+        Raises:
+            UserError: if it is not finite: other samples share it, and the next ones will hardly be better.
+        """
+        try:
+            return pack_text(conditioning, precision)
+        except CorruptSample as error:
+            raise UserError(
+                f"the text encoders fail on {prompt[:80]!r} ({error}); change it, or use model.precision=fp32"
+            ) from None
+
+    def _encode_text(self, prompts: list[str], bucket: int) -> list[Any]:
+        """Conditioning of each prompt, one row each, on the CPU."""
+        self.encoders.final_size = self.plan.schedules[bucket].sizes[-1]
+        together = self.encoders.encode_prompts(prompts).to("cpu")
+        return [together.map(lambda tensor, i=i: tensor[i : i + 1]) for i in range(len(prompts))]
+
+    def _latents(
+        self, rows: range, sums: dict[str, list[float]], advance: Callable[[int], object]
+    ) -> tuple[dict[int, tuple[str, dict[str, bytes]]], list[str]]:
+        """Captions and packed latents by row, and why other rows cannot be used."""
+        found: dict[int, tuple[str, dict[str, bytes]]] = {}
+        reasons, earlier = list[str](), self._unusable()
+        batches = list(self._batches(rows))
+        loader = DataLoader(
+            Rows(self.plan.dataset),
+            batch_sampler=[part for _, part in batches],
+            num_workers=min(self.plan.workers, len(batches)),
+            collate_fn=list,
+        )
+        for (bucket, part), items in zip(batches, loader, strict=True):
+            good = [item for item in items if "bad" not in item]
+            reasons += [item["bad"] for item in items if "bad" in item]
+            self._limit([*earlier, *reasons])
+            if good:
+                for item, files in zip(good, self._encode_pixels(good, bucket, sums), strict=True):
+                    if isinstance(files, str):
+                        reasons.append(files)
+                    else:
+                        found[item["row"]] = item["prompt"], files
+                self._limit([*earlier, *reasons])
+            advance(len(part))
+        return found, reasons
+
+    def _note(self, shard: int) -> Path:
+        """Where it is kept what a shard measured."""
+        return self.notes / f"{shard_name(shard)}.json"
+
+    def _unusable(self) -> list[str]:
+        """Why rows of complete shards cannot be used, whichever process made them."""
+        job = self.plan.job
+        done = [shard for shard in range(job.shards) if is_done(job.folder, shard)]
+        return [reason for shard in done for reason in self._read_note(shard)["unusable"]]
+
+    def _read_note(self, shard: int) -> dict[str, Any]:
+        """What a complete shard measured.
+
+        Raises:
+            UserError: if that is missing or damaged.
+        """
+        file = self._note(shard)
+        again = f"remove {self.plan.job.folder / shard_name(shard)}.tar, and the same command makes it again"
+        try:
+            note = read_json(file)
+        except UserError as error:
+            raise UserError(f"{str(error).rpartition(';')[0]}; {again}") from None
+        if not (isinstance(note.get("sums"), dict) and isinstance(note.get("unusable"), list)):
+            raise UserError(f"{file} is damaged: it lacks sums or unusable; {again}")
+        return note
+
+    def _limit(self, reasons: Sequence[str]) -> None:
+        """Stop when too much cannot be used."""
+        count, whole = len(reasons), max(self.plan.job.rows, 100)
+        if count > self.plan.max_bad * whole:
+            raise UserError(
+                f"{count} of {self.plan.job.rows} samples cannot be used, more than max_bad={self.plan.max_bad} allows "
+                f"(of at least 100); the last one: {reasons[-1]}"
+            )
+
+    @torch.no_grad()
+    def _encode_pixels(
+        self, items: Sequence[dict[str, Any]], bucket: int, sums: dict[str, list[float]]
+    ) -> list[dict[str, bytes] | str]:
+        """Files with the latents of pictures of one bucket, at each size of its schedule, or why one has none."""
+        plan = self.plan
+        pixels = torch.stack([item["pixels"] for item in items]).to(self.device)
+        files: list[dict[str, bytes]] = [{} for _ in items]
+        bad: dict[int, str] = {}
+        for size in dict.fromkeys(plan.schedules[bucket].sizes):
+            mean, std = self.encoders.distribution(downscale(pixels, plan.model.pixel_size(size)))
+            if plan.posterior == "draw":
+                mean = torch.cat([self._draw(*row) for row in zip(items, mean, std, strict=True)])
+            keep = plan.posterior == "keep" and bool(std.any())  # SANA's autoencoder has none
+            for i, item in enumerate(items):
+                try:
+                    files[i][latents_name(size)] = pack_latents(mean[i], std[i] if keep else None, plan.precision)
+                    add(sums, f"latents {'x'.join(map(str, size))}", relative_error(mean[i].cpu(), plan.precision))
+                except CorruptSample as error:
+                    bad[i] = f"sample {item['row']}: {error}"
+        return [bad.get(i, found) for i, found in enumerate(files)]
+
+    def _draw(self, item: dict[str, Any], mean: Tensor, std: Tensor) -> Tensor:
+        """One draw `[1, C, *size]` that depends on the row alone."""
+        return draw_latents(mean[None], std[None], SeededDraws(0, first=item["row"]))
+
+    def _batches(self, rows: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+        """Rows of one bucket, `batch_size` at a time."""
+        buckets: dict[int, list[int]] = {}
+        for row in rows:
+            buckets.setdefault(self.plan.bucket_of(row), []).append(row)
+        for bucket, members in sorted(buckets.items()):
+            for start in range(0, len(members), self.plan.batch_size):
+                yield bucket, members[start : start + self.plan.batch_size]
+
+    def _write_empty(self) -> dict[str, str]:
+        """Write the empty prompt of every bucket, for classifier-free guidance; returns their SHA-256 by name."""
+        hashes = {}
+        for bucket in range(len(self.plan.buckets)):
+            precision: Precision = "fp32" if self.plan.precision == "fp32" else "bf16"
+            data = self._packed_text(self._encode_text([""], bucket)[0], "", precision)
+            write_aside(self.plan.job.folder / empty_name(bucket), partial(Path.write_bytes, data=data))
+            hashes[empty_name(bucket)] = hashlib.sha256(data).hexdigest()
+        return hashes
+
+    def measured(self) -> dict[str, Any]:
+        """What all shards' notes say together, for the manifest."""
+        notes = [self._read_note(shard) for shard in range(self.plan.job.shards)]
+        sums: dict[str, list[float]] = {}
+        for note in notes:
+            for name, pair in note["sums"].items():
+                add(sums, name, pair)
+        errors = {name: (wrong / max(whole, 1e-30)) ** 0.5 for name, (wrong, whole) in sorted(sums.items())}
+        reasons = self._unusable()
+        told: dict[str, Any] = {"relative_error": errors, "unusable": len(reasons), "problems": reasons}
+        if self.text_limit.limit is not None:
+            counts, most = zip(*(note.get("beyond", (0, 0)) for note in notes), strict=True)
+            told["beyond_token_limit"] = {"limit": self.text_limit.limit, "samples": sum(counts), "most": max(most)}
+        return told | {"empty_sha256": self._empty_hashes()}
+
+    def _empty_hashes(self) -> dict[str, str]:
+        """SHA-256 of each encoded empty prompt; one that is no longer what it was is made again."""
+        stored = self._read_note(0).get("empty_sha256", {})
+        names = [empty_name(bucket) for bucket in range(len(self.plan.buckets))]
+        files = [self.plan.job.folder / name for name in names]
+        if not all(f.is_file() and stored.get(f.name) in (None, file_hash(f)) for f in files):
+            warnings.warn(f"{self.plan.job.folder}: an empty prompt has changed; it is encoded again", stacklevel=2)
+            self._write_empty()
+        return {file.name: file_hash(file) for file in files}
+
+
+class Rows(Dataset[dict[str, Any]]):
+    """A data set by row, with `{"bad": why}` for one that cannot be used."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        try:
+            item = self.dataset.read(row, 0) if isinstance(self.dataset, PictureShards) else self.dataset[row]
+        except (CorruptSample, UserError) as error:
+            return {"row": row, "bad": str(error)}
+        return {"row": row, "pixels": item["pixels"], "prompt": item["prompt"]}
+
+
+def add(sums: dict[str, list[float]], name: str, pair: Sequence[float]) -> None:
+    """Add to a pair of sums by name."""
+    old = sums.get(name, [0.0, 0.0])
+    sums[name] = [old[0] + pair[0], old[1] + pair[1]]

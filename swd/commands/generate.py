@@ -1,0 +1,386 @@
+"""`swd generate`: a teacher draws its own training set, with the stock pipeline and its own sampler, into shards.
+
+A picture depends on its prompt and seed alone. Row i is drawn in the same batch whoever draws it, and finished batches
+are kept as files until their shard is complete: a kill costs one batch, and a resumed job ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from swd import __version__
+from swd.commands import train
+from swd.commands.sample import Request, build_pipeline, draw, final_size, read_prompts
+from swd.config import build, check, to_plain
+from swd.data.identity import whole_fingerprint
+from swd.data.job import MOST_IN_A_SHARD, MOST_ROWS, PARTIAL, Job, Sample, is_first, say, share
+from swd.data.shards import is_done, shard_name
+from swd.io import limits, video
+from swd.io.files import write_aside
+from swd.io.pictures import picture_bytes, to_pil
+from swd.modules.backbones.sdxl_refiner import build_refiner, draw_refined, load_refiner
+from swd.modules.pretrained import Pretrained
+from swd.modules.tokens import TextLimit, warn_beyond
+from swd.types import Size, UserError
+
+ROOT = train.ROOT | {
+    "prompts": str,
+    "out": str,
+    "images_per_prompt": int,
+    "batch_size": int,
+    "shard_size": int,
+    "steps": int | None,
+    "guidance_scale": float | None,
+    "height": int | None,
+    "width": int | None,
+    "aspect": str | None,
+    "frames": int | None,
+    "fps": int,
+    "format": Literal["png", "jpg", "webp"],
+    "quality": int,
+    "refiner": str | None,
+    "refiner_start": float,
+}
+BYTES = {"png": 1.6, "jpg": 0.6, "webp": 0.4, "mp4": 0.03}
+"""About how many bytes a pixel of a photograph takes."""
+PACKAGES = ("torch", "diffusers", "transformers", "pillow")
+NOT_DRAWN_WITH = {"_target_", "path", "tuning", "rank", "alpha", "targets", "feature_blocks", "init_adapter"} | {
+    "quantization",
+    "precision",
+    "size",
+    "teacher_steps",
+    "guidance_scale",
+    "dmd_guidance_scale",
+    "drawing_guidance_scale",
+    "embedded_guidance",
+}
+"""Keys of a model that do not matter here, or that the manifest says elsewhere."""
+
+
+class Requests(Sequence[Request]):
+    """One request a row: `copies` of each prompt, with seeds that count up; made when they are asked for.
+
+    Args:
+        rows: prompts, and their seeds where the list gives some.
+        copies: pictures of each.
+        seed: of the first row; a row whose prompt has no seed takes this plus its number.
+
+    Raises:
+        UserError: if there are too many, or a seed is out of range.
+    """
+
+    def __init__(self, rows: Sequence[tuple[str, int | None]], copies: int, seed: int) -> None:
+        self.rows, self.copies, self.seed = rows, copies, seed
+        count = len(rows) * copies
+        if count > MOST_ROWS:
+            raise UserError(
+                f"images_per_prompt={copies} of {len(rows)} prompts are {count} pictures, more than one folder holds; "
+                f"use at most {max(1, MOST_ROWS // len(rows))}"
+            )
+        for number in range(len(rows)):
+            for row in (number * copies, number * copies + copies - 1):
+                limits.seed("seed", self._seed(row))
+
+    def __len__(self) -> int:
+        return len(self.rows) * self.copies
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(len(self)))]
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        return Request(self.rows[row // self.copies][0], self._seed(row))
+
+    def _seed(self, row: int) -> int:
+        own = self.rows[row // self.copies][1]
+        return self.seed + row if own is None else own + row % self.copies
+
+    def hash(self) -> str:
+        """SHA-256 of all prompts and seeds."""
+        digest = hashlib.sha256(b"[")
+        for number, request in enumerate(self):
+            digest.update(
+                (", " * (number > 0) + json.dumps([request.prompt, request.seed], ensure_ascii=False)).encode()
+            )
+        digest.update(b"]")
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a configuration asks for, checked; nothing large is loaded yet.
+
+    Attributes:
+        requests: the pictures, one a row.
+        model: the teacher.
+        size: latent size of the pictures.
+        job: the shards.
+        batch_size: pictures drawn at once.
+        ending: of the files.
+        quality: of lossy pictures.
+        fps: frames a second of videos.
+        refiner: takes over from the teacher; None: the teacher draws to the end.
+        refiner_start: the part of the steps after which it does.
+    """
+
+    requests: Requests
+    model: Pretrained
+    size: Size
+    job: Job
+    batch_size: int
+    ending: str
+    quality: int
+    fps: int
+    refiner: Pretrained | None
+    refiner_start: float
+
+
+def run(cfg: DictConfig) -> None:
+    """Generate what the configuration asks for; prints where it lies."""
+    train.quiet()
+    plan = prepare(cfg)
+    plan.job.claim()
+    if plan.job.is_complete:
+        print(f"{plan.job.folder} is complete already: {len(plan.requests)} samples")
+        return
+    announce(plan)
+    if is_first():
+        warn_beyond(plan.model, [prompt for prompt, _ in plan.requests.rows])
+    train.use_own_gpu()
+    painter = Painter(plan)
+    task = f"drawing with {plan.model.name} into {plan.job.folder}"
+    manifest = plan.job.run(painter.samples, lambda: beyond_limit(plan), task)
+    if manifest is not None:
+        print(f"{plan.job.folder}: {manifest['samples']} samples, {manifest['bytes'] / 1e6:.1f} MB")
+        return
+    rank, world = share()
+    done = plan.job.shards - len(plan.job.shards_left)
+    print(f"process {rank + 1} of {world} is through; {done} of {plan.job.shards} shards are there")
+
+
+def beyond_limit(plan: Plan) -> dict[str, Any]:
+    """For the manifest: how many pictures were drawn of a prompt that the model did not see to its end."""
+    found = TextLimit(plan.model).beyond(prompt for prompt, _ in plan.requests.rows)
+    told = found.told() | {"samples": found.count * plan.requests.copies}
+    return {"beyond_token_limit": told} if found.limit else {}
+
+
+# What is asked for
+
+
+def prepare(cfg: DictConfig) -> Plan:
+    """Check everything that can be checked before weights are loaded.
+
+    Raises:
+        UserError: naming what is wrong and the fix.
+    """
+    for key, example in (("prompts", "prompts.csv"), ("out", "folder")):
+        if OmegaConf.is_missing(cfg, key):
+            raise UserError(f"{key} is missing; give {key}={example}")
+    check(cfg, ROOT)
+    requests = requests_of(cfg)
+    model = model_of(cfg)
+    if model.backbone_class.video:
+        video.check_available()
+    size = final_size(cfg, model)
+    ending = "mp4" if model.backbone_class.video else cfg.format
+    refiner = refiner_of(cfg, model)
+    settings = settings_of(cfg, model, requests, size, ending) | refiner_settings(cfg, refiner)
+    kind, unit = ("videos", "video") if model.backbone_class.video else ("pictures", "picture")
+    job = Job(Path(cfg.out), kind, len(requests), cfg.shard_size, settings, unit)
+    return Plan(requests, model, size, job, cfg.batch_size, ending, cfg.quality, cfg.fps, refiner, cfg.refiner_start)
+
+
+def requests_of(cfg: DictConfig) -> Requests:
+    """One request a row: those of the list, `images_per_prompt` of each, with seeds that count up.
+
+    Raises:
+        UserError: if the list cannot be read, or a number is out of range.
+    """
+    limits.whole("images_per_prompt", cfg.images_per_prompt, 1)
+    limits.whole("batch_size", cfg.batch_size, 1, limits.AT_ONCE, "no device draws more at once")
+    limits.whole("shard_size", cfg.shard_size, 1, MOST_IN_A_SHARD, "a shard is one file")
+    limits.whole("fps", cfg.fps, 1, limits.FPS)
+    limits.whole("steps", cfg.steps, 1, limits.STEPS, "the noise levels that models are trained on")
+    limits.number("guidance_scale", cfg.guidance_scale, 1, limits.GUIDANCE, "1 for none")
+    if not 1 <= cfg.quality <= 100:
+        raise UserError(f"quality={cfg.quality}; use 1 to 100")
+    limits.seed("seed", cfg.seed)
+    rows = read_prompts(Path(cfg.prompts), "prompts")
+    for number, (prompt, _) in enumerate(rows, 1):
+        if not prompt:
+            raise UserError(f"prompts={cfg.prompts}: prompt {number} is empty; remove the line")
+    return Requests(rows, cfg.images_per_prompt, cfg.seed)
+
+
+def model_of(cfg: DictConfig) -> Pretrained:
+    """The teacher, with the steps and the guidance that are asked for.
+
+    Raises:
+        UserError: for a guidance scale that a pipeline would ignore.
+    """
+    model: Pretrained = build(cfg, "model")
+    if cfg.steps is not None:
+        model.teacher_steps = cfg.steps
+    if cfg.guidance_scale is not None:
+        if model.network_config.get("guidance_embeds"):
+            model.embedded_guidance = float(cfg.guidance_scale)
+        else:
+            model.drawing_guidance_scale = float(cfg.guidance_scale)
+    return model
+
+
+def refiner_of(cfg: DictConfig, model: Pretrained) -> Pretrained | None:
+    """The refiner that takes over from the teacher, if one is asked for.
+
+    Raises:
+        UserError: if it is none, or the teacher is of a family that has none.
+    """
+    if cfg.refiner is None:
+        return None
+    if model.family != "sdxl":
+        raise UserError(
+            f"refiner={cfg.refiner}, but only sdxl has refiners and this model is {model.family}; leave it out"
+        )
+    if not 0 < cfg.refiner_start < 1:
+        raise UserError(f"refiner_start={cfg.refiner_start}; use a part of the steps between 0 and 1, e.g. 0.8")
+    return load_refiner(cfg.refiner, model)
+
+
+def settings_of(cfg: DictConfig, model: Pretrained, requests: Requests, size: Size, ending: str) -> dict[str, Any]:
+    """Everything that decides what the shards hold, for the manifest."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lossy = {"png": {}, "mp4": {"fps": cfg.fps}}.get(ending, {"quality": cfg.quality})
+    config = {key: value for key, value in to_plain(cfg.model).items() if key not in NOT_DRAWN_WITH}
+    return {
+        "model": {"name": model.name, "fingerprint": whole_fingerprint(model), **config},
+        "steps": model.teacher_steps,
+        "guidance_scale": model.drawing_guidance_scale,
+        "embedded_guidance": model.embedded_guidance,
+        "precision": str(model.dtype(device)).removeprefix("torch."),
+        "size": list(model.pixel_size(size)),
+        "files": {"format": ending, **lossy},
+        "prompts": {"sha256": requests.hash()},
+        "versions": {"swd": __version__} | {name: version(name) for name in PACKAGES},
+    }
+
+
+def refiner_settings(cfg: DictConfig, refiner: Pretrained | None) -> dict[str, Any]:
+    """What the manifest says of the refiner; nothing without one."""
+    if refiner is None:
+        return {}
+    return {"refiner": {"name": refiner.name, "fingerprint": whole_fingerprint(refiner), "start": cfg.refiner_start}}
+
+
+def announce(plan: Plan) -> None:
+    """Print what will be made, and refuse what does not fit on the disk.
+
+    Raises:
+        UserError: if there is less free space than it will take.
+    """
+    job, pixels = plan.job, plan.model.pixel_size(plan.size)
+    area = torch.Size(pixels).numel()
+    left = job.rows_left
+    needed, free = left * area * BYTES[plan.ending], shutil.disk_usage(job.folder).free
+    told = f"{left} {job.unit}s of {'x'.join(map(str, reversed(pixels)))} take about {needed / 1e9:.3g} GB"
+    if needed > free:
+        raise UserError(f"{told}, but {job.folder} has {free / 1e9:.3g} GB free; choose another out= or format=jpg")
+    rank, world = share()
+    if rank == 0:
+        processes = f", by {world} processes" if world > 1 else ""
+        print(f"model {plan.model.name}: {told}, in {job.shards} shards at {job.folder}{processes}", flush=True)
+
+
+# Drawing
+
+
+class Painter:
+    """Draws rows of a plan; the pipeline is loaded when the first one is due."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.kept = plan.job.folder / PARTIAL
+        self._pipe: Any = None
+        self._refiner: Any = None
+
+    def samples(self, rows: range, advance: Callable[[int], object]) -> Iterator[Sample]:
+        """The samples of a shard. What an earlier, killed process finished of it is kept."""
+        self._clear()
+        folder = self.kept / shard_name(rows.start // self.plan.job.shard_size)
+        for start in range(rows.start, rows.stop, self.plan.batch_size):
+            batch = range(start, min(start + self.plan.batch_size, rows.stop))
+            missing = [row for row in batch if not self._file(folder, row).is_file()]
+            if missing:  # the whole batch again: its bits may depend on what is drawn beside them
+                for row, drawn in zip(batch, self.draw(batch), strict=True):
+                    if row in missing:
+                        write_aside(self._file(folder, row), partial(self.write, drawn))
+            advance(len(batch))
+        for row in rows:
+            yield self._sample(row, self._file(folder, row).read_bytes())
+
+    def draw(self, rows: range) -> list[Tensor]:
+        """Pictures or videos of rows, drawn as one batch.
+
+        Raises:
+            UserError: if the device has too little memory.
+        """
+        plan = self.plan
+        if self._pipe is None:
+            self._load()
+        requests = [plan.requests[row] for row in rows]
+        try:
+            if plan.refiner is not None:
+                return draw_refined(self._pipe, self._refiner, plan.model, requests, plan.size, plan.refiner_start)
+            return draw(self._pipe, plan.model, requests, plan.size, show_sizes=False)[0]
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"batch_size={plan.batch_size} does not fit the device's memory; use a smaller one, the job continues"
+            ) from None
+
+    def _load(self) -> None:
+        say(f"loading {self.plan.model.name}")
+        self._pipe = build_pipeline(self.plan.model)
+        if self._pipe.vae.config.get("force_upcast"):
+            self._pipe.vae.to(torch.float32)  # SDXL's overflows in half precision
+        if self.plan.refiner is not None:
+            self._refiner = build_refiner(self.plan.refiner, self._pipe)
+
+    def write(self, drawn: Tensor, path: Path) -> None:
+        """Write one picture or video as a file."""
+        if self.plan.ending == "mp4":
+            video.write(path, drawn, self.plan.fps)
+        else:
+            path.write_bytes(picture_bytes(to_pil(drawn), self.plan.ending, self.plan.quality))
+
+    def _sample(self, row: int, data: bytes) -> Sample:
+        plan, request = self.plan, self.plan.requests[row]
+        *frames, height, width = plan.model.pixel_size(plan.size)
+        columns = {"width": width, "height": height} | ({"frames": frames[0]} if frames else {})
+        told = {"index": row, "prompt": request.prompt, "seed": request.seed, **columns}
+        files: Mapping[str, bytes] = {
+            plan.ending: data,
+            "txt": request.prompt.encode(),
+            "json": json.dumps(told, ensure_ascii=False).encode(),
+        }
+        return f"{row:08d}", files, columns
+
+    def _file(self, folder: Path, row: int) -> Path:
+        return folder / f"{row:08d}.{self.plan.ending}"
+
+    def _clear(self) -> None:
+        """Remove the kept pictures of complete shards."""
+        for folder in self.kept.glob("[0-9]*"):
+            if is_done(self.plan.job.folder, int(folder.name)):
+                shutil.rmtree(folder, ignore_errors=True)

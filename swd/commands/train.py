@@ -1,0 +1,485 @@
+"""`train.py`: compose -> check -> instantiate -> fit."""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.strategies import DDPStrategy
+from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
+
+from swd import __version__
+from swd.callbacks import Checkpoint, Progress, Samples, SaveAdapter
+from swd.callbacks.checkpoint import clear_runs, find_checkpoint
+from swd.callbacks.fixed_losses import FixedLosses
+from swd.config import arguments_of, check, node_of, one_line, stored, to_yaml
+from swd.config import build as build_group
+from swd.io.files import claim_folder, write_json, write_text
+from swd.io.job_log import say
+from swd.io.masking import mask_text
+from swd.modules.checkpoints import Resumable, iterations
+from swd.modules.distiller import Distiller
+from swd.modules.finite import last_checkpoint
+from swd.modules.weights import WatchedTask
+from swd.shapes.train_judge import JudgeData, JudgeTask
+from swd.types import UserError
+
+ROOT = {
+    "seed": int,
+    "name": str,
+    "output": str,
+    "folder": str,
+    "resume": str | None,
+    "sample_prompts": list[str],
+    "allow": list[str],
+}
+PACKAGES = ("torch", "lightning", "hydra-core", "diffusers", "peft", "transformers", "torchmetrics")
+
+
+def run(cfg: DictConfig) -> None:
+    """Train what the configuration says."""
+    check(cfg, ROOT)
+    fit(cfg)
+
+
+def fit(cfg: DictConfig, *more: Callback) -> tuple[LightningModule, Trainer]:
+    """Check, build and train; everything that the run makes goes to `cfg.folder`.
+
+    Args:
+        cfg: the composed configuration.
+        more: callbacks beside the configured ones.
+
+    Raises:
+        UserError: for wrong input, before any model is loaded.
+    """
+    quiet()
+    folder = Path(cfg.folder)
+    try:
+        return _fit(cfg, folder, *more)
+    except (UserError, KeyboardInterrupt):
+        with suppress(OSError):
+            folder.rmdir()  # which Hydra made; it stays if anything is in it
+        raise
+
+
+def _fit(cfg: DictConfig, folder: Path, *more: Callback) -> tuple[LightningModule, Trainer]:
+    task, data = build(cfg)
+    # Under a launcher each process runs this; only the first one owns the folder.
+    owner = int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
+    if owner and cfg.resume:
+        clear_runs(folder.parent if cfg.resume == "auto" else Path(cfg.resume))
+    checkpoint = find_checkpoint(cfg.resume, folder.parent, cfg, cast(Resumable, task))
+    if checkpoint and iterations(checkpoint) >= cfg.trainer.max_steps:
+        return finish(cfg, task, data, checkpoint, *more)
+    trainer = build_trainer(cfg, folder, *more)
+    if owner:
+        record(cfg, claim_folder(folder, reserve=True), checkpoint)
+    try:
+        _train(trainer, task, data, checkpoint)
+    except (UserError, KeyboardInterrupt):
+        if owner:
+            drop_record(folder)
+        raise
+    if not trainer.global_step:
+        raise UserError(
+            "no iteration was completed, so there is no student: a limit of the trainer ended the run before; leave "
+            "out what limits it (trainer.max_time ...), and count iterations with trainer.max_steps"
+        )
+    return task, trainer
+
+
+def _train(trainer: Trainer, task: LightningModule, data: Any, checkpoint: str | None) -> None:
+    """`trainer.fit`, with what a user can mend told in one line."""
+    callbacks: list[Callback] = cast(Any, trainer).callbacks
+    callbacks.sort(key=_turn)
+    try:
+        start_loggers(trainer)
+        trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+    except MisconfigurationException as error:
+        raise UserError(f"trainer: {one_line(error)}") from None
+    except (OSError, SafetensorError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not full and not isinstance(error, SafetensorError):
+            raise
+        raise UserError(
+            f"training stopped: {one_line(error)}; make room; last good checkpoint: {last_checkpoint(trainer)}"
+        ) from None
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] != "wandb":
+            raise
+        raise UserError(f"logger=wandb: {one_line(error)[:300]}; {WITHOUT_WANDB}") from error
+    except SystemExit:  # what Lightning makes of Ctrl-C
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
+
+
+def _turn(callback: Callback) -> int:
+    """Order of callbacks: checkpoint and student are written before anything that draws or measures can fail."""
+    if isinstance(callback, ModelCheckpoint):
+        return 1
+    if isinstance(callback, SaveAdapter):
+        return 2
+    return 4 if isinstance(callback, Progress) else 3 if isinstance(callback, Samples | FixedLosses) else 0
+
+
+def run_of(checkpoint: str) -> Path:
+    """The run folder that a checkpoint lies in."""
+    return Path(checkpoint).parent.parent
+
+
+def drop_record(folder: Path) -> None:
+    """Remove the record of how a run was started where nothing else came of it."""
+    started = {"config.yaml", "run.json"}
+    if {file.name for file in folder.iterdir()} <= started:
+        for name in started:
+            (folder / name).unlink(missing_ok=True)
+
+
+def finish(
+    cfg: DictConfig, task: LightningModule, data: Any, checkpoint: str, *more: Callback
+) -> tuple[LightningModule, Trainer]:
+    """Write what a run whose iterations are all done still lacks, into its own folder; no new one is left.
+
+    Args:
+        cfg: the configuration; `folder` becomes the run's.
+        task, data: as `build` made them.
+        checkpoint: the last one of the run.
+        more: callbacks of a caller who goes on with the trained task; it is then loaded even if nothing is missing.
+    """
+    run, done = run_of(checkpoint), iterations(checkpoint)
+    with suppress(OSError):
+        Path(cfg.folder).rmdir()  # which Hydra made; it stays if anything is in it
+    cfg.folder = str(run)
+    plain = OmegaConf.merge(cfg, {"logger": None})  # a logger would start its files afresh
+    trainer = build_trainer(cast(DictConfig, plain), run, *more)
+    callbacks: list[Callback] = cast(Any, trainer).callbacks
+    callbacks[:] = [c for c in callbacks if not isinstance(c, ModelCheckpoint)]  # nothing to save
+    late = [c for c in callbacks if isinstance(c, SaveAdapter | Samples)]
+    missing: dict[str, Callable[[], None]] = {
+        path: partial(c.on_train_end, trainer, task)
+        for c in sorted(late, key=_turn)
+        if (path := c.missing(run, task, done))
+    }
+    if isinstance(task, WatchedTask) and task.older_than(Path(checkpoint)):
+        missing[str(task.target)] = task.export
+    if missing or more:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Total length of .* is zero")  # rightly: no batch is left
+            _train(trainer, task, data, checkpoint)
+        task.to(trainer.strategy.root_device)
+    for write in missing.values():
+        write()
+    if trainer.is_global_zero:
+        wrote = [path for path in missing if Path(path).exists()]
+        also = f"wrote {', '.join(wrote)} from {checkpoint}, and " if wrote else ""
+        say(f"the iterations of {run} ({done}) are all done; {also}nothing else is left to do")
+    return task, trainer
+
+
+def prepare(cfg: DictConfig) -> tuple[LightningModule, Any]:
+    """`build`, and a named checkpoint is looked at: all that can be checked of a run before its turn.
+
+    Raises:
+        UserError: for wrong input.
+    """
+    built = build(cfg)
+    build_trainer(cfg, Path(cfg.folder))
+    if cfg.resume not in (None, "auto"):
+        find_checkpoint(cfg.resume, Path(cfg.output), cfg, cast(Resumable, built[0]))
+    return built
+
+
+def build(cfg: DictConfig) -> tuple[LightningModule, Any]:
+    """The task and its data, checked against each other; no weights are loaded.
+
+    Raises:
+        UserError: for wrong input.
+    """
+    check(cfg)
+    if not cfg.seed < 2**31:
+        raise UserError(f"seed={cfg.seed}; use a number below 2^31")
+    for key, least in (("seed", 0), ("trainer.max_steps", 1)):
+        value = OmegaConf.select(cfg, key)
+        if value < least:
+            raise UserError(f"{key}={value}; use {least} or more")
+    task: LightningModule = build_group(cfg, "task")
+    data = build_group(cfg, "data")
+    options = trainer_options(cfg)
+    check_trainer(options, task)
+    check_data(task, data)
+    check_logger(cfg)
+    processes = _processes(options)
+    if data.batch_size % processes:
+        raise UserError(
+            f"data.batch_size={data.batch_size} does not divide over {processes} processes; "
+            f"use a multiple of {processes}"
+        )
+    if is_trial(cfg) and not isinstance(task, Distiller):
+        raise UserError(
+            f"trainer.fast_dev_run tries a distillation; {type(task).__name__} would write what it trains: use "
+            "trainer.max_steps=2, and another folder to write to"
+        )
+    if is_trial(cfg) and cfg.resume is not None:
+        raise UserError("trainer.fast_dev_run tries a fresh run; leave out resume")
+    if isinstance(task, Distiller) and hasattr(data, "check"):
+        data.check(task.model, task.schedule)
+    if isinstance(task, Distiller):
+        task.check_processes(processes)
+    return task, data
+
+
+def trainer_options(cfg: DictConfig) -> dict[str, Any]:
+    """The Trainer's arguments in the configuration; `fast_dev_run` counts iterations, as `max_steps` does.
+
+    Raises:
+        UserError: for devices that are none.
+    """
+    options = arguments_of(cfg, "trainer")
+    tried = options.pop("fast_dev_run", False)
+    if tried < 0:
+        raise UserError(f"trainer.fast_dev_run={tried}; use true, or how many iterations are tried")
+    if tried:
+        options |= {"max_steps": int(tried)}
+    check_devices(options)
+    return options
+
+
+def is_trial(cfg: DictConfig) -> bool:
+    """Whether the run only tries out whether everything works (`fast_dev_run`), and keeps nothing."""
+    return bool(OmegaConf.select(cfg, "trainer.fast_dev_run", default=False))
+
+
+def build_trainer(cfg: DictConfig, folder: Path, *more: Callback) -> Trainer:
+    """The Trainer with this project's fixed choices: manual optimization counts iterations, order is our own."""
+    options = trainer_options(cfg)
+    if options.get("strategy") == "auto" and _processes(options) > 1:
+        # Student and fake network step in turn, so some parameters have no gradient in each update.
+        # Buffers never change, and SD3.5 Medium's hold 0.45 GB.
+        options["strategy"] = DDPStrategy(find_unused_parameters=True, broadcast_buffers=False)
+    callbacks = list(build_group(cfg, "callbacks").values())
+    logger: Any = build_group(cfg, "logger") or False
+    if is_trial(cfg):
+        callbacks = [c for c in callbacks if not isinstance(c, Checkpoint | SaveAdapter | Samples)]
+        logger = False
+    callbacks += more
+    fixed = {
+        "max_epochs": -1,  # steps count; a finished epoch must not keep a longer run from continuing
+        "default_root_dir": str(folder),
+        "callbacks": callbacks,
+        "logger": logger,
+        "log_every_n_steps": 1,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+    }
+    try:
+        return Trainer(**fixed | options)
+    except UserError:
+        raise
+    except Exception as error:  # whatever Lightning raises for an option that does not suit this machine
+        raise UserError(f"trainer: {one_line(error)[:400]}") from error
+
+
+FIXED = {
+    "default_root_dir": "give folder=FOLDER",
+    "callbacks": "add one with +callbacks.NAME._target_=CLASS",
+    "logger": "choose one with logger=NAME",
+    "enable_progress_bar": "callbacks.progress counts iterations, and Lightning's bar would count batches",
+    "use_distributed_sampler": "the data divide themselves over processes",
+    "barebones": "it leaves out what writes the student",
+}
+"""Options of the Trainer that are this project's to set, and what to do instead."""
+LIMITS = ("limit_train_batches", "overfit_batches")
+"""Options of the Trainer that end an epoch early; one epoch is the whole run here."""
+
+
+def check_trainer(options: dict[str, Any], task: LightningModule) -> None:
+    """Raise UserError for an option of the Trainer with which a task cannot train, or would train nothing."""
+    for key, fix in FIXED.items():
+        if options.get(key):
+            raise UserError(f"trainer.{key}={options[key]} cannot be set; {fix}")
+    check_precision(options.get("precision"), task)
+    epochs = options.get("max_epochs")
+    if epochs is not None and epochs < 1 and epochs != -1:
+        raise UserError(
+            f"trainer.max_epochs={epochs} trains nothing; leave it out, trainer.max_steps counts iterations"
+        )
+    needed = getattr(task, "updates_per_iteration", 1)
+    for key in LIMITS:
+        value = options.get(key) or (0 if key == "limit_train_batches" and key in options else None)
+        if value is None:
+            continue
+        batches = value if isinstance(value, int) else int(value * options["max_steps"] * needed)
+        if batches < needed:
+            raise UserError(
+                f"trainer.{key}={value} is less than one iteration, which takes {needed} batches; leave it out, "
+                "trainer.max_steps counts iterations"
+            )
+    if not task.automatic_optimization:
+        for key, idle, fix in (
+            ("gradient_clip_val", (None, 0), "gradients are clipped to task.clip"),
+            ("accumulate_grad_batches", (None, 1), "use a larger data.batch_size"),
+        ):
+            if options.get(key) not in idle:
+                raise UserError(f"trainer.{key}={options[key]} has no effect in a distillation; {fix}")
+
+
+def check_precision(precision: Any, task: LightningModule) -> None:
+    """Raise UserError for a `trainer.precision` that a task cannot train with, with the reason."""
+    known = {None: "32-true", 32: "32-true", "32": "32-true", "bf16": "bf16-mixed", 16: "16-mixed", "16": "16-mixed"}
+    name = str(known.get(precision, precision))
+    if name == "32-true":
+        return
+    where = f"trainer.precision={precision}"
+    if isinstance(task, Distiller):
+        raise UserError(
+            f"{where} cannot be set for a distillation: adapters and losses stay in float32, and model.precision=bf16 "
+            "says how the frozen network computes; leave it out"
+        )
+    if name not in ("bf16-mixed", "16-mixed"):
+        raise UserError(f"{where} would change the weights and data of {type(task).__name__} too; use bf16-mixed or 32")
+    if name == "16-mixed" and not torch.cuda.is_available():
+        raise UserError(f"{where} scales gradients, which needs a GPU; use bf16-mixed or 32")
+
+
+def check_data(task: LightningModule, data: Any) -> None:
+    """Raise UserError unless the data give what the task trains on."""
+    judged = isinstance(data, JudgeData)
+    if isinstance(task, JudgeTask) and not judged:
+        raise UserError("task=judge learns from labelled pictures of shapes; choose them with data=judge")
+    if judged and not isinstance(task, JudgeTask):
+        raise UserError(
+            "data=judge is for task=judge alone; choose captioned pictures, e.g. data=shapes or data=images"
+        )
+
+
+def check_devices(options: dict[str, Any]) -> None:
+    """Raise UserError for `trainer.devices` that are none; a number in quotes becomes a number."""
+    devices = options.get("devices", "auto")
+    if isinstance(devices, str) and devices.lstrip("-").isdigit():
+        devices = options["devices"] = int(devices)
+    listed = devices.split(",") if isinstance(devices, str) and devices != "auto" else devices
+    wrong = devices == "" or (isinstance(devices, int) and (devices == 0 or devices < -1))
+    if isinstance(listed, list):
+        wrong = wrong or not listed or not all(str(part).strip().isdigit() for part in listed)
+    if wrong:
+        raise UserError(f"trainer: devices={devices!r} names no devices; give how many, a list of GPUs, or auto")
+    kind = str(options.get("accelerator", "auto"))
+    on_cpu = kind == "cpu" or (kind == "auto" and not torch.cuda.is_available() and not mps_is_available())
+    if on_cpu and (isinstance(listed, list) or devices == -1):
+        raise UserError(
+            f"trainer: devices={devices!r} chooses among GPUs, and this runs on the CPU; give a number of processes, "
+            "e.g. trainer.devices=1"
+        )
+
+
+def mps_is_available() -> bool:
+    """Whether this is a Mac with a GPU that torch can use."""
+    return bool(torch.backends.mps.is_available())
+
+
+WITHOUT_WANDB = "logger.offline=true keeps the log in the run's folder, logger=csv does without wandb"
+
+
+def check_logger(cfg: DictConfig) -> None:
+    """Raise UserError where wandb would ask for an account and nobody can answer."""
+    node = node_of(cfg, "logger")
+    settings = node.get("settings") or {}
+    offline = node.get("offline") or is_trial(cfg) or settings.get("mode") in WANDB_SILENT
+    if not str(node.get("_target_")).endswith(".WandbLogger") or offline:
+        return
+    if os.environ.get("WANDB_MODE") in WANDB_SILENT or settings.get("api_key") or sys.stdin.isatty():
+        return
+    if any(os.environ.get(key) for key in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
+        return
+    for file in (os.environ.get("NETRC", "~/.netrc"), "~/_netrc", "~/.config/wandb/settings", "wandb/settings"):
+        with suppress(OSError, ValueError):
+            text = Path(file).expanduser().read_text(encoding="utf-8")
+            host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or "wandb"
+            if host in text or "api_key" in text:
+                return
+    raise UserError(f"logger=wandb: nobody is logged in; run `wandb login`, or {WITHOUT_WANDB}")
+
+
+WANDB_SILENT = ("offline", "dryrun", "disabled")
+
+
+def start_loggers(trainer: Trainer) -> None:
+    """Start wandb where the command line holds a credential: it stores the command line, and gets it without."""
+    shown = [mask_text(argument) for argument in sys.argv]
+    if shown == sys.argv or not any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
+        return
+    given, sys.argv = sys.argv, shown
+    try:
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment  # noqa: B018 - reading it starts the run
+    finally:
+        sys.argv = given
+
+
+def _processes(options: dict[str, Any]) -> int:
+    devices, nodes = options.get("devices", 1), options.get("num_nodes", 1)
+    if isinstance(devices, str) and devices != "auto":
+        devices = int(devices) if devices.lstrip("-").isdigit() else devices.split(",")
+    if devices in ("auto", -1):
+        devices = torch.cuda.device_count() if options.get("accelerator") != "cpu" else 1
+    return max(devices if isinstance(devices, int) else len(devices), 1) * max(int(nodes), 1)
+
+
+def record(cfg: DictConfig, folder: Path, checkpoint: str | None) -> None:
+    """Write configuration, command and versions into the run folder, without credentials (see `swd.config.stored`)."""
+    program = Path(sys.argv[0]).name
+    program = "swd" if program in ("__main__.py", "cli.py") else program  # python -m swd
+    command = [os.environ["SWD_COMMAND"]] if "SWD_COMMAND" in os.environ else []  # of the installed `swd`
+    write_json(
+        folder / "run.json",
+        {
+            "command": mask_text(" ".join([program, *command, *sys.argv[1:]])),
+            "resumed_from": checkpoint,
+            "python": platform.python_version(),
+            "versions": {"swd": __version__} | {name: version(name) for name in PACKAGES},
+        },
+    )
+    write_text(folder / "config.yaml", to_yaml(stored(cfg)))
+
+
+def use_own_gpu() -> None:
+    """Under a launcher, give each process of a machine a GPU of its own."""
+    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
+    if local is not None and torch.cuda.is_available():
+        torch.cuda.set_device(int(local) % torch.cuda.device_count())
+
+
+def quiet() -> None:
+    """Silence notices that a user cannot act on."""
+    import logging
+
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()

@@ -1,0 +1,315 @@
+"""A folder of captioned pictures or videos, as it is: for small experiments and for the published training data."""
+
+from __future__ import annotations
+
+import os
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from swd.data.sources import ENDINGS, LIST, Part, Problem, Row, Source, list_folder, list_in
+from swd.io import video
+from swd.io.pictures import to_rgb
+from swd.io.tables import NoText
+from swd.types import Size, UserError
+
+PICTURES = tuple(f".{ending}" for ending in ENDINGS)
+Image.init()
+STORED_AS = {
+    "JPEG": "jpg",
+    "MPO": "jpg",  # several JPEG pictures in one file, as phones and stereo cameras write them
+    "PNG": "png",
+    "WEBP": "webp",
+    "TIFF": "tiff",
+    "BMP": "bmp",
+    "GIF": "gif",
+    "AVIF": "avif",
+    "JPEG2000": "jp2",
+}
+"""Endings in shards by Pillow's names of the formats that it may read."""
+FORMATS = [name for name in STORED_AS if name in Image.OPEN]
+"""What Pillow may read, as far as it is built to; some of its other formats start programs."""
+VIDEOS = (".mp4", ".mov", ".webm", ".mkv")
+MAX_PIXELS = 2**26
+"""Pixels of a picture at most unless a user says otherwise: 8192 x 8192. Decoded they take 0.3 GB, whatever the file
+has; the largest cameras with one sensor of 35 mm give 61 million."""
+PILLOW_PIXELS = 178_956_970
+"""Pixels that Pillow itself opens at most (twice its `MAX_IMAGE_PIXELS`)."""
+TEXT_BYTES = 2**20
+"""Bytes of one text or colour profile in a PNG, and of 16 together, that are handed to Pillow. It refuses a picture for
+a larger one (`MAX_TEXT_CHUNK`), which here nobody reads."""
+
+
+class FolderDataset(Dataset[dict[str, Any]]):
+    """Files with captions from `metainfo.csv` or from text files of the same name.
+
+    An item is `{"pixels": [3, H, W] or [3, F, H, W] in [-1, 1], "prompt": str, "index": int}`. Pictures are scaled so
+    that they cover `size` and cropped around the middle, never squashed; videos lose frames at their end.
+
+    Args:
+        path: the folder.
+        size: side, (H, W) or (F, H, W) in pixels.
+        kind: what the files are.
+        outside: also take files that lie outside of the folder, by links or by their names in the list.
+        max_pixels: pictures of more pixels are refused before they are decoded.
+
+    Raises:
+        UserError: if the folder is missing, has no captions, or names a file that is not there, or if videos cannot
+            be read here.
+    """
+
+    def __init__(
+        self,
+        path: str | None,
+        size: int | Sequence[int],
+        kind: Literal["pictures", "videos"] = "pictures",
+        outside: bool = False,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        if path is None:
+            raise UserError(f"data.dataset.path is missing; give a folder of {kind} with {LIST} or .txt captions")
+        self.folder, self.kind = Path(path), kind
+        self.size: Size = (size, size) if isinstance(size, int) else tuple(size)
+        if len(self.size) != (2 if kind == "pictures" else 3):
+            raise UserError(f"data.dataset.size={size} has {len(self.size)} axes, which does not fit {kind}")
+        if not self.folder.is_dir():
+            raise UserError(f"data.dataset.path={path} does not exist; give a folder of {kind}")
+        if kind == "videos":
+            video.check_available()
+        check_max_pixels(max_pixels, "data.dataset.max_pixels")
+        self.max_pixels = max_pixels
+        self.pairs = read_pairs(self.folder, kind, outside)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def caption(self, index: int) -> str:
+        """The caption of an item, without reading its file."""
+        return self.pairs[index][1]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        file, caption = self.pairs[index]
+        if self.kind == "pictures":
+            pixels = read_picture(file, self.size, limit=self.max_pixels)
+        else:
+            pixels = read_video(file, self.size)
+        return {"pixels": pixels, "prompt": caption, "index": index}
+
+
+def read_pairs(folder: Path, kind: str = "pictures", outside: bool = False) -> list[tuple[Path, str]]:
+    """Files and captions of a folder, in the list's order or by name: those that `swd import` finds there.
+
+    What has no caption, or a name that is taken, is left out, and one warning counts it.
+
+    Args:
+        folder: where they are.
+        kind: "pictures" or "videos".
+        outside: also take files that lie outside of the folder.
+
+    Raises:
+        UserError: if there are none, or the list has a faulty line or names a file that is not there.
+    """
+    endings = ENDINGS if kind == "pictures" else [ending[1:] for ending in VIDEOS]
+    found = list_folder(folder, endings, outside)
+    pairs: list[tuple[Path, str]] = []
+    problems: list[Problem] = []
+    for row in found.rows:
+        told = _caption(folder, found, row)
+        if isinstance(told, Problem):
+            problems.append(told)
+        elif isinstance(row, Row):
+            pairs.append((Path(row.picture.path), told))
+    if not pairs:
+        first = f" (the first one is {problems[0].file}: {problems[0].reason})" if problems else ""
+        other = list_in(folder)
+        more = f"; if {other.name} there is their list: swd import source={other} out=shards" if other else ""
+        raise UserError(
+            f"data.dataset.path={folder} holds no captioned files{first}; add {LIST}, or a .txt beside each file{more}"
+        )
+    if problems:
+        counts = ", ".join(f"{count:,} {told}" for told, count in Counter(p.kind for p in problems).items())
+        warnings.warn(
+            f"data.dataset.path={folder}: {len(problems):,} of {len(found.rows):,} {kind} are left out: {counts}; the "
+            f"first one is {problems[0].file}: {problems[0].reason}",
+            stacklevel=3,
+        )
+    return pairs
+
+
+def _caption(folder: Path, found: Source, row: Row | Problem) -> str | Problem:
+    """The caption of a row, or why it is left out.
+
+    Raises:
+        UserError: for what is wrong with a list.
+    """
+    if isinstance(row, Problem):
+        if row.kind == "bad line":
+            raise UserError(f"{folder / row.file}: {row.reason}")
+        told = {
+            "no caption": "without a caption",
+            "duplicate name": "of a name that another one has",
+            "outside": "outside of the folder",
+            "unreadable": "that cannot be read",
+        }
+        return Problem(told.get(row.kind, row.kind), row.file, row.reason)
+    where = found.seen.get(row.picture.path)  # of a list only
+    if where and not os.path.isfile(row.picture.path):
+        raise UserError(f"{folder / where}: {row.file} is not in the folder; take the line out, or put the file there")
+    try:
+        return row.read_texts()[0]
+    except NoText as error:
+        caption = Path(row.caption.path).name if isinstance(row.caption, Part) else "its caption"
+        return Problem("whose caption is empty or no text", row.file, f"{caption} {error}")
+    except OSError as error:
+        return Problem("whose caption cannot be read", row.file, error.strerror or str(error))
+
+
+def check_max_pixels(value: int, key: str) -> None:
+    """Raise UserError unless a limit on pixels can be kept."""
+    if not 1 <= value <= PILLOW_PIXELS:
+        raise UserError(f"{key}={value}; use 1 to {PILLOW_PIXELS:,}, more than which Pillow does not open")
+
+
+def read_picture(file: Path | BinaryIO, size: Size, name: str | None = None, limit: int = MAX_PIXELS) -> Tensor:
+    """A picture `[3, H, W]` in [-1, 1] of exactly `size`: scaled to cover it, cropped around the middle.
+
+    It stands as its EXIF orientation says; transparency shows white; of an animation the first frame is taken.
+
+    Args:
+        file: a file, or an open one.
+        size: (H, W) in pixels.
+        name: what messages call it; None: the file's own.
+        limit: pixels that it may have.
+
+    Raises:
+        UserError: if it cannot be read, is smaller than `size`, or has more pixels than the limit.
+    """
+    name = str(file) if name is None else name
+    try:
+        image = decode(file, limit)
+    except Exception as error:  # Pillow meets damaged files with errors of many types
+        told = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = (told.splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name} cannot be read as a picture ({reason[:120]}); remove it") from None
+    height, width = size
+    if image.width < width or image.height < height:
+        raise UserError(f"{name} is {image.width}x{image.height}, smaller than {width}x{height}; remove it")
+    array = np.array(cover_and_crop(image, size))
+    return torch.from_numpy(array).permute(2, 0, 1).float().contiguous().div_(127.5).sub_(1)
+
+
+def decode(file: Path | BinaryIO, limit: int = MAX_PIXELS) -> Image.Image:
+    """A picture in RGB as it is meant to be seen: upright, transparency over white, 16 bits scaled to 8.
+
+    Of several frames or pages, the first.
+
+    Args:
+        file: a file, or an open one.
+        limit: pixels that it may have.
+
+    Raises:
+        Exception: of many types, if it is damaged, of none of `FORMATS`, or beyond the limit.
+    """
+    data = Part(str(file)).read(byte_limit(limit)) if isinstance(file, Path) else file.read()
+    with open_picture(data, limit) as opened:
+        opened.load()
+        # A copy that is not needed may cost more than decoding does.
+        image: Image.Image = ImageOps.exif_transpose(opened) if opened.getexif().get(0x0112, 1) != 1 else opened
+    plain = image.mode == "RGB" and "transparency" not in image.info
+    return image if plain else to_rgb(image)
+
+
+def byte_limit(pixels: int) -> int:
+    """Bytes that a picture's file may have: four values of 16 bits a pixel, uncompressed, and 16 MiB of metadata."""
+    return 8 * pixels + 2**24
+
+
+def open_picture(data: bytes, limit: int = MAX_PIXELS) -> Image.Image:
+    """A picture of which only the header has been read.
+
+    Args:
+        data: its file's content.
+        limit: pixels that it may have.
+
+    Raises:
+        Exception: of many types, if it is damaged, of none of `FORMATS`, or beyond the limit.
+    """
+    try:
+        opened = Image.open(BytesIO(_without_long_texts(data)), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise ValueError(_beyond(f"more than {PILLOW_PIXELS:,}", limit)) from None
+    if opened.width * opened.height > limit:
+        raise ValueError(_beyond(f"{opened.width}x{opened.height}", limit))
+    return opened
+
+
+def _beyond(told: str, limit: int) -> str:
+    return f"{told} pixels, beyond max_pixels={limit:,}, which keeps memory bounded"
+
+
+def _without_long_texts(data: bytes) -> bytes:
+    """A picture's file; of a PNG without the texts and colour profiles that are longer than Pillow reads."""
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return data
+    place, total, kept = 8, 0, [(0, 8)]
+    while place < len(data):
+        kind, stop = data[place + 4 : place + 8], place + 12 + int.from_bytes(data[place : place + 4])
+        is_text, size = kind in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"), 0
+        if is_text and total <= 16 * TEXT_BYTES:
+            size = _text_size(kind, data[place + 8 : stop - 4])
+            total += min(size, TEXT_BYTES)
+        if not is_text or (size <= TEXT_BYTES and total <= 16 * TEXT_BYTES):
+            kept.append((place, stop))
+        place = stop
+    whole = sum(stop - start for start, stop in kept) >= len(data)
+    return data if whole else b"".join(data[start:stop] for start, stop in kept)
+
+
+def _text_size(kind: bytes, chunk: bytes) -> int:
+    """Bytes that a chunk's text has, once decompressed; of more than `TEXT_BYTES`, just more."""
+    packed = chunk.partition(b"\0")[2]
+    if kind == b"tEXt" or (kind == b"iTXt" and packed[:1] != b"\1"):
+        return len(chunk)
+    packed = packed[1:] if kind != b"iTXt" else packed[2:].partition(b"\0")[2].partition(b"\0")[2]
+    try:
+        return len(zlib.decompressobj().decompress(packed, TEXT_BYTES + 1))
+    except zlib.error:  # Pillow leaves out what is damaged
+        return 0
+
+
+def cover_and_crop(image: Image.Image, size: Size) -> Image.Image:
+    """A picture scaled down so that it covers `size`, (H, W), cropped around the middle."""
+    height, width = size
+    scale = max(height / image.height, width / image.width)
+    shrunk = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    image = image.resize(shrunk, Image.Resampling.BOX if scale < 1 else Image.Resampling.NEAREST, reducing_gap=2.0)
+    left, top = (shrunk[0] - width) // 2, (shrunk[1] - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def read_video(file: Path, size: Size) -> Tensor:
+    """A video `[3, F, H, W]` in [-1, 1] of exactly `size`: its first frames, each scaled and cropped as a picture.
+
+    Raises:
+        UserError: if it cannot be read, or is shorter or smaller than `size`.
+    """
+    count, height, width = size
+    frames = video.read(file, count)
+    if any(have < wanted for have, wanted in zip(frames.shape[1:], size, strict=True)):
+        raise UserError(f"{file} is {tuple(frames.shape[1:])} (frames, height, width), smaller than {size}; remove it")
+    scale = max(height / frames.shape[2], width / frames.shape[3])
+    shrunk = (max(height, round(frames.shape[2] * scale)), max(width, round(frames.shape[3] * scale)))
+    frames = F.interpolate(frames.transpose(0, 1), size=shrunk, mode="area").transpose(0, 1)
+    top, left = (shrunk[0] - height) // 2, (shrunk[1] - width) // 2
+    return frames[:, :, top : top + height, left : left + width].contiguous()

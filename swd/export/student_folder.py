@@ -1,0 +1,414 @@
+"""The student as one folder that stock diffusers and peft load, with its schedule and its sampler.
+
+ComfyUI loads it too, where it has the family.
+
+`swd export run=... to=...` writes it, loads it back both ways, and refuses to finish if any output differs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from swd import __version__, scheduler
+from swd.commands import train
+from swd.config import (
+    PRETRAINED,
+    allowed_here,
+    build,
+    build_node,
+    check,
+    check_recorded,
+    node_of,
+    one_line,
+    read_recorded,
+    to_plain,
+)
+from swd.export.verification import COMFY_WEIGHTS, check_adapter, check_network
+from swd.io.files import check_checksums, write_aside, write_checksums, write_json
+from swd.io.job_log import Progress
+from swd.io.limits import STEPS
+from swd.modules.adapters import (
+    DIFFUSERS_WEIGHTS,
+    NETWORK_CONFIG,
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    SCHEDULER_CONFIG,
+    Adapter,
+    locate,
+    write_layouts,
+)
+from swd.modules.backbones.base import Backbone
+from swd.modules.hub import is_hub_id
+from swd.modules.model_folders import LARGEST_SIDE
+from swd.modules.pretrained import Pretrained, read_json
+from swd.modules.student import FullStudent, Student, load_student
+from swd.schedule import ScaleSchedule
+from swd.scheduler import ScaleWiseScheduler
+from swd.types import Size, UserError
+
+ROOT = train.ROOT | {"run": str, "to": str, "verify": bool}
+SCHEDULER_FILE, ASSET = "scale_wise_scheduler.py", "swd://"
+
+
+def run(cfg: DictConfig) -> None:
+    """Export what the configuration says; prints the folder."""
+    if OmegaConf.is_missing(cfg, "to"):
+        raise UserError("to is missing; give to=FOLDER")
+    check(cfg, ROOT)
+    train.quiet()
+    target = Path(cfg.to)
+    check_target(target)
+    source = locate(cfg.run, Path(cfg.output), "run")
+    student = load_student(source)
+    model = build_model(model_of(source, cfg), cfg)
+    student.check_fits(model)
+    schedule = schedule_of(source, cfg, model)
+    task = f"exporting {source} of {model.name} to {target}" + (", and loading it back" if cfg.verify else "")
+    with Progress(task, 1, "student") as progress:
+        folder = export(student, model, schedule, target, cfg.verify)
+        progress.advance()
+    print(folder)
+
+
+def check_target(target: Path) -> None:
+    """Raise UserError unless a folder can be written at `to`; leaves nothing behind."""
+    if target == Path():
+        raise UserError("to is empty; name the folder to write")
+    try:
+        if target.is_file() or (target.is_dir() and any(target.iterdir())):
+            raise UserError(f"to={target} exists already and is no empty folder; choose another")
+        above = next(parent for parent in target.absolute().parents if parent.exists())
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise UserError(f"to={target} cannot be written ({error.strerror}); choose another folder") from None
+
+
+def model_of(source: Path, cfg: DictConfig) -> Any:
+    """The model that a run was trained with, changed by what the command line sets of it.
+
+    The configuration's where the command line names a model, or without a run. A run may be somebody else's, so what it
+    says is plain data: see `swd.config.check_recorded`.
+
+    Raises:
+        UserError: if the run's configuration is damaged, or holds anything but a model's plain values.
+    """
+    folder = source if source.is_dir() else source.parent
+    file = folder.parent / "config.yaml"
+    named = any(re.match(r"\+*(model|experiment)[=@]", override) for override in overrides())
+    if named or folder.name not in ("adapter", "student") or not file.is_file():
+        return node_of(cfg, "model")
+    node = read_recorded(file).get("model")
+    given = node_of(cfg, "model")
+    for override in overrides():
+        key = re.split(r"[.=\[]", override.lstrip("+").removeprefix("model."))[0]
+        if override.lstrip("+").startswith("model.") and key in given and isinstance(node, dict):
+            node[key] = given[key]
+    check_recorded(node, "model", PRETRAINED, file)
+    return node
+
+
+def build_model(node: dict[str, Any], cfg: DictConfig) -> Pretrained:
+    """The model that `model_of` found."""
+    model: Pretrained = build_node({"_target_": PRETRAINED} | node, "model", allowed_here(cfg))
+    return model
+
+
+def overrides() -> list[str]:
+    """What the command line sets, as far as there is one."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def schedule_of(source: Path, cfg: DictConfig, model: Pretrained) -> ScaleWiseScheduler:
+    """The schedule that the command line names, else the one beside a student, else the model's default.
+
+    Raises:
+        UserError: if what lies there is damaged, another scheduler, or none for this model.
+    """
+    file = (source if source.is_dir() else source.parent) / SCHEDULER_CONFIG
+    chosen = any(re.match(r"\+*schedule[.=@]", override) for override in overrides())
+    expected = model.backbone_class.process.prediction_type
+    if file.is_file() and not chosen:
+        sampler = read_schedule(file)
+        if sampler.config.prediction_type != expected:
+            raise UserError(
+                f"{file} is for prediction_type={sampler.config.prediction_type}, but {model.family} predicts "
+                f"{expected}; name the model that it belongs to"
+            )
+    else:
+        schedule: ScaleSchedule = build(cfg, "schedule")
+        sampler = schedule.scheduler(model.limits.divisor, expected)
+        if not chosen:
+            warnings.warn(
+                f"no {SCHEDULER_CONFIG} beside {source}: taking the model's default schedule, sizes "
+                f"{to_plain(cfg.schedule)['sizes']}; name its own with schedule=",
+                UserWarning,
+                stacklevel=2,
+            )
+    for size in sampler.base_sizes:
+        model.limits.check_size(size)
+    if not chosen:
+        check_checksums(file.parent, (file.name,))
+    return sampler
+
+
+def read_schedule(file: Path) -> ScaleWiseScheduler:
+    """The sampler that a `scheduler_config.json` describes.
+
+    Raises:
+        UserError: if it is damaged or for another class.
+    """
+    config = read_json(file)
+    kind = config.get("_class_name")
+    if kind != ScaleWiseScheduler.__name__:
+        raise UserError(
+            f"{file} is for {kind or 'no class'}, not for {ScaleWiseScheduler.__name__}; remove it and give schedule="
+        )
+    try:
+        check_schedule(config)
+        sampler: ScaleWiseScheduler = ScaleWiseScheduler.from_config(config)
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"{file} is damaged ({type(error).__name__}: {one_line(error)}); copy it again") from None
+    return sampler
+
+
+def check_schedule(config: Mapping[str, Any]) -> None:
+    """Check the numbers of a sampler's configuration, before it computes with them.
+
+    Raises:
+        ValueError, LookupError or TypeError: for the first one that is missing or cannot be.
+    """
+    if len(config["sigmas"]) > STEPS:
+        raise ValueError(f"{len(config['sigmas'])} sigmas; at most {STEPS} are known")
+    ScaleSchedule(config["sigmas"], config["sizes"])
+    sides = [side for size in config["sizes"] for side in (size if isinstance(size, list) else [size])]
+    whole = {"sizes": (sides, LARGEST_SIDE)} | {
+        key: ([config[key]], LARGEST_SIDE) for key in ("divisor", "num_train_timesteps") if key in config
+    }
+    for key, (values, most) in whole.items():
+        for value in values:
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+                raise ValueError(f"{key} is {str(value)[:60]}; use whole numbers from 1 to {most}")
+
+
+# Writing
+
+
+def comfy_state(backbone: type[Backbone], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The adapter under the names that ComfyUI reads for this family."""
+    renamed = {}
+    for key, value in state.items():
+        module, _, kind = key.rpartition(".lora_")
+        name = backbone.comfy_key(module)
+        if name.startswith("lora_unet_"):  # kohya's layout
+            kohya = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}[kind]
+            renamed[f"{name}.{kohya}"] = value.contiguous()
+            renamed[f"{name}.alpha"] = torch.tensor(float(state[f"{module}.lora_A.weight"].shape[0]))
+        else:
+            renamed[f"{name}.lora_{kind}"] = value.contiguous()
+    return renamed
+
+
+def export(
+    student: Student, model: Pretrained, schedule: ScaleWiseScheduler, target: Path, verify: bool = True
+) -> Path:
+    """Write the folder, load it back, compare, and only then move it to `target`.
+
+    Raises:
+        UserError: if what comes back predicts anything else than the student.
+    """
+    content = AdapterContent(student, model) if isinstance(student, Adapter) else NetworkContent(student, model)
+
+    def write(new: Path) -> None:
+        new.mkdir()
+        content.write(new)
+        schedule.save_pretrained(new)
+        (new / SCHEDULER_FILE).write_text(inspect.getsource(scheduler), encoding="utf-8")
+        (new / "README.md").write_text(card(content, model, schedule), encoding="utf-8")
+        write_checksums(new)
+        if verify:
+            content.check(new, schedule.base_sizes[0])
+
+    made = [parent for parent in target.absolute().parents if not parent.exists()]
+    try:
+        return write_aside(target, write)
+    except BaseException as error:
+        for parent in made:  # created for this export alone; the innermost first
+            with suppress(OSError):
+                parent.rmdir()
+        if isinstance(error, UserError):
+            raise
+        if isinstance(error, OSError | SafetensorError):
+            reason = getattr(error, "strerror", None) or one_line(error)
+            raise UserError(
+                f"to={target} cannot be written ({reason[:160]}); free space, or choose another folder"
+            ) from None
+        raise
+
+
+class Content(Protocol):
+    """What is exported: its files, their check, and what the card says of it."""
+
+    about: str
+    files: str
+    tags: str
+    loading: str
+    """Lines of the snippet that build `pipe`."""
+    classes: str
+    """What those lines import from diffusers."""
+
+    def write(self, folder: Path) -> None:
+        """Put the weights into a folder."""
+
+    def check(self, folder: Path, size: Size) -> None:
+        """Raise UserError unless the weights in a folder are the student's; predicts at a latent size."""
+
+
+class AdapterContent:
+    """An adapter in every layout that has readers."""
+
+    tags = "lora, scale-wise-distillation"
+
+    def __init__(self, adapter: Adapter, model: Pretrained) -> None:
+        self.adapter, self.model = adapter, model
+        ranks = sorted(adapter.ranks)
+        self.about = f"A LoRA of rank {ranks[0] if len(ranks) == 1 else f'{ranks[0]} to {ranks[-1]}'}"
+        self.files = f"`{PEFT_WEIGHTS}` with `{PEFT_CONFIG}` for peft, `{DIFFUSERS_WEIGHTS}` for diffusers"
+        if model.backbone_class.comfyui:
+            self.files += f", `{COMFY_WEIGHTS if self._renamed() else DIFFUSERS_WEIGHTS}` for ComfyUI"
+        self.classes = model.backbone_class.pipeline_type
+        self.loading = (
+            f'pipe = {self.classes}.from_pretrained({base_arguments(model)}, torch_dtype=torch.bfloat16).to("cuda")\n'
+            f'pipe.load_lora_weights("FOLDER", weight_name="{DIFFUSERS_WEIGHTS}")'
+        )
+
+    def _renamed(self) -> dict[str, Tensor]:
+        """What ComfyUI reads of the adapter, empty where it knows no such family or reads diffusers' own names."""
+        backbone, state = self.model.backbone_class, self.adapter.state
+        comfy = comfy_state(backbone, state) if backbone.comfyui else {}
+        return comfy if set(comfy) != {f"{backbone.subfolder}.{key}" for key in state} else {}
+
+    def write(self, folder: Path) -> None:
+        write_layouts(folder, self.adapter.state, self.model.name, self.model.backbone_class.subfolder)
+        renamed = self._renamed()
+        if renamed:
+            save_file(renamed, folder / COMFY_WEIGHTS)
+
+    def check(self, folder: Path, size: Size) -> None:
+        check_adapter(folder, self.adapter, self.model, size)
+
+
+class NetworkContent:
+    """A network that was trained whole, as a diffusers model."""
+
+    tags = "scale-wise-distillation"
+    files = f"`{NETWORK_CONFIG}` and the `.safetensors` beside it for diffusers"
+
+    def __init__(self, student: Student, model: Pretrained) -> None:
+        assert isinstance(student, FullStudent)
+        self.student, self.model = student, model
+        backbone = model.backbone_class
+        part, network = backbone.subfolder, backbone.network_type
+        self.about = f"A {network}, trained whole,"
+        self.classes = f"{network}, {backbone.pipeline_type}"
+        self.loading = (
+            f'{part} = {network}.from_pretrained("FOLDER", torch_dtype=torch.bfloat16)\n'
+            f"pipe = {backbone.pipeline_type}.from_pretrained(\n"
+            f"    {base_arguments(model)}, {part}={part}, torch_dtype=torch.bfloat16\n"
+            f').to("cuda")'
+        )
+
+    def write(self, folder: Path) -> None:
+        config = read_json(self.student.folder / NETWORK_CONFIG)
+        config.pop("_name_or_path", None)  # a folder of the machine that it was trained on
+        write_json(folder / NETWORK_CONFIG, config)
+        for file in [*self.student.weights, *self.student.folder.glob("*.safetensors.index*.json")]:
+            shutil.copyfile(file, folder / file.name)
+
+    def check(self, folder: Path, size: Size) -> None:
+        check_network(folder, self.student, self.model, size)
+
+
+# The card
+
+_SNIPPET = """import torch
+from diffusers import {classes}
+from {module} import ScaleWiseScheduler  # the file in this folder
+
+{loading}
+scheduler = ScaleWiseScheduler.from_pretrained("FOLDER")
+scheduler.attach(pipe)
+latents = scheduler.initial_latents({initial}, generator=torch.Generator().manual_seed(0))
+{result} = pipe(
+    "a prompt",
+    latents=latents.to("cuda", {latents_dtype}),
+    num_inference_steps={steps},
+{arguments}
+).{output}[0]
+"""
+
+
+def base_arguments(model: Pretrained) -> str:
+    """What `from_pretrained` is given for the base: its id on the hub, or BASE, never a folder of this machine."""
+    base = model.path if is_hub_id(model.path) else "BASE"
+    return f'"{base}"' + (f', revision="{model.revision}"' if model.revision and is_hub_id(model.path) else "")
+
+
+def placeholders(model: Pretrained) -> str:
+    """What the capitals in the snippet stand for."""
+    text = "`FOLDER` is this folder"
+    if is_hub_id(model.path):
+        return f"{text}."
+    own = model.path.startswith(ASSET)
+    base = f"`{model.path.removeprefix(ASSET)}` of swd" if own else f"the diffusers pipeline `{model.name}`"
+    return f"{text}, `BASE` that of {base}, on which the student was trained."
+
+
+def card(content: Content, model: Pretrained, schedule: ScaleWiseScheduler) -> str:
+    """README of an exported folder: what it is, and a snippet that samples it without `swd` installed."""
+    backbone, final = model.backbone_class, schedule.base_sizes[-1]
+    pixels = model.pixel_size(final)
+    arguments = dict(backbone.sampling_arguments(model.max_text_tokens, model.embedded_guidance))
+    arguments |= {"height": pixels[-2], "width": pixels[-1]}
+    if backbone.video:
+        arguments["num_frames"] = pixels[0]
+    initial = f"1, channels={model.channels}" + (", packed=True" if backbone.packed else "")
+    snippet = _SNIPPET.format(
+        classes=content.classes,
+        module=SCHEDULER_FILE.removesuffix(".py"),
+        loading=content.loading,
+        initial=initial,
+        latents_dtype="torch.float32" if backbone.float_latents else "torch.bfloat16",
+        steps=len(schedule.config.sigmas),
+        arguments="\n".join(f"    {key}={value!r}," for key, value in arguments.items()),
+        result="frames" if backbone.video else "image",
+        output="frames" if backbone.video else "images",
+    )
+    sizes = ", ".join("x".join(map(str, size)) for size in schedule.base_sizes)
+    base = f"base_model: {model.path}\n" if is_hub_id(model.path) else ""
+    return (
+        f"---\n{base}library_name: diffusers\ntags: [{content.tags}]\n---\n"
+        f"# Scale-wise student of {model.name}\n\n"
+        f"{content.about} that draws in {len(schedule.config.sigmas)} steps, at latent sizes "
+        f"{sizes} and noise levels {', '.join(f'{s:.4g}' for s in schedule.config.sigmas)} "
+        "([Scale-wise Distillation](https://arxiv.org/abs/2503.16397)).\n\n"
+        f"```python\n{snippet}```\n\n"
+        f"{placeholders(model)}\n\n"
+        f"Files: {content.files}, `{SCHEDULER_CONFIG}` and `{SCHEDULER_FILE}` for the sampler.\n\n"
+        f"Exported by swd {__version__}.\n"
+    )

@@ -1,0 +1,506 @@
+"""LoRA adapters in every layout that people have: a run, an export, a published PEFT folder, a diffusers LoRA file."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from swd.config import one_line
+from swd.io.files import check_checksums, file_hash, write_aside, write_checksums, write_json
+from swd.modules import hub
+from swd.modules.adapter_settings import Settings, read_settings, shown
+from swd.modules.pretrained import Pretrained, read_json
+from swd.scheduler import ScaleWiseScheduler
+from swd.types import UserError
+
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+DIFFUSERS_WEIGHTS, SCHEDULER_CONFIG = "pytorch_lora_weights.safetensors", "scheduler_config.json"
+NETWORK_CONFIG = "config.json"
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""What a LoRA can adapt."""
+
+MERGE = "merge it into the base (pipe.fuse_lora, pipe.save_pretrained) and give that folder as model.path"
+"""What to do with an adapter that has no place in the student's."""
+
+_PARTS = ("transformer.", "unet.")
+_PREFIXES = ("base_model.model.", *_PARTS, "diffusion_model.")
+_ROLES = {
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora_down.weight": "down",
+    ".lora_up.weight": "up",
+    ".lora.down.weight": "down",
+    ".lora.up.weight": "up",
+    ".alpha": "alpha",
+}
+"""What the keys of a plain LoRA end with: peft's and diffusers' names, kohya's, and diffusers' old ones."""
+_NOT_THE_NETWORK = {
+    "text_encoder": "a weight of a text encoder",
+    "lora_te": "a weight of a text encoder",
+    "text_model.": "a weight of a text encoder",
+    "te1.": "a weight of a text encoder",
+    "te2.": "a weight of a text encoder",
+    "conditioner.": "a weight of a text encoder",
+    "cond_stage_model.": "a weight of a text encoder",
+    "vae.": "a weight of a VAE",
+    "first_stage_model.": "a weight of a VAE",
+}
+_OTHER_KINDS = {
+    r"lokr_": "a weight of LoKr",
+    r"hada_": "a weight of LoHa",
+    r"dora_scale|lora_magnitude_vector": "a weight of DoRA",
+    r"lora_mid|lora_cp": "a weight of LoCon's core tensor",
+    r"lora_embedding_": "a LoRA of an embedding",
+    r"lora_(B|up)\.bias|lora_bias": "a bias of a LoRA",
+    r"lora_E|ranknum": "a weight of AdaLoRA",
+    r"vera_lambda": "a weight of VeRA",
+    r"oft_|boft": "a weight of OFT",
+    r"ia3": "a weight of IA3",
+    r"\.diff_b$|\.bias$": "a bias that was trained whole",
+    r"norm": "a normalization that was trained whole",
+    r"\.diff$|\.set_weight$|\.weight$": "a weight that was trained whole, no LoRA weight",
+}
+"""What else LoRA files hold, by a sign in the key."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA weights with their scale folded in.
+
+    Attributes:
+        state: `MODULE.lora_A.weight` `[r, in]` and `MODULE.lora_B.weight` `[out, r]`, float32; the update of a module
+            is `lora_B @ lora_A`, nothing else.
+        source: the file that they came from.
+        base: the model that the adapter says it was trained on, if it does.
+    """
+
+    state: dict[str, Tensor]
+    source: Path
+    base: str | None = None
+
+    @property
+    def ranks(self) -> set[int]:
+        """The ranks of its modules."""
+        return {value.shape[0] for key, value in self.state.items() if key.endswith("lora_A.weight")}
+
+    @property
+    def modules(self) -> list[str]:
+        """Paths of the adapted modules."""
+        return sorted(key.removesuffix(".lora_A.weight") for key in self.state if key.endswith("lora_A.weight"))
+
+    @property
+    def hash(self) -> str:
+        """Of the file, for the record: SHA-256, the first 16 digits."""
+        return file_hash(self.source)[:16]
+
+    def check_fits(self, model: Pretrained) -> None:
+        """Raise UserError, with both names, if it was made for another network."""
+        check_fits(self, model)
+
+    def network(self, model: Pretrained, device: torch.device | str = "cpu") -> Any:
+        """The denoising network that a pipeline is built around: the base."""
+        return model.network(device).network
+
+    def load_into(self, pipe: Any, model: Pretrained) -> None:
+        """Put the adapter on the network of a stock pipeline."""
+        part = model.backbone_class.subfolder
+        dtype = model.backbone_class(getattr(pipe, part)).dtype
+        # The scale is folded in, and diffusers takes alpha = rank without any.
+        pipe.load_lora_weights({f"{part}.{key}": value.to(dtype) for key, value in self.state.items()})
+
+
+def locate(path: str, outputs: Path, key: str = "adapter") -> Path:
+    """The folder or file behind what a user names.
+
+    Args:
+        path: an adapter folder, the folder of a network that was trained whole, a run folder, a `.safetensors` file, a
+            repository on the hub, or "latest" for the newest run under `outputs`.
+        outputs: where runs are.
+        key: what the user calls it, for messages.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if path == "latest":
+        found = [*outputs.glob(f"**/adapter/{PEFT_CONFIG}"), *outputs.glob(f"**/student/{NETWORK_CONFIG}")]
+        if not found:
+            raise UserError(f"{key}=latest, but no run under {outputs} holds one; train first, or give {key}=FOLDER")
+        return max(found, key=lambda file: file.stat().st_mtime).parent
+    given = hub.adapter(path, key) if hub.is_hub_id(path) else Path(path)
+    if given.is_file():
+        if given.suffix != ".safetensors":
+            raise UserError(f"{key}={path} is not a .safetensors file; other formats can run code and are never read")
+        return given
+    for candidate in (given, given / "adapter", given / "student"):
+        if any((candidate / file).is_file() for file in (PEFT_CONFIG, DIFFUSERS_WEIGHTS)) or is_network(candidate):
+            return candidate
+    reason = "holds no adapter" if given.exists() else "does not exist"
+    raise UserError(f"{key}={path} {reason}; give a run folder or a folder with {PEFT_CONFIG} and {PEFT_WEIGHTS}")
+
+
+def is_network(folder: Path) -> bool:
+    """Whether a folder holds a diffusers model, as `save_student` writes it, rather than an adapter."""
+    adapter = any((folder / file).is_file() for file in (PEFT_CONFIG, DIFFUSERS_WEIGHTS))
+    return not adapter and (folder / NETWORK_CONFIG).is_file() and any(folder.glob("*.safetensors"))
+
+
+def load(path: Path) -> Adapter:
+    """Read what `locate` found.
+
+    Raises:
+        UserError: if weights are missing or damaged, or are no LoRA that can be folded.
+    """
+    if path.is_file():
+        if path.name != PEFT_WEIGHTS:
+            return _from_diffusers(path)
+        if not (path.parent / PEFT_CONFIG).is_file():
+            raise UserError(f"adapter {path} has no {PEFT_CONFIG} beside it, which says its scale; give both")
+        return _from_peft(path.parent)
+    if (path / PEFT_CONFIG).is_file():
+        return _from_peft(path)
+    if is_network(path):
+        raise UserError(f"{path} holds a network that was trained whole, no adapter; give the folder of a LoRA run")
+    return _from_diffusers(path / DIFFUSERS_WEIGHTS)
+
+
+def _from_peft(folder: Path) -> Adapter:
+    file = folder / PEFT_WEIGHTS
+    if not file.is_file():
+        raise UserError(f"adapter {folder} is incomplete: {PEFT_WEIGHTS} is missing")
+    check_checksums(folder, (PEFT_WEIGHTS, PEFT_CONFIG))
+    config = read_json(folder / PEFT_CONFIG)
+    if config.get("use_dora") or config.get("peft_type") not in ("LORA", None):
+        kind = "DoRA" if config.get("use_dora") else shown(config.get("peft_type"))
+        raise UserError(f"adapter {folder} is {kind}; only LoRA is known")
+    settings = read_settings(config, f"adapter {folder}")
+    base = config.get("base_model_name_or_path")
+    return _fold(read_lora(file), settings, file, base if isinstance(base, str) else None)
+
+
+def _from_diffusers(file: Path) -> Adapter:
+    check_checksums(file.parent, (file.name,))
+    lora, stored = read_lora(file), _metadata(file)
+    if not stored:
+        return _fold(lora, None, file)
+    if lora.alphas:
+        raise UserError(
+            f"adapter {file} says its alpha twice, in lora_adapter_metadata and as {min(lora.alphas)}.alpha; "
+            "leave one out"
+        )
+    return _fold(lora, read_settings(stored, f"adapter {file}"), file)
+
+
+# Reading
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Weights of a LoRA file as they are, their scale not yet folded in.
+
+    Attributes:
+        down: `lora_A` by module, `[r, in]` or `[r, in, *kernel]`.
+        up: `lora_B` by module, `[out, r]` or `[out, r, 1, ...]`.
+        alphas: kohya's alpha tensors by module.
+        as_diffusers: whether names are those that diffusers itself writes and reads.
+        prefix: what all keys begin with, without the dot; empty for nothing.
+    """
+
+    down: dict[str, Tensor]
+    up: dict[str, Tensor]
+    alphas: dict[str, float]
+    as_diffusers: bool
+    prefix: str
+
+
+def read_lora(file: Path) -> Lora:
+    """Read a file with a LoRA's weights, in any layout.
+
+    Raises:
+        UserError: naming the first key that is no part of a plain LoRA of the denoising network, or what is damaged.
+    """
+    down: dict[str, Tensor] = {}
+    up: dict[str, Tensor] = {}
+    alphas: dict[str, float] = {}
+    prefixes, kinds = set(), set()
+    tensors = _read(file)
+    if not any(key.endswith(tuple(_ROLES)) for key in tensors):
+        only = f": {min(tensors)} is {_other_kind(min(tensors))}" if tensors else ""
+        raise UserError(f"adapter {file} holds no LoRA weights{only}")
+    for key, value in tensors.items():
+        prefix = next((p for p in _PREFIXES if key.startswith(p)), "")
+        module, kind = _split(key, prefix, file)
+        prefixes.add(prefix)
+        kinds.add(kind)
+        role = _ROLES[kind]
+        found: dict[str, Any] = down if role == "down" else up if role == "up" else alphas  # type: ignore[assignment]
+        if module in found:
+            raise UserError(f"adapter {file} holds two keys for {module}, the second is {key}; remove one")
+        found[module] = _alpha(value, key, file) if role == "alpha" else _weight(value, key, file)
+    for module in sorted({*down, *up, *alphas}):
+        _check_pair(module, down.get(module), up.get(module), file)
+    native = kinds <= {".lora_A.weight", ".lora_B.weight"} and len(prefixes) == 1
+    return Lora(down, up, alphas, native, prefixes.pop().removesuffix(".") if len(prefixes) == 1 else "")
+
+
+def _split(key: str, prefix: str, file: Path) -> tuple[str, str]:
+    """The module that a key is of, and what ends the key.
+
+    Raises:
+        UserError: for anything that is no part of a plain LoRA of the denoising network.
+    """
+    plain = key.removeprefix(prefix)
+    for other in _PREFIXES:  # of a network inside a peft model
+        plain = plain.removeprefix(other)
+    plain = plain.replace(".default.", ".")
+    for start, kind in _NOT_THE_NETWORK.items():
+        if key.startswith(start) or plain.startswith(start):
+            raise UserError(
+                f"adapter {file} holds {key}, {kind}; only LoRA of the denoising network is known, so {MERGE}"
+            )
+    for end in _ROLES:
+        if plain.endswith(end) and plain != end:
+            return plain.removesuffix(end), end
+    raise UserError(f"adapter {file} holds {key}, {_other_kind(plain)}; only plain LoRA is known, so {MERGE}")
+
+
+def _other_kind(key: str) -> str:
+    """What a key is of that is no part of a plain LoRA."""
+    return next((kind for sign, kind in _OTHER_KINDS.items() if re.search(sign, key)), "no LoRA weight")
+
+
+def _weight(value: Tensor, key: str, file: Path) -> Tensor:
+    if not value.is_floating_point():
+        raise UserError(f"adapter {file} holds {key} as {value.dtype}; only floating-point weights are known")
+    value = value.float()
+    if not value.isfinite().all():
+        raise UserError(f"adapter {file} is damaged: {key} is not finite; copy it again, or train it again")
+    return value
+
+
+def _alpha(value: Tensor, key: str, file: Path) -> float:
+    alpha = float(value) if value.numel() == 1 else math.nan
+    if not 0 < alpha < math.inf:
+        told = f"{alpha:g}" if value.numel() == 1 else f"a tensor of shape {tuple(value.shape)}"
+        raise UserError(f"adapter {file} is damaged: {key} is {told}, not a finite number above 0; copy it again")
+    return alpha
+
+
+def _check_pair(module: str, a: Tensor | None, b: Tensor | None, file: Path) -> None:
+    """Raise UserError unless lora_A and lora_B of a module are both there and multiply to an update."""
+    damaged = f"adapter {file} is damaged: {module}"
+    if a is None and b is None:
+        raise UserError(f"{damaged} has an alpha, but no LoRA weights")
+    if a is None or b is None:
+        raise UserError(f"{damaged} has only one of lora_A and lora_B")
+    sizes = f"lora_A of shape {tuple(a.shape)} and lora_B of shape {tuple(b.shape)}"
+    if a.ndim < 2 or a.ndim != b.ndim or not a.numel() or not b.numel():
+        raise UserError(f"{damaged} has {sizes}; expected [r, in] and [out, r]")
+    if a.shape[0] != b.shape[1] or any(side != 1 for side in b.shape[2:]):
+        raise UserError(f"{damaged} has {sizes}, whose ranks differ; expected [r, in] and [out, r]")
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"adapter {file} cannot be read ({one_line(error)[:160]}); copy it again") from None
+
+
+def _metadata(file: Path) -> dict[str, Any]:
+    """Settings that diffusers stored beside the weights, without the part's name; empty without any.
+
+    Raises:
+        UserError: if they are damaged, or of more parts than the denoising network.
+    """
+    with safe_open(file, "pt") as opened:
+        text = (opened.metadata() or {}).get("lora_adapter_metadata", "{}")
+    try:
+        stored = json.loads(text)
+    except (ValueError, RecursionError):
+        stored = None
+    if not isinstance(stored, dict):
+        raise UserError(f"adapter {file} has damaged metadata: lora_adapter_metadata is no JSON object; copy it again")
+    plain: dict[str, Any] = {}
+    for key, value in stored.items():
+        short = next((key.removeprefix(p) for p in _PARTS if key.startswith(p)), key)
+        if short in plain or "." in short:
+            raise UserError(f"adapter {file} has settings for more than the denoising network ({key}); {MERGE}")
+        plain[short] = value
+    return plain
+
+
+def _fold(lora: Lora, settings: Settings | None, file: Path, base: str | None = None) -> Adapter:
+    """Multiply each lora_B by its module's scale."""
+    state: dict[str, Tensor] = {}
+    for module, a in lora.down.items():
+        rank = a.shape[0]
+        # Without settings and alpha, diffusers itself takes alpha = rank.
+        scale = lora.alphas.get(module, float(rank)) / rank if settings is None else settings.scale(module, rank)
+        b = lora.up[module] * scale
+        if not b.isfinite().all():
+            raise UserError(f"adapter {file} is damaged: {module} times its scale {scale:g} is not finite")
+        state |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+    return Adapter(state, file, base)
+
+
+def check_fits(adapter: Adapter, model: Pretrained) -> None:
+    """Raise UserError, with both names, if the adapter was made for another network."""
+    layers = {name: layer for name, layer in model.meta_network.named_modules() if isinstance(layer, _LAYERS)}
+    for module in adapter.modules:
+        layer = layers.get(module)
+        inner = adapter.state[f"{module}.lora_A.weight"].shape[1:]
+        outer = adapter.state[f"{module}.lora_B.weight"].shape[0]
+        shape = None if layer is None else tuple(layer.weight.shape)
+        if (outer, *inner) != shape:
+            made_for = f"made for {adapter.base}" if adapter.base else "made for a model that it does not name"
+            found = "which this model does not have" if shape is None else f"{(outer, *inner)} against {shape}"
+            raise UserError(
+                f"adapter {adapter.source.parent} ({made_for}) does not fit model {model.name}: {module}, {found}"
+            )
+
+
+def check_start(model: Pretrained) -> None:
+    """Read `model.init_adapter` and keep its weights for `read_adapter`, if the student can start from them.
+
+    Raises:
+        UserError: if it is for another network, or has other modules or another rank.
+    """
+    assert model.init_adapter is not None
+    adapter = load(locate(model.init_adapter, Path("outputs"), "model.init_adapter"))
+    check_fits(adapter, model)
+    where, ranks = f"model.init_adapter={model.init_adapter}", sorted(adapter.ranks)
+    if len(ranks) > 1:
+        raise UserError(
+            f"{where} has modules of rank {', '.join(map(str, ranks))}, but the student's have one rank, "
+            f"model.rank={model.rank}; {MERGE}"
+        )
+    if ranks != [model.rank]:
+        raise UserError(f"{where} has rank {ranks[0]}, but model.rank={model.rank}; set model.rank={ranks[0]}")
+    check_modules(adapter, model)
+    ours = model.rank / (model.rank if model.alpha is None else model.alpha)
+    model.initial = {key: value * (ours if ".lora_B." in key else 1.0) for key, value in adapter.state.items()}
+
+
+def read_adapter(model: Pretrained) -> dict[str, Tensor]:
+    """The weights that the student starts from, as `SharedBase.load_adapter` takes them; `model` lets go of them.
+
+    Raises:
+        UserError: as `check_start`, if that was not called before.
+    """
+    if model.initial is None:
+        check_start(model)
+    state, model.initial = model.initial, None
+    assert state is not None
+    return state
+
+
+def check_modules(adapter: Adapter, model: Pretrained) -> None:
+    """Raise UserError unless an adapter has weights for the layers that `model.targets` names, and for no others."""
+    layers = [name for name, layer in model.meta_network.named_modules() if isinstance(layer, _LAYERS)]
+    ours, theirs = {name for name in layers if named(name, model.targets)}, set(adapter.modules)
+    if ours == theirs:
+        return
+    only = (
+        f"{len(names)} {who} (e.g. {min(names)})"
+        for names, who in ((theirs - ours, "only in the adapter"), (ours - theirs, "only in model.targets"))
+        if names
+    )
+    names = targets_of(theirs, layers)
+    fix = f"set 'model.targets=[{','.join(names)}]'" if len(names) <= 16 else MERGE
+    raise UserError(
+        f"model.init_adapter={model.init_adapter} adapts other layers than model.targets={list(model.targets)}: "
+        f"{', '.join(only)}; {fix}"
+    )
+
+
+def named(layer: str, targets: Sequence[str]) -> bool:
+    """Whether a layer is one of `targets`, as peft reads them: by its path or by the end of it."""
+    return any(layer == target or layer.endswith(f".{target}") for target in targets)
+
+
+def targets_of(modules: set[str], layers: Sequence[str]) -> list[str]:
+    """Short names that together mean exactly `modules` among `layers`."""
+    found: set[str] = set()
+    for module in sorted(modules):
+        parts = module.split(".")
+        for start in range(len(parts) - 1, -1, -1):
+            end = ".".join(parts[start:])
+            if start == 0 or (not parts[start].isdigit() and modules.issuperset(n for n in layers if named(n, [end]))):
+                found.add(end)
+                break
+    return sorted(found)
+
+
+# Writing
+
+
+def save_adapter(
+    folder: Path, state: dict[str, Tensor], rank: int, alpha: float, scheduler: ScaleWiseScheduler, base: str, part: str
+) -> Path:
+    """Write the adapter of a run: for `PeftModel.from_pretrained` and `pipe.load_lora_weights`, with its schedule.
+
+    Args:
+        folder: replaced as a whole once the new one is complete.
+        state: LoRA weights in peft's layout without a prefix, `MODULE.lora_A.weight` `[r, in]`, `MODULE.lora_B.weight`
+            `[out, r]`.
+        rank: r.
+        alpha: folded into `lora_B` as alpha / rank, since loaders disagree about where to look for it.
+        scheduler: the sampler.
+        base: what the adapter was trained on, for the record.
+        part: the pipeline's name of the network, "transformer" or "unet".
+    """
+    folded = {k: v * (alpha / rank) if ".lora_B." in k else v for k, v in state.items()}
+
+    def write(new: Path) -> None:
+        new.mkdir()
+        write_layouts(new, folded, base, part)
+        scheduler.save_pretrained(new)
+        write_checksums(new)
+
+    return write_aside(folder, write)
+
+
+def save_student(folder: Path, network: Any, scheduler: ScaleWiseScheduler) -> Path:
+    """Write a student that was trained whole: a diffusers model, for a pipeline's `transformer=`, and its schedule."""
+
+    def write(new: Path) -> None:
+        network.save_pretrained(new)
+        scheduler.save_pretrained(new)
+        write_checksums(new)
+
+    return write_aside(folder, write)
+
+
+def write_layouts(folder: Path, state: dict[str, Tensor], base: str, part: str) -> None:
+    """peft's and diffusers' files of an adapter whose scale is folded in."""
+    state = {key: value.contiguous() for key, value in state.items()}
+    save_file({f"base_model.model.{k}": v for k, v in state.items()}, folder / PEFT_WEIGHTS)
+    save_file({f"{part}.{k}": v for k, v in state.items()}, folder / DIFFUSERS_WEIGHTS)
+    ranks = {k.removesuffix(".lora_A.weight"): v.shape[0] for k, v in state.items() if k.endswith("lora_A.weight")}
+    rank = max(ranks.values())
+    others = {module: r for module, r in sorted(ranks.items()) if r != rank}
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "init_lora_weights": "gaussian",
+        "inference_mode": True,
+    }
+    write_json(folder / PEFT_CONFIG, config)

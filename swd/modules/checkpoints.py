@@ -1,0 +1,188 @@
+"""Checkpoint files: whole or not there at all, with a hash of their bytes, and looked at before a run goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from torch import Tensor
+
+from swd.io.files import write_aside
+from swd.modules.finite import all_finite
+from swd.types import UserError
+
+MARK = b"swd-sha256:"
+"""Begins the comment of a checkpoint's zip archive; 64 hexadecimal digits follow."""
+COMMENT = len(MARK) + 64
+END = 22
+"""Bytes of the record that ends a zip archive; its last two are the length of the comment after it."""
+
+NEEDED = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step", "pytorch-lightning_version")
+
+
+class Resumable(Protocol):
+    """What a task says about the checkpoints that it can be resumed from."""
+
+    def misfit(self, checkpoint: Mapping[str, Any]) -> str | None:
+        """What is missing of a checkpoint or has another shape, in words; None if it fits. Loads no weights."""
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Writes a checkpoint beside its place, never through TMPDIR, and renames it once it is complete on the disk."""
+
+    def __init__(self) -> None:
+        self._failures: list[str] | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write `checkpoint` to `path`, with the hash of its bytes.
+
+        Raises:
+            UserError: if it cannot be written; inside `failures` that is noted there instead.
+        """
+        path = Path(path)
+        try:
+            write_aside(path, lambda new: _write(checkpoint, new))
+        except OSError as error:
+            message = (
+                f"checkpoint {path} cannot be written ({error.strerror or error}); nothing of it is left, and earlier "
+                "checkpoints are whole: make room and go on with resume=auto"
+            )
+            if self._failures is None:
+                raise UserError(message) from None
+            self._failures.append(message)
+
+    @contextmanager
+    def failures(self) -> Iterator[list[str]]:
+        """Collect what goes wrong, for a caller who has to tell the other processes first."""
+        found: list[str] = []
+        self._failures = found
+        try:
+            yield found
+        finally:
+            self._failures = None
+
+
+def _write(checkpoint: dict[str, Any], path: Path) -> None:
+    try:
+        with open(path, "wb") as stream:
+            torch.save(checkpoint, stream)
+    except RuntimeError as error:  # torch's words for a write that failed; the cause is behind it
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+    seal(path)
+
+
+def seal(path: Path) -> None:
+    """Add the SHA-256 of a zip archive without a comment as its comment, so that it stays an archive; flush to disk."""
+    with open(path, "r+b") as stream:
+        stream.seek(-2, os.SEEK_END)
+        stream.write(COMMENT.to_bytes(2, "little"))
+        stream.seek(0)
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        stream.seek(0, os.SEEK_END)
+        stream.write(MARK + digest.encode())
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def bytes_changed(path: Path) -> str | None:
+    """Why the bytes of a checkpoint are not those that were written, None where they are.
+
+    A file of version 0.1.0 has no hash; there the checksums of the zip archive are looked at, which cover its contents.
+    """
+    if path.stat().st_size < COMMENT + END:
+        return "it is cut off"
+    with open(path, "rb") as stream:
+        stream.seek(-COMMENT, os.SEEK_END)
+        comment = stream.read()
+        if comment.startswith(MARK):
+            stream.seek(0)
+            return (
+                None if _digest(stream, path.stat().st_size - COMMENT) == comment[len(MARK) :] else "its hash differs"
+            )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+            if wrong is not None or archive.comment:
+                return f"{wrong or 'its end'} has changed"
+    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError):
+        return "it is cut off or no checkpoint"
+    return None
+
+
+def _digest(stream: Any, length: int) -> bytes:
+    digest = hashlib.sha256()
+    while length:
+        block = stream.read(min(length, 1 << 22))
+        if not block:
+            break
+        digest.update(block)
+        length -= len(block)
+    return digest.hexdigest().encode()
+
+
+def damage(path: Path, task: Resumable | None = None) -> str | None:
+    """Why a checkpoint cannot be resumed from, in words; None if it can.
+
+    Args:
+        path: the file.
+        task: what is to be resumed; None: the file is looked at alone.
+    """
+    try:
+        changed = bytes_changed(path)
+        if changed:
+            return changed
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        missing = [key for key in NEEDED if key not in checkpoint]
+        if missing:
+            return f"it has no {missing[0]}"
+        if not all_finite(tensors([checkpoint["state_dict"], checkpoint["optimizer_states"]])):
+            return "it holds values that are not finite"
+        return task.misfit(checkpoint) if task is not None else None
+    except UserError:
+        raise
+    except Exception as error:  # whatever a file that is no checkpoint makes of the reader
+        return f"it cannot be read: {type(error).__name__}"
+
+
+def iterations(path: str | Path) -> int:
+    """How many iterations a checkpoint has behind it."""
+    return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+
+
+def optimizer_misfit(state: Mapping[str, Any], shapes: list[tuple[int, ...]]) -> str | None:
+    """What is wrong with the stored state of AdamW over parameters of these shapes, in their order; None if nothing.
+
+    Parameters that never had a gradient have no state.
+    """
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    if numbers != list(range(len(shapes))):
+        return f"an optimizer is for {len(numbers)} parameters rather than {len(shapes)}"
+    if shapes and not state["state"]:
+        return "an optimizer has lost its moments"
+    for number, values in state["state"].items():
+        for name in ("exp_avg", "exp_avg_sq", "step"):
+            expected = () if name == "step" else shapes[number]
+            if name not in values or tuple(values[name].shape) != expected:
+                return f"{name} of parameter {number} is missing or has another shape"
+    return None
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested dicts and lists."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from tensors(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from tensors(each)

@@ -1,0 +1,282 @@
+"""Flow matching of a whole denoising network on several sizes.
+
+Trains the embedded teacher from scratch, and adapts a pretrained teacher to the low resolutions of a schedule before
+it is distilled (SwD paper, appendix B).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+
+from swd.modules.backbones.base import Backbone
+from swd.modules.finite import all_finite
+from swd.modules.hub import is_hub_id
+from swd.modules.muon import MuonAdamW, hidden_matrices
+from swd.modules.pretrained import Pretrained
+from swd.modules.weights import WatchedTask, averaged, check_finite, replace_files, warmup_cosine
+from swd.schedule import downscale
+from swd.shapes.pipeline import initialise_transformer
+from swd.types import Batch, Conditioning, Size, UserError
+
+SAVE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One picture as the network sees it: its latent at some sizes, and its caption's conditioning (one row)."""
+
+    latents: dict[Size, Tensor]
+    conditioning: Conditioning
+
+
+def draw_sigma(batch: int, shift: float, spread: float, generator: torch.Generator) -> Tensor:
+    """Noise levels [batch] in (0, 1): logit-normal, then shifted toward noise (arXiv 2403.03206, sections 3.1 and 5.3).
+
+    One falls in each of `batch` equally likely ranges, in random order: a batch then never misses a range, and the
+    loss varies less from step to step.
+
+    Args:
+        batch: how many.
+        shift: 1 leaves them; above 1 moves them toward 1.
+        spread: deviation of the logit.
+        generator: where the randomness comes from.
+    """
+    ranges = torch.randperm(batch, generator=generator)
+    quantile = (ranges + torch.rand(batch, generator=generator)) / batch
+    sigma = torch.sigmoid(spread * torch.special.ndtri(quantile.clamp(1e-4, 1 - 1e-4)))
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+class FlowMatching(WatchedTask):
+    """Train every weight of a pretrained rectified-flow network to draw at all sizes of a schedule.
+
+    Each step takes one size: pictures are shrunk in pixel space (area), encoded, noised as `x_t = (1 - sigma) x0 +
+    sigma eps`, and the network predicts `eps - x0`. What is written is an average of the weights.
+
+    Args:
+        model: the pipeline to start from.
+        sizes: latent sides, or (H, W).
+        size_weights: how often each size is taken, relative to the others; None: all the same.
+        out: pipeline folder to write; None: the model's own. Another folder becomes a complete pipeline.
+        from_scratch: start from fresh weights rather than the pipeline's.
+        lr: peak learning rate of AdamW.
+        muon_lr: peak learning rate of Muon, which then trains the blocks' matrices (see `MuonAdamW`); None: AdamW
+            alone.
+        warmup: steps up to it; half a cosine down to zero follows.
+        weight_decay: of AdamW.
+        ema: decay of the averaged weights.
+        caption_dropout: how often a caption becomes what guidance takes in its place (the empty one; SDXL: zeros).
+        sigma_shift, sigma_spread: see `draw_sigma`.
+        reuse: a step trains on `reuse` times as many pictures as its batch brings; the others come from a memory of
+            pictures already encoded (at every size). 1: every picture is used once and encoded at one size only.
+        memory: how many encoded pictures are kept.
+        compile: compile the network's blocks.
+        save_every: steps between writes.
+        save_dtype: of the weights written.
+        seed: of every draw.
+
+    Raises:
+        UserError: for a size or a block count that the network cannot take, or counts that do not fit together.
+    """
+
+    deed = "training by flow matching"
+
+    def __init__(
+        self,
+        model: Pretrained,
+        sizes: Sequence[int | Sequence[int]],
+        size_weights: Sequence[float] | None = None,
+        out: str | None = None,
+        from_scratch: bool = False,
+        lr: float = 1e-5,
+        muon_lr: float | None = None,
+        warmup: int = 100,
+        weight_decay: float = 0.01,
+        ema: float = 0.999,
+        caption_dropout: float = 0.1,
+        sigma_shift: float = 3.0,
+        sigma_spread: float = 1.0,
+        reuse: int = 1,
+        memory: int = 32_768,
+        compile: bool = False,
+        save_every: int = 500,
+        save_dtype: Literal["fp16", "bf16", "fp32"] = "bf16",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.model, self.seed = model, seed
+        self.sizes: list[Size] = [(s, s) if isinstance(s, int) else tuple(s) for s in sizes]
+        self.size_weights = torch.tensor(size_weights or [1.0] * len(self.sizes))
+        self.out = Path(out) if out else model.folder
+        self.lr, self.muon_lr, self.warmup, self.weight_decay = lr, muon_lr, warmup, weight_decay
+        self.caption_dropout, self.sigma_shift, self.sigma_spread = caption_dropout, sigma_shift, sigma_spread
+        self.reuse, self.compile_blocks = reuse, compile
+        self.save_every, self.save_dtype = save_every, SAVE_DTYPES[save_dtype]
+        self.from_scratch, self.ema = from_scratch, ema
+        self._check()
+
+        self.memory: deque[Encoded] = deque(maxlen=memory)
+        self.last_metrics: dict[str, Tensor] = {}
+        self.backbone: Backbone
+        self.average: AveragedModel
+        self._encoders: list[Any] = []  # in a list, to stay out of checkpoints and of the optimizer
+
+    def configure_model(self) -> None:
+        if hasattr(self, "backbone"):
+            return
+        model = self.model
+        network = model.network_class.from_pretrained(
+            model.fetch(), subfolder=model.backbone_class.subfolder, torch_dtype=torch.float32, use_safetensors=True
+        )
+        if self.from_scratch:
+            initialise_transformer(network, self.seed)
+        self.backbone = model.backbone_class(network.train().requires_grad_(True), model.embedded_guidance)
+        self.average = averaged(network, self.ema)
+
+    def _check(self) -> None:
+        if is_hub_id(self.model.path) and self.out == self.model.folder:
+            raise UserError(f"task.out is missing: {self.model.path} is on the hub; give a folder for the trained copy")
+        if self.from_scratch and self.model.family != "sd3":
+            raise UserError(f"task.from_scratch is for the embedded teacher, not for {self.model.family}; leave it out")
+        if len(self.size_weights) != len(self.sizes):
+            raise UserError(
+                f"task.size_weights has {len(self.size_weights)} entries for {len(self.sizes)} sizes; give one per size"
+            )
+        for size in self.sizes:
+            if min(size) < 1:
+                raise UserError(f"task.sizes has {size}; sides are at least 1")
+            self.model.limits.check_size(size)
+        if self.reuse < 1:
+            raise UserError(f"task.reuse={self.reuse}; use at least 1")
+
+    @property
+    def encoders(self) -> Any:
+        """Text encoders and VAE, loaded when first used."""
+        if not self._encoders:
+            self._encoders.append(self.model.encoders(self.device).to(self.device))
+            self._encoders[0].final_size = max(self.sizes, key=math.prod)  # what conditioning names, if it names a size
+        return self._encoders[0]
+
+    def on_fit_start(self) -> None:
+        if self.trainer.is_global_zero and self.out.resolve() != self.model.folder.resolve():
+            skip = shutil.ignore_patterns(self.model.backbone_class.subfolder, ".*")
+            shutil.copytree(self.model.fetch(), self.out, ignore=skip, dirs_exist_ok=True)
+        if self.compile_blocks:
+            # One graph for all sizes; beyond its default limit of graphs dynamo would silently run eagerly.
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+            for block in self.backbone.block_list:
+                block.compile(dynamic=True)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        generator = torch.Generator().manual_seed((self.seed << 32) + self.global_step * 1009 + self.global_rank)
+        size = self.sizes[int(torch.multinomial(self.size_weights, 1, generator=generator))]
+        x0, conditioning = self.gather(batch, size, generator)
+        conditioning = self.drop_captions(conditioning, generator)
+
+        process = self.backbone.process
+        sigma = draw_sigma(len(x0), self.sigma_shift, self.sigma_spread, generator).to(x0)
+        eps = torch.randn(x0.shape, generator=generator).to(x0)
+        prediction, _ = self.backbone.predict(process.add_noise(x0, eps, sigma), sigma, conditioning)
+        # Straight paths: arXiv 2210.02747, eq. 9; noise prediction: arXiv 2006.11239, eq. 14.
+        target = eps if process.prediction_type == "epsilon" else eps - x0
+        loss = F.mse_loss(prediction.float(), target)
+
+        self.checks = {"encoded data": all_finite([x0]), "the network's prediction": all_finite([prediction])}
+        self.last_metrics = {"loss": loss.detach()}
+        self.log_dict({"loss": loss.detach(), f"loss/{size[0]}": loss.detach()})
+        return loss
+
+    def gather(self, batch: Batch, size: Size, generator: torch.Generator) -> tuple[Tensor, Conditioning]:
+        """Latents at `size` and conditioning: of the batch alone, or of it and pictures encoded earlier."""
+        if self.reuse == 1:
+            assert batch.pixels is not None  # drawn on the fly
+            return self.encode(batch.pixels, size, generator), self.encoders.encode_prompts(batch.prompts)
+        self.memory.extend(self.encode_all(batch, generator))
+        count = self.reuse * len(batch)
+        chosen = torch.randint(len(self.memory), (count - len(batch),), generator=generator).tolist()
+        picked = [self.memory[-1 - i] for i in range(len(batch))] + [self.memory[i] for i in chosen]
+        x0 = torch.stack([item.latents[size] for item in picked]).float()
+        return x0, Conditioning.cat([item.conditioning for item in picked])
+
+    def encode_all(self, batch: Batch, generator: torch.Generator) -> list[Encoded]:
+        """Every picture of the batch at every size."""
+        assert batch.pixels is not None
+        latents = {size: self.encode(batch.pixels, size, generator) for size in dict.fromkeys(self.sizes)}
+        conditioning = self.encoders.encode_prompts(batch.prompts)
+        return [
+            Encoded({size: x0[i] for size, x0 in latents.items()}, conditioning.map(lambda t, i=i: t[[i]]))
+            for i in range(len(batch))
+        ]
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, size: Size, generator: torch.Generator) -> Tensor:
+        """Shrink in pixel space, encode, sample the posterior: float32 latents [B, C, *size]."""
+        side = self.encoders.pixel_size(size)
+        pixels = downscale(pixels, side)
+        mean, std = self.encoders.posterior(pixels)
+        latents = mean + std * torch.randn(mean.shape, generator=generator).to(mean.device)
+        shift, scale = self.encoders.shift_and_scale(latents)
+        return (latents - shift) * scale
+
+    def drop_captions(self, conditioning: Conditioning, generator: torch.Generator) -> Conditioning:
+        """Replace some rows by what takes the place of a prompt for guidance."""
+        dropped = torch.rand(len(conditioning), generator=generator) < self.caption_dropout
+        empty = self.model.unconditional(self.encoders.encode_prompts([""]))
+
+        def mix(kept: Tensor, blank: Tensor) -> Tensor:
+            mask = dropped.view(-1, *[1] * (kept.ndim - 1)).to(kept.device)
+            return torch.where(mask, blank.to(kept), kept)
+
+        values = {
+            f.name: mix(kept, getattr(empty, f.name))
+            for f in fields(conditioning)
+            if (kept := getattr(conditioning, f.name)) is not None
+        }
+        return replace(conditioning, **values)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.average.update_parameters(self.backbone.network)
+        if self.global_step % self.save_every == 0:
+            self.export()
+
+    def on_train_end(self) -> None:
+        self.export()
+
+    @property
+    def target(self) -> Path:
+        return self.out / self.model.backbone_class.subfolder
+
+    def export(self) -> None:
+        """Write the averaged network into the pipeline folder `out`."""
+        if self.trainer.is_global_zero:
+            network: Any = copy.deepcopy(self.average.module)
+            network.to(self.save_dtype)
+            check_finite(network, str(self.target))
+            network.register_to_config(_name_or_path="")  # not where this machine keeps it
+            replace_files(self.target, network.save_pretrained)
+
+    def configure_optimizers(self) -> Any:
+        network = self.backbone.network
+        optimizer: torch.optim.Optimizer
+        if self.muon_lr is None:
+            optimizer = torch.optim.AdamW(
+                network.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=self.weight_decay
+            )
+        else:
+            hidden = hidden_matrices(self.backbone.block_list)
+            optimizer = MuonAdamW(network, hidden, self.lr, self.muon_lr, self.weight_decay)
+        total = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(self.warmup, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

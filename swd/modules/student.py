@@ -1,0 +1,90 @@
+"""What sampling and export take: an adapter on the base, or a network that was trained whole."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from swd.io.files import check_checksums, file_hash
+from swd.modules import adapters
+from swd.modules.adapters import NETWORK_CONFIG
+from swd.modules.model_folders import weight_files
+from swd.modules.pretrained import Pretrained, check_model_folder, first_misfit, read_json
+from swd.types import UserError
+
+
+class Student(Protocol):
+    """What a student says about itself, and how it gets into the stock pipeline: an `Adapter`, or a `FullStudent`."""
+
+    @property
+    def hash(self) -> str:
+        """Of its weights, for the record: 16 hexadecimal digits."""
+
+    def check_fits(self, model: Pretrained) -> None:
+        """Raise UserError, with both names, if it was made for another network."""
+
+    def network(self, model: Pretrained, device: torch.device | str = "cpu") -> Any:
+        """The denoising network that a pipeline is built around, on the CPU, in the model's dtype for `device`."""
+
+    def load_into(self, pipe: Any, model: Pretrained) -> None:
+        """Put the rest of the student into a pipeline built around `network`."""
+
+
+@dataclass(frozen=True)
+class FullStudent:
+    """A network that was trained whole (`model.tuning=full`): a diffusers model in a folder of its own.
+
+    Attributes:
+        folder: with `config.json` and safetensors weights.
+    """
+
+    folder: Path
+
+    @property
+    def weights(self) -> list[Path]:
+        """Its safetensors files."""
+        return weight_files(self.folder)[1]
+
+    @property
+    def hash(self) -> str:
+        hashes = [file_hash(file) for file in self.weights]
+        joined = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+        return joined[:16]
+
+    def check_fits(self, model: Pretrained) -> None:
+        where = f"student {self.folder} does not fit model {model.name}"
+        kind, expected = read_json(self.folder / NETWORK_CONFIG).get("_class_name"), model.backbone_class.network_type
+        if kind != expected:
+            raise UserError(f"{where}: it is a {kind}, that takes a {expected}")
+        misfit = first_misfit(self.folder, model.meta_network)
+        if misfit:
+            raise UserError(f"{where}: {misfit}")
+        check_checksums(self.folder, [NETWORK_CONFIG, *(file.name for file in self.folder.glob("*.safetensors*"))])
+
+    def network(self, model: Pretrained, device: torch.device | str = "cpu") -> Any:
+        return model.network_class.from_pretrained(
+            self.folder,
+            torch_dtype=model.dtype(device),
+            variant=weight_files(self.folder)[0],
+            use_safetensors=True,
+            local_files_only=True,
+        )
+
+    def load_into(self, pipe: Any, model: Pretrained) -> None:
+        """Nothing is left to load."""
+
+
+def load_student(path: Path) -> Student:
+    """Read what `adapters.locate` found.
+
+    Raises:
+        UserError: if it is incomplete or damaged.
+    """
+    if path.is_dir() and adapters.is_network(path):
+        check_model_folder(path, f"student {path}")
+        return FullStudent(path)
+    return adapters.load(path)

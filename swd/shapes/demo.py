@@ -1,0 +1,467 @@
+"""`swd demo`: distil the embedded teacher, sample, evaluate, and report, on whatever machine this is."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from swd.callbacks.fixed_losses import FixedLosses
+from swd.commands import train
+from swd.config import build, check
+from swd.io.files import write_json, write_text
+from swd.metrics.fid import frechet_distance
+from swd.modules.distiller import Distiller
+from swd.modules.pretrained import Pretrained, resolve_asset
+from swd.schedule import ScaleSchedule
+from swd.shapes import contest, report
+from swd.shapes.contest import Advance, Contender, Judged, Row, Timing
+from swd.shapes.dataset import RESOLUTION
+from swd.shapes.judge import Judge
+from swd.types import UserError
+
+ROOT = train.ROOT | {
+    "judge": str,
+    "n_pictures": int,
+    "shown": int,
+    "timing_batches": int,
+    "recompute": bool,
+    "store_teacher": bool,
+}
+STORED = 1024
+"""Pictures whose statistics `store_teacher=true` makes."""
+STORE_COMMAND = "swd demo store_teacher=true"
+BATCH, TIMED_BATCH = 16, 8
+DISTILLER = "swd.modules.distiller.Distiller"
+
+
+# The command
+
+
+def run(cfg: DictConfig) -> None:
+    """Do the whole demo; its files go to `cfg.folder`, copies of results and report beside that folder."""
+    clock = Clock(setup=_setup_seconds())
+    with clock.phase("start"):
+        train.quiet()
+        judge_folder = prepare(cfg)
+        judge = Judge.from_pretrained(judge_folder)
+    if cfg.store_teacher:
+        store_teacher(cfg, judge, judge_folder)
+        return
+
+    with clock.phase("distil"):
+        fixed = FixedLosses()
+        task, trainer = train.fit(cfg, fixed)
+    if not trainer.is_global_zero:
+        return
+    assert isinstance(task, Distiller)
+    task, judge = place(task, judge, trainer.strategy.root_device)
+    study = compare(cfg, task, judge, judge_folder, clock)
+    with clock.phase("report"):
+        results, page = describe(cfg, task, judge, study)
+        results["fixed_losses"] = fixed.losses
+    results["wall_seconds"] = clock.seconds()
+    finish(cfg, results, page)
+
+
+def prepare(cfg: DictConfig) -> Path:
+    """Check everything before anything is loaded; the judge's folder.
+
+    Raises:
+        UserError: naming the setting and the fix.
+    """
+    check(cfg, ROOT)
+    if cfg.task._target_ != DISTILLER:
+        raise UserError("the demo distils; leave out experiment= and task=, or train that with `swd train`")
+    folder = check_settings(cfg)
+    train.prepare(cfg)
+    return folder
+
+
+def check_settings(cfg: DictConfig) -> Path:
+    """The judge's folder, once everything that the demo adds to training is known to make sense.
+
+    Raises:
+        UserError: naming the setting and the fix.
+    """
+    for key, least in (("n_pictures", 2), ("shown", 1), ("timing_batches", 1)):
+        if cfg[key] < least:
+            raise UserError(f"{key}={cfg[key]}; use at least {least}")
+    if cfg.shown > cfg.n_pictures:
+        raise UserError(f"shown={cfg.shown} is more than n_pictures={cfg.n_pictures}; use at most that many")
+    if cfg.trainer.max_steps < 1:
+        raise UserError(f"trainer.max_steps={cfg.trainer.max_steps}; the demo distils for at least 1 iteration")
+    folder = _judge_folder(cfg.judge)
+    model: Pretrained = build(cfg, "model")
+    schedule: ScaleSchedule = build(cfg, "schedule")
+    size = schedule.sizes[-1]
+    if len(size) == 3 or model.pixel_size(size) != (RESOLUTION, RESOLUTION):
+        raise UserError(
+            f"schedule.sizes ends with {size}, but the judge reads pictures of {RESOLUTION}x{RESOLUTION} pixels; "
+            f"end with {RESOLUTION // model.factor}, and use the model shapes"
+        )
+    return folder
+
+
+def _judge_folder(path: str) -> Path:
+    try:
+        folder = resolve_asset(path)
+    except UserError:
+        raise UserError(
+            f"judge={path} does not ship with this installation; make it with python train.py experiment=shapes_judge"
+        ) from None
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(f"judge={path} has no {name}; make it with python train.py experiment=shapes_judge")
+    return folder
+
+
+def place(task: Distiller, judge: Judge, device: torch.device) -> tuple[Distiller, Judge]:
+    """Everything on one device and in evaluation mode; training leaves the networks on the CPU."""
+    task.to(device).eval()
+    task.encoders.to(device)
+    return task, judge.to(device).eval()
+
+
+def store_teacher(cfg: DictConfig, judge: Judge, judge_folder: Path) -> None:
+    """Draw and judge the teacher's full-length pictures, and keep the statistics beside the judge."""
+    task: Distiller = build(cfg, "task")
+    if not os.access(judge_folder, os.W_OK):
+        raise UserError(f"{judge_folder} cannot be written; use a checkout of the repository, or judge=FOLDER")
+    task.configure_model()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    task, judge = place(task, judge, device)
+    store = contest.teacher_store(task, judge_folder)
+    contender = contest.contenders(task)[0]
+    with bar(f"{contender.name}: judge {STORED} pictures", STORED) as advance:
+        judged = contest.store_statistics(
+            store, contender, judge, contest.prompts_of(STORED), STORE_COMMAND, BATCH, advance
+        )
+    accuracy = judged.accuracy()
+    print(f"prompt accuracy {accuracy['mean']:.3f}, exact match {accuracy['exact_match']:.3f}")
+    print(store.path)
+
+
+# Measuring
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the comparison found.
+
+    Attributes:
+        rows: of the table, the student last.
+        timings: of each row, with pictures of the first prompts.
+        prompts: of the evaluation.
+        fid_floor: between two sets of rendered pictures.
+        full_size_gflop: of the student's number of steps, all at full size.
+    """
+
+    rows: list[Row]
+    timings: list[Timing]
+    prompts: list[str]
+    fid_floor: float
+    full_size_gflop: float
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the rows."""
+        return [row.name for row in self.rows]
+
+
+def compare(cfg: DictConfig, task: Distiller, judge: Judge, judge_folder: Path, clock: Clock) -> Study:
+    """Time and judge every contender on the same prompts."""
+    n, device = cfg.n_pictures, task.device
+    prompts = contest.prompts_of(n)
+    with clock.phase("reference"), bar("render reference pictures", 2 * n) as advance:
+        reference = contest.reference_features(judge, n, contest.REFERENCE_SEED, device)
+        advance(n)
+        floor = contest.reference_features(judge, n, contest.FLOOR_SEED, device)
+        advance(n)
+    store = contest.teacher_store(task, judge_folder)
+    rows, timings = [], []
+    for number, contender in enumerate(contest.contenders(task)):
+        with clock.phase(contender.name):
+            with contender.ready():
+                timing = measure_speed(cfg, contender, prompts)
+                judged, source = measure_quality(cfg, contender, judge, prompts, store if number == 0 else None)
+            rows.append(contest.make_row(contender, judged, reference, timing.ms_per_image, source))
+            timings.append(timing)
+    return Study(rows, timings, prompts, frechet_distance(reference, floor), contest.full_size_gflop(task))
+
+
+def measure_speed(cfg: DictConfig, contender: Contender, prompts: Sequence[str]) -> Timing:
+    """Time per picture; at least as many pictures are drawn as the report shows."""
+    size = min(TIMED_BATCH, len(prompts))
+    least = max(min(3, cfg.timing_batches), -(-cfg.shown // size))
+    with bar(f"{contender.name}: time", max(cfg.timing_batches, least) * size) as advance:
+        return contest.time_contender(contender, prompts, TIMED_BATCH, cfg.timing_batches, least=least, advance=advance)
+
+
+def measure_quality(
+    cfg: DictConfig, contender: Contender, judge: Judge, prompts: Sequence[str], store: contest.Store | None
+) -> tuple[Judged, str]:
+    """Judged pictures of a contender, and where they came from."""
+    if store is not None and not cfg.recompute:
+        reason = store.why_not(len(prompts))
+        if reason is None:
+            return store.load().first(len(prompts)), f"stored: {STORE_COMMAND}"
+        note(f"{contender.name}: drawing every picture now, because {reason}")
+    with bar(f"{contender.name}: judge {len(prompts)} pictures", len(prompts)) as advance:
+        return contest.run_contender(contender, judge, prompts, BATCH, advance), "live"
+
+
+def ratios_of(study: Study) -> dict[str, dict[str, Any]]:
+    """The student against what it is measured by, with what is expected and whether it was met."""
+    teacher, student = study.rows[0], study.rows[-1]
+    return {
+        "gflop_of_full_size_steps": ratio(student.gflop, study.full_size_gflop, at_most=0.56),
+        "accuracy_of_teacher": ratio(student.prompt_accuracy, teacher.prompt_accuracy, at_least=0.95),
+        "fid_of_teacher": ratio(student.fid, teacher.fid, at_most=1.5),
+        "speedup_over_teacher": ratio(teacher.ms_per_image, student.ms_per_image),
+    }
+
+
+def ratio(
+    a: float, b: float, at_most: float | None = None, at_least: float | None = None
+) -> dict[str, float | str | bool | None]:
+    """`a / b` beside what is expected of it; all None where b is 0."""
+    value = a / b if b else None
+    expected = f"<= {at_most:g}" if at_most is not None else f">= {at_least:g}" if at_least is not None else None
+    met = None
+    if value is not None and expected is not None:
+        met = (at_most is None or value <= at_most) and (at_least is None or value >= at_least)
+    return {"value": value, "expected": expected, "met": met}
+
+
+# Losses of the run
+
+
+def read_losses(path: Path) -> dict[str, list[float]]:
+    """The curve of every loss in a run's `metrics.csv`, one value an iteration."""
+    curves: dict[str, list[float]] = {}
+    if not path.is_file():
+        return curves
+    with path.open(newline="", encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            for key, value in line.items():
+                if key.startswith("train/") and key != "train/interval" and value:
+                    curves.setdefault(key.removeprefix("train/"), []).append(float(value))
+    return curves
+
+
+def first_and_last(curve: Sequence[float], cycle: int) -> list[float]:
+    """Mean over the first and over the last fifth at most, both whole cycles of the schedule.
+
+    A loss depends on the step of the schedule that is trained, so that other windows would compare sizes.
+    """
+    cycles = max(1, len(curve) // cycle)
+    window = cycle * max(1, min(10, cycles // 5))
+    first, last = curve[:window], curve[-window:]
+    return [sum(first) / len(first), sum(last) / len(last)]
+
+
+# Results
+
+
+def describe(cfg: DictConfig, task: Distiller, judge: Judge, study: Study) -> tuple[dict[str, Any], report.Page]:
+    """Everything measured, as JSON and as what the report shows."""
+    folder = Path(cfg.folder)
+    curves = read_losses(folder / "metrics.csv")
+    made = json.loads((folder / "run.json").read_text())
+    results = {
+        "rows": [row.as_dict() for row in study.rows],
+        "ratios": ratios_of(study),
+        "fid_floor": study.fid_floor,
+        "full_size_gflop": study.full_size_gflop,
+        "n_pictures": cfg.n_pictures,
+        "losses": {name: first_and_last(curve, len(task.schedule)) for name, curve in curves.items()},
+        "iterations": int(cfg.trainer.max_steps),
+        "terms": list(task.terms),
+        "schedule": {
+            "sigmas": list(task.schedule.sigmas),
+            "sizes": [list(size) for size in task.schedule.sizes],
+            "pixels": [list(task.encoders.pixel_size(size)) for size in task.schedule.sizes],
+        },
+        "machine": machine(task),
+        "command": made["command"],
+        "versions": {"python": made["python"]} | made["versions"],
+        "folder": short(folder),
+    }
+    page = report.Page(
+        results=results,
+        comparisons=comparisons_of(cfg, judge, study),
+        progressions=progressions_of(task, study.prompts[: min(4, cfg.shown)]),
+        curves=curves,
+        cycle=len(task.schedule),
+        config=(folder / "config.yaml").read_text().replace(f"{Path.cwd()}{os.sep}", ""),
+    )
+    return results, page
+
+
+def comparisons_of(cfg: DictConfig, judge: Judge, study: Study) -> list[report.Comparison]:
+    """The first prompts of the evaluation, with every contender's picture and what the judge says of it."""
+    prompts = study.prompts[: cfg.shown]
+    pictures = {name: t.pictures[: cfg.shown] for name, t in zip(study.names, study.timings, strict=True)}
+    marks = {}
+    for name, drawn in pictures.items():
+        scores = contest.judge_pictures(judge, drawn.to(next(judge.parameters()).device), prompts).scores.sum(1)
+        marks[name] = [f"{hits}/{count}" for hits, count in scores.tolist()]
+    return [
+        report.Comparison(prompt, {name: pictures[name][i] for name in pictures}, {n: marks[n][i] for n in marks})
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def progressions_of(task: Distiller, prompts: Sequence[str]) -> list[report.Progression]:
+    """The student's prediction at every step of its schedule."""
+    _, steps = task.sample(list(prompts), list(range(len(prompts))), keep_x0=True)
+    labels = [
+        f"σ {sigma:.2f}, {'×'.join(map(str, task.encoders.pixel_size(size)))}"
+        for sigma, size in zip(task.schedule.sigmas, task.schedule.sizes, strict=True)
+    ]
+    return [
+        report.Progression(prompt, [(label, drawn[i].cpu()) for label, drawn in zip(labels, steps, strict=True)])
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def machine(task: Distiller) -> dict[str, Any]:
+    """What the times were measured on."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(task.device) if task.device.type == "cuda" else "CPU",
+        "threads": torch.get_num_threads(),
+        "precision": str(task.networks.backbone.dtype).removeprefix("torch."),
+    }
+
+
+def finish(cfg: DictConfig, results: dict[str, Any], page: report.Page) -> None:
+    """Write results and report into the run's folder and beside it, and print the table."""
+    html = report.render(page)
+    latest = Path(cfg.output) / cfg.name
+    for folder in (Path(cfg.folder), latest):
+        write_json(folder / "results.json", finite(results))
+        write_text(folder / "report.html", html)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(terminal_table(results["rows"]))
+    for line in report.ratio_lines(results):
+        console.print(line, markup=False, highlight=False)
+    print(f"{results['wall_seconds']['total'] / 60:.1f} minutes")
+    print(latest / "report.html")
+
+
+def finite(value: Any) -> Any:
+    """The same with None for numbers that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def terminal_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The table for the terminal."""
+    table = Table()
+    for i, column in enumerate(report.COLUMNS):
+        table.add_column(column.title, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*(column.text(row) for column in report.COLUMNS))
+    return table
+
+
+# Time and progress
+
+
+class Clock:
+    """Wall time by phase.
+
+    Args:
+        setup: seconds spent before this process began, None if nobody measured them.
+    """
+
+    def __init__(self, setup: float | None = None) -> None:
+        self.began = time.monotonic()
+        self.phases: dict[str, float] = {} if setup is None else {"setup": setup}
+        self.phases["import"] = _process_seconds()
+        self.before = sum(self.phases.values())
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time what happens inside."""
+        start = time.monotonic()
+        yield
+        self.phases[name] = self.phases.get(name, 0.0) + time.monotonic() - start
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase, and in total until now."""
+        total = self.before + time.monotonic() - self.began
+        return {name: round(value, 2) for name, value in (self.phases | {"total": total}).items()}
+
+
+def _setup_seconds() -> float | None:
+    """Seconds that the caller spent on installation, from the environment."""
+    text = os.environ.get("SWD_SETUP_SECONDS", "")
+    try:
+        return max(0.0, float(text)) if text else None
+    except ValueError:
+        raise UserError(f"SWD_SETUP_SECONDS={text!r} is not a number of seconds; unset it") from None
+
+
+def _process_seconds() -> float:
+    """Seconds since this process began, 0 where the system does not tell."""
+    try:
+        ticks = float(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        return max(0.0, uptime - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
+@contextmanager
+def bar(title: str, total: int) -> Iterator[Advance]:
+    """A live bar on standard error, or one line at the end where there is no terminal."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=20),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    start = time.monotonic()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        work = progress.add_task(title, total=total)
+        yield lambda n: progress.advance(work, n)
+        progress.update(work, completed=total)
+    if not console.is_terminal:
+        note(f"{title}, {time.monotonic() - start:.1f} s")
+
+
+def note(text: str) -> None:
+    """A line for the reader, on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def short(path: Path) -> str:
+    """A path as seen from the working directory, where it lies below it."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

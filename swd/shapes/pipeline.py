@@ -1,0 +1,252 @@
+"""The embedded teacher's skeleton: a complete, small `StableDiffusion3Pipeline` built without any download.
+
+The tokenizers are real ones over the captions' words. The text encoders are random and frozen: each word gets its own
+code, positions and neighbouring words are mixed in at comparable strength, and the transformer learns to read the
+result. `build_pipeline` gives the skeleton with an untrained VAE and transformer; `swd.modules.pretrain` trains those.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from torch import Tensor, nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+from swd.shapes.dataset import WORDS
+
+TEXT_TOKENS = 24
+"""Length of each of the two token sequences (CLIP's and T5's); the longest caption needs 23 and 22."""
+_CLIP_WIDTH, _T5_WIDTH = 64, 128
+_T5_OFFSETS = (-1, -2, -3, -4, 1, 2, 3, 4)
+"""The neighbour that each T5 head looks at, in tokens."""
+
+
+# --- tokenizers -------------------------------------------------------------------------------------------------
+
+
+def _byte_symbols() -> list[str]:
+    """The printable stand-ins that byte-level BPE uses for the 256 bytes, in byte order (GPT-2's table)."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    extra = iter(range(256, 512))
+    return [chr(b) if b in plain else chr(next(extra)) for b in range(256)]
+
+
+def _merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Byte-pair merges, most frequent pair first, until every word is one symbol."""
+    split = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges: list[tuple[str, str]] = []
+    while pairs := Counter(pair for symbols in split for pair in itertools.pairwise(symbols)):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        for symbols in split:
+            i = 0
+            while i < len(symbols) - 1:
+                if (symbols[i], symbols[i + 1]) == best:
+                    symbols[i : i + 2] = ["".join(best)]
+                i += 1
+    return merges
+
+
+def build_clip_tokenizer() -> CLIPTokenizer:
+    """Byte-level BPE: every word of the captions is one token, and any text tokenizes."""
+    merges = _merges(WORDS)
+    symbols = _byte_symbols()
+    tokens = [*symbols, *(s + "</w>" for s in symbols), *("".join(m) for m in merges)]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    for special in ("<|startoftext|>", "<|endoftext|>"):
+        vocab[special] = len(vocab)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_TOKENS)
+
+
+def build_t5_tokenizer() -> T5TokenizerFast:
+    """Unigram: every word of the captions is one piece, other text falls apart into letters."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces += [(f"▁{word}", -2.0) for word in WORDS]
+    known = {piece for piece, _ in pieces}
+    letters = ["▁", *"abcdefghijklmnopqrstuvwxyz0123456789.,'-"]
+    pieces += [(letter, -8.0) for letter in letters if letter not in known]
+    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=TEXT_TOKENS)
+
+
+# --- networks ---------------------------------------------------------------------------------------------------
+
+
+def _fill(weight: Tensor, std: float, generator: torch.Generator) -> None:
+    weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+
+
+@torch.no_grad()
+def build_clip_encoder(vocab_size: int, seed: int) -> CLIPTextModelWithProjection:
+    """A random CLIP text tower of width 64: unit-scale words, positions at 0.7, one mixing layer before the last."""
+    config = CLIPTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=_CLIP_WIDTH,
+        intermediate_size=2 * _CLIP_WIDTH,
+        projection_dim=_CLIP_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=TEXT_TOKENS,
+        hidden_act="gelu",
+        bos_token_id=vocab_size - 2,
+        eos_token_id=vocab_size - 1,
+        pad_token_id=vocab_size - 1,
+    )
+    encoder = CLIPTextModelWithProjection(config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in encoder.named_parameters():
+        if "token_embedding" in name:
+            _fill(parameter, 1.0, generator)
+        elif "position_embedding" in name:
+            _fill(parameter, 0.7, generator)
+        elif parameter.ndim == 2:
+            _fill(parameter, parameter.shape[1] ** -0.5, generator)
+        else:
+            parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    return encoder.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def build_t5_encoder(vocab_size: int, seed: int) -> T5EncoderModel:
+    """A random T5 encoder of width 128 whose relative position bias points every head at one neighbour."""
+    heads = len(_T5_OFFSETS)
+    config = T5Config(
+        vocab_size=vocab_size,
+        d_model=_T5_WIDTH,
+        d_kv=_T5_WIDTH // heads,
+        d_ff=2 * _T5_WIDTH,
+        num_layers=2,
+        num_heads=heads,
+        relative_attention_num_buckets=32,
+        dropout_rate=0.0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    encoder = T5EncoderModel(config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in encoder.named_parameters():
+        if "relative_attention_bias" in name:
+            parameter.zero_()
+            for head, offset in enumerate(_T5_OFFSETS):  # bucket of an offset: |offset|, plus 16 to the right
+                parameter[abs(offset) + 16 * (offset > 0), head] = 6.0
+        elif "shared" in name or "embed_tokens" in name:
+            _fill(parameter, 1.0, generator)
+        elif parameter.ndim == 2:
+            # T5 does not divide its scores by sqrt(d_kv): the query's scale does.
+            width = parameter.shape[1] * (config.d_kv if name.endswith("q.weight") else 1)
+            _fill(parameter, width**-0.5, generator)
+        else:
+            parameter.fill_(1.0)
+    return encoder.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def build_vae(channels: tuple[int, ...] = (16, 32, 64, 80), latent_channels: int = 16, seed: int = 0) -> AutoencoderKL:
+    """An untrained 8x autoencoder with the layout of SD3's (no quant convolutions).
+
+    Convolutions keep the variance of their input and residual branches start small: with the library's own
+    initialisation the path from pixels to pixels fades, and training takes several times as long.
+    """
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        block_out_channels=tuple(channels),
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=8,
+        sample_size=128,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    for name, module in vae.named_modules():
+        if isinstance(module, nn.Conv2d):
+            _fill(module.weight, (0.1 if name.endswith("conv2") else 1.0) / module.weight[0].numel() ** 0.5, generator)
+            module.bias.zero_()  # type: ignore[union-attr]
+    return vae
+
+
+def build_transformer(layers: int = 6, heads: int = 4, head_dim: int = 32) -> SD3Transformer2DModel:
+    """An untrained SD3 transformer: patch 1, 16x16 latents (24x24 at most), 3.6M parameters."""
+    return SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=1,
+        in_channels=16,
+        out_channels=16,
+        num_layers=layers,
+        num_attention_heads=heads,
+        attention_head_dim=head_dim,
+        joint_attention_dim=_T5_WIDTH,
+        caption_projection_dim=heads * head_dim,
+        pooled_projection_dim=2 * _CLIP_WIDTH,
+        pos_embed_max_size=24,
+        qk_norm="rms_norm",
+    )
+
+
+@torch.no_grad()
+def initialise_transformer(transformer: SD3Transformer2DModel, seed: int = 0) -> None:
+    """Fresh weights for training from scratch: adaLN-zero, as in DiT (arXiv 2212.09748, section 3.2)."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, module in transformer.named_modules():
+        if isinstance(module, nn.Linear):
+            modulation = ".norm1" in name or name.startswith("norm_out")
+            fan_in, fan_out = module.in_features, module.out_features
+            std = 0.02 if "embedder" in name and "context" not in name else (2 / (fan_in + fan_out)) ** 0.5
+            zero = (modulation and name.endswith("linear")) or name == "proj_out"
+            _fill(module.weight, 0.0 if zero else std, generator)
+            if module.bias is not None:
+                module.bias.zero_()
+
+
+def build_pipeline(seed: int = 0) -> StableDiffusion3Pipeline:
+    """The whole pipeline, VAE and transformer untrained; the same weights for the same seed."""
+    clip, t5 = build_clip_tokenizer(), build_t5_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae, transformer = build_vae(seed=seed), build_transformer()
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0),
+        vae=vae,
+        text_encoder=build_clip_encoder(len(clip), seed + 1),
+        tokenizer=clip,
+        text_encoder_2=build_clip_encoder(len(clip), seed + 2),
+        tokenizer_2=clip,
+        text_encoder_3=build_t5_encoder(len(t5), seed + 3),
+        tokenizer_3=t5,
+    )
+
+
+def save_pipeline(pipeline: StableDiffusion3Pipeline, folder: str | Path) -> None:
+    """Write the pipeline with half-precision weights that load as float32 where no dtype is asked for."""
+    folder = Path(folder)
+    pipeline.to(torch.float16).save_pretrained(folder)
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        path = folder / name / "config.json"
+        config = json.loads(path.read_text())
+        # transformers loads in the dtype written here; diffusers loads the transformer and the VAE as float32.
+        config["dtype"] = "float32"
+        path.write_text(json.dumps(config, indent=2) + "\n")
+    pipeline.to(torch.float32)

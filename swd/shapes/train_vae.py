@@ -1,0 +1,179 @@
+"""Training the embedded teacher's autoencoder."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import deque
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+
+from swd.modules.weights import WatchedTask, averaged, check_finite, replace_files, warmup_cosine
+from swd.shapes.pipeline import build_pipeline, save_pipeline
+from swd.types import Batch, UserError
+
+
+def edges(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences of neighbouring pixels, along the height and along the width."""
+    return pixels.diff(dim=-2), pixels.diff(dim=-1)
+
+
+def reconstruction_loss(output: Tensor, target: Tensor, square_weight: float, edge_weight: float) -> Tensor:
+    """Mean absolute error of the pixels, plus their squared error and the absolute error of neighbours' differences.
+
+    The absolute error alone first learns the background, and objects only much later; the squared error puts the
+    objects, few and far off, first.
+    """
+    loss = F.l1_loss(output, target) + square_weight * F.mse_loss(output, target)
+    for a, b in zip(edges(output), edges(target), strict=True):
+        loss = loss + edge_weight * F.l1_loss(a, b)
+    return loss
+
+
+class VAETask(WatchedTask):
+    """Train the VAE of the pipeline in `path` on pictures at several sizes, and write it back with its latents' scale.
+
+    `batch.pixels` is [B, 3, H, W] in [-1, 1]; each step shrinks its batch to one of `sizes`.
+
+    Args:
+        path: pipeline folder; made with an untrained skeleton if it is missing.
+        sizes: sides in pixels, multiples of 8, at most the pictures' own.
+        lr, warmup: peak learning rate of Adam; the steps up to it.
+        kl_weight: weight of the mean KL divergence per latent element (nats).
+        square_weight: weight of the squared error of the pixels.
+        edge_weight: weight of the error in neighbouring pixels' differences.
+        crop, crop_chance: side of the window, and how often a larger picture is cut to it.
+        ema: decay of the averaged weights, which are what is written.
+        save_every: steps between writes.
+        part: "all" starts afresh; "decoder" goes on from the VAE in `path` and leaves its encoder as it is, so that
+            networks trained on its latents stay valid.
+        seed: of every draw, and of the skeleton.
+    """
+
+    deed = "training the VAE"
+
+    def __init__(
+        self,
+        path: str,
+        sizes: tuple[int, ...] = (48, 64, 96, 128),
+        lr: float = 2e-3,
+        warmup: int = 50,
+        kl_weight: float = 5e-4,
+        square_weight: float = 5.0,
+        edge_weight: float = 0.25,
+        crop: int = 64,
+        crop_chance: float = 0.8,
+        ema: float = 0.998,
+        save_every: int = 500,
+        part: Literal["all", "decoder"] = "all",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for size in sizes:
+            if size <= 0 or size % 8:
+                raise ValueError(f"VAE sizes must be positive multiples of 8 pixels, got {size}: use e.g. 128")
+        self.path, self.sizes = Path(path), tuple(sizes)
+        self.lr, self.warmup, self.kl_weight = lr, warmup, kl_weight
+        self.square_weight, self.edge_weight = square_weight, edge_weight
+        self.crop, self.crop_chance = crop, crop_chance
+        self.save_every, self.seed = save_every, seed
+        self.pick = torch.Generator().manual_seed(seed)
+        self.part, self.ema = part, ema
+        self.vae: AutoencoderKL
+        self.average: AveragedModel
+        self.recent: deque[Tensor] = deque(maxlen=16)  # what the latents' scale is measured on
+
+    def configure_model(self) -> None:
+        if hasattr(self, "vae"):
+            return
+        if not (self.path / "model_index.json").exists():
+            save_pipeline(build_pipeline(self.seed), self.path)
+        whole = self.part == "all"
+        vae: Any = build_pipeline(self.seed).vae if whole else AutoencoderKL.from_pretrained(self.path / "vae").train()
+        self.vae = vae.to(memory_format=torch.channels_last)
+        if self.part == "decoder":
+            self.vae.encoder.requires_grad_(False)
+        self.average = averaged(self.vae, self.ema)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        assert batch.pixels is not None  # drawn on the fly
+        side = self.sizes[int(torch.randint(len(self.sizes), (), generator=self.pick))]
+        pixels = F.interpolate(batch.pixels, size=(side, side), mode="area")
+        pixels = self.maybe_crop(pixels).contiguous(memory_format=torch.channels_last)
+        posterior = self.vae.encode(pixels).latent_dist
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        noise = torch.randn(mean.shape, generator=self.pick).to(mean.device)
+        latents = mean + noise * (0.5 * logvar).exp()
+        output = self.vae.decode(latents).sample.float()
+
+        reconstruction = reconstruction_loss(output, pixels, self.square_weight, self.edge_weight)
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        loss = reconstruction + self.kl_weight * kl
+        self.checks = {"reconstruction": reconstruction.detach().isfinite(), "kl": kl.detach().isfinite()}
+        error = F.mse_loss(output, pixels)
+        self.last_metrics = {"loss": loss.detach(), "psnr": 10 * (4 / error.detach()).log10(), "kl": kl.detach()}
+        self.log_dict(self.last_metrics)
+        return loss
+
+    def maybe_crop(self, pixels: Tensor) -> Tensor:
+        """Mostly a window of `crop` pixels at a random multiple of 8: cheap, and the network is convolutional."""
+        if pixels.shape[-1] <= self.crop or torch.rand((), generator=self.pick) >= self.crop_chance:
+            return pixels
+        places = (pixels.shape[-1] - self.crop) // 8 + 1
+        top, left = (8 * torch.randint(places, (2,), generator=self.pick)).tolist()
+        return pixels[..., top : top + self.crop, left : left + self.crop]
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.average.update_parameters(self.vae)
+        self.recent.append(batch.pixels)
+        if self.global_step % self.save_every == 0:
+            self.export()
+
+    def on_train_end(self) -> None:
+        self.export()
+
+    @torch.no_grad()
+    def measure_latents(self, vae: AutoencoderKL, pixels: Tensor) -> tuple[float, float]:
+        """Mean and deviation of sampled latents, over all sizes, each size counting the same."""
+        means, squares = [], []
+        for side in self.sizes:
+            small = F.interpolate(pixels, size=(side, side), mode="area")
+            latents = torch.cat([vae.encode(chunk).latent_dist.sample(self.pick).float() for chunk in small.split(16)])
+            means.append(latents.mean())
+            squares.append(latents.square().mean())
+        mean, square = torch.stack(means).mean(), torch.stack(squares).mean()
+        return mean.item(), (square - mean.square()).sqrt().item()
+
+    @property
+    def target(self) -> Path:
+        return self.path / "vae"
+
+    def export(self) -> None:
+        """Write the averaged VAE in half precision, with the shift and the scale that normalise its latents."""
+        if not self.trainer.is_global_zero:
+            return
+        vae: Any = copy.deepcopy(self.average.module)
+        vae.eval()
+        if self.part == "all":
+            if not self.recent:  # resumed when nothing was left to train
+                self.recent.append(cast(Any, self.trainer).datamodule.last(256, 0).pixels.to(self.device))
+            mean, deviation = self.measure_latents(vae, torch.cat(list(self.recent)))
+            if not math.isfinite(mean + 1 / max(deviation, 1e-30)):
+                raise UserError(f"VAE {self.target} has latents that are not finite and was not written")
+            vae.register_to_config(shift_factor=round(mean, 4), scaling_factor=round(1 / deviation, 4))
+        vae.to(torch.float16)
+        check_finite(vae, f"VAE {self.target}")
+        replace_files(self.target, vae.save_pretrained)
+
+    def configure_optimizers(self) -> Any:
+        trained = [p for p in self.vae.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(trained, lr=self.lr, betas=(0.9, 0.99))
+        total = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(self.warmup, total, 0.01))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

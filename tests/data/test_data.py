@@ -1,0 +1,141 @@
+"""The order of the data, and batches."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import chain
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from swd.commands.cli import user_errors
+from swd.data.datamodule import GlobalBatches, PairData, collate
+from swd.types import Batch, UserError
+
+
+def global_order(length: int | None, batch_size: int, total: int, start: int = 0, world: int = 1, seed: int = 0):
+    """Indices of every global batch, put together from all processes."""
+    parts = [list(GlobalBatches(length, batch_size, start, total, seed, rank, world)) for rank in range(world)]
+    return [list(chain(*batches)) for batches in zip(*parts, strict=True)]
+
+
+@pytest.mark.parametrize(("length", "batch_size"), [(12, 4), (10, 4), (7, 4), (3, 8), (1, 4)])
+def test_every_epoch_covers_the_data_exactly_once(length: int, batch_size: int) -> None:
+    epochs = 4
+    total = -(-epochs * length // batch_size)
+    flat = list(chain(*global_order(length, batch_size, total)))[: epochs * length]
+    orders = [flat[i * length : (i + 1) * length] for i in range(epochs)]
+    for order in orders:
+        assert Counter(order) == Counter(range(length))
+    if length > 6:
+        assert len(set(map(tuple, orders))) == epochs, "every epoch has an order of its own"
+
+
+@pytest.mark.parametrize("length", [10, 1000, None])
+def test_the_global_order_is_the_same_for_any_number_of_processes_and_any_start(length: int | None) -> None:
+    expected = global_order(length, 8, 20)
+    for world in (1, 2, 4):
+        for start in (0, 1, 7, 19, 20):
+            assert global_order(length, 8, 20, start, world) == expected[start:]
+
+
+def test_the_order_follows_the_seed() -> None:
+    assert global_order(100, 10, 10, seed=1) != global_order(100, 10, 10, seed=2)
+    assert global_order(100, 10, 10, seed=1) == global_order(100, 10, 10, seed=1)
+
+
+def test_endless_data_counts_up() -> None:
+    assert list(chain(*global_order(None, 4, 3))) == list(range(12))
+
+
+def test_the_length_counts_skipped_batches_too() -> None:
+    assert len(GlobalBatches(10, 4, 3, 20)) == 20
+
+
+@pytest.mark.parametrize(("batch_size", "world"), [(6, 4), (1, 2), (0, 1), (-4, 1)])
+def test_a_batch_that_does_not_divide_is_refused(batch_size: int, world: int) -> None:
+    with pytest.raises(UserError, match=f"data.batch_size={batch_size}"):
+        GlobalBatches(10, batch_size, 0, 5, world=world)
+
+
+class Numbers(Dataset[dict[str, Any]]):
+    """Item i is a constant picture with caption i."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"pixels": torch.full((3, 2, 2), float(index)), "prompt": str(index)}
+
+
+def test_pictures_and_captions_stay_together() -> None:
+    batch = collate([Numbers(9)[i] for i in (5, 2)])
+    assert isinstance(batch, Batch) and len(batch) == 2
+    assert batch.prompts == ["5", "2"] and batch.pixels[:, 0, 0, 0].tolist() == [5.0, 2.0]
+    assert batch.to(torch.float64).pixels.dtype == torch.float64
+
+
+class StubTrainer:
+    """What `PairData` asks of a trainer."""
+
+    max_steps, global_rank, world_size = 4, 0, 1
+
+    def __init__(self, updates: int) -> None:
+        self.lightning_module = type("Task", (), {"updates": updates, "updates_per_iteration": 3})()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_loader_continues_where_it_stopped(workers: int) -> None:
+    def prompts(updates: int, workers: int) -> list[list[str]]:
+        data = PairData(Numbers(10), batch_size=4, workers=workers, seed=3)
+        data.trainer = StubTrainer(updates)  # type: ignore[assignment]
+        return [batch.prompts for batch in data.train_dataloader()]
+
+    straight = prompts(0, 0)
+    assert len(straight) == 12
+    assert prompts(5, workers) == straight[5:]
+
+
+@pytest.mark.parametrize("dataset", [Numbers(0), object()])
+def test_empty_data_is_refused(dataset: Any) -> None:
+    data = PairData(dataset)
+    data.trainer = StubTrainer(0)  # type: ignore[assignment]
+    with pytest.raises(UserError, match="empty"):
+        data.train_dataloader()
+
+
+def test_endless_data_that_ends_is_refused() -> None:
+    data = PairData(Numbers(47), batch_size=4, endless=True)
+    data.trainer = StubTrainer(0)  # type: ignore[assignment]
+    with pytest.raises(UserError, match=r"47 samples.*48 fresh ones.*data\.endless=false"):
+        data.train_dataloader()
+    data.dataset = Numbers(48)
+    assert sum([len(batch) for batch in data.train_dataloader()], 0) == 48
+
+
+class Refusing(Numbers):
+    """Item 5 is wrong input."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index == 5:
+            raise UserError("five.png is broken; remove it")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_wrong_input_in_a_worker_ends_in_its_own_line(workers: int, capsys: pytest.CaptureFixture[str]) -> None:
+    data = PairData(Refusing(6), batch_size=2, workers=workers)
+    data.trainer = StubTrainer(0)  # type: ignore[assignment]
+    seen: list[str] = []
+    with pytest.raises(SystemExit) as ended, user_errors():
+        for batch in data.train_dataloader():
+            seen += batch.prompts
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: five.png is broken; remove it\n"
+    order = list(chain(*global_order(6, 2, 3)))
+    assert seen == [str(i) for i in order[: order.index(5) // 2 * 2]]

@@ -1,0 +1,50 @@
+"""Pipeline folders of the models that ship as configuration: their networks' configuration, and no weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import save_file
+
+from swd.modules.backbones import load_family
+
+NETWORKS = Path(__file__).parents[1] / "data" / "networks"
+CONF = Path(__file__).parents[2] / "conf" / "model"
+MODELS = tuple(sorted(file.stem for file in NETWORKS.glob("*.json")))
+
+
+def options(name: str) -> dict[str, Any]:
+    """The model node of a shipped configuration."""
+    node = yaml.safe_load((CONF / f"{name}.yaml").read_text())["model"]
+    return {key: value for key, value in node.items() if key != "_target_"}
+
+
+def skeleton(name: str, folder: Path) -> Path:
+    """A folder that holds the network's configuration; its weights are empty files."""
+    config = json.loads((NETWORKS / f"{name}.json").read_text())
+    part = load_family(options(name)["family"]).subfolder
+    key = "encoder_block_out_channels" if options(name)["family"] == "sana" else "block_out_channels"
+    vae = {key: [1] * (6 if options(name)["family"] == "sana" else 4)}
+    for sub, content in {part: config, "vae": vae}.items():
+        (folder / sub).mkdir(parents=True)
+        (folder / sub / "config.json").write_text(json.dumps(content))
+        save_file({}, folder / sub / "model.safetensors")
+    index: dict[str, Any] = {part: ["diffusers", config["_class_name"]], "vae": ["diffusers", "AutoencoderKL"]}
+    index["_class_name"] = load_family(options(name)["family"]).pipeline_type
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def hub(root: Path) -> Any:
+    """A stand-in for `snapshot_download` that knows the shipped models."""
+    known = {options(name)["path"]: name for name in MODELS}
+
+    def snapshot(repository: str, **kwargs: Any) -> str:
+        name = known[repository]
+        folder = root / name
+        return str(folder if folder.exists() else skeleton(name, folder))
+
+    return snapshot

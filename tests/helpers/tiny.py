@@ -1,0 +1,143 @@
+"""A tiny random SD3 pipeline and what tests build from it; no stored weights are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+from torch import Tensor
+
+from swd.modules.backbones.sd3 import SD3Backbone
+from swd.modules.networks import Role, SharedBase
+from swd.schedule import ScaleSchedule
+from swd.shapes.pipeline import build_clip_encoder, build_clip_tokenizer, build_t5_encoder, build_t5_tokenizer
+from swd.types import Conditioning
+
+CONF = Path(__file__).parents[2] / "conf"
+CHANNELS, WIDTH, BLOCKS = 4, 16, 3
+SIGMAS, SIZES = (1.0, 0.8, 0.6), (4, 6, 8)
+TEXT_WIDTH, POOLED_WIDTH, TEXT_TOKENS = 128, 128, 12
+
+
+def build_transformer(seed: int = 0) -> SD3Transformer2DModel:
+    """Patch 2, latents up to 12x12, dual attention in the first block as in SD3.5 medium."""
+    torch.manual_seed(seed)
+    return SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        num_layers=BLOCKS,
+        num_attention_heads=2,
+        attention_head_dim=WIDTH // 2,
+        joint_attention_dim=TEXT_WIDTH,
+        caption_projection_dim=WIDTH,
+        pooled_projection_dim=POOLED_WIDTH,
+        pos_embed_max_size=6,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    ).eval()
+
+
+def build_vae(channels: int = CHANNELS, scale: float = 1.7, shift: float | None = 0.1) -> AutoencoderKL:
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * 4,
+        layers_per_block=1,
+        latent_channels=channels,
+        norm_num_groups=4,
+        scaling_factor=scale,
+        shift_factor=shift,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def build_pipeline() -> StableDiffusion3Pipeline:
+    clip, t5 = build_clip_tokenizer(), build_t5_tokenizer()
+    transformer = build_transformer()
+    vae = build_vae()
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0),
+        vae=vae,
+        text_encoder=build_clip_encoder(len(clip), 1),
+        tokenizer=clip,
+        text_encoder_2=build_clip_encoder(len(clip), 2),
+        tokenizer_2=clip,
+        text_encoder_3=build_t5_encoder(len(t5), 3),
+        tokenizer_3=t5,
+    )
+
+
+def build_networks(
+    rank: int = 4,
+    alpha: float | None = None,
+    roles: Sequence[Role] = ("student", "fake"),
+    dtype: torch.dtype = torch.float32,
+    checkpointing: bool = False,
+    seed: int = 0,
+) -> SharedBase:
+    """Roles on the tiny transformer, with LoRA weights that are not zero."""
+    networks = SharedBase(SD3Backbone(build_transformer().to(dtype)), rank, alpha, roles=roles, seed=seed)
+    generator = torch.Generator().manual_seed(100 + seed)
+    for role in roles:
+        for parameter in networks.role_parameters(role):
+            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    if checkpointing:
+        networks.enable_checkpointing()
+    return networks
+
+
+def build_schedule() -> ScaleSchedule:
+    return ScaleSchedule(SIGMAS, SIZES)
+
+
+def build_conditioning(batch: int = 2, seed: int = 0) -> Conditioning:
+    generator = torch.Generator().manual_seed(seed)
+    return Conditioning(
+        torch.randn(batch, TEXT_TOKENS, TEXT_WIDTH, generator=generator),
+        torch.randn(batch, POOLED_WIDTH, generator=generator),
+    )
+
+
+def build_latents(batch: int = 2, side: int = 8, seed: int = 0) -> Tensor:
+    return torch.randn(batch, CHANNELS, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def overrides(model: Path, folder: Path, **more: Any) -> list[str]:
+    """Command-line arguments that train the tiny pipeline; `__` in a keyword stands for a dot."""
+    values = {
+        "folder": folder,
+        "name": "tiny",
+        "model.path": model,
+        "model.size": 8,
+        "model.rank": 4,
+        "model.precision": "fp32",
+        "model.feature_blocks": "[1]",
+        "schedule.sigmas": list(SIGMAS),
+        "schedule.sizes": list(SIZES),
+        "data.dataset.resolution": 64,
+        "data.batch_size": 4,
+        "task.critic_updates": 2,
+        "trainer.max_steps": 2,
+        "trainer.accelerator": "cpu",
+        "callbacks": "checkpoint",
+    } | {key.replace("__", "."): value for key, value in more.items()}
+    return [f"{key}={'null' if value is None else value}" for key, value in values.items()]
+
+
+def composed(arguments: Sequence[str], command: str = "train") -> DictConfig:
+    """The configuration that a command line composes to."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(command, list(arguments))

@@ -1,0 +1,612 @@
+"""The shared contract of all families, on tiny random pipelines."""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from lightning import Trainer
+from PIL import Image
+from tiny import CONF, composed
+from torch import Tensor
+from torch.testing import assert_close
+from torch.utils.data import DataLoader
+
+from swd.losses import DMD, GAN, MMD, GeneratorStep
+from swd.losses.update import generator_gradient, settle_features, wanted
+from swd.modules.distiller import Distiller
+from swd.modules.encoders import Encoders
+from swd.modules.networks import Networks, Role, SharedBase
+from swd.modules.pretrained import Pretrained
+from swd.modules.sampling import sample_latents
+from swd.schedule import ScaleSchedule
+from swd.types import Batch, Conditioning, SeededDraws, UserError
+
+PROMPTS = ["a red star", "a large blue ring above a small heart"]
+
+
+@pytest.fixture(scope="module", params=families.FAMILIES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(name: str, tmp_path_factory: pytest.TempPathFactory) -> Pretrained:
+    return families.pretrained(name, families.save(name, tmp_path_factory.mktemp(name) / "pipeline"))
+
+
+class BuiltOnce(Pretrained):
+    """Builds its encoders once, and its networks once for each set of roles: a family's tests start from the same."""
+
+    def encoders(self, *args: Any) -> Encoders:
+        if not hasattr(self, "_encoders"):
+            self._encoders = super().encoders(*args)
+        return self._encoders
+
+    def networks(self, roles: Sequence[Role], *args: Any) -> Networks:
+        self._networks: dict[Any, tuple[Networks, dict[str, Tensor]]] = getattr(self, "_networks", {})
+        if roles not in self._networks:
+            networks = super().networks(roles, *args)
+            self._networks[roles] = networks, {k: v.clone() for k, v in networks.state_dict().items()}
+        networks, state = self._networks[roles]
+        networks.load_state_dict(state)
+        networks.zero_grad()
+        return networks
+
+
+@pytest.fixture(scope="module")
+def built(name: str, model: Pretrained) -> dict[str, BuiltOnce]:
+    """The model by how it is trained."""
+    options: dict[str, dict[str, Any]] = {"lora": {}, "full": {"tuning": "full"}, "bf16": {"precision": "bf16"}}
+    return {key: families.pretrained(name, model.folder, BuiltOnce, **more) for key, more in options.items()}
+
+
+def latents(name: str, size: Any = None, batch: int = 2, seed: int = 0) -> Tensor:
+    size = size or families.SIZES[name][-1]
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    return torch.randn(batch, families.CHANNELS[name], *size, generator=torch.Generator().manual_seed(seed))
+
+
+def randomised(networks: Networks) -> SharedBase:
+    """Adapters whose updates are not zero."""
+    assert isinstance(networks, SharedBase)
+    generator = torch.Generator().manual_seed(5)
+    for role in networks.roles:
+        for parameter in networks.role_parameters(role):
+            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return networks
+
+
+def conditioning(model: Pretrained, batch: int = 2) -> Conditioning:
+    return model.backbone_class.random_conditioning(model.network_config, batch, 7)
+
+
+def test_prediction_and_features_have_their_shapes(name: str, model: Pretrained) -> None:
+    backbone, blocks = model.network(), range(model.limits.blocks)
+    for size in (*families.SIZES[name], families.NON_SQUARE[name]):
+        x = latents(name, size)
+        prediction, features = backbone.predict(x, torch.tensor([0.9, 0.3]), conditioning(model), blocks)
+        assert prediction.shape == x.shape and prediction.isfinite().all()
+        assert len(features) == model.limits.blocks
+        for feature in features:
+            assert feature.shape[0] == 2 and feature.shape[2] == model.limits.width
+
+
+def test_early_exit_equals_the_whole_pass(name: str, model: Pretrained) -> None:
+    backbone, x, sigma, text = model.network(), latents(name), torch.tensor([0.9, 0.3]), conditioning(model)
+    last = model.limits.blocks - 1
+    _, whole = backbone.predict(x, sigma, text, (last,))
+    assert torch.equal(backbone.features(x, sigma, text, (last,))[0], whole[0])
+
+
+def test_a_sample_does_not_depend_on_its_batch(name: str, model: Pretrained) -> None:
+    backbone, x, sigma, text = model.network(), latents(name), torch.tensor([0.9, 0.3]), conditioning(model)
+    both = backbone.predict(x, sigma, text)[0]
+    alone = backbone.predict(x[1:], sigma[1:], text.map(lambda t: t[1:]))[0]
+    assert_close(both[1:], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_level_and_text_matter(name: str, model: Pretrained) -> None:
+    backbone, x, text = model.network(), latents(name), conditioning(model)
+    base = backbone.predict(x, torch.tensor([0.9, 0.9]), text)[0]
+    assert not torch.allclose(base, backbone.predict(x, torch.tensor([0.5, 0.5]), text)[0], atol=1e-4)
+    other = model.backbone_class.random_conditioning(model.network_config, 2, 7, seed=9)
+    assert not torch.allclose(base, backbone.predict(x, torch.tensor([0.9, 0.9]), other)[0], atol=1e-5)
+
+
+def test_sizes_that_would_be_truncated_are_refused(name: str, model: Pretrained) -> None:
+    odd = (5, 5) if len(model.limits.native) == 2 else (1, 5, 5)
+    if model.limits.divisor > 1:
+        with pytest.raises(UserError, match="not divisible by 2"):
+            model.limits.check_size(odd)
+    with pytest.raises(UserError, match="takes"):
+        model.limits.check_size((4, 4, 4, 4))
+    with pytest.raises(UserError, match="does not exist"):
+        model.limits.check_block(model.limits.blocks)
+
+
+def test_noise_and_back(name: str, model: Pretrained) -> None:
+    process, x0 = model.backbone_class.process, latents(name)
+    eps, sigma = torch.randn_like(x0), torch.tensor([0.95, 0.2])
+    x_t = process.add_noise(x0, eps, sigma)
+    prediction = eps if process.prediction_type == "epsilon" else eps - x0
+    assert_close(process.to_x0(x_t, prediction, sigma), x0, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_roles_on_one_base_have_the_gradients_of_separate_copies(
+    name: str, model: Pretrained, checkpointing: bool
+) -> None:
+    """The generator's gradient through the fake network's features, and the student's own, as with two networks."""
+    networks = randomised(model.networks(("student", "fake")))
+    if checkpointing:
+        networks.enable_checkpointing()
+    networks.train()
+    student, fake = merged(networks, "student"), merged(networks, "fake")
+    x, sigma, text = latents(name), torch.tensor([0.9, 0.6]), conditioning(model)
+
+    def loss(run_student: Any, run_fake: Any) -> Tensor:
+        x0 = run_student(x)
+        return run_fake(networks.process.add_noise(x0, torch.ones_like(x0), sigma))[0].square().mean()
+
+    shared = loss(
+        lambda z: networks.x0("student", z, sigma, text)[0], lambda z: networks.features("fake", z, sigma, text, (0,))
+    )
+    shared.backward()
+    separate = loss(
+        lambda z: networks.process.to_x0(z, student.predict(z, sigma, text)[0], sigma),
+        lambda z: fake.features(z, sigma, text, (0,)),
+    )
+    separate.backward()
+    assert_close(shared, separate, rtol=1e-4, atol=1e-6)
+    for role, alone in (("student", student), ("fake", fake)):
+        weights = dict(alone.network.named_parameters())
+        checked = 0
+        for key, a in networks.backbone.network.named_parameters():
+            if f".lora_A.{role}." not in key:
+                continue
+            module = key.removesuffix(f".lora_A.{role}.weight")
+            b = networks.backbone.network.get_parameter(f"{module}.lora_B.{role}.weight")
+            grad = weights[f"{module}.weight"].grad
+            if grad is None:  # behind the features
+                assert a.grad is None and b.grad is None, key
+                continue
+            # The update is B A: dL/dA = B^T dL/dW, dL/dB = dL/dW A^T.
+            assert_close(a.grad, b.detach().t() @ grad, rtol=2e-3, atol=1e-5)
+            assert_close(b.grad, grad @ a.detach().t(), rtol=2e-3, atol=1e-5)
+            checked += 1
+        assert checked > 3, role
+
+
+def merged(networks: SharedBase, role: Any) -> Any:
+    """A separate network with a role's update added to its weights."""
+    backbone = copy.deepcopy(networks.backbone)
+    state = networks.adapter_state(role)
+    with torch.no_grad():
+        for module in [m for m in backbone.network.modules() if hasattr(m, "base_layer")]:
+            module._disable_adapters = True
+        layers = dict(backbone.network.named_modules())
+        for key in state:
+            if key.endswith("lora_A.weight"):
+                name = key.removesuffix(".lora_A.weight")
+                layers[name].base_layer.weight += state[f"{name}.lora_B.weight"] @ state[key]
+        for name, layer in list(layers.items()):
+            if hasattr(layer, "base_layer"):
+                parent, _, child = name.rpartition(".")
+                setattr(backbone.network.get_submodule(parent), child, layer.base_layer)
+    return backbone.requires_grad_(True)
+
+
+TERMS = {
+    "swd": lambda: {"dmd": DMD(), "mmd": MMD(blocks=[0]), "gan": GAN(blocks=[0])},
+    "mmd": lambda: {"mmd": MMD(blocks=[0])},
+    "dmd": lambda: {"dmd": DMD(guidance_scale=1.0)},
+    "dmd_mmd": lambda: {"dmd": DMD(guidance_scale=2.0), "mmd": MMD(blocks=[0], features="teacher")},
+    "dmd_gan": lambda: {"dmd": DMD(), "gan": GAN(blocks=[0])},
+    "mmd_gan": lambda: {"mmd": MMD(blocks=[0]), "gan": GAN(blocks=[0])},
+    "gan": lambda: {"gan": GAN(blocks=[0])},
+}
+
+
+def test_terms_are_those_of_the_configurations() -> None:
+    assert set(TERMS) == {file.stem for file in (CONF / "loss").glob("*.yaml")}
+    for option, terms in TERMS.items():
+        assert set(terms()) == ({"dmd", "mmd", "gan"} if option == "swd" else set(option.split("_")))
+
+
+@pytest.mark.parametrize("terms", TERMS)
+def test_every_loss_gives_a_gradient(name: str, built: dict[str, BuiltOnce], terms: str) -> None:
+    model = built["lora"]
+    loss = TERMS[terms]()
+    settle_features(loss)
+    for term in loss.values():
+        term.build(model.limits.width)
+    networks = randomised(model.networks(("student", "fake")))
+    x0_hat = latents(name).requires_grad_()
+    step = GeneratorStep(
+        networks,
+        conditioning(model),
+        model.backbone_class.random_conditioning(model.network_config, 1, 7, 3),
+        x0_hat,
+        latents(name, seed=1),
+        SeededDraws(0),
+        wanted(loss, "generator_pass"),
+    )
+    total, gradient, _ = generator_gradient(loss, step)
+    assert total.isfinite() and gradient.isfinite().all() and gradient.abs().sum() > 0
+    assert all(p.grad is None for p in networks.parameters())
+
+
+def two_iterations(name: str, model: Pretrained, terms: str, folder: Path) -> tuple[Distiller, dict[str, Tensor]]:
+    """A task after two iterations with one critic update each, and its parameters before them."""
+    shape = (2, 3, *model.pixel_size(model.size))
+    batches = [Batch(torch.rand(shape, generator=torch.Generator().manual_seed(i)) * 2 - 1, PROMPTS) for i in range(4)]
+    schedule = ScaleSchedule(families.SIGMAS, families.SIZES[name])
+    task = Distiller(model, schedule, TERMS[terms](), critic_updates=1, lr=1e-3)
+    task.configure_model()
+    before = {k: p.detach().clone() for k, p in task.named_parameters()}
+    trainer = Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=str(folder),
+    )
+    trainer.fit(task, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    assert trainer.global_step == 2
+    for metric, value in task.last_metrics.items():
+        assert value.isfinite(), metric
+    return task, before
+
+
+def changed(task: Distiller, before: dict[str, Tensor]) -> set[str]:
+    return {key for key, parameter in task.named_parameters() if not torch.equal(parameter, before[key])}
+
+
+def test_the_vae_works_through_a_batch_in_parts(
+    name: str, built: dict[str, BuiltOnce], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rows fit, then the fifth is alone: the result is that of one call."""
+    model, encoders = built["lora"], built["lora"].encoders()
+    size = model.pixel_size(model.size)
+    pixels = torch.rand(5, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    whole = encoders.encode(pixels, SeededDraws(0))
+    pictures = encoders.decode(whole)
+    calls: list[int] = []
+    for method in ("encode", "decode"):
+        original = getattr(encoders.vae, method)
+
+        def counted(x: Tensor, *args: Any, original: Any = original, **kwargs: Any) -> Any:
+            calls.append(len(x))
+            return original(x, *args, **kwargs)
+
+        monkeypatch.setattr(encoders.vae, method, counted)
+    monkeypatch.setattr(encoders, "at_once", 3 * math.prod(size) - 1)
+    assert_close(encoders.encode(pixels, SeededDraws(0)), whole, rtol=1e-4, atol=1e-5)
+    assert_close(encoders.decode(whole), pictures, rtol=1e-4, atol=1e-4)
+    assert calls == [2, 2, 1, 2, 2, 1]
+    monkeypatch.setattr(encoders, "at_once", 1)
+    encoders.decode(whole[:2])
+    assert calls[6:] == [1, 1]
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.filterwarnings("ignore:DMD is known to fail")
+def test_two_iterations_train_the_student(
+    name: str, built: dict[str, BuiltOnce], terms: str, tuning: str, tmp_path: Path
+) -> None:
+    model = built[tuning]
+    task, before = two_iterations(name, model, terms, tmp_path)
+    assert {term for term in ("dmd", "mmd", "gan") if term in task.last_metrics} == set(TERMS[terms]())
+    trained = changed(task, before)
+    assert trained and trained <= {k for k, p in task.named_parameters() if p.requires_grad}
+    assert task.roles == (("student",) if terms == "mmd" else ("student", "fake"))
+    for role in task.roles:
+        assert any(role in key for key in trained)
+    assert any("head" in key for key in trained) == ("gan" in TERMS[terms]())
+    if terms in ("mmd", "swd"):
+        pictures, steps = task.sample(PROMPTS, [1, 2], keep_x0=True)
+        assert tuple(pictures.shape[2:]) == model.pixel_size(model.size)
+        assert pictures.isfinite().all() and len(steps) == 3
+
+
+@pytest.mark.filterwarnings("ignore:DMD is known to fail")
+def test_a_bf16_base_trains_float32_adapters(name: str, built: dict[str, BuiltOnce], tmp_path: Path) -> None:
+    """Some families keep a few small weights in float32, as diffusers loads them."""
+    task, before = two_iterations(name, built["bf16"], "swd", tmp_path)
+    assert task.networks.backbone.dtype == torch.bfloat16
+    kept = tuple(task.networks.backbone.network._keep_in_fp32_modules or ())  # type: ignore[union-attr,arg-type]
+    for key, parameter in task.networks.named_parameters("networks"):
+        frozen = "lora_" not in key
+        expected = torch.bfloat16 if frozen and not any(part in key.split(".") for part in kept) else torch.float32
+        assert parameter.dtype == expected, key
+        assert parameter.requires_grad != frozen, key
+    trained = changed(task, before)
+    assert trained and all(task.get_parameter(key).requires_grad for key in trained)
+    for role in task.roles:
+        assert any(role in key for key in trained)
+    assert task.encoders.vae.dtype == (torch.bfloat16 if name == "sana" else torch.float32)
+    pictures, _ = task.sample(PROMPTS, [1, 2])
+    assert pictures.isfinite().all()
+
+
+def test_full_copies_start_as_the_teacher(name: str, model: Pretrained) -> None:
+    networks = families.pretrained(name, model.folder, tuning="full").networks(("student", "fake"))
+    x, sigma, text = latents(name), torch.tensor([0.9, 0.3]), conditioning(model)
+    with torch.no_grad():
+        teacher = networks.x0("teacher", x, sigma, text)[0]
+        assert torch.equal(networks.x0("student", x, sigma, text)[0], teacher)
+    assert all(not p.requires_grad for p in networks.backbone.parameters())
+    assert len(networks.role_parameters("student")) == len(list(networks.backbone.parameters()))
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_an_8_bit_base_predicts_nearly_the_same_and_trains(name: str, model: Pretrained, kind: Any) -> None:
+    x, sigma, text = latents(name), torch.tensor([0.9, 0.3]), conditioning(model)
+    exact = model.networks(("student",))
+    small = families.pretrained(name, model.folder, quantization=kind).networks(("student",))
+    with torch.no_grad():
+        a, b = (n.x0("teacher", x, sigma, text)[0] for n in (exact, small))
+    assert 0 < ((a - b).norm() / a.norm()).item() < {"int8": 0.02, "fp8": 0.08}[kind]
+    small.x0("student", x, sigma, text)[0].square().mean().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in small.role_parameters("student"))
+
+
+@pytest.mark.parametrize("square", [True, False])
+def test_the_stock_pipeline_draws_what_training_draws(name: str, model: Pretrained, square: bool) -> None:
+    from swd.commands.sample import Request, build_pipeline, draw
+    from swd.modules.adapters import Adapter
+
+    networks = randomised(model.networks(("student",)))
+    divisor, kind = model.limits.divisor, model.backbone_class.process.prediction_type
+    schedule = ScaleSchedule(families.SIGMAS, families.SIZES[name])
+    adapter = Adapter(networks.adapter_state("student"), Path("none"))
+    pipe = build_pipeline(model, adapter, schedule.scheduler(divisor, kind))
+    size = model.size if square else families.NON_SQUARE[name]
+    requests = [Request(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
+    final, steps = draw(pipe, model, requests, size)
+
+    encoders = model.encoders()
+    encoders.final_size = size
+    scheduler = schedule.scheduler(divisor, kind)
+    generators = [torch.Generator().manual_seed(r.seed) for r in requests]
+    start = scheduler.initial_latents(
+        2, model.channels, size[-2], size[-1], size[0] if len(size) == 3 else None, generators
+    )
+    clean = sample_latents(networks, scheduler, start, encoders.encode_prompts(PROMPTS))
+    assert tuple(clean.shape[2:]) == size
+    assert_close(torch.stack(final), encoders.decode(clean), rtol=1e-3, atol=1e-3)
+    assert len(steps) == 3
+
+
+@pytest.mark.parametrize("guidance", [1.0, 9.0])
+def test_dmds_guided_prediction_is_the_stock_pipelines(name: str, model: Pretrained, guidance: float) -> None:
+    """At every step of the stock pipeline's own sampler: text, empty text, fed guidance, sizes, all as it is called."""
+    from swd.commands.sample import Request, build_pipeline, draw
+
+    teacher = families.pretrained(name, model.folder, drawing_guidance_scale=guidance, teacher_steps=3)
+    pipe = build_pipeline(teacher)
+    seen: list[tuple[Tensor, Any, Tensor]] = []
+    original = pipe.scheduler.step
+
+    def watched(prediction: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append((prediction.clone(), float(timestep), sample.clone()))
+        return original(prediction, timestep, sample, *args, **kwargs)
+
+    pipe.scheduler.step = watched
+    size = families.NON_SQUARE[name]
+    draw(pipe, teacher, [Request(prompt, seed) for seed, prompt in enumerate(PROMPTS)], size)
+    assert len(seen) == 3
+
+    task = Distiller(teacher, ScaleSchedule([1.0], [size]), {"mmd": MMD(blocks=[0])})
+    task.configure_model()
+    text, backbone = task._encode_prompts(PROMPTS, None), teacher.backbone_class
+    for prediction, timestep, sample in seen:
+        sigma = torch.full((2,), timestep / 1000)
+        x_t = backbone.from_pipeline(sample, size)
+        with torch.no_grad():
+            ours = task.networks.guided_x0(x_t, sigma, text, task.empty, guidance)
+            plain = task.networks.guided_x0(x_t, sigma, text, task.empty, 1.0)
+        theirs = backbone.process.to_x0(x_t, backbone.from_pipeline(prediction, size), sigma)
+        effect = 1e-3 if guidance == 1.0 else float((plain - theirs).abs().max() / theirs.abs().max())
+        assert (ours - theirs).abs().max() < 0.05 * effect * theirs.abs().max()
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_sdxls_input_without_a_prompt_is_what_its_pipeline_says(tmp_path: Path, zeros: bool) -> None:
+    pipeline = families.build("sdxl")
+    pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
+    pipeline.save_pretrained(tmp_path / "sdxl")
+    model = families.pretrained("sdxl", tmp_path / "sdxl")
+    task = Distiller(model, ScaleSchedule([1.0], [8]), {"mmd": MMD(blocks=[0])})
+    task.configure_model()
+    _, embeds, _, pooled = pipeline.encode_prompt("a star", do_classifier_free_guidance=True)
+    assert_close(task.empty.embeds, embeds)
+    assert task.empty.pooled is not None and task.empty.time_ids is not None
+    assert_close(task.empty.pooled, pooled)
+    assert bool(embeds.any()) is not zeros and task.empty.time_ids.tolist() == [[64, 64, 0, 0, 64, 64]]
+
+
+# Calls as users of diffusers make them
+
+
+def scale_wise(name: str, model: Pretrained, sizes: Any = None) -> Any:
+    """The stock pipeline with our scheduler, and what it is called with beside size and latents."""
+    from swd.commands.sample import build_pipeline
+
+    pipe = build_pipeline(model)
+    kind = model.backbone_class.process.prediction_type
+    schedule = ScaleSchedule(families.SIGMAS, sizes or families.SIZES[name])
+    schedule.scheduler(model.limits.divisor, kind).attach(pipe)
+    options = dict(model.backbone_class.sampling_arguments(model.max_text_tokens, model.embedded_guidance))
+    options |= {"prompt": "a red star", "num_inference_steps": 3, "output_type": "latent"}
+    return pipe, options
+
+
+def in_pixels(model: Pretrained, size: Any) -> dict[str, int]:
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    *frames, height, width = model.pixel_size(size)
+    return {"height": height, "width": width} | ({"num_frames": frames[0]} if frames else {})
+
+
+@pytest.mark.parametrize("which", [1, 2, "default"])
+def test_a_call_at_a_later_size_is_refused(name: str, model: Pretrained, which: Any) -> None:
+    """It would end at the square of the size's ratio: twice the side for the last size of most schedules."""
+    if which == "default" and name == "wan":
+        pytest.skip("its default is 480p whatever the network")
+    pipe, options = scale_wise(name, model)
+    size = {} if which == "default" else in_pixels(model, families.SIZES[name][which])
+    message = r"tokens are no latent.*pass latents=" if name == "flux" else r"starts at .* and ends at .*Pass latents="
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message) as caught:
+            pipe(**options, **size)
+        assert "\n" not in str(caught.value)
+    if name != "flux":
+        start = in_pixels(model, families.SIZES[name][0])
+        assert tuple(pipe(**options, **start)[0].shape[2:]) == model.size
+
+
+def test_a_flux_call_ends_at_its_height_and_width(tmp_path: Path) -> None:
+    model = families.pretrained("flux", families.save("flux", tmp_path / "flux"))
+    pipe, options = scale_wise("flux", model)
+    for sides in ((8, 8), (8, 12), (10, 6), (8, 8)):
+        latents = pipe.scheduler.initial_latents(1, 4, *sides, packed=True)
+        size = in_pixels(model, sides)
+        first = pipe(**options, **size, latents=latents)[0]
+        assert first.shape[1] == sides[0] * sides[1] // 4
+        assert_close(copy.deepcopy(pipe)(**options, **size, latents=latents)[0], first, rtol=1e-4, atol=1e-5)
+        pipe.scheduler.initial_latents(1, 4, 12, 8)  # of a call that never comes
+        assert torch.equal(pipe(**options, **size, latents=latents)[0], first)
+    with pytest.raises(ValueError, match="height and width of the final size"):
+        pipe(**options, **in_pixels(model, 4), latents=pipe.scheduler.initial_latents(1, 4, packed=True))
+    turned = pipe.scheduler.initial_latents(1, 4, 4, 16, packed=True)  # as many tokens as the square
+    with pytest.raises(ValueError, match=r"made for the final size \(4, 16\).*are those of \(8, 8\)"):
+        pipe(**options, **in_pixels(model, 8), latents=turned)
+
+
+def test_latents_end_where_they_were_planned_to_whatever_was_called_before(name: str, model: Pretrained) -> None:
+    """Two final sizes with one first size and one seed; calls in both orders, again, and by a copy of the pipeline."""
+    if name == "flux":
+        pytest.skip("its calls end at their height and width")
+    pipe, options = scale_wise(name, model, [[1, 4, 4], [2, 6, 6], [3, 8, 16]] if name == "wan" else [4, 6, 16])
+    scheduler, own = pipe.scheduler, pipe.scheduler.base_sizes[-1]
+    other = (*own[:-1], 14)
+
+    def latents(final: Any) -> Tensor:
+        frames = final[0] if len(final) == 3 else None
+        generator = torch.Generator().manual_seed(0)
+        return scheduler.initial_latents(1, model.channels, *final[-2:], frames, generator)
+
+    def ends(**more: Any) -> tuple[int, ...]:
+        return tuple(pipe(**options, **more)[0].shape[2:])
+
+    first = in_pixels(model, scheduler.base_sizes[0])
+    a, b = latents(own), latents(other)
+    assert a.shape == b.shape and not torch.equal(a, b)
+    plain = {"generator": torch.Generator().manual_seed(0), **first}
+    assert [ends(latents=x, **first) for x in (b, a, a, b)] == [other, own, own, other]
+    assert [ends(**plain), ends(latents=b, **first), ends(**plain)] == [own, other, own]
+    pipe = copy.deepcopy(pipe)
+    assert [ends(latents=x.half().float(), **first) for x in (a, b)] == [own, other]
+
+
+def test_the_stock_pipeline_draws_what_training_draws_in_bf16(name: str, built: dict[str, BuiltOnce]) -> None:
+    """Training computes under autocast, a stock pipeline in bf16 throughout: they agree as far as bf16 goes.
+
+    Relative distances of predictions were 0.0019 to 0.0044; bf16 rounds by up to 2^-8 = 0.0039. Another text,
+    another level (by 0.1) or no adapter moves them by 0.03 and more.
+    """
+    from swd.commands.sample import Request, build_pipeline, draw
+    from swd.modules.adapters import Adapter
+
+    half = built["bf16"]
+    networks = randomised(half.networks(("student",)))
+    divisor, kind = half.limits.divisor, half.backbone_class.process.prediction_type
+    stock, ours = (ScaleSchedule(families.SIGMAS, families.SIZES[name]).scheduler(divisor, kind) for _ in range(2))
+    pipe = build_pipeline(half, Adapter(networks.adapter_state("student"), Path("none")), stock)
+    final, _ = draw(pipe, half, [Request(prompt, seed) for seed, prompt in enumerate(PROMPTS)])
+    assert all(picture.isfinite().all() for picture in final)
+    assert pipe.text_encoder.dtype == getattr(pipe, half.backbone_class.subfolder).dtype == torch.bfloat16
+    assert pipe.vae.dtype == (torch.float32 if name in ("sdxl", "wan") else torch.bfloat16)
+
+    frames = half.size[0] if len(half.size) == 3 else None
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    start = ours.initial_latents(2, half.channels, *half.size[-2:], frames, generators)
+    encoders = half.encoders()
+    encoders.final_size, ours.keep_x0 = half.size, True
+    sample_latents(networks, ours, start, encoders.encode_prompts(PROMPTS))
+    for theirs, mine in zip(stock.x0_predictions, ours.x0_predictions, strict=True):
+        assert (theirs.float() - mine.float()).norm() < 0.008 * mine.float().norm()
+
+
+def test_sample_writes_files_with_their_origin(name: str, model: Pretrained, tmp_path: Path) -> None:
+    from swd.commands import sample
+    from swd.io import video
+    from swd.modules.adapters import save_adapter
+
+    networks = randomised(model.networks(("student",)))
+    kind = model.backbone_class.process.prediction_type
+    schedule = ScaleSchedule(families.SIGMAS, families.SIZES[name]).scheduler(model.limits.divisor, kind)
+    part = model.backbone_class.subfolder
+    adapter = save_adapter(tmp_path / "adapter", networks.adapter_state("student"), 4, 4, schedule, "base", part)
+    ending = "mp4" if name == "wan" else "png"
+    cfg = composed(
+        [
+            f"folder={tmp_path / 'out'}",
+            "name=test",
+            f"adapter={adapter}",
+            f"model.family={model.family}",
+            f"model.path={model.folder}",
+            f"model.size={families.SIZES[name][-1]}".replace(" ", ""),
+            f"model.max_text_tokens={model.max_text_tokens}",
+            f"model.targets=[{','.join(model.targets)}]",
+            f"+model.embedded_guidance={model.embedded_guidance or 'null'}",
+            "model.precision=fp32",
+            "show_sizes=true",
+            "seed=3",
+        ],
+        "sample",
+    )
+    cfg.prompts = PROMPTS[:1]
+    sample.run(cfg)
+    files = sorted(p.name for p in (tmp_path / "out").glob(f"*.{ending}"))
+    assert len(files) == 1 + len(families.SIGMAS)
+    final = tmp_path / "out" / f"a-red-star_seed3.{ending}"
+    if ending == "mp4":
+        assert tuple(video.read(final).shape[1:]) == model.pixel_size(model.size)
+        assert b"a red star" in final.read_bytes()
+    else:
+        with Image.open(final) as image:
+            assert (image.height, image.width) == model.pixel_size(model.size)
+            assert image.info["prompt"] == "a red star" and len(image.info["adapter_hash"]) == 16
+            assert str(families.SIGMAS) in image.info["schedule"]
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "vae"])
+def test_a_missing_part_is_named(name: str, model: Pretrained, tmp_path: Path, part: str) -> None:
+    folder = shutil.copytree(model.folder, tmp_path / "copy")
+    for file in (folder / part).iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match=f"{part}"):
+        families.pretrained(name, folder)
+    (folder / part / "other.txt").write_text("x")
+    with pytest.raises(UserError, match="holds no tokenizer" if part == "tokenizer" else "has no config.json"):
+        families.pretrained(name, folder)
+
+
+def test_a_pipeline_of_another_family_is_refused(name: str, model: Pretrained) -> None:
+    other = "flux" if model.family != "flux" else "sdxl"
+    with pytest.raises(UserError, match=f"model.family={other} is for"):
+        Pretrained(other, str(model.folder))
+    with pytest.raises(UserError, match=r"model\.family=fluxx is not known; use one of"):
+        Pretrained("fluxx", str(model.folder))

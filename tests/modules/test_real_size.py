@@ -1,0 +1,120 @@
+"""The five networks at real size, on the meta device: no weights, no arithmetic."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from skeletons import NETWORKS, options, skeleton
+
+from swd.export.student_folder import comfy_state
+from swd.metrics.flops import forward_gflop
+from swd.modules.backbones.base import TARGETS
+from swd.modules.pretrained import Pretrained
+
+MODELS = ("sd35_medium", "sd35_large", "flux_dev", "sdxl", "wan21_1_3b")
+
+PARAMETERS = {
+    "sd35_medium": 2_243_171_520,
+    "sd35_large": 8_056_627_520,
+    "flux_dev": 11_901_408_320,
+    "sdxl": 2_567_463_684,
+    "wan21_1_3b": 1_418_996_800,
+}
+LORA_LAYERS = {"sd35_medium": 242, "sd35_large": 302, "flux_dev": 266, "sdxl": 700, "wan21_1_3b": 300}
+TEXT = {"sd35_medium": 589, "sd35_large": 589, "flux_dev": 512, "sdxl": 77, "wan21_1_3b": 512}
+SIDES = (32, 48, 64, 80, 96, 128)
+TFLOP: dict[str, dict[Any, str]] = {
+    "sd35_medium": dict(zip(SIDES, ("1.31", "1.94", "2.90", "4.26", "6.14", "11.93"), strict=True)),
+    "sd35_large": dict(zip(SIDES, ("4.78", "6.74", "9.62", "13.53", "18.65", "33.34"), strict=True)),
+    "flux_dev": dict(zip(SIDES, ("10.35", "14.90", "21.50", "30.41", "41.93", "74.38"), strict=True)),
+    "sdxl": dict(zip(SIDES, (".4278", ".9051", "1.5888", "2.4942", "3.6412", "6.7612"), strict=True)),
+    "wan21_1_3b": {
+        (6, 20, 34): "2.993",
+        (11, 30, 52): "14.681",
+        (16, 40, 70): "52.346",
+        (21, 60, 104): "283.00",
+    },
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(name: str, tmp_path_factory: pytest.TempPathFactory) -> Pretrained:
+    folder = skeleton(name, tmp_path_factory.mktemp("real") / name)
+    return Pretrained(**options(name) | {"path": str(folder)})
+
+
+@pytest.fixture(scope="module")
+def network(model: Pretrained) -> Any:
+    with torch.device("meta"):
+        return model.network_class.from_config(model.network_config)
+
+
+def test_parameters(name: str, network: Any) -> None:
+    assert sum(p.numel() for p in network.parameters()) == PARAMETERS[name]
+
+
+def test_lora_layers_and_their_rank(name: str, model: Pretrained) -> None:
+    with torch.device("meta"):
+        network = model.network_class.from_config(model.network_config)
+        network.add_adapter(LoraConfig(r=model.rank, target_modules=list(TARGETS)), "student")
+    a = [p for key, p in network.named_parameters() if ".lora_A.student." in key]
+    assert len(a) == LORA_LAYERS[name]
+    assert {p.shape[0] for p in a} == {128 if name in ("flux_dev", "wan21_1_3b") else 64}
+
+
+def test_cost_of_a_forward_pass_at_every_size(name: str, model: Pretrained) -> None:
+    text = model.backbone_class.random_conditioning(model.network_config, 1, TEXT[name])
+    for size, expected in TFLOP[name].items():
+        size = (size, size) if isinstance(size, int) else size
+        unit = 10.0 ** -len(expected.split(".")[1])
+        # Half a unit of the last digit, and a little: 2.894998 is known as 2.90.
+        assert forward_gflop(model, size, text) / 1000 == pytest.approx(float(expected), abs=0.501 * unit), size
+
+
+def test_features_at_the_chosen_block(name: str, model: Pretrained, network: Any) -> None:
+    backbone = model.backbone_class(network, model.embedded_guidance)
+    text = model.backbone_class.random_conditioning(model.network_config, 2, TEXT[name]).to("meta")
+    size = model.size
+    x = torch.empty(2, model.channels, *size, device="meta")
+    with torch.no_grad(), torch.device("meta"):
+        feature = backbone.features(x, torch.ones(2, device="meta"), text, model.feature_blocks)[0]
+    tokens = {"sdxl": 32 * 32, "wan21_1_3b": 21 * 30 * 52}.get(name, 64 * 64)
+    width = {"sd35_medium": 1536, "sd35_large": 2432, "flux_dev": 3072, "sdxl": 1280, "wan21_1_3b": 1536}[name]
+    assert tuple(feature.shape) == (2, tokens, width) and model.limits.width == width
+
+
+def test_exported_keys_and_shapes_are_those_that_comfyui_reads(name: str, model: Pretrained) -> None:
+    """`comfyui_keys.json`: names under which ComfyUI finds a weight, `*` counting from 0: how many, outputs, inputs."""
+    known = json.loads((NETWORKS.parent / "comfyui_keys.json").read_text())[name]
+    expected = {
+        pattern.replace("*", str(i)): (outer, inner)
+        for pattern, (count, outer, inner) in known.items()
+        for i in range(count)
+    }
+    with torch.device("meta"):
+        network = model.network_class.from_config(model.network_config)
+        network.add_adapter(LoraConfig(r=model.rank, target_modules=list(TARGETS)), "student")
+    lora = {key: p for key, p in network.named_parameters() if ".lora_" in key}
+    state = {key.replace(".student.", "."): p for key, p in lora.items()}
+    renamed = comfy_state(model.backbone_class, state)
+    found: dict[str, list[int]] = {}
+    for key, value in renamed.items():
+        for end, place, axis in (
+            (".lora_B.weight", 0, 0),
+            (".lora_up.weight", 0, 0),
+            (".lora_A.weight", 1, 1),
+            (".lora_down.weight", 1, 1),
+        ):
+            if key.endswith(end):
+                found.setdefault(key.removesuffix(end), [0, 0])[place] = value.shape[axis]
+    assert {key: tuple(shape) for key, shape in found.items()} == expected
+    assert len(expected) == LORA_LAYERS[name]

@@ -1,0 +1,61 @@
+"""Imports go one way, in the order that CONTRIBUTING.md states."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted(path.relative_to(ROOT) for path in (ROOT / "swd").rglob("*.py"))
+
+
+def layers() -> list[list[str]]:
+    """Layers of the package from the bottom up, each a list of modules or folders, as CONTRIBUTING.md writes them."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    line = re.search(r"^    (types →(?:.|\n)*?)\n\n", text, re.MULTILINE)
+    assert line is not None, "CONTRIBUTING.md has no indented line that begins with 'types →'"
+    return [re.findall(r"[\w.]+", layer) for layer in line.group(1).split("→")]
+
+
+LAYERS = layers()
+
+
+def layer_of(module: str) -> int:
+    """The layer of `swd.a.b`: that of its longest listed beginning."""
+    inner = module.removeprefix("swd").strip(".")
+    found = [
+        (len(name), i) for i, names in enumerate(LAYERS) for name in names if inner == name or inner.startswith(name + ".")
+    ]
+    assert found, f"{module} is in no layer of CONTRIBUTING.md"
+    return max(found)[1]
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of this package that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if is_module(name) else node.module for name in inner]
+        found |= {name for name in names if name.split(".")[0] == "swd" and name != "swd"}
+    return found
+
+
+def is_module(name: str) -> bool:
+    path = ROOT / name.replace(".", "/")
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if name_of(path) not in ("swd", "swd.__main__")], ids=str)
+def test_no_import_runs_back_up(path: Path) -> None:
+    here = name_of(path)
+    above = {name for name in imports(path) if layer_of(name) > layer_of(here)}
+    assert not above, f"{here} imports {sorted(above)}, which lies above it"
