@@ -113,6 +113,17 @@ ALLOWED: Mapping[str, Collection[str]] = {
 `allow='[my_package.MyTerm]'` on the command line adds to it, and nothing else does.
 """
 
+MOVED: Mapping[str, str] = {
+    "swd.data.images.FolderDataset": "swd.data.picture_files.FolderDataset",
+    "swd.data.shapes.ShapesDataset": "swd.shapes.dataset.ShapesDataset",
+    "swd.modules.pretrain.flow.FlowMatching": "swd.modules.flow_matching.FlowMatching",
+    "swd.modules.pretrain.judge.JudgeData": "swd.shapes.train_judge.JudgeData",
+    "swd.modules.pretrain.judge.JudgeTask": "swd.shapes.train_judge.JudgeTask",
+    "swd.modules.pretrain.vae.VAETask": "swd.shapes.train_vae.VAETask",
+    "swd.callbacks.fixed.FixedLosses": "swd.callbacks.fixed_losses.FixedLosses",
+}
+"""Names of version 0.1.0 and the names that the same classes have now: its configurations still build and compare."""
+
 
 @dataclass(frozen=True)
 class Range:
@@ -224,6 +235,7 @@ def target_of(name: Any, path: str, allow: Collection[str] = ()) -> Any:
     if isinstance(name, str):
         if name in allow:
             return import_allowed(name)
+        name = MOVED.get(name, name)
         module, _, own = name.rpartition(".")
         for package, classes in ALLOWED.items():
             if own in classes and (module == package or module.startswith(f"{package}.")):
@@ -237,6 +249,16 @@ def target_of(name: Any, path: str, allow: Collection[str] = ()) -> Any:
         + (f" (did you mean {close[0]!r}?)" if close else "")
         + ", or name a class of your own on the command line: allow='[my_package.MyClass]'"
     )
+
+
+def renamed(plain: Any) -> Any:
+    """Plain values with the names that classes have now: see `MOVED`."""
+    if isinstance(plain, dict):
+        return {
+            key: MOVED.get(value, value) if key == "_target_" and isinstance(value, str) else renamed(value)
+            for key, value in plain.items()
+        }
+    return [renamed(value) for value in plain] if isinstance(plain, list) else plain
 
 
 # Checking

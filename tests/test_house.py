@@ -27,7 +27,10 @@ def layer_of(module: str) -> int:
     """The layer of `swd.a.b`: that of its longest listed beginning."""
     inner = module.removeprefix("swd").strip(".")
     found = [
-        (len(name), i) for i, names in enumerate(LAYERS) for name in names if inner == name or inner.startswith(name + ".")
+        (len(name), i)
+        for i, names in enumerate(LAYERS)
+        for name in names
+        if inner == name or inner.startswith(name + ".")
     ]
     assert found, f"{module} is in no layer of CONTRIBUTING.md"
     return max(found)[1]

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 from safetensors import SafetensorError
 
-from swd.config import first_difference, one_line, read_recorded, stored
+from swd.config import first_difference, one_line, read_recorded, renamed, stored
 from swd.io.files import clear_leftovers
 from swd.modules.adapters import NETWORK_CONFIG, PEFT_CONFIG, PEFT_WEIGHTS, SCHEDULER_CONFIG, save_adapter, save_student
 from swd.modules.checkpoints import CheckpointFiles, Resumable, damage, tensors
@@ -236,7 +236,7 @@ def config_difference(path: Path, cfg: DictConfig) -> str | None:
     file = path.parent.parent / "config.yaml"
     if not file.is_file():
         raise UserError(f"{file} is missing, so that the settings of {path.name} cannot be compared; put it back")
-    old, new = read_recorded(file), stored(cfg)
+    old, new = renamed(read_recorded(file)), renamed(stored(cfg))
     for plain in (old, new):
         if isinstance(plain.get("data"), dict):
             plain["data"] = {key: value for key, value in plain["data"].items() if key not in NO_MATTER}

@@ -24,11 +24,11 @@ COMMANDS = {
         "distil a model, or train one of the embedded ones (experiment=shapes_teacher ...)",
     ),
     "sample": ("swd.commands.sample", "draw pictures of prompts"),
-    "export": ("swd.export.student_folder", "write a student as one folder for diffusers, peft and, mostly, ComfyUI"),
+    "export": ("swd.commands.export", "write a student as one folder for diffusers, peft and, mostly, ComfyUI"),
     "generate": ("swd.commands.generate", "let a teacher draw its own training set"),
     "import": ("swd.commands.import_pictures", "make shards of captioned pictures"),
     "encode": ("swd.commands.encode", "encode a data set once, for all trainings of one model"),
-    "demo": ("swd.shapes.demo", "distil, sample, evaluate and report on the embedded teacher"),
+    "demo": ("swd.commands.demo", "distil, sample, evaluate and report on the embedded teacher"),
 }
 """The module whose `run` a command calls, and what it is for."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from swd import __version__
-from swd.commands import train
+from swd.commands import shared
 from swd.config import build, check
 from swd.data.cache import TEXT, Precision, latents_name, pack_latents, pack_text, relative_error
 from swd.data.datamodule import check_pixels
@@ -36,7 +36,7 @@ from swd.types import SeededDraws, Size, UserError
 
 Posterior = Literal["keep", "draw", "mean"]
 
-ROOT = train.ROOT | {
+ROOT = shared.ROOT | {
     "out": str,
     "precision": Precision,
     "posterior": Posterior,
@@ -55,13 +55,13 @@ BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 
 def run(cfg: DictConfig) -> None:
     """Encode what the configuration names; prints where it lies."""
-    train.quiet()
+    shared.quiet()
     plan = prepare(cfg)
     plan.job.claim()
     if plan.job.is_complete:
         print(f"{plan.job.folder} is complete already: {plan.job.rows} samples")
         return
-    train.use_own_gpu()
+    shared.use_own_gpu()
     say(f"loading the encoders of {plan.model.name}")
     encoder = Encoder(plan)
     encoder.announce()

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from swd import __version__
-from swd.commands import train
+from swd.commands import shared
 from swd.commands.sample import Request, build_pipeline, draw, final_size, read_prompts
 from swd.config import build, check, to_plain
 from swd.data.identity import whole_fingerprint
@@ -35,7 +35,7 @@ from swd.modules.pretrained import Pretrained
 from swd.modules.tokens import TextLimit, warn_beyond
 from swd.types import Size, UserError
 
-ROOT = train.ROOT | {
+ROOT = shared.ROOT | {
     "prompts": str,
     "out": str,
     "images_per_prompt": int,
@@ -149,7 +149,7 @@ class Plan:
 
 def run(cfg: DictConfig) -> None:
     """Generate what the configuration asks for; prints where it lies."""
-    train.quiet()
+    shared.quiet()
     plan = prepare(cfg)
     plan.job.claim()
     if plan.job.is_complete:
@@ -158,7 +158,7 @@ def run(cfg: DictConfig) -> None:
     announce(plan)
     if is_first():
         warn_beyond(plan.model, [prompt for prompt, _ in plan.requests.rows])
-    train.use_own_gpu()
+    shared.use_own_gpu()
     painter = Painter(plan)
     task = f"drawing with {plan.model.name} into {plan.job.folder}"
     manifest = plan.job.run(painter.samples, lambda: beyond_limit(plan), task)

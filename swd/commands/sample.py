@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from swd import __version__
-from swd.commands import train
+from swd.commands import shared
 from swd.config import check, node_of, stored
 from swd.data.buckets import aspect_size
 from swd.data.job import say
@@ -34,12 +34,13 @@ from swd.modules import hub
 from swd.modules.adapters import locate
 from swd.modules.pretrained import Pretrained, check_model_folder, read_json
 from swd.modules.quantize import quantize
+from swd.modules.requests import Request
 from swd.modules.student import Student, load_student
 from swd.modules.tokens import warn_beyond
 from swd.scheduler import ScaleWiseScheduler
 from swd.types import Size, UserError
 
-ROOT = train.ROOT | {
+ROOT = shared.ROOT | {
     "prompts": list[str] | str,
     "prompts_file": str | None,
     "images_per_prompt": int,
@@ -61,24 +62,9 @@ MOST_PICTURES = 100_000
 """Files of one `swd sample`: more than a folder is looked through."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """One picture or video to draw."""
-
-    prompt: str
-    seed: int
-
-    @property
-    def stem(self) -> str:
-        """File name without its ending."""
-        words = re.sub(r"[\W_]+", "-", self.prompt.lower()).strip("-")[:60]
-        words = words.encode()[:180].decode(errors="ignore").rstrip("-")  # file names are limited in bytes
-        return f"{words or 'empty'}_seed{self.seed}"
-
-
 def run(cfg: DictConfig) -> None:
     """Draw what the configuration asks for; prints the path of every file."""
-    train.quiet()
+    shared.quiet()
     job = prepare(cfg)
     requests, model, student, schedule, size = job.requests, job.model, job.student, job.schedule, job.size
     ending = "mp4" if model.backbone_class.video else "png"

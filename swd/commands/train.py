@@ -28,6 +28,7 @@ from swd import __version__
 from swd.callbacks import Checkpoint, Progress, Samples, SaveAdapter
 from swd.callbacks.checkpoint import clear_runs, find_checkpoint
 from swd.callbacks.fixed_losses import FixedLosses
+from swd.commands.shared import ROOT, quiet
 from swd.config import arguments_of, check, node_of, one_line, stored, to_yaml
 from swd.config import build as build_group
 from swd.io.files import claim_folder, write_json, write_text
@@ -36,19 +37,10 @@ from swd.io.masking import mask_text
 from swd.modules.checkpoints import Resumable, iterations
 from swd.modules.distiller import Distiller
 from swd.modules.finite import last_checkpoint
-from swd.modules.weights import WatchedTask
+from swd.modules.training_task import WatchedTask
 from swd.shapes.train_judge import JudgeData, JudgeTask
 from swd.types import UserError
 
-ROOT = {
-    "seed": int,
-    "name": str,
-    "output": str,
-    "folder": str,
-    "resume": str | None,
-    "sample_prompts": list[str],
-    "allow": list[str],
-}
 PACKAGES = ("torch", "lightning", "hydra-core", "diffusers", "peft", "transformers", "torchmetrics")
 
 
@@ -461,25 +453,3 @@ def record(cfg: DictConfig, folder: Path, checkpoint: str | None) -> None:
         },
     )
     write_text(folder / "config.yaml", to_yaml(stored(cfg)))
-
-
-def use_own_gpu() -> None:
-    """Under a launcher, give each process of a machine a GPU of its own."""
-    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
-    if local is not None and torch.cuda.is_available():
-        torch.cuda.set_device(int(local) % torch.cuda.device_count())
-
-
-def quiet() -> None:
-    """Silence notices that a user cannot act on."""
-    import logging
-
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    import diffusers.utils.logging as diffusers_logging
-    import transformers.utils.logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    diffusers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()

@@ -1,0 +1,1 @@
+"""A student as one folder that diffusers, peft and ComfyUI load, and its verification."""

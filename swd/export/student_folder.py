@@ -19,19 +19,17 @@ from typing import Any, Protocol
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from swd import __version__, scheduler
-from swd.commands import train
 from swd.config import (
     PRETRAINED,
     allowed_here,
     build,
     build_node,
-    check,
     check_recorded,
     node_of,
     one_line,
@@ -40,7 +38,6 @@ from swd.config import (
 )
 from swd.export.verification import COMFY_WEIGHTS, check_adapter, check_network
 from swd.io.files import check_checksums, write_aside, write_checksums, write_json
-from swd.io.job_log import Progress
 from swd.io.limits import STEPS
 from swd.modules.adapters import (
     DIFFUSERS_WEIGHTS,
@@ -49,40 +46,18 @@ from swd.modules.adapters import (
     PEFT_WEIGHTS,
     SCHEDULER_CONFIG,
     Adapter,
-    locate,
     write_layouts,
 )
 from swd.modules.backbones.base import Backbone
 from swd.modules.hub import is_hub_id
 from swd.modules.model_folders import LARGEST_SIDE
 from swd.modules.pretrained import Pretrained, read_json
-from swd.modules.student import FullStudent, Student, load_student
+from swd.modules.student import FullStudent, Student
 from swd.schedule import ScaleSchedule
 from swd.scheduler import ScaleWiseScheduler
 from swd.types import Size, UserError
 
-ROOT = train.ROOT | {"run": str, "to": str, "verify": bool}
 SCHEDULER_FILE, ASSET = "scale_wise_scheduler.py", "swd://"
-
-
-def run(cfg: DictConfig) -> None:
-    """Export what the configuration says; prints the folder."""
-    if OmegaConf.is_missing(cfg, "to"):
-        raise UserError("to is missing; give to=FOLDER")
-    check(cfg, ROOT)
-    train.quiet()
-    target = Path(cfg.to)
-    check_target(target)
-    source = locate(cfg.run, Path(cfg.output), "run")
-    student = load_student(source)
-    model = build_model(model_of(source, cfg), cfg)
-    student.check_fits(model)
-    schedule = schedule_of(source, cfg, model)
-    task = f"exporting {source} of {model.name} to {target}" + (", and loading it back" if cfg.verify else "")
-    with Progress(task, 1, "student") as progress:
-        folder = export(student, model, schedule, target, cfg.verify)
-        progress.advance()
-    print(folder)
 
 
 def check_target(target: Path) -> None:

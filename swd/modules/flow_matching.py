@@ -22,12 +22,12 @@ from torch.optim.swa_utils import AveragedModel
 
 from swd.modules.backbones.base import Backbone
 from swd.modules.finite import all_finite
+from swd.modules.fresh_weights import initialise_transformer
 from swd.modules.hub import is_hub_id
 from swd.modules.muon import MuonAdamW, hidden_matrices
 from swd.modules.pretrained import Pretrained
-from swd.modules.weights import WatchedTask, averaged, check_finite, replace_files, warmup_cosine
+from swd.modules.training_task import WatchedTask, averaged, check_finite, replace_files, warmup_cosine
 from swd.schedule import downscale
-from swd.shapes.pipeline import initialise_transformer
 from swd.types import Batch, Conditioning, Size, UserError
 
 SAVE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

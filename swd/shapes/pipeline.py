@@ -19,7 +19,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
@@ -29,6 +29,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from swd.modules.fresh_weights import fill
 from swd.shapes.dataset import WORDS
 
 TEXT_TOKENS = 24
@@ -88,10 +89,6 @@ def build_t5_tokenizer() -> T5TokenizerFast:
 # --- networks ---------------------------------------------------------------------------------------------------
 
 
-def _fill(weight: Tensor, std: float, generator: torch.Generator) -> None:
-    weight.copy_(torch.randn(weight.shape, generator=generator) * std)
-
-
 @torch.no_grad()
 def build_clip_encoder(vocab_size: int, seed: int) -> CLIPTextModelWithProjection:
     """A random CLIP text tower of width 64: unit-scale words, positions at 0.7, one mixing layer before the last."""
@@ -112,11 +109,11 @@ def build_clip_encoder(vocab_size: int, seed: int) -> CLIPTextModelWithProjectio
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in encoder.named_parameters():
         if "token_embedding" in name:
-            _fill(parameter, 1.0, generator)
+            fill(parameter, 1.0, generator)
         elif "position_embedding" in name:
-            _fill(parameter, 0.7, generator)
+            fill(parameter, 0.7, generator)
         elif parameter.ndim == 2:
-            _fill(parameter, parameter.shape[1] ** -0.5, generator)
+            fill(parameter, parameter.shape[1] ** -0.5, generator)
         else:
             parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
     return encoder.eval().requires_grad_(False)
@@ -146,11 +143,11 @@ def build_t5_encoder(vocab_size: int, seed: int) -> T5EncoderModel:
             for head, offset in enumerate(_T5_OFFSETS):  # bucket of an offset: |offset|, plus 16 to the right
                 parameter[abs(offset) + 16 * (offset > 0), head] = 6.0
         elif "shared" in name or "embed_tokens" in name:
-            _fill(parameter, 1.0, generator)
+            fill(parameter, 1.0, generator)
         elif parameter.ndim == 2:
             # T5 does not divide its scores by sqrt(d_kv): the query's scale does.
             width = parameter.shape[1] * (config.d_kv if name.endswith("q.weight") else 1)
-            _fill(parameter, width**-0.5, generator)
+            fill(parameter, width**-0.5, generator)
         else:
             parameter.fill_(1.0)
     return encoder.eval().requires_grad_(False)
@@ -182,7 +179,7 @@ def build_vae(channels: tuple[int, ...] = (16, 32, 64, 80), latent_channels: int
     generator = torch.Generator().manual_seed(seed)
     for name, module in vae.named_modules():
         if isinstance(module, nn.Conv2d):
-            _fill(module.weight, (0.1 if name.endswith("conv2") else 1.0) / module.weight[0].numel() ** 0.5, generator)
+            fill(module.weight, (0.1 if name.endswith("conv2") else 1.0) / module.weight[0].numel() ** 0.5, generator)
             module.bias.zero_()  # type: ignore[union-attr]
     return vae
 
@@ -203,21 +200,6 @@ def build_transformer(layers: int = 6, heads: int = 4, head_dim: int = 32) -> SD
         pos_embed_max_size=24,
         qk_norm="rms_norm",
     )
-
-
-@torch.no_grad()
-def initialise_transformer(transformer: SD3Transformer2DModel, seed: int = 0) -> None:
-    """Fresh weights for training from scratch: adaLN-zero, as in DiT (arXiv 2212.09748, section 3.2)."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, module in transformer.named_modules():
-        if isinstance(module, nn.Linear):
-            modulation = ".norm1" in name or name.startswith("norm_out")
-            fan_in, fan_out = module.in_features, module.out_features
-            std = 0.02 if "embedder" in name and "context" not in name else (2 / (fan_in + fan_out)) ** 0.5
-            zero = (modulation and name.endswith("linear")) or name == "proj_out"
-            _fill(module.weight, 0.0 if zero else std, generator)
-            if module.bias is not None:
-                module.bias.zero_()
 
 
 def build_pipeline(seed: int = 0) -> StableDiffusion3Pipeline:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from swd.data.datamodule import check_loading
-from swd.modules.weights import WatchedTask, averaged, check_finite, replace_files, warmup_cosine
+from swd.modules.training_task import WatchedTask, averaged, check_finite, replace_files, warmup_cosine
 from swd.shapes.dataset import BACKGROUNDS, COLOURS, PLACES, RESOLUTION, SHAPES, SIZES, Scene, ShapesDataset
 from swd.shapes.judge import NOTHING, Judge
 

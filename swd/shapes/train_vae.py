@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from swd.modules.weights import WatchedTask, averaged, check_finite, replace_files, warmup_cosine
+from swd.modules.training_task import WatchedTask, averaged, check_finite, replace_files, warmup_cosine
 from swd.shapes.pipeline import build_pipeline, save_pipeline
 from swd.types import Batch, UserError
 

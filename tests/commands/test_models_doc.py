@@ -14,7 +14,7 @@ import skeletons
 import torch
 import transformers
 import yaml
-from test_real_size import TEXT
+from costs import TEXT
 from tiny import CONF, composed
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode

@@ -18,7 +18,7 @@ from PIL import Image
 
 from swd import config
 from swd.callbacks.checkpoint import config_difference
-from swd.commands import cli, sample, train
+from swd.commands import cli, export, sample, train
 from swd.data.job import Job
 from swd.export import student_folder
 from swd.io.masking import is_secret, mask, mask_text
@@ -232,7 +232,7 @@ def test_a_received_run_is_plain_data(received: Path, model_node: dict[str, Any]
     assert "\n" not in str(caught.value) and not Path("OWNED").exists()
     assert not {"antigravity", "email.mime.audio"} & (set(sys.modules) - before)
     with pytest.raises(UserError, match=message):
-        student_folder.run(tiny.composed([f"run={received}", "to=out", "folder=f"], "export"))
+        export.run(tiny.composed([f"run={received}", "to=out", "folder=f"], "export"))
     assert not Path("out").exists()
 
 

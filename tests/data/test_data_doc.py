@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import skeletons
 import torch
-from test_real_size import TEXT, TFLOP
+from costs import TEXT, TFLOP
 from tiny import composed
 
 from docs import table

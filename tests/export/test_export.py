@@ -17,6 +17,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch.testing import assert_close
 
+from swd.commands import export
 from swd.export import student_folder
 from swd.modules import adapters
 from swd.modules.adapters import PEFT_CONFIG, PEFT_WEIGHTS, Adapter, load, locate, save_adapter
@@ -89,16 +90,16 @@ def test_the_command_exports_the_run_that_it_is_given(tiny_model: Path, tmp_path
     networks = tiny.build_networks()
     run = saved(tmp_path / "run" / "adapter", networks).parent
     arguments = tiny.overrides(tiny_model, tmp_path / "unused", model__max_text_tokens=12)
-    student_folder.run(tiny.composed([*arguments, f"run={run}", f"to={tmp_path / 'made'}"], "export"))
+    export.run(tiny.composed([*arguments, f"run={run}", f"to={tmp_path / 'made'}"], "export"))
     said = capsys.readouterr()
     assert said.out.split() == [str(tmp_path / "made")]
     assert f"to {tmp_path / 'made'}, and loading it back: 1 student" in said.err and "done: 1 student in" in said.err
     state, own = load(tmp_path / "made").state, networks.adapter_state("student")
     assert all(torch.equal(state[key], value) for key, value in own.items())
     with pytest.raises(UserError, match=r"^to=.* exists already"):
-        student_folder.run(tiny.composed([*arguments, f"run={run}", f"to={tmp_path / 'made'}"], "export"))
+        export.run(tiny.composed([*arguments, f"run={run}", f"to={tmp_path / 'made'}"], "export"))
     with pytest.raises(UserError, match=r"^run=nowhere does not exist"):
-        student_folder.run(tiny.composed([*arguments, "run=nowhere", f"to={tmp_path / 'other'}"], "export"))
+        export.run(tiny.composed([*arguments, "run=nowhere", f"to={tmp_path / 'other'}"], "export"))
 
 
 def test_one_network_at_a_time_is_loaded_to_check_and_no_encoder(
@@ -234,9 +235,9 @@ def test_a_changed_schedule_is_noticed(small: Any, tiny_model: Path, tmp_path: P
     before = file.read_text()
     file.write_text(before.replace("0.8", "0.7"))
     with pytest.raises(UserError, match=r"scheduler_config\.json is not the file that was written"):
-        student_folder.run(tiny.composed(arguments, "export"))
+        export.run(tiny.composed(arguments, "export"))
     file.write_text(before)
-    student_folder.run(tiny.composed(arguments, "export"))
+    export.run(tiny.composed(arguments, "export"))
 
 
 def test_a_flipped_byte_of_a_whole_student_is_noticed(small: Any, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from tiny import build_vae
+from torch import Tensor
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -38,6 +39,7 @@ from transformers import (
 
 from swd.modules.backbones.base import TARGETS
 from swd.modules.pretrained import Pretrained
+from swd.schedule import ScaleSchedule
 from swd.shapes.pipeline import TEXT_TOKENS, build_clip_tokenizer, build_t5_tokenizer
 
 Model = TypeVar("Model", bound=Pretrained)
@@ -284,3 +286,14 @@ def pretrained(name: str, folder: Path, kind: type[Model] = Pretrained, **more: 
         "targets": TARGETS[:4] if name == "sana" else TARGETS,
     } | more
     return kind(FAMILY[name], str(folder), **options)
+
+
+def random_state(model: Pretrained, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    state = model.networks(("student",)).adapter_state("student")  # type: ignore[attr-defined]
+    return {key: 0.3 * torch.randn(value.shape, generator=generator) for key, value in state.items()}
+
+
+def scheduler(name: str, model: Pretrained) -> Any:
+    kind = model.backbone_class.process.prediction_type
+    return ScaleSchedule(SIGMAS, SIZES[name]).scheduler(model.limits.divisor, kind)

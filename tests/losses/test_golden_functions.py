@@ -6,6 +6,7 @@ import families
 import pytest
 import torch
 from conftest import Golden
+from stored import TOLERANCE, load_head
 from torch.testing import assert_close
 
 from swd.diffusion import RectifiedFlow, rectified_flow_table
@@ -13,8 +14,6 @@ from swd.losses import functional as L
 from swd.losses.gan_head import GANHead
 from swd.modules.backbones import load_family
 from swd.schedule import ScaleSchedule, downscale, upsample
-
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 
 
 def test_noise_table(golden: Golden) -> None:
@@ -72,13 +71,6 @@ def test_gan(golden: Golden, case: str) -> None:
         else:
             actual = (fake if key.startswith("fake") else true)[int(key[4:])].grad
         assert_close(actual, golden[name], **TOLERANCE)
-
-
-def load_head(golden: Golden, prefix: str, width: int) -> GANHead:
-    """The stored discriminator head in our module."""
-    head = GANHead(width)
-    head.load_state_dict({"layers." + n.removeprefix(prefix): golden[n] for n in golden.names(prefix)})
-    return head
 
 
 def test_head_widths(golden: Golden) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from conftest import Golden
-from test_golden_functions import TOLERANCE, load_head
+from stored import TOLERANCE, load_head
 from torch import Tensor, nn
 from torch.testing import assert_close
 

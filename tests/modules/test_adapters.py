@@ -12,6 +12,7 @@ import families
 import numpy as np
 import pytest
 import torch
+from families import random_state, scheduler
 from huggingface_hub import errors
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -24,7 +25,6 @@ from swd.modules import adapters, hub
 from swd.modules.adapters import Adapter, check_fits, load, locate, read_adapter, save_adapter
 from swd.modules.pretrained import Pretrained
 from swd.modules.student import FullStudent, Student, load_student
-from swd.schedule import ScaleSchedule
 from swd.types import UserError
 
 
@@ -36,17 +36,6 @@ def name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def model(name: str, tmp_path_factory: pytest.TempPathFactory) -> Pretrained:
     return families.pretrained(name, families.save(name, tmp_path_factory.mktemp(name) / "pipeline"))
-
-
-def random_state(model: Pretrained, seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    state = model.networks(("student",)).adapter_state("student")  # type: ignore[attr-defined]
-    return {key: 0.3 * torch.randn(value.shape, generator=generator) for key, value in state.items()}
-
-
-def scheduler(name: str, model: Pretrained) -> Any:
-    kind = model.backbone_class.process.prediction_type
-    return ScaleSchedule(families.SIGMAS, families.SIZES[name]).scheduler(model.limits.divisor, kind)
 
 
 def test_export_round_trip(name: str, model: Pretrained, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from swd.losses.gan import GAN
 from swd.losses.mmd import MMD
 from swd.modules.checkpoints import damage
 from swd.modules.distiller import Distiller, check_optimizer
-from swd.modules.weights import WatchedTask, check_finite
+from swd.modules.training_task import WatchedTask, check_finite
 from swd.types import Conditioning, UserError
 
 NAN, INF = float("nan"), float("inf")

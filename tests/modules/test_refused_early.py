@@ -9,8 +9,8 @@ from typing import Any
 import families
 import pytest
 from diffusers import DiffusionPipeline, ModelMixin
+from families import random_state, scheduler
 from hydra.errors import InstantiationException
-from test_adapters import random_state, scheduler
 from tiny import composed, overrides
 from transformers import PreTrainedModel
 

@@ -17,7 +17,7 @@ from swd.data.datamodule import PairData
 from swd.modules.flow_matching import FlowMatching, draw_sigma
 from swd.modules.muon import MuonAdamW, hidden_matrices
 from swd.modules.pretrained import Pretrained
-from swd.modules.weights import averaged, replace_files, warmup_cosine
+from swd.modules.training_task import averaged, replace_files, warmup_cosine
 from swd.shapes.dataset import WORDS, ShapesDataset
 from swd.shapes.judge import Judge
 from swd.shapes.pipeline import (

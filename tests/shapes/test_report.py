@@ -235,14 +235,14 @@ def test_clock_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert clock.seconds() == {"setup": 30.0, "import": 2.0, "distil": 10.0, "total": 43.0}
 
 
-def test_setup_seconds_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def testsetup_seconds_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SWD_SETUP_SECONDS", raising=False)
-    assert demo._setup_seconds() is None
+    assert demo.setup_seconds() is None
     monkeypatch.setenv("SWD_SETUP_SECONDS", "12")
-    assert demo._setup_seconds() == 12.0
+    assert demo.setup_seconds() == 12.0
     monkeypatch.setenv("SWD_SETUP_SECONDS", "soon")
     with pytest.raises(UserError, match="not a number"):
-        demo._setup_seconds()
+        demo.setup_seconds()
 
 
 def test_terminal_table_has_the_reports_columns() -> None:

@@ -8,10 +8,10 @@ import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline
 from torch import Tensor
 
-from swd.commands.sample import Request
 from swd.modules.backbones.sdxl import SDXLBackbone, SDXLEncoders
 from swd.modules.encoders import Encoders
 from swd.modules.pretrained import Pretrained
+from swd.modules.requests import Request
 from swd.types import Size, UserError
 
 

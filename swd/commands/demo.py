@@ -1,0 +1,140 @@
+"""`swd demo`: distil, sample, evaluate and report on the embedded teacher."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+from swd.callbacks.fixed_losses import FixedLosses
+from swd.commands import shared, train
+from swd.config import build, check
+from swd.modules.distiller import Distiller
+from swd.modules.pretrained import Pretrained, resolve_asset
+from swd.schedule import ScaleSchedule
+from swd.shapes import contest
+from swd.shapes.dataset import RESOLUTION
+from swd.shapes.demo import BATCH, STORE_COMMAND, Clock, bar, compare, describe, finish, setup_seconds
+from swd.shapes.judge import Judge
+from swd.types import UserError
+
+ROOT = shared.ROOT | {
+    "judge": str,
+    "n_pictures": int,
+    "shown": int,
+    "timing_batches": int,
+    "recompute": bool,
+    "store_teacher": bool,
+}
+STORED = 1024
+"""Pictures whose statistics `store_teacher=true` makes."""
+DISTILLER = "swd.modules.distiller.Distiller"
+
+
+# The command
+
+
+def run(cfg: DictConfig) -> None:
+    """Do the whole demo; its files go to `cfg.folder`, copies of results and report beside that folder."""
+    clock = Clock(setup=setup_seconds())
+    with clock.phase("start"):
+        shared.quiet()
+        judge_folder = prepare(cfg)
+        judge = Judge.from_pretrained(judge_folder)
+    if cfg.store_teacher:
+        store_teacher(cfg, judge, judge_folder)
+        return
+
+    with clock.phase("distil"):
+        fixed = FixedLosses()
+        task, trainer = train.fit(cfg, fixed)
+    if not trainer.is_global_zero:
+        return
+    assert isinstance(task, Distiller)
+    task, judge = place(task, judge, trainer.strategy.root_device)
+    study = compare(cfg, task, judge, judge_folder, clock)
+    with clock.phase("report"):
+        results, page = describe(cfg, task, judge, study)
+        results["fixed_losses"] = fixed.losses
+    results["wall_seconds"] = clock.seconds()
+    finish(cfg, results, page)
+
+
+def prepare(cfg: DictConfig) -> Path:
+    """Check everything before anything is loaded; the judge's folder.
+
+    Raises:
+        UserError: naming the setting and the fix.
+    """
+    check(cfg, ROOT)
+    if cfg.task._target_ != DISTILLER:
+        raise UserError("the demo distils; leave out experiment= and task=, or train that with `swd train`")
+    folder = check_settings(cfg)
+    train.prepare(cfg)
+    return folder
+
+
+def check_settings(cfg: DictConfig) -> Path:
+    """The judge's folder, once everything that the demo adds to training is known to make sense.
+
+    Raises:
+        UserError: naming the setting and the fix.
+    """
+    for key, least in (("n_pictures", 2), ("shown", 1), ("timing_batches", 1)):
+        if cfg[key] < least:
+            raise UserError(f"{key}={cfg[key]}; use at least {least}")
+    if cfg.shown > cfg.n_pictures:
+        raise UserError(f"shown={cfg.shown} is more than n_pictures={cfg.n_pictures}; use at most that many")
+    if cfg.trainer.max_steps < 1:
+        raise UserError(f"trainer.max_steps={cfg.trainer.max_steps}; the demo distils for at least 1 iteration")
+    folder = _judge_folder(cfg.judge)
+    model: Pretrained = build(cfg, "model")
+    schedule: ScaleSchedule = build(cfg, "schedule")
+    size = schedule.sizes[-1]
+    if len(size) == 3 or model.pixel_size(size) != (RESOLUTION, RESOLUTION):
+        raise UserError(
+            f"schedule.sizes ends with {size}, but the judge reads pictures of {RESOLUTION}x{RESOLUTION} pixels; "
+            f"end with {RESOLUTION // model.factor}, and use the model shapes"
+        )
+    return folder
+
+
+def _judge_folder(path: str) -> Path:
+    try:
+        folder = resolve_asset(path)
+    except UserError:
+        raise UserError(
+            f"judge={path} does not ship with this installation; make it with python train.py experiment=shapes_judge"
+        ) from None
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(f"judge={path} has no {name}; make it with python train.py experiment=shapes_judge")
+    return folder
+
+
+def place(task: Distiller, judge: Judge, device: torch.device) -> tuple[Distiller, Judge]:
+    """Everything on one device and in evaluation mode; training leaves the networks on the CPU."""
+    task.to(device).eval()
+    task.encoders.to(device)
+    return task, judge.to(device).eval()
+
+
+def store_teacher(cfg: DictConfig, judge: Judge, judge_folder: Path) -> None:
+    """Draw and judge the teacher's full-length pictures, and keep the statistics beside the judge."""
+    task: Distiller = build(cfg, "task")
+    if not os.access(judge_folder, os.W_OK):
+        raise UserError(f"{judge_folder} cannot be written; use a checkout of the repository, or judge=FOLDER")
+    task.configure_model()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    task, judge = place(task, judge, device)
+    store = contest.teacher_store(task, judge_folder)
+    contender = contest.contenders(task)[0]
+    with bar(f"{contender.name}: judge {STORED} pictures", STORED) as advance:
+        judged = contest.store_statistics(
+            store, contender, judge, contest.prompts_of(STORED), STORE_COMMAND, BATCH, advance
+        )
+    accuracy = judged.accuracy()
+    print(f"prompt accuracy {accuracy['mean']:.3f}, exact match {accuracy['exact_match']:.3f}")
+    print(store.path)

@@ -1,0 +1,37 @@
+"""`swd export`: a student as one folder for diffusers, peft and, mostly, ComfyUI."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from swd.commands import shared
+from swd.config import check
+from swd.export.student_folder import build_model, check_target, export, model_of, schedule_of
+from swd.io.job_log import Progress
+from swd.modules.adapters import locate
+from swd.modules.student import load_student
+from swd.types import UserError
+
+ROOT = shared.ROOT | {"run": str, "to": str, "verify": bool}
+
+
+def run(cfg: DictConfig) -> None:
+    """Export what the configuration says; prints the folder."""
+    if OmegaConf.is_missing(cfg, "to"):
+        raise UserError("to is missing; give to=FOLDER")
+    check(cfg, ROOT)
+    shared.quiet()
+    target = Path(cfg.to)
+    check_target(target)
+    source = locate(cfg.run, Path(cfg.output), "run")
+    student = load_student(source)
+    model = build_model(model_of(source, cfg), cfg)
+    student.check_fits(model)
+    schedule = schedule_of(source, cfg, model)
+    task = f"exporting {source} of {model.name} to {target}" + (", and loading it back" if cfg.verify else "")
+    with Progress(task, 1, "student") as progress:
+        folder = export(student, model, schedule, target, cfg.verify)
+        progress.advance()
+    print(folder)
