@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from swd import limits
 from swd.data.ahead import read_ahead
 from swd.data.shards import CorruptSample
-from swd.data.work import is_first
+from swd.data.work import in_shared_memory, is_first
 from swd.modules.pretrained import Pretrained
 from swd.modules.tokens import evenly, warn_beyond
 from swd.schedule import ScaleSchedule
@@ -141,7 +141,7 @@ class Guarded(Dataset[Any]):
 
     def __getitems__(self, requests: list[Any]) -> Batch | UserError:
         try:
-            return self.collate([self.dataset[request] for request in requests])
+            return in_shared_memory(self.collate([self.dataset[request] for request in requests]))
         except UserError as error:
             return error
 
