@@ -52,7 +52,20 @@ FOREIGN = {
     "out": "output=FOLDER",
     "prompt": "prompts='[TEXT]'",
 }
-"""What keys of other programs are called here."""
+"""What keys of other programs are called here, in commands that train."""
+FOREIGN_TO: Mapping[str, Mapping[str, str]] = {
+    "train": FOREIGN | {"prompt": "sample_prompts='[TEXT]'"},
+    "demo": FOREIGN | {"prompt": "sample_prompts='[TEXT]'"},
+    "sample": {name: FOREIGN[name] for name in ("precision", "output_dir", "out", "prompt")}
+    | {"checkpoint": "adapter=RUN", "ckpt_path": "adapter=RUN"},
+    "generate": {"precision": FOREIGN["precision"], "prompt": "prompts=FILE", "output_dir": "out=FOLDER"},
+    "encode": {"output_dir": "out=FOLDER"},
+    "import": {"output_dir": "out=FOLDER"},
+    "export": {"output_dir": "to=FOLDER", "out": "to=FOLDER", "adapter": "run=RUN", "checkpoint": "run=RUN"},
+}
+"""The same by command: the others share keys of training, but do not look at them."""
+
+_command = "train"
 
 PRETRAINED = "swd.modules.pretrained.Pretrained"
 
@@ -447,9 +460,20 @@ def fits(value: Any, hint: Any) -> bool:
     return not isinstance(value, int | float | str | dict | list)
 
 
+def for_command(command: str) -> None:
+    """Say which command runs in this process; messages about unknown keys depend on it."""
+    global _command
+    _command = command
+
+
+def called_here(key: str) -> str | None:
+    """What a key of another program is called in the command that runs; None if it is no such key."""
+    return FOREIGN_TO[_command].get(key)
+
+
 def _unknown_key(path: str, key: str, known: list[str]) -> str:
-    if path == key and key in FOREIGN:
-        return f"unknown key {key}; here it is {FOREIGN[key]}"
+    if path == key and (name := called_here(key)):
+        return f"unknown key {key}; here it is {name}"
     close = difflib.get_close_matches(key, known, 1)
     hint = f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(known)}"
     return f"unknown key {path.lstrip('.')}; {hint}"

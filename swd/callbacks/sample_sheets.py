@@ -13,7 +13,11 @@ from swd.config import one_line
 from swd.io.files import write_aside
 from swd.io.pictures import grid
 from swd.modules.distiller import Distiller
+<<<<<<< ours
 from swd.modules.finite import all_finite
+=======
+from swd.modules.tokens import warn_beyond
+>>>>>>> theirs
 from swd.types import UserError
 
 
@@ -33,6 +37,10 @@ class Samples(Callback):
             raise UserError(f"callbacks.samples: every={every} with {len(prompts)} prompts; use at least 1 of each")
         self.prompts, self.every, self.seed = list(prompts), every, seed
         self._drawn = -1
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and isinstance(pl_module, Distiller):
+            warn_beyond(pl_module.model, self.prompts, "prompts of sample sheets")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if trainer.global_step and trainer.global_step % self.every == 0:

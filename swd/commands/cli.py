@@ -89,6 +89,9 @@ def launch(command: str) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import hydra
 
+    from swd.config import for_command
+
+    for_command(command)
     quiet_warnings()
     run: Callable[..., None] = importlib.import_module(COMMANDS[command][0]).run
     main = hydra.main(version_base="1.3", config_path=config_path(), config_name=command)
@@ -333,7 +336,7 @@ def _for_shell(argument: str) -> str:
 
 
 def _hydra_message(text: str, reason: str = "") -> str:
-    from swd.config import FOREIGN
+    from swd.config import called_here
 
     for pattern, message in (
         (
@@ -366,7 +369,8 @@ def _hydra_message(text: str, reason: str = "") -> str:
         return f"model.guidance_scale is two keys now: {keys}"
     if unknown:
         key = unknown.group(1)
-        hint = f"here it is {FOREIGN[key]}" if key in FOREIGN else "--help and --cfg job list what there is"
+        name = called_here(key)
+        hint = f"here it is {name}" if name else "--help and --cfg job list what there is"
         return f"unknown key {key}; {hint}"
     group = re.search(
         r"Could not find '([^']+)' Available options in '([^']+)':\s*(.*?)(?:Config search path.*)?$", text

@@ -14,20 +14,26 @@ from typing import Any, Literal
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from swd import __version__
 from swd.commands import shared
 from swd.config import build, check
 from swd.data.cache import TEXT, Precision, latents_name, pack_latents, pack_text, relative_error
-from swd.data.datamodule import check_pixels
+from swd.data.datamodule import GuardedLoader, check_pixels
 from swd.data.identity import identity
-from swd.data.job import MOST_IN_A_SHARD, MOST_ROWS, Job, Sample, is_first, say, share
+from swd.data.job import MOST_IN_A_SHARD, MOST_ROWS, Job, Sample, in_shared_memory, is_first, say, share
 from swd.data.shards import CorruptSample, is_done, shard_name
 from swd.data.webdataset import PictureShards, empty_name
+<<<<<<< ours
 from swd.io import limits
 from swd.io.files import file_hash, write_aside, write_json
 from swd.io.job_log import Progress
+=======
+from swd.data.work import MOST_IN_A_SHARD, MOST_ROWS, Job, Sample, in_shared_memory, is_first, say, share
+from swd.files import file_hash, write_aside, write_json
+from swd.io.progress import Progress
+>>>>>>> theirs
 from swd.modules.encoders import draw_latents
 from swd.modules.pretrained import Pretrained, read_json
 from swd.modules.tokens import TextLimit, evenly, warn_beyond
@@ -336,11 +342,11 @@ class Encoder:
         found: dict[int, tuple[str, dict[str, bytes]]] = {}
         reasons, earlier = list[str](), self._unusable()
         batches = list(self._batches(rows))
-        loader = DataLoader(
+        loader = GuardedLoader(
             Rows(self.plan.dataset),
             batch_sampler=[part for _, part in batches],
             num_workers=min(self.plan.workers, len(batches)),
-            collate_fn=list,
+            collate_fn=as_shared,
         )
         for (bucket, part), items in zip(batches, loader, strict=True):
             good = [item for item in items if "bad" not in item]
@@ -474,6 +480,15 @@ class Rows(Dataset[dict[str, Any]]):
         except (CorruptSample, UserError) as error:
             return {"row": row, "bad": str(error)}
         return {"row": row, "pixels": item["pixels"], "prompt": item["prompt"]}
+
+
+def as_shared(items: list[dict[str, Any]]) -> list[dict[str, Any]] | UserError:
+    """The collate function: items as they are, or why they cannot be handed over."""
+    try:
+        in_shared_memory(items)
+    except UserError as error:
+        return error
+    return items
 
 
 def add(sums: dict[str, list[float]], name: str, pair: Sequence[float]) -> None:

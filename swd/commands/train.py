@@ -64,7 +64,7 @@ def fit(cfg: DictConfig, *more: Callback) -> tuple[LightningModule, Trainer]:
     folder = Path(cfg.folder)
     try:
         return _fit(cfg, folder, *more)
-    except (UserError, KeyboardInterrupt):
+    except (UserError, OSError, KeyboardInterrupt):
         with suppress(OSError):
             folder.rmdir()  # which Hydra made; it stays if anything is in it
         raise
@@ -81,10 +81,12 @@ def _fit(cfg: DictConfig, folder: Path, *more: Callback) -> tuple[LightningModul
         return finish(cfg, task, data, checkpoint, *more)
     trainer = build_trainer(cfg, folder, *more)
     if owner:
-        record(cfg, claim_folder(folder, reserve=True), checkpoint)
+        claim_folder(folder, reserve=True)
     try:
+        if owner:
+            record(cfg, folder, checkpoint)
         _train(trainer, task, data, checkpoint)
-    except (UserError, KeyboardInterrupt):
+    except (UserError, OSError, KeyboardInterrupt):
         if owner:
             drop_record(folder)
         raise

@@ -12,10 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from swd.data.job import is_first
+from swd.data.job import in_shared_memory, is_first
 from swd.data.read_ahead import read_ahead
 from swd.data.shards import CorruptSample
+<<<<<<< ours
 from swd.io import limits
+=======
+from swd.data.work import in_shared_memory, is_first
+>>>>>>> theirs
 from swd.modules.pretrained import Pretrained
 from swd.modules.tokens import evenly, warn_beyond
 from swd.schedule import ScaleSchedule
@@ -141,7 +145,7 @@ class Guarded(Dataset[Any]):
 
     def __getitems__(self, requests: list[Any]) -> Batch | UserError:
         try:
-            return self.collate([self.dataset[request] for request in requests])
+            return in_shared_memory(self.collate([self.dataset[request] for request in requests]))
         except UserError as error:
             return error
 

@@ -12,9 +12,12 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from swd.config import first_difference
 from swd.data.read_ahead import read_ahead
@@ -54,6 +57,42 @@ def is_first() -> bool:
     if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
         return share()[0] == 0
     return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK"))
+
+
+def in_shared_memory(value: Any) -> Any:
+    """In a loader process, put the tensors of a batch where the training process reads them; elsewhere do nothing.
+
+    A loader does so itself, but in a thread, where a failure loses the batch and leaves the training waiting for ever.
+
+    Returns:
+        `value` itself.
+
+    Raises:
+        UserError: if there is no room.
+    """
+    if get_worker_info() is None:
+        return value
+    try:
+        _share(value)
+    except (RuntimeError, OSError) as error:
+        told = next((word for word in ("No space left on device", "File too large") if word in str(error)), None)
+        if told is None:
+            raise
+        raise UserError(
+            f"loader processes have no room in shared memory ({told}); make /dev/shm larger (docker: --shm-size), or "
+            "use data.workers=0"
+        ) from None
+    return value
+
+
+def _share(value: Any) -> None:
+    if isinstance(value, Tensor):
+        value.share_memory_()
+    elif is_dataclass(value):
+        _share([getattr(value, field.name) for field in fields(value)])
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            _share(part)
 
 
 def say(text: str) -> None:

@@ -274,7 +274,7 @@ def list_source(source: str, outside: bool = False, skip: Path | None = None) ->
         raise UserError(f"source={source} {told}; {GIVE}")
     if not any(isinstance(row, Row) for row in found.rows):
         first = f"; first of {len(found.rows)} problems: {_tell(found.rows[0])}" if found.rows else ""
-        passed = ", ".join(f"{count:,} {kind}" for kind, count in found.ignored.items())
+        passed = ", ".join(f"{count:,} {kind}" for kind, count in found.ignored.most_common(5))
         more = f"; passed over: {passed}" if passed else ""
         raise UserError(f"source={source} lists no captioned picture{first}{more}{_list_told(path)}")
     return found
@@ -335,10 +335,7 @@ def _folder(folder: Path, outside: bool, skip: Path | None) -> Source:
     problems = list(found.rows)
     tars = [name for name in names if name.lower().endswith(".tar")]
     _pair(folder, names, ENDINGS, found)
-    for name in names:
-        packed = next((ending for ending in PACKED if name.lower().endswith(ending)), None)
-        if packed:
-            found.ignored[f"{packed} (unpack them first)"] += 1
+    _count_others(names, found)
     if tars and not any(isinstance(row, Row) for row in found.rows):
         shards = Source(found.root, rows=problems, ignored=found.ignored)
         for name in names:
@@ -349,12 +346,27 @@ def _folder(folder: Path, outside: bool, skip: Path | None) -> Source:
     if tars:
         found.ignored[".tar (beside pictures; import them by source=FOLDER/*.tar)"] += len(tars)
     if not found.rows:
-        packs = ", ".join(f"{count} {kind}" for kind, count in found.ignored.items())
+        packs = ", ".join(f"{count} {kind}" for kind, count in found.ignored.most_common(5))
         raise UserError(
             f"source={folder} holds no {LIST}, no pictures ({', '.join('.' + e for e in ENDINGS)}) and no .tar"
             f"{f'; it holds {packs}' if packs else ''}{_list_told(folder)}"
         )
     return found
+
+
+def _count_others(names: Collection[str], found: Source) -> None:
+    """Count the files of a folder that are neither pictures nor shards, nor the text file of a picture."""
+    stems = {stem for stem, ending in map(posixpath.splitext, names) if ending.lower()[1:] in ENDINGS}
+    for name in names:
+        stem, ending = posixpath.splitext(name)
+        packed = next((packed for packed in PACKED if name.lower().endswith(packed)), None)
+        ending = printable(ending.lower())
+        if packed:
+            found.ignored[f"{packed} (unpack them first)"] += 1
+        elif ending == ".txt" and stem not in stems:
+            found.ignored[".txt (without a picture)"] += 1
+        elif ending[1:] not in ENDINGS and ending not in (".txt", ".tar"):
+            found.ignored[ending or "without an ending"] += 1
 
 
 def list_folder(folder: Path, endings: Collection[str], outside: bool = False) -> Source:

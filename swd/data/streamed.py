@@ -17,6 +17,7 @@ import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
+from swd.data.job import in_shared_memory
 from swd.data.shards import CorruptSample, first_line
 from swd.data.sources import passed_over, shard_urls
 from swd.types import Batch, UserError, stable_hash
@@ -85,7 +86,8 @@ class StreamDataset(IterableDataset[Batch | UserError]):
 
     def __iter__(self) -> Iterator[Batch | UserError]:
         try:
-            yield from self._batches()
+            for batch in self._batches():
+                yield in_shared_memory(batch)
         except UserError as error:
             yield error  # as a value, for a loader process would wrap it
 

@@ -168,11 +168,25 @@ def optimizer_misfit(state: Mapping[str, Any], shapes: list[tuple[int, ...]]) ->
         return f"an optimizer is for {len(numbers)} parameters rather than {len(shapes)}"
     if shapes and not state["state"]:
         return "an optimizer has lost its moments"
+    if lost := lost_settings(state):
+        return lost
     for number, values in state["state"].items():
         for name in ("exp_avg", "exp_avg_sq", "step"):
             expected = () if name == "step" else shapes[number]
             if name not in values or tuple(values[name].shape) != expected:
                 return f"{name} of parameter {number} is missing or has another shape"
+    return None
+
+
+def lost_settings(state: Mapping[str, Any]) -> str | None:
+    """Which setting of AdamW a stored group of parameters lacks, in words; None if it has all.
+
+    torch fills in what newer versions added, but takes a group without one of these and fails at the next step.
+    """
+    for group in state["param_groups"]:
+        for name in ("lr", "betas", "eps", "weight_decay"):
+            if name not in group:
+                return f"an optimizer has no {name}"
     return None
 
 

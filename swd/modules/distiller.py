@@ -400,6 +400,8 @@ class Distiller(LightningModule):
     def misfit(self, checkpoint: Mapping[str, Any]) -> str | None:
         """What a checkpoint lacks, or has in another shape, of what this trains; None if it fits. Loads no weights."""
         updates = checkpoint.get("swd", {}).get("updates")
+        if not isinstance(checkpoint["global_step"], int):
+            return "its global_step is no number"
         expected = checkpoint["global_step"] * self.updates_per_iteration
         if updates != expected:
             return f"it counts {updates} updates rather than {expected}, or is not of a distillation with this program"

@@ -17,9 +17,15 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import AveragedModel
 
+<<<<<<< ours
 from swd.io.files import clear_leftovers, in_use
 from swd.modules.checkpoints import tensors
 from swd.modules.finite import all_finite, step_or_stop, stop_unless_finite
+=======
+from swd.checkpoints import lost_settings, tensors
+from swd.files import clear_leftovers, in_use
+from swd.finite import all_finite, step_or_stop, stop_unless_finite
+>>>>>>> theirs
 from swd.types import Checks, UserError
 
 
@@ -79,6 +85,8 @@ class WatchedTask(L.LightningModule):
         moments = [part["state"] for part in states[0].get("parts", states)]
         if not all(moments):
             return "an optimizer has lost its moments"
+        if lost := lost_settings(states[0].get("parts", states)[-1]):  # beside Muon, AdamW comes last
+            return lost
         if any(tuple(value.shape) not in shapes | {()} for value in tensors(moments)):
             return "a moment of an optimizer has the shape of no weight"
         return None

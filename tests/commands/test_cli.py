@@ -66,6 +66,8 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "key of a group": (["task.lrr=1"], ["unknown key task.lrr"]),
     "added key of a group": (["+task.lrr=1"], ["unknown key task.lrr", "did you mean 'lr'"]),
     "added key": (["+newkey=1"], ["unknown key newkey"]),
+    "key of other programs": (["steps=4"], ["here it is trainer.max_steps=ITERATIONS"]),
+    "added key of other programs": (["+prompt=x"], ["here it is sample_prompts='[TEXT]'"]),
     "group": (["los=swd"], ["unknown key los"]),
     "option": (["loss=nope"], ["there is no loss/nope", "dmd_mmd, gan, mmd"]),
     "experiment": (["experiment=nope"], ["there is no experiment/nope"]),
@@ -269,6 +271,9 @@ def test_an_incomplete_model(refused: Refused, tiny_model: Path) -> None:
         (["adapter=null", "prompts=[]"], "prompts="),
         (["adapter=null", "seed=x"], "seed='x'"),
         (["nokey=1"], "unknown key nokey"),
+        (["steps=4"], "unknown key steps; --help"),
+        (["prompt=x"], "here it is prompts='[TEXT]'"),
+        (["checkpoint=x.ckpt"], "here it is adapter=RUN"),
     ],
 )
 def test_wrong_input_to_sample(refused: Refused, arguments: list[str], words: str) -> None:

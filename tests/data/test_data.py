@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import resource
 from collections import Counter
 from itertools import chain
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
+<<<<<<< ours
 from swd.commands.cli import user_errors
 from swd.data.datamodule import GlobalBatches, PairData, collate
+=======
+from swd.cli import user_errors
+from swd.data.datamodule import GlobalBatches, Guarded, GuardedLoader, PairData, as_it_is, collate
+from swd.data.encode import as_shared
+>>>>>>> theirs
 from swd.types import Batch, UserError
 
 
@@ -139,3 +146,24 @@ def test_wrong_input_in_a_worker_ends_in_its_own_line(workers: int, capsys: pyte
     assert capsys.readouterr().err == "error: five.png is broken; remove it\n"
     order = list(chain(*global_order(6, 2, 3)))
     assert seen == [str(i) for i in order[: order.index(5) // 2 * 2]]
+
+
+class Cramped(Dataset[Any]):
+    """Its loader process may not make a shared file larger than a page."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if get_worker_info() is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        return {"pixels": torch.zeros(3, 64, 64), "prompt": "x"}
+
+
+@pytest.mark.parametrize("kind", ["batches", "rows"])
+def test_full_shared_memory_is_one_line_and_no_endless_wait(kind: str) -> None:
+    dataset: Any = Guarded(Cramped(), list) if kind == "batches" else Cramped()
+    collate: Any = as_it_is if kind == "batches" else as_shared
+    loader = GuardedLoader(dataset, batch_sampler=[[0, 1], [2, 3]], collate_fn=collate, num_workers=1, timeout=60)
+    with pytest.raises(UserError, match=r"no room in shared memory \(File too large\); .*data\.workers=0"):
+        list(loader)

@@ -403,6 +403,22 @@ def test_every_reader_finds_the_same_caption(tmp_path: Path, files: dict[str, An
             assert read()["prompt"] == expected
 
 
+def test_what_a_folder_of_pictures_holds_beside_them_is_counted(tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    fill(folder, {"a.png": None, "a.txt": "a", "b.HEIC": b"x", "b.txt": "b", "c.jxl": b"x", "sub/d.heic": b"x"})
+    fill(folder, {"README.md": "x", "noend": b"x", "c.caption": "c", ".hidden.heic": b"x"})
+    report = do(folder, tmp_path / "out")
+    assert report["captions"] == {"a.png": "a"}
+    assert report["ignored"] == {
+        ".heic": 2,
+        ".jxl": 1,
+        ".md": 1,
+        ".caption": 1,
+        "without an ending": 1,
+        ".txt (without a picture)": 1,
+    }
+
+
 def test_shards_are_found_at_any_depth_and_the_others_counted(tmp_path: Path) -> None:
     folder = tmp_path / "d"
     for name in ("a.tar", "sub/b.TAR", "sub/deep/c.tar", ".hidden/d.tar"):

@@ -100,6 +100,9 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "no loops": edited(lambda c: c.pop("loops")),
     "no position of the data": edited(lambda c: c.pop("swd")),
     "another position of the data": edited(lambda c: c["swd"].update(updates=1)),
+    "no learning rate": edited(lambda c: c["optimizer_states"][0]["param_groups"][0].pop("lr")),
+    "no betas of the critic's": edited(lambda c: c["optimizer_states"][1]["param_groups"][0].pop("betas")),
+    "a text for the iteration": edited(lambda c: c.update(global_step="2")),
     "a weight missing": edited(lambda c: c["state_dict"].popitem()),
 }
 
@@ -271,6 +274,24 @@ def test_a_run_that_is_refused_leaves_no_folder(tiny_model: Path, tmp_path: Path
 
 
 # Writing
+
+
+@pytest.mark.parametrize("name", ["run.json", "config.yaml"])
+def test_a_run_whose_record_does_not_fit_leaves_nothing(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def write(path: Path, value: Any) -> Path:
+        if path.name == name:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        path.write_text("written")
+        return path
+
+    monkeypatch.setattr("swd.commands.train.write_json", write)
+    monkeypatch.setattr("swd.commands.train.write_text", write)
+    (tmp_path / "run").mkdir()
+    with pytest.raises(OSError, match="No space left"):
+        train(tiny_model, tmp_path / "run", loss="mmd")
+    assert not (tmp_path / "run").exists()
 
 
 class Full(io.BytesIO):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -12,9 +13,12 @@ import pytest
 from PIL import Image
 from shards import make_pictures
 
+from swd.callbacks import Samples
 from swd.data.datamodule import PairData
 from swd.data.picture_files import FolderDataset
 from swd.data.webdataset import ShardData
+from swd.losses import DMD
+from swd.modules.distiller import Distiller
 from swd.modules.pretrained import Pretrained
 from swd.modules.tokens import Beyond, TextLimit, evenly, warn_beyond
 from swd.schedule import ScaleSchedule
@@ -147,3 +151,15 @@ def test_training_warns_of_long_captions_in_the_first_process_without_encoders(
             patch.setenv("SLURM_NTASKS", "4")
             warnings.simplefilter("error")
             data.check(model, schedule)
+
+
+def test_training_warns_of_long_prompts_of_sample_sheets(saved: Any) -> None:
+    schedule = ScaleSchedule(families.SIGMAS, families.SIZES["sd3"])
+    task = Distiller(families.pretrained("sd3", saved("sd3")), schedule, {"dmd": DMD()})
+    trainer: Any = SimpleNamespace(is_global_zero=True)
+    with pytest.warns(UserWarning, match=r"^1 of 2 prompts of sample sheets are longer than model\.max_text_tokens=24"):
+        Samples([SHORT, LONG]).on_fit_start(trainer, task)
+    trainer.is_global_zero = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Samples([SHORT, LONG]).on_fit_start(trainer, task)
