@@ -23,10 +23,11 @@ from rich.table import Table
 
 from swd import evaluate, report, train
 from swd.callbacks.fixed import FixedLosses
-from swd.config import build, check
+from swd.config import build, check, stored
 from swd.data.shapes import RESOLUTION
 from swd.evaluate import Advance, Contender, Judged, Row, Timing
 from swd.files import write_json, write_text
+from swd.masking import mask_text
 from swd.metrics.fid import frechet_distance
 from swd.metrics.judge import Judge
 from swd.modules.distiller import Distiller
@@ -302,7 +303,7 @@ def describe(cfg: DictConfig, task: Distiller, judge: Judge, study: Study) -> tu
         "machine": machine(task),
         "command": made["command"],
         "versions": {"python": made["python"]} | made["versions"],
-        "folder": short(folder),
+        "folder": short(Path(stored(cfg)["folder"])),  # no value of the environment
     }
     page = report.Page(
         results=results,
@@ -456,8 +457,8 @@ def bar(title: str, total: int) -> Iterator[Advance]:
 
 
 def note(text: str) -> None:
-    """A line for the reader, on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    """A line for the reader, on standard error, without credentials."""
+    print(mask_text(text), file=sys.stderr, flush=True)
 
 
 def short(path: Path) -> str:

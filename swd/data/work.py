@@ -21,7 +21,7 @@ from swd.data.ahead import read_ahead
 from swd.data.shards import MANIFEST, fault, is_done, read_manifest, shard_name, write_manifest, write_shard
 from swd.files import claim_folder, file_hash, write_json
 from swd.io.progress import Progress
-from swd.masking import mask
+from swd.masking import mask, mask_text
 from swd.modules.pretrained import read_json
 from swd.types import UserError
 
@@ -59,7 +59,7 @@ def is_first() -> bool:
 def say(text: str) -> None:
     """Tell on standard error what is about to happen, from the first process alone."""
     if is_first():
-        print(text, file=sys.stderr, flush=True)
+        print(mask_text(text), file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
