@@ -301,8 +301,9 @@ def check(cfg: DictConfig, root: Mapping[str, Any] | None = None, allow: Collect
     allow = allowed_here(cfg) if allow is None else allow
     for group in COLLECTIONS:
         _check_collection(plain.get(group), group)
-    # The task repeats the groups that it is built from: name their keys where the user knows them.
-    _check_node({key: plain[key] for key in sorted(plain, key=lambda k: k == "task")}, "", allow)
+    # Groups repeat values of others, the task all that it is built from: name keys where the user knows them.
+    order = sorted(plain, key=lambda key: (key == "task", key in COLLECTIONS))
+    _check_node({key: plain[key] for key in order}, "", allow)
     for key, value in plain.items() if root is not None else ():
         _check_group(key, value)
 
@@ -314,6 +315,9 @@ def _check_root(plain: dict[str, Any], root: Mapping[str, Any]) -> None:
             raise UserError(_unknown_key(key, key, known))
         if key in root and not fits(value, root[key]):
             raise UserError(_bad_value(key, value, root[key]))
+        if key == "seed" and key in root and (problem := RANGES[key].problem(value)):
+            _check_number(value, key)
+            raise UserError(f"{key}={value}; {problem}")
         if key in root and value == "":
             raise UserError(f"{key} is empty; give {key}=VALUE, or leave it out")
     if {"name", "output"} <= set(root):

@@ -13,11 +13,8 @@ from swd.config import one_line
 from swd.io.files import write_aside
 from swd.io.pictures import grid
 from swd.modules.distiller import Distiller
-<<<<<<< ours
 from swd.modules.finite import all_finite
-=======
 from swd.modules.tokens import warn_beyond
->>>>>>> theirs
 from swd.types import UserError
 
 

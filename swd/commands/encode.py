@@ -25,15 +25,9 @@ from swd.data.identity import identity
 from swd.data.job import MOST_IN_A_SHARD, MOST_ROWS, Job, Sample, in_shared_memory, is_first, say, share
 from swd.data.shards import CorruptSample, is_done, shard_name
 from swd.data.webdataset import PictureShards, empty_name
-<<<<<<< ours
 from swd.io import limits
 from swd.io.files import file_hash, write_aside, write_json
 from swd.io.job_log import Progress
-=======
-from swd.data.work import MOST_IN_A_SHARD, MOST_ROWS, Job, Sample, in_shared_memory, is_first, say, share
-from swd.files import file_hash, write_aside, write_json
-from swd.io.progress import Progress
->>>>>>> theirs
 from swd.modules.encoders import draw_latents
 from swd.modules.pretrained import Pretrained, read_json
 from swd.modules.tokens import TextLimit, evenly, warn_beyond

@@ -15,11 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from swd.data.job import in_shared_memory, is_first
 from swd.data.read_ahead import read_ahead
 from swd.data.shards import CorruptSample
-<<<<<<< ours
 from swd.io import limits
-=======
-from swd.data.work import in_shared_memory, is_first
->>>>>>> theirs
 from swd.modules.pretrained import Pretrained
 from swd.modules.tokens import evenly, warn_beyond
 from swd.schedule import ScaleSchedule

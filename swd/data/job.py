@@ -24,7 +24,7 @@ from swd.data.read_ahead import read_ahead
 from swd.data.shards import MANIFEST, fault, is_done, read_manifest, shard_name, write_manifest, write_shard
 from swd.io.files import claim_folder, file_hash, write_json
 from swd.io.job_log import Progress
-from swd.io.masking import mask
+from swd.io.masking import mask, mask_text
 from swd.modules.pretrained import read_json
 from swd.types import UserError
 
@@ -98,7 +98,7 @@ def _share(value: Any) -> None:
 def say(text: str) -> None:
     """Tell on standard error what is about to happen, from the first process alone."""
     if is_first():
-        print(text, file=sys.stderr, flush=True)
+        print(mask_text(text), file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)

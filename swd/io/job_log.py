@@ -9,6 +9,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from swd.io.masking import mask_text
+
 INTERVAL = 30.0
 """Seconds between two lines where there is no terminal: often enough to see that a job lives, short enough in a log."""
 
@@ -88,8 +90,8 @@ class Progress:
 
 
 def say(text: str) -> None:
-    """A line for the reader, on standard error, at once."""
-    print(text, file=sys.stderr, flush=True)
+    """A line for the reader, on standard error, at once, without credentials."""
+    print(mask_text(text), file=sys.stderr, flush=True)
 
 
 def rate_text(rate: float, unit: str) -> str:

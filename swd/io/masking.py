@@ -15,9 +15,9 @@ _SECRET = re.compile(
 )
 _SEVERAL = re.compile(r"(?:api|access|secret|private|auth|hub|hf)_?(?:key|token)s")
 _HARMLESS = re.compile(
-    r"tokeni[sz]\w*|tokens|token_limit|keys|keep|keyword|keyboard|key_?(?:frame|point)|monkey|donkey|turkey|hockey"
+    r"tokeni[sz]\w*|tokens|token_(?:limit|ind(?:ex|ices)|ids?)|key_?error|keys|keep|keyword|keyboard|key_?(?:frame|point)|monkey|donkey|turkey|hockey"
 )
-"""Words in which `key` and `token` mean something else: max_text_tokens, tokenizer, keyframes."""
+"""Words in which `key` and `token` mean something else: max_text_tokens, tokenizer, keyframes, KeyError."""
 _NAMES_A_NUMBER = re.compile(r"key|token")
 """Numbers under such keys are sizes and ids (`eos_token_id`), never secrets."""
 

@@ -379,13 +379,13 @@ def _patterns(config: Mapping[str, Any], key: str, where: str, read: Any) -> tup
     if not isinstance(given, dict):
         raise UserError(_damaged(where, key, given, "an object with names and numbers"))
     if len(given) > MOST_PATTERNS:
-        raise UserError(f"{where} has a {key} of {len(given)} entries; at most {MOST_PATTERNS} are read")
+        raise UserError(f"{where} has {len(given)} entries in {key}; at most {MOST_PATTERNS} are read")
     found = tuple(
         (_pattern(text, key, where), read(value, f"{key}[{text[:60]}]", where)) for text, value in given.items()
     )
     wild = sum(pattern.wild for pattern, _ in found)
     if wild > MOST_WILD:
-        raise UserError(f"{where} has a {key} with {wild} wildcards; at most {MOST_WILD} are read, name the layers")
+        raise UserError(f"{where} has {wild} wildcards in {key}; at most {MOST_WILD} are read, name the layers")
     return found
 
 

@@ -184,8 +184,15 @@ def _from_peft(folder: Path) -> Adapter:
         kind = "DoRA" if config.get("use_dora") else shown(config.get("peft_type"))
         raise UserError(f"adapter {folder} is {kind}; only LoRA is known")
     settings = read_settings(config, f"adapter {folder}")
-    base = config.get("base_model_name_or_path")
-    return _fold(read_lora(file), settings, file, base if isinstance(base, str) else None)
+    base, lora = config.get("base_model_name_or_path"), read_lora(file)
+    for module, alpha in lora.alphas.items():  # which peft does not look at
+        rank = lora.down[module].shape[0]
+        if not math.isclose(alpha / rank, settings.scale(module, rank), rel_tol=1e-3):
+            raise UserError(
+                f"adapter {file} has {module}.alpha={alpha:g}, but by {PEFT_CONFIG} its weights are multiplied by "
+                f"{settings.scale(module, rank):g} (alpha / rank); leave one of the two out"
+            )
+    return _fold(lora, settings, file, base if isinstance(base, str) else None)
 
 
 def _from_diffusers(file: Path) -> Adapter:

@@ -48,8 +48,8 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.mo
 """A tokenizer folder has at least one of them."""
 
 
-LOADING_FAILS = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, ImportError, RuntimeError)
-"""What diffusers and transformers raise for files that do not fit."""
+LOADING_FAILS = Exception
+"""What diffusers, transformers and tokenizers raise for files that do not fit: whatever a wrong value leads to."""
 
 
 class Pretrained:
@@ -127,7 +127,7 @@ class Pretrained:
         self._check_family(read_json(self.folder / "model_index.json"))
         self._check_numbers()
         self._check_channels()
-        self._check_betas()
+        self._check_levels()
         self._check_guidance()
         self.size: Size = self.limits.native if size is None else (size, size) if isinstance(size, int) else tuple(size)
         self.limits.check_size(self.size)
@@ -233,10 +233,23 @@ class Pretrained:
                 "model.embedded_guidance is null, but this network is fed a guidance scale; FLUX.1-dev's is 4.5"
             )
 
-    def _check_betas(self) -> None:
-        """A variance-preserving model must have been trained on the levels that `VariancePreserving` knows."""
+    def _check_levels(self) -> None:
+        """The teacher's own sampler: numbers that can be, and for a variance-preserving model its betas."""
         file = self.folder / "scheduler" / "scheduler_config.json"
-        if self.backbone_class.process.prediction_type != "epsilon" or not file.is_file():
+        if not file.is_file():
+            return
+        config = read_json(file)
+        if config.get("num_train_timesteps", limits.STEPS) != limits.STEPS:
+            raise UserError(
+                f"{file} has num_train_timesteps={config['num_train_timesteps']}, but models of model.family="
+                f"{self.family} are fed noise levels as timesteps from 0 to {limits.STEPS}; download it again"
+            )
+        for key in ("shift", "flow_shift"):
+            shift = config.get(key, 1.0)
+            number = isinstance(shift, int | float) and not isinstance(shift, bool)
+            if shift is not None and not (number and 0 < shift < math.inf):
+                raise UserError(f"{file} is damaged: {key} is {shift!r}, not a number above 0; download it again")
+        if self.backbone_class.process.prediction_type != "epsilon":
             return
         expected = {
             "beta_start": 0.00085,
@@ -244,7 +257,7 @@ class Pretrained:
             "beta_schedule": "scaled_linear",
             "prediction_type": "epsilon",
         }
-        config = expected | read_json(file)
+        config = expected | config
         for key, value in expected.items():
             if config[key] != value:
                 raise UserError(
@@ -470,9 +483,10 @@ class Pretrained:
 
     @property
     def _absent(self) -> list[str]:
-        """Parts that the index names as null: the pipeline asks to be told so."""
+        """Parts that the index names as null, or not at all where optional: the pipeline wants to be told."""
         index = read_json(self.folder / "model_index.json")
-        return [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is None]
+        unnamed = [name for name in self.backbone_class.encoders_type.optional if name not in index]
+        return [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is None] + unnamed
 
     def encoders(self, device: torch.device | str = "cpu") -> Encoders:
         """Load text encoders and VAE."""
@@ -489,6 +503,8 @@ class Pretrained:
 def _reason(error: Exception) -> str:
     """What an error says, on one short line."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
+    if "ignore_mismatched_sizes" in text:  # transformers refers to a table that it has logged
+        return "its weights have other shapes than its config.json says"
     # Libraries advise to run a folder's own code, which this package never does.
     return "it has code of its own, which is never run" if "trust_remote_code" in text else text[:160]
 

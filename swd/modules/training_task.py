@@ -17,15 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import AveragedModel
 
-<<<<<<< ours
 from swd.io.files import clear_leftovers, in_use
-from swd.modules.checkpoints import tensors
+from swd.modules.checkpoints import lost_settings, tensors
 from swd.modules.finite import all_finite, step_or_stop, stop_unless_finite
-=======
-from swd.checkpoints import lost_settings, tensors
-from swd.files import clear_leftovers, in_use
-from swd.finite import all_finite, step_or_stop, stop_unless_finite
->>>>>>> theirs
 from swd.types import Checks, UserError
 
 

@@ -21,7 +21,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from swd.config import stored
 from swd.io.files import write_json, write_text
+from swd.io.masking import mask_text
 from swd.metrics.fid import frechet_distance
 from swd.modules.distiller import Distiller
 from swd.shapes import contest, report
@@ -179,7 +181,7 @@ def describe(cfg: DictConfig, task: Distiller, judge: Judge, study: Study) -> tu
         "machine": machine(task),
         "command": made["command"],
         "versions": {"python": made["python"]} | made["versions"],
-        "folder": short(folder),
+        "folder": short(Path(stored(cfg)["folder"])),  # no value of the environment
     }
     page = report.Page(
         results=results,
@@ -333,8 +335,8 @@ def bar(title: str, total: int) -> Iterator[Advance]:
 
 
 def note(text: str) -> None:
-    """A line for the reader, on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    """A line for the reader, on standard error, without credentials."""
+    print(mask_text(text), file=sys.stderr, flush=True)
 
 
 def short(path: Path) -> str:

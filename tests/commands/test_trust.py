@@ -345,6 +345,8 @@ def test_which_keys_are_credentials(name: str, secret: bool) -> None:
         ("headers={Authorization: 'Bearer abc'}", "headers={Authorization: ***}"),
         ("unknown key task.lrr; did you mean 'lr'?", "unknown key task.lrr; did you mean 'lr'?"),
         ("model.max_text_tokens=77 api_key=null", "model.max_text_tokens=77 api_key=null"),
+        ("is damaged (KeyError: 'sigmas'); copy it again", "is damaged (KeyError: 'sigmas'); copy it again"),
+        ("has trainable_token_indices=[1], which", "has trainable_token_indices=[1], which"),
     ],
 )
 def test_credentials_in_texts_are_masked(text: str, shown: str) -> None:

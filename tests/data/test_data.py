@@ -11,14 +11,9 @@ import pytest
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-<<<<<<< ours
 from swd.commands.cli import user_errors
-from swd.data.datamodule import GlobalBatches, PairData, collate
-=======
-from swd.cli import user_errors
+from swd.commands.encode import as_shared
 from swd.data.datamodule import GlobalBatches, Guarded, GuardedLoader, PairData, as_it_is, collate
-from swd.data.encode import as_shared
->>>>>>> theirs
 from swd.types import Batch, UserError
 
 

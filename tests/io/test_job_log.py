@@ -12,7 +12,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from swd.callbacks import progress as callback
+from swd.data import job
 from swd.io.job_log import Progress, duration, rate_text
+from swd.shapes import demo
 
 
 class Clock:
@@ -35,6 +37,20 @@ def test_a_job_says_what_it_does_every_thirty_seconds_and_when_it_ends(capfd: py
     # 80 pictures at 1.5 s each: a line after every 20th.
     assert [line.split()[1] for line in lines[1:-1]] == ["40/100", "60/100", "80/100", "100/100"]
     assert lines[1] == "picture 40/100 (40%), 1.5 s/picture, 1 min 30 s left; loss 1"
+
+
+def test_a_job_tells_no_credentials(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HUB_TOKEN", "hf_0123456789")
+    with Progress("reading https://me:word@host/a.tar into hf_0123456789", 1, "sample"):
+        pass
+    job.say("listing s3://id:word@bucket/x")
+    demo.note("from https://host/x?token=word")
+    assert capfd.readouterr().err.splitlines() == [
+        "reading https://***@host/a.tar into ***: 1 sample",
+        "done: 0 samples in 0 s",
+        "listing s3://***@bucket/x",
+        "from https://host/x?token=***",
+    ]
 
 
 def test_a_job_that_fails_does_not_say_that_it_is_done(capfd: pytest.CaptureFixture[str]) -> None:

@@ -307,6 +307,23 @@ def test_published_layouts_mean_the_same(name: str, model: Pretrained, alpha: fl
             assert_close(adapter.state[key], expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("agrees", [True, False])
+def test_an_alpha_in_the_weights_of_a_peft_folder_must_agree(
+    agrees: bool, name: str, model: Pretrained, tmp_path: Path
+) -> None:
+    state = random_state(model)
+    module = min(state).removesuffix(".lora_A.weight")
+    weights = {f"base_model.model.{k}": v for k, v in state.items()}
+    save_file(weights | {f"{module}.alpha": torch.tensor(12.0 if agrees else 6.0)}, tmp_path / adapters.PEFT_WEIGHTS)
+    (tmp_path / adapters.PEFT_CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 12}))
+    if agrees:
+        up = f"{module}.lora_B.weight"
+        assert_close(load(tmp_path).state[up], state[up] * 3)
+        return
+    with pytest.raises(UserError, match=rf"has {module}.alpha=6, but by adapter_config.json .* multiplied by 3"):
+        load(tmp_path)
+
+
 def test_warm_start(name: str, model: Pretrained, tmp_path: Path) -> None:
     """A student with another alpha starts from exactly the update that the adapter stands for."""
     state = random_state(model)

@@ -186,6 +186,16 @@ def test_sd3_without_t5_has_zeros_for_its_text_everywhere(
     assert drawn.isfinite().all() and drawn.std() > 0
 
 
+@pytest.mark.parametrize("names", [["text_encoder_3", "tokenizer_3"], ["text_encoder_3"]])
+def test_sd3_whose_index_does_not_mention_t5_loads(names: list[str], stored: dict[str, Path], tmp_path: Path) -> None:
+    folder = without(shutil.copytree(stored["sd3"], tmp_path / "m"), *names)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({k: v for k, v in index.items() if k not in names}))
+    model = families.pretrained("sd3", folder)
+    assert not model.encoders().encode_prompts(["a red star"]).embeds[:, -model.max_text_tokens :].any()
+    assert sample.draw(sample.build_pipeline(model), model, [sample.Request("a red star", 0)])[0][0].isfinite().all()
+
+
 def test_sd3_without_t5_trains(tmp_path: Path, tiny_model: Path) -> None:
     from swd.commands.train import fit
 
@@ -328,6 +338,9 @@ def test_a_network_s_configuration_with_wrong_numbers_is_one_line(
         ("sd3", "text_encoder_3/config.json", {"num_layers": 10**6}),
         ("sd3", "text_encoder_3/config.json", {"vocab_size": 10**12}),
         ("sd3", "scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}),
+        ("sd3", "scheduler/scheduler_config.json", {"num_train_timesteps": 500}),
+        ("sd3", "scheduler/scheduler_config.json", {"shift": -1}),
+        ("sd3", "scheduler/scheduler_config.json", {"shift": "x"}),
         ("sd3", "vae/config.json", {"layers_per_block": 10**6}),
         ("sd3", "vae/config.json", {"block_out_channels": "x" * 99}),
         ("sd3", "vae/config.json", {"block_out_channels": None}),
@@ -362,10 +375,21 @@ def test_configurations_of_real_models_are_far_below_the_limits(tmp_path: Path) 
         model_folders.check_part(config, tmp_path)
 
 
-def test_what_diffusers_cannot_load_is_one_line(stored: dict[str, Path], tmp_path: Path) -> None:
-    folder = edit(shutil.copytree(stored["sd3"], tmp_path / "m"), "text_encoder/config.json", hidden_size=48)
+@pytest.mark.parametrize(
+    ("file", "values", "reason"),
+    [
+        ("text_encoder/config.json", {"hidden_size": 48}, "its weights have other shapes than its config.json says"),
+        ("text_encoder/config.json", {"num_attention_heads": 0}, "ZeroDivisionError"),
+        ("vae/config.json", {"norm_num_groups": 0}, "ZeroDivisionError"),
+        ("text_encoder_3/config.json", {"relative_attention_num_buckets": -1}, "RuntimeError"),
+    ],
+)
+def test_what_diffusers_cannot_load_is_one_line(
+    file: str, values: dict[str, Any], reason: str, stored: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = edit(shutil.copytree(stored["sd3"], tmp_path / "m"), file, **values)
     model = families.pretrained("sd3", folder)
-    with pytest.raises(UserError, match=r"cannot be loaded as StableDiffusion3Pipeline \(") as caught:
+    with pytest.raises(UserError, match=rf"cannot be loaded as StableDiffusion3Pipeline \({reason}") as caught:
         model.encoders()
     assert "\n" not in str(caught.value)
 

@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import errors
 
 from swd.modules import hub
+from swd.modules.backbones.base import Limits
 from swd.modules.pretrained import Pretrained, is_whole, resolve_asset
 from swd.types import UserError
 
@@ -40,6 +41,8 @@ def test_limits_come_from_configuration_files(tiny_model: Path) -> None:
         ((1, 4), ["1", "use 2"]),
         ((4, 14), ["14", "positional limit 12"]),
         ((2, 4, 4), ["(2, 4, 4)", "3 axes", "(H, W)"]),
+        ((0, 4), ["0 is no side", "1 to 16384"]),
+        ((4, -2), ["-2 is no side", "1 to 16384"]),
     ],
 )
 def test_sizes_that_the_network_cannot_take_are_refused(
@@ -51,6 +54,14 @@ def test_sizes_that_the_network_cannot_take_are_refused(
         limits.check_size(size)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [(10**9, 128), (128, 0), (0, 128, 128), (10**6, 128, 128)])
+def test_no_side_is_zero_or_huge_where_positions_are_computed(size: tuple[int, ...]) -> None:
+    limits = Limits(divisor=2, max_side=None, blocks=3, width=8, channels=4, native=(128,) * len(size))
+    limits.check_size((128,) * len(size))
+    with pytest.raises(UserError, match="is no side of a latent; use 1 to 16384"):
+        limits.check_size(size)
 
 
 @pytest.mark.parametrize("block", [-1, 3, 77])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from swd.diffusion import Process, expand
 from swd.modules.encoders import Encoders
+from swd.modules.model_folders import LARGEST_SIDE
 from swd.types import Conditioning, Size, UserError
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
@@ -47,10 +48,16 @@ class Limits:
         return len(self.native)
 
     def check_size(self, size: Size) -> None:
-        """Raise UserError for a latent size that the network would truncate or cannot place."""
+        """Raise UserError for a latent size that the network would truncate or cannot place.
+
+        Networks whose positions are computed have no `max_side`; for them `LARGEST_SIDE` counts.
+        """
         if len(size) != self.axes:
             expected = "(H, W)" if self.axes == 2 else "(F, H, W)"
             raise UserError(f"size {size} has {len(size)} axes; this model takes {expected}")
+        for side in size:
+            if not 1 <= side <= LARGEST_SIDE:
+                raise UserError(f"size {size}: {side} is no side of a latent; use 1 to {LARGEST_SIDE}")
         for side in size[-2:]:
             if side % self.divisor:
                 lower = side - side % self.divisor
