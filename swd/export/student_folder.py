@@ -38,7 +38,7 @@ from swd.config import (
 )
 from swd.export.verification import COMFY_WEIGHTS, check_adapter, check_network
 from swd.io.files import check_checksums, write_aside, write_checksums, write_json
-from swd.io.limits import STEPS
+from swd.io.limits import LARGEST_SIDE, STEPS
 from swd.modules.adapters import (
     DIFFUSERS_WEIGHTS,
     NETWORK_CONFIG,
@@ -50,7 +50,6 @@ from swd.modules.adapters import (
 )
 from swd.modules.backbones.base import Backbone
 from swd.modules.hub import is_hub_id
-from swd.modules.model_folders import LARGEST_SIDE
 from swd.modules.pretrained import Pretrained, read_json
 from swd.modules.student import FullStudent, Student
 from swd.schedule import ScaleSchedule

@@ -15,6 +15,8 @@ AT_ONCE = 4096
 """Pictures or prompts in one batch: more than any device holds of the smallest model."""
 SIDE = 8192
 """Pixels along a side: eight times what these models were trained on."""
+LARGEST_SIDE = 2**14
+"""Side of a latent, or a number that latents are divided by: far beyond any model, small enough to compute with."""
 FRAMES = 1000
 """Frames of a video: ten times what these models were trained on."""
 FPS = 240

@@ -19,7 +19,7 @@ LARGEST = 2**24
 MOST_LAYERS, MOST_IN_ALL = 512, 1024
 """Layers that one entry may ask for (the deepest known network has 60), and the product of all such entries (FLUX's
 is 722)."""
-LARGEST_SIDE, LARGEST_WIDTH = 2**14, 2**16
+LARGEST_WIDTH = 2**16
 """Of latents and of features; the largest known are 1536 and 5120."""
 
 VARIANTS = ("fp32", "fp16", "bf16")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from swd.diffusion import Process, expand
+from swd.io.limits import LARGEST_SIDE
 from swd.modules.encoders import Encoders
-from swd.modules.model_folders import LARGEST_SIDE
 from swd.types import Conditioning, Size, UserError
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
