@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
 from itertools import chain
 from typing import Any
@@ -139,3 +140,22 @@ def test_wrong_input_in_a_worker_ends_in_its_own_line(workers: int, capsys: pyte
     assert capsys.readouterr().err == "error: five.png is broken; remove it\n"
     order = list(chain(*global_order(6, 2, 3)))
     assert seen == [str(i) for i in order[: order.index(5) // 2 * 2]]
+
+
+class Failing(Numbers):
+    """Item 5 is on a disk that fails."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index == 5:
+            raise OSError(errno.EIO, "Input/output error", "pictures/five.png")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_read_that_fails_in_a_worker_names_its_file(workers: int, capsys: pytest.CaptureFixture[str]) -> None:
+    data = PairData(Failing(6), batch_size=2, workers=workers)
+    data.trainer = StubTrainer(0)  # type: ignore[assignment]
+    with pytest.raises(SystemExit) as ended, user_errors():
+        list(data.train_dataloader())
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: pictures/five.png failed (Input/output error); the disk or")
