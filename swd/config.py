@@ -181,7 +181,7 @@ RANGES: Mapping[str, Range] = {
     "crop_chance": SHARE,
     "max_bad": SHARE,
     "seed": Range(0, LARGEST_INTEGER),
-    "batch_size": Range(1, 100_000),  # over all processes; the paper's is 64
+    "batch_size": Range(1, 2**16),  # over all processes; the paper's is 64
     "warmup": Range(0, 2**31 - 1),
     "every": COUNT,
     "keep": COUNT,
@@ -310,7 +310,7 @@ def check(cfg: DictConfig, root: Mapping[str, Any] | None = None, allow: Collect
 
 def _check_root(plain: dict[str, Any], root: Mapping[str, Any]) -> None:
     known = [*root, *NODES, *COLLECTIONS]
-    for key, value in plain.items():
+    for key, value in sorted(plain.items(), key=lambda item: item[0] == "folder"):  # which may repeat `out`
         if key not in known:
             raise UserError(_unknown_key(key, key, known))
         if key in root and not fits(value, root[key]):
@@ -319,7 +319,7 @@ def _check_root(plain: dict[str, Any], root: Mapping[str, Any]) -> None:
             _check_number(value, key)
             raise UserError(f"{key}={value}; {problem}")
         if key in root and value == "":
-            raise UserError(f"{key} is empty; give {key}=VALUE, or leave it out")
+            raise UserError(f"{key} is empty; give {key}=VALUE")
     if {"name", "output"} <= set(root):
         check_names(plain.get("name"), plain.get("output"))
 

@@ -401,8 +401,8 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
             ValueError: if there are not as many generators as samples, or a side is no multiple of `divisor`.
         """
         final = self.base_sizes[-1]
-        sides = (height or final[-2], width or final[-1])
-        wanted: tuple[int, ...] = sides if len(final) == 2 else (frames or final[0], *sides)
+        sides = (final[-2] if height is None else height, final[-1] if width is None else width)
+        wanted: tuple[int, ...] = sides if len(final) == 2 else (final[0] if frames is None else frames, *sides)
         plan = self.sizes_ending_at(wanted)
         first = plan[0]
         if isinstance(generator, Sequence):
@@ -558,11 +558,11 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         """The schedule's sizes, stretched so that they end at exactly `final`.
 
         Raises:
-            ValueError: if a side is no multiple of `divisor`.
+            ValueError: if a side is no multiple of `divisor`, or below 1.
         """
         base = self.base_sizes
-        if any(side % self.config.divisor for side in final[-2:]):
-            raise ValueError(f"size {final}: sides must be multiples of {self.config.divisor}")
+        if any(side < 1 for side in final) or any(side % self.config.divisor for side in final[-2:]):
+            raise ValueError(f"size {final}: sides must be multiples of {self.config.divisor}, above 0")
         return [*(self._stretched(size, final, base[-1]) for size in base[:-1]), final]
 
     def _stretched(self, size: tuple[int, ...], wanted: tuple[int, ...], base: tuple[int, ...]) -> tuple[int, ...]:

@@ -501,3 +501,9 @@ def test_sdxls_other_pipelines_end_in_one_sentence(kind: str, tmp_path: Path) ->
             continue
         with pytest.raises(ValueError, match=message):
             pipe(**call)
+
+
+@pytest.mark.parametrize("size", [{"height": 0}, {"width": -8}, {"height": -4, "width": -4}])
+def test_no_final_size_is_below_one(size: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="sides must be multiples of 1, above 0"):
+        ScaleWiseScheduler([1.0, 0.5], [4, 8]).initial_latents(1, 4, **size)

@@ -286,9 +286,8 @@ def final_size(cfg: DictConfig, model: Pretrained, native: Size | None = None) -
         height, width = aspect_size(cfg.aspect, height * width, model.limits.divisor)
     for key, old in (("height", height), ("width", width)):
         pixels = cfg[key]
-        if pixels is not None and pixels > limits.SIDE:
-            raise UserError(f"{key}={pixels}; use at most {limits.SIDE}, eight times what models are trained on")
-        if pixels is not None and (pixels < 1 or pixels % (factor * model.limits.divisor)):
+        limits.whole(key, pixels, 1, limits.SIDE, "eight times what models are trained on")
+        if pixels is not None and pixels % (factor * model.limits.divisor):
             step = factor * model.limits.divisor
             near = max(step, round(pixels / step) * step)
             raise UserError(f"{key}={pixels} is not a multiple of {step} pixels; use {near}")

@@ -300,6 +300,7 @@ FIXED = {
     "enable_progress_bar": "callbacks.progress counts iterations, and Lightning's bar would count batches",
     "use_distributed_sampler": "the data divide themselves over processes",
     "barebones": "it leaves out what writes the student",
+    "val_check_interval": "nothing is validated while a task trains",
 }
 """Options of the Trainer that are this project's to set, and what to do instead."""
 LIMITS = ("limit_train_batches", "overfit_batches")

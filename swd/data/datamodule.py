@@ -22,7 +22,7 @@ from swd.schedule import ScaleSchedule
 from swd.types import Batch, Size, UserError, stable_hash
 
 MOST_SAMPLES = 2**16
-"""Samples of one global batch: hundreds of times the largest of the paper's."""
+"""Samples of one global batch: hundreds of times the largest of the paper's; `swd.config.RANGES` has the same."""
 LOOKED_AT = 1000
 """Captions whose length is looked at before training: all of a small set, a sample of a large one."""
 
@@ -127,9 +127,9 @@ class GlobalBatches(Sampler[list[Any]]):
 
 
 class Guarded(Dataset[Any]):
-    """Batches of a dataset, whose wrong input comes out of a worker process as a value.
+    """Batches of a dataset, whose wrong input and failed reading come out of a worker process as a value.
 
-    A loader would pass it on with the worker's traceback as its message.
+    A loader would pass them on with the worker's traceback as their message, and a failed read without number and file.
 
     Args:
         dataset: map-style.
@@ -139,10 +139,10 @@ class Guarded(Dataset[Any]):
     def __init__(self, dataset: Dataset[Any], collate: Callable[[list[Any]], Batch]) -> None:
         self.dataset, self.collate = dataset, collate
 
-    def __getitems__(self, requests: list[Any]) -> Batch | UserError:
+    def __getitems__(self, requests: list[Any]) -> Batch | UserError | OSError:
         try:
             return in_shared_memory(self.collate([self.dataset[request] for request in requests]))
-        except UserError as error:
+        except (UserError, OSError) as error:
             return error
 
 
@@ -152,11 +152,11 @@ def as_it_is(batch: Any) -> Any:
 
 
 class GuardedLoader(DataLoader[Any]):
-    """Raises in this process what was wrong with the input in a worker's."""
+    """Raises in this process what was wrong with the input, or could not be read, in a worker's."""
 
     def __iter__(self) -> Any:
         for batch in super().__iter__():
-            if isinstance(batch, UserError):
+            if isinstance(batch, UserError | OSError):
                 raise batch
             yield batch
 

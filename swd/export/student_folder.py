@@ -154,19 +154,29 @@ def read_schedule(file: Path) -> ScaleWiseScheduler:
             f"{file} is for {kind or 'no class'}, not for {ScaleWiseScheduler.__name__}; remove it and give schedule="
         )
     try:
-        check_schedule(config)
+        check_numbers(config)
         sampler: ScaleWiseScheduler = ScaleWiseScheduler.from_config(config)
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"{file} is damaged ({type(error).__name__}: {one_line(error)}); copy it again") from None
     return sampler
 
 
-def check_schedule(config: Mapping[str, Any]) -> None:
+def check_numbers(config: Mapping[str, Any]) -> None:
     """Check the numbers of a sampler's configuration, before it computes with them.
 
     Raises:
-        ValueError, LookupError or TypeError: for the first one that is missing or cannot be.
+        ValueError, LookupError or TypeError: for the first one that is missing or cannot be, or for a setting that is
+            not known: what it changes would be left out.
     """
+    missing = [key for key in ("sigmas", "sizes") if key not in config]
+    if missing:
+        raise ValueError(f"it has no {missing[0]}")
+    known = inspect.signature(ScaleWiseScheduler.__init__).parameters
+    unknown = [key for key in config if key not in known and not key.startswith("_")]
+    if unknown:
+        raise ValueError(f"{unknown[0]} is not understood")
+    if config.get("num_train_timesteps", STEPS) != STEPS:
+        raise ValueError(f"num_train_timesteps is {str(config['num_train_timesteps'])[:60]}; use {STEPS}")
     if len(config["sigmas"]) > STEPS:
         raise ValueError(f"{len(config['sigmas'])} sigmas; at most {STEPS} are known")
     ScaleSchedule(config["sigmas"], config["sizes"])

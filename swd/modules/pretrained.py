@@ -18,12 +18,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from swd.io import limits
+from swd.io.limits import LARGEST_SIDE
 from swd.modules import hub
 from swd.modules.backbones import load_family
 from swd.modules.backbones.base import TARGETS, Backbone, Limits
 from swd.modules.encoders import Encoders, pixel_size
 from swd.modules.model_folders import (
-    LARGEST_SIDE,
     LARGEST_WIDTH,
     MOST_LAYERS,
     check_index,
@@ -41,6 +41,8 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 LARGEST_RANK = 256
 """LoRA rank that is always allowed, twice the largest of the paper (appendix A); else up to the network's width."""
+ALPHAS = 1e-3, 1e6
+"""LoRA alpha: alphas in use are within ten times the rank; far below it updates vanish in float32."""
 DMD_GUIDANCE, DRAWING_GUIDANCE = 7.0, 4.5
 """Stable Diffusion 3.5 Medium's: of DMD in the released script, of the training set in the paper's appendix A."""
 
@@ -143,8 +145,12 @@ class Pretrained:
         limits.number("model.embedded_guidance", self.embedded_guidance, 0, limits.GUIDANCE)
         if self.rank < 1:
             raise UserError(f"model.rank={self.rank}; a LoRA rank is at least 1")
-        if self.alpha is not None and not 0 < self.alpha < math.inf:
-            raise UserError(f"model.alpha={self.alpha}; use a finite number above 0, or null for alpha = rank")
+        limits.number("model.alpha", self.alpha, *ALPHAS, "null for alpha = rank")
+        for key, value in (("path", self.path), ("revision", self.revision)):
+            if value is not None and not value.strip():
+                raise UserError(
+                    f"model.{key} is empty; give model.{key}=VALUE" + (", or null" if key != "path" else "")
+                )
         if self.init_adapter is not None and not self.init_adapter.strip():
             raise UserError(
                 "model.init_adapter is empty; name a run, an adapter's folder or file, or use null for a fresh start"
@@ -226,8 +232,6 @@ class Pretrained:
             )
 
     def _check_guidance(self) -> None:
-        if self.embedded_guidance is not None and not 0 <= self.embedded_guidance < math.inf:
-            raise UserError(f"model.embedded_guidance={self.embedded_guidance}; use a scale of 0 or more, e.g. 4.5")
         if self.network_config.get("guidance_embeds") and self.embedded_guidance is None:
             raise UserError(
                 "model.embedded_guidance is null, but this network is fed a guidance scale; FLUX.1-dev's is 4.5"
@@ -556,7 +560,8 @@ def check_pipeline_folder(folder: Path, weights: bool = True) -> None:
     """
     index = folder / "model_index.json"
     if not folder.is_dir():
-        raise UserError(f"model.path={folder} does not exist; give a diffusers pipeline folder")
+        reason = "is a file" if folder.exists() else "does not exist"
+        raise UserError(f"model.path={folder} {reason}; give a diffusers pipeline folder")
     if not index.is_file():
         raise UserError(f"model.path={folder} has no model_index.json; give a diffusers pipeline folder")
     entries = read_json(index)

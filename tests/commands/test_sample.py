@@ -456,6 +456,7 @@ def test_final_size(made, tmp_path: Path, asked: dict, size: tuple[int, int]) ->
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
+        ({"height": 0}, "height=0; use at least 1"),
         ({"height": 100}, "height=100 is not a multiple of 16 pixels; use 96"),
         ({"aspect": "wide"}, "give WIDTH:HEIGHT"),
         ({"aspect": "1:1", "width": 64}, "one or the other"),

@@ -432,3 +432,9 @@ def test_messages_hold_no_credentials(monkeypatch: pytest.MonkeyPatch, capsys: A
 
 def test_pretrained_is_what_recorded_nodes_build() -> None:
     assert config.target_of(config.PRETRAINED, "model") is Pretrained
+
+
+@pytest.mark.parametrize("family", ["swd.modules.backbones.base", "swd.modules.pretrained"])
+def test_a_family_is_a_backbone_that_can_be_built(family: str) -> None:
+    with pytest.raises(UserError, match="defines 0 backbones"):
+        load_family(family)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import resource
 from collections import Counter
 from itertools import chain
@@ -162,3 +163,22 @@ def test_full_shared_memory_is_one_line_and_no_endless_wait(kind: str) -> None:
     loader = GuardedLoader(dataset, batch_sampler=[[0, 1], [2, 3]], collate_fn=collate, num_workers=1, timeout=60)
     with pytest.raises(UserError, match=r"no room in shared memory \(File too large\); .*data\.workers=0"):
         list(loader)
+
+
+class Failing(Numbers):
+    """Item 5 is on a disk that fails."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index == 5:
+            raise OSError(errno.EIO, "Input/output error", "pictures/five.png")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_read_that_fails_in_a_worker_names_its_file(workers: int, capsys: pytest.CaptureFixture[str]) -> None:
+    data = PairData(Failing(6), batch_size=2, workers=workers)
+    data.trainer = StubTrainer(0)  # type: ignore[assignment]
+    with pytest.raises(SystemExit) as ended, user_errors():
+        list(data.train_dataloader())
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: pictures/five.png failed (Input/output error); the disk or")

@@ -200,6 +200,8 @@ SCHEDULES: list[dict[str, Any]] = [
     {"num_train_timesteps": 0},
     {"num_train_timesteps": "x"},
     {"num_train_timesteps": 10**30},
+    {"num_train_timesteps": 500},
+    {"shift": 3.0},
     {"sizes": [4, 6, 10**12]},
     {"sizes": [4.5, 6, 8]},
     {"sizes": "x"},

@@ -412,6 +412,8 @@ def test_what_diffusers_cannot_load_is_one_line(
         {"embedded_guidance": float("inf")},
         {"embedded_guidance": -2.0},
         {"alpha": float("inf")},
+        {"alpha": 1e-300},
+        {"revision": ""},
         {"init_adapter": ""},
         {"init_adapter": "  "},
         {"max_text_tokens": 10**9},
@@ -427,6 +429,7 @@ def test_absurd_ranks_and_heads_are_refused_on_the_command_line(tmp_path: Path, 
         "loss.gan.layers=100000",
         "model.init_adapter=''",
         "model.drawing_guidance_scale=inf",
+        "model.path=''",
     ):
         with pytest.raises(Exception) as caught:
             build(tiny.composed([*tiny.overrides(tiny_model, tmp_path), override]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 import sys
 
@@ -38,7 +39,10 @@ def load_family(name: str) -> type[Backbone]:
     found = [
         value
         for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Backbone) and value.__module__ == module.__name__
+        if isinstance(value, type)
+        and issubclass(value, Backbone)
+        and value.__module__ == module.__name__
+        and not inspect.isabstract(value)
     ]
     if len(found) != 1:
         raise UserError(f"model.family={name} defines {len(found)} backbones; a family is one subclass of Backbone")
