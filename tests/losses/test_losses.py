@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from swd.losses import DMD, GAN, MMD, CriticStep, GeneratorStep, LossTerm
 from swd.losses import functional as L
-from swd.losses.update import critic_loss, generator_gradient, settle_features, student_x0, trainers, wanted
+from swd.losses.update import critic_loss, generator_gradient, settle, student_x0, trainers, wanted
 from swd.modules.networks import SharedBase
 from swd.types import SeededDraws, UserError
 
@@ -74,7 +74,7 @@ def make_terms(names: str, **mmd: Any) -> dict[str, LossTerm]:
         "gan": lambda: GAN(blocks=(1,), weight=0.3, discriminator_weight=0.2),
     }
     terms = {name: makers[name]() for name in names.split("+")}
-    settle_features(terms)
+    settle(terms)
     torch.manual_seed(0)
     for term in terms.values():
         term.build(WIDTH)
@@ -455,7 +455,7 @@ def test_features_of_a_fake_that_nobody_trains_are_refused() -> None:
 
 def test_no_terms_are_refused() -> None:
     with pytest.raises(UserError, match="loss is empty"):
-        settle_features({})
+        settle({})
 
 
 # GAN
