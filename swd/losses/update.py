@@ -51,9 +51,12 @@ def generator_gradient(
     total = torch.zeros((), device=step.x0_hat.device)
     gradient = torch.zeros_like(step.x0_hat)
     metrics: Metrics = {}
-    for name in sorted(terms, key=_shared_pass_first(terms)):
+    order = sorted(terms, key=_shared_pass_first(terms))
+    readers = [name for name in order if terms[name].generator_pass.blocks]
+    for name in order:
         loss, values = terms[name].generator(step)
-        own = torch.autograd.grad(loss, step.x0_hat)[0]
+        # All but the last reader of the fake network's features leave their graph to the next one.
+        own = torch.autograd.grad(loss, step.x0_hat, retain_graph=name in readers[:-1])[0]
         if checks is not None:
             checks[name] = loss.detach().isfinite() & own.isfinite().all()
         gradient += own

@@ -241,6 +241,22 @@ def test_a_generator_update_runs_each_network_once(names: str, fake: list[str], 
     assert len(set(spy.noises)) == len(spy.noises), "every noise is drawn once"
 
 
+def test_terms_that_read_features_share_one_forward_and_its_graph() -> None:
+    def make() -> dict[str, LossTerm]:
+        terms = make_terms("dmd+gan") | {"other": GAN(blocks=(0,), weight=0.7)}
+        torch.manual_seed(1)
+        terms["other"].build(WIDTH)
+        return terms
+
+    together = make()
+    spy = make_spy(together)
+    _, loss, gradient, _ = generator_update(spy, together)
+    assert [kind for kind, *_ in spy.of("fake")] == ["x0"]
+    parts = [generator_update(make_spy(together), {name: term}) for name, term in make().items()]
+    assert_close(loss, sum(part[1] for part in parts))
+    assert_close(gradient, sum(part[2] for part in parts))
+
+
 def test_dmd_and_gan_share_one_noised_sample() -> None:
     terms = make_terms("dmd+gan")
     spy = make_spy(terms)
