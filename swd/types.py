@@ -6,13 +6,16 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 Size = tuple[int, ...]
 """Latent side lengths: (H, W) for images, (F, H, W) for video."""
+
+Role = Literal["student", "fake", "teacher"]
+"""A part that the network plays: the few-step student, the fake score (fake network), the frozen teacher."""
 
 Checks = dict[str, Tensor]
 """Whether something is finite, a boolean scalar each, by the name that a user is told; causes before effects."""

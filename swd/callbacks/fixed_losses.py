@@ -11,7 +11,7 @@ from torch import Tensor
 from swd.losses import MMD, GeneratorStep
 from swd.losses.update import student_x0
 from swd.modules.distiller import Distiller
-from swd.types import Batch, SeededDraws
+from swd.types import Batch, Role, SeededDraws
 
 
 class FixedLosses(Callback):
@@ -65,7 +65,8 @@ class FixedLosses(Callback):
             step = GeneratorStep(networks, conditioning, task.empty_for(batch.bucket), x0_hat, x0_real, draws)
             totals.setdefault("mmd", []).append(mmd.generator(step)[1]["mmd"])
             noised = step.noise_fake("critic", networks.process.ranges["critic"])
-            for role in ("teacher", "fake") if "fake" in networks.roles else ():
-                x0 = networks.x0(role, noised.x_t, noised.sigma, conditioning)[0]  # type: ignore[arg-type]
+            scores: tuple[Role, ...] = ("teacher", "fake") if "fake" in networks.roles else ()
+            for role in scores:
+                x0 = networks.x0(role, noised.x_t, noised.sigma, conditioning)[0]
                 totals.setdefault(role, []).append((x0 - x0_hat).square().mean())
         return {name: torch.stack(values).mean().item() for name, values in totals.items()}

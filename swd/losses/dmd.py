@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from swd.diffusion import IndexRange
-from swd.losses.base import CriticStep, FakePass, GeneratorStep, LossTerm, Metrics
+from swd.losses.base import CriticStep, FakePass, GeneratorStep, LossTerm, Metrics, ModelFacts
 from swd.losses.functional import dmd_direction, dmd_loss
+from swd.schedule import ScaleSchedule
 from swd.types import check_number
 
 
@@ -23,7 +26,6 @@ class DMD(LossTerm):
         critic_indices: of the critic's draw; None: the whole table.
     """
 
-    name = "dmd"
     trains_fake = True
     critic_name = "fake_score"
     generator_pass = FakePass(prediction=True)
@@ -39,13 +41,24 @@ class DMD(LossTerm):
         super().__init__()
         self.weight = check_number("loss.dmd.weight", weight, least=0)
         self.guidance_scale = check_number("loss.dmd.guidance_scale", guidance_scale, least=0)
-        self.indices, self.critic_indices = indices, critic_indices
+        self.indices = indices
+        self.critic_indices = critic_indices
+
+    def check(self, key: str, model: ModelFacts, schedule: ScaleSchedule) -> None:
+        model.check_indices(f"{key}.indices", self.indices)
+        model.check_indices(f"{key}.critic_indices", self.critic_indices)
+        if model.poor_at_low_resolution:
+            warnings.warn(
+                f"DMD is known to fail on {model.family}: its teacher draws poorly at low resolution, where DMD then "
+                "leads the student (SwD paper, appendix B); loss=mmd is what works",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def generator(self, step: GeneratorStep) -> tuple[Tensor, Metrics]:
-        process = step.networks.process
-        noised = step.noise_fake("renoise", self.indices or process.ranges["dmd"])
-        x0_fake, _ = step.fake_pass(noised)
-        assert x0_fake is not None
+        indices: IndexRange = self.indices or step.networks.process.ranges["dmd"]
+        noised = step.noise_fake("renoise", indices)
+        x0_fake = step.fake_x0("renoise", indices)
         with torch.no_grad():
             x_t = noised.x_t.detach()
             x0_real = step.networks.guided_x0(x_t, noised.sigma, step.conditioning, step.empty, self.guidance_scale)
@@ -55,7 +68,5 @@ class DMD(LossTerm):
 
     def critic(self, step: CriticStep) -> tuple[Tensor, Metrics]:
         indices: IndexRange = self.critic_indices or step.networks.process.ranges["critic"]
-        x0_fake, _ = step.fake_pass(step.noise_fake("renoise", indices))
-        assert x0_fake is not None
-        loss = F.mse_loss(x0_fake, step.x0_hat.float())
+        loss = F.mse_loss(step.fake_x0("renoise", indices), step.x0_hat.float())
         return loss, {"fake_score": loss.detach()}

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from swd.diffusion import IndexRange
-from swd.losses.base import CriticStep, FakePass, GeneratorStep, LossTerm, Metrics
+from swd.losses.base import CriticStep, FakePass, GeneratorStep, LossTerm, Metrics, ModelFacts
 from swd.losses.functional import discriminator_logits, gan_discriminator_loss, gan_generator_loss
 from swd.losses.gan_head import GANHead
+from swd.schedule import ScaleSchedule
 from swd.types import UserError, check_number
 
 MOST_LAYERS = 64
@@ -31,7 +32,6 @@ class GAN(LossTerm):
         critic_indices: of the critic's draw; None: the whole table.
     """
 
-    name = "gan"
     trains_fake = True
     critic_name = "discriminator"
 
@@ -55,30 +55,34 @@ class GAN(LossTerm):
         self.weight = check_number("loss.gan.weight", weight, least=0)
         self.discriminator_weight = check_number("loss.gan.discriminator_weight", discriminator_weight, least=0)
         self.blocks = tuple(blocks)
-        self.indices, self.critic_indices = indices, critic_indices
         self.layers = layers
-        self.generator_pass = self.critic_pass = FakePass(blocks=self.blocks)
+        self.indices = indices
+        self.critic_indices = critic_indices
+        self.generator_pass = FakePass(blocks=self.blocks)
+        self.critic_pass = FakePass(blocks=self.blocks)
+
+    def check(self, key: str, model: ModelFacts, schedule: ScaleSchedule) -> None:
+        model.check_blocks(f"{key}.blocks", self.blocks)
+        model.check_indices(f"{key}.indices", self.indices)
+        model.check_indices(f"{key}.critic_indices", self.critic_indices)
 
     def build(self, width: int) -> None:
         # On the CPU, whatever device is the default now: its first weights are then the same everywhere.
         with torch.device("cpu"):
             self.head = GANHead(width, self.layers)
 
-    def blocks_used(self) -> tuple[int, ...]:
-        return self.blocks
-
     def generator(self, step: GeneratorStep) -> tuple[Tensor, Metrics]:
-        noised = step.noise_fake("renoise", self.indices or step.networks.process.ranges["gan"])
-        _, features = step.fake_pass(noised)
-        loss = gan_generator_loss(discriminator_logits(self.head, [features[b] for b in self.blocks]))
+        indices: IndexRange = self.indices or step.networks.process.ranges["gan"]
+        features = step.fake_features("renoise", indices, self.blocks)
+        loss = gan_generator_loss(discriminator_logits(self.head, features))
         return self.weight * loss, {"gan": loss.detach()}
 
     def critic(self, step: CriticStep) -> tuple[Tensor, Metrics]:
         indices: IndexRange = self.critic_indices or step.networks.process.ranges["critic"]
-        _, features = step.fake_pass(step.noise_fake("renoise", indices))
+        features = step.fake_features("renoise", indices, self.blocks)
         real = step.noise_real("renoise", indices)
         real_features = step.networks.features("fake", real.x_t, real.sigma, step.conditioning, self.blocks)
-        fake_logits = discriminator_logits(self.head, [features[b] for b in self.blocks])
+        fake_logits = discriminator_logits(self.head, features)
         real_logits = discriminator_logits(self.head, real_features)
         loss = gan_discriminator_loss(fake_logits, real_logits)
         right = ((fake_logits < 0).float().mean() + (real_logits > 0).float().mean()) / 2

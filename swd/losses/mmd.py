@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from swd.losses.base import GeneratorStep, LossTerm, Metrics
+from swd.losses.base import FeatureSource, GeneratorStep, LossTerm, Metrics, ModelFacts
 from swd.losses.functional import Distance, Kernel, Reduce, mmd_loss
+from swd.schedule import ScaleSchedule
 from swd.types import Noised, UserError, check_number
 
 
@@ -30,13 +31,11 @@ class MMD(LossTerm):
         indices: noise-level indices, both ends included; None: the process' own (18..27).
     """
 
-    name = "mmd"
-
     def __init__(
         self,
         weight: float = 1.0,
         blocks: Sequence[int] = (11,),
-        features: Literal["teacher", "fake"] | None = None,
+        features: FeatureSource | None = None,
         kernel: Kernel = "linear",
         distance: Distance = "pseudo_huber",
         c: float = 0.001,
@@ -51,12 +50,31 @@ class MMD(LossTerm):
         self.weight = check_number("loss.mmd.weight", weight, least=0)
         self.c = check_number("loss.mmd.c", c, least=0)
         self.bandwidth = check_number("loss.mmd.bandwidth", bandwidth, above=0)
-        self.blocks, self.features, self.kernel, self.distance = tuple(blocks), features, kernel, distance
-        self.reduce, self.noise, self.indices = reduce, noise, indices
-        self.separable = reduce == "image"
+        self.blocks = tuple(blocks)
+        self.features = features
+        self.kernel = kernel
+        self.distance = distance
+        self.reduce = reduce
+        self.noise = noise
+        self.indices = indices
 
-    def blocks_used(self) -> tuple[int, ...]:
-        return self.blocks
+    def settle(self, key: str, has_fake: bool) -> None:
+        if self.features == "fake" and not has_fake:
+            raise UserError(
+                f"{key}.features=fake, but no term trains a fake network; add dmd or gan, or use features=teacher"
+            )
+        self.features = self.features or ("fake" if has_fake else "teacher")
+
+    def check(self, key: str, model: ModelFacts, schedule: ScaleSchedule) -> None:
+        model.check_blocks(f"{key}.blocks", self.blocks)
+        model.check_indices(f"{key}.indices", self.indices)
+
+    def check_processes(self, key: str, processes: int) -> None:
+        if processes > 1 and self.reduce == "batch":
+            raise UserError(
+                f"{key}.reduce=batch compares the whole batch as one set, which {processes} processes cannot share; "
+                f"use {key}.reduce=image, or one process (trainer.devices=1)"
+            )
 
     def generator(self, step: GeneratorStep) -> tuple[Tensor, Metrics]:
         fake, real = self._noised(step)

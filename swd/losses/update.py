@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from operator import or_
 
 import torch
 from torch import Tensor
 
-from swd.losses.base import CriticStep, FakePass, GeneratorStep, LossTerm, Metrics, Networks
-from swd.losses.mmd import MMD
+from swd.losses.base import CriticStep, FakePass, GeneratorStep, LossTerm, Metrics, Predictors
 from swd.schedule import Interval, upsample
 from swd.types import Checks, Conditioning, Draws, UserError
 
 
 def student_x0(
-    networks: Networks, interval: Interval, source: Tensor, conditioning: Conditioning, draws: Draws
+    networks: Predictors, interval: Interval, source: Tensor, conditioning: Conditioning, draws: Draws
 ) -> Tensor:
     """The student's clean prediction at the target size (SwD paper, section 4.1).
 
     Args:
-        networks: the roles.
+        networks: the three roles.
         interval: the step of the schedule.
         source: clean latents `[B, C, *interval.source]`.
         conditioning: B rows.
@@ -52,9 +51,12 @@ def generator_gradient(
     total = torch.zeros((), device=step.x0_hat.device)
     gradient = torch.zeros_like(step.x0_hat)
     metrics: Metrics = {}
-    for name in sorted(terms, key=_shared_pass_first(terms)):
+    order = sorted(terms, key=_shared_pass_first(terms))
+    readers = [name for name in order if terms[name].generator_pass.blocks]
+    for name in order:
         loss, values = terms[name].generator(step)
-        own = torch.autograd.grad(loss, step.x0_hat)[0]
+        # All but the last reader of the fake network's features leave their graph to the next one.
+        own = torch.autograd.grad(loss, step.x0_hat, retain_graph=name in readers[:-1])[0]
         if checks is not None:
             checks[name] = loss.detach().isfinite() & own.isfinite().all()
         gradient += own
@@ -64,7 +66,7 @@ def generator_gradient(
     return total, gradient, metrics
 
 
-def _shared_pass_first(terms: Mapping[str, LossTerm]):  # type: ignore[no-untyped-def]
+def _shared_pass_first(terms: Mapping[str, LossTerm]) -> Callable[[str], tuple[bool, bool, str]]:
     """Order terms so that those reading the shared fake pass run next to each other."""
     return lambda name: (not terms[name].generator_pass.blocks, not terms[name].generator_pass.prediction, name)
 
@@ -78,10 +80,10 @@ def critic_loss(
     """
     losses: list[Tensor] = []
     metrics: Metrics = {}
-    for term in trainers(terms).values():
+    for name, term in trainers(terms).items():
         loss, values = term.critic(step)
         if checks is not None:
-            checks[term.critic_name] = loss.detach().isfinite()
+            checks[term.critic_name or f"critic of {name}"] = loss.detach().isfinite()
         losses.append(loss)
         metrics |= values
     return torch.stack(losses).sum(), metrics
@@ -98,20 +100,14 @@ def wanted(terms: Mapping[str, LossTerm], attribute: str) -> FakePass:
     return reduce(or_, passes, FakePass())
 
 
-def settle_features(terms: Mapping[str, LossTerm]) -> None:
-    """Decide where MMD reads its features: the fake network where one is trained, else the teacher.
+def settle(terms: Mapping[str, LossTerm]) -> None:
+    """Let every term of a loss choose the options that depend on the other terms.
 
     Raises:
-        UserError: if there is no term at all, or `features=fake` is asked for and no term trains a fake network.
+        UserError: if there is no term at all, or one asks for a fake network that no term trains.
     """
     if not terms:
         raise UserError("loss is empty; choose at least one term, e.g. loss=mmd or loss=swd")
     has_fake = bool(trainers(terms))
     for name, term in terms.items():
-        if not isinstance(term, MMD):
-            continue
-        if term.features == "fake" and not has_fake:
-            raise UserError(
-                f"loss.{name}.features=fake, but no term trains a fake network; add dmd or gan, or use features=teacher"
-            )
-        term.features = term.features or ("fake" if has_fake else "teacher")
+        term.settle(f"loss.{name}", has_fake)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -15,19 +14,18 @@ from torch.nn import ModuleDict, Parameter
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 
-from swd.losses.base import CriticStep, GeneratorStep, LossTerm, Metrics
-from swd.losses.dmd import DMD
-from swd.losses.update import critic_loss, generator_gradient, settle_features, student_x0, trainers, wanted
+from swd.losses.base import CriticStep, GeneratorStep, LossTerm, Metrics, ModelFacts
+from swd.losses.update import critic_loss, generator_gradient, settle, student_x0, trainers, wanted
 from swd.modules.adapters import check_start, read_adapter
 from swd.modules.checkpoints import optimizer_misfit
 from swd.modules.encoders import Encoders, draw_latents
 from swd.modules.finite import all_finite, step_or_stop, stop_unless_finite
-from swd.modules.networks import Networks, Role, SharedBase
+from swd.modules.networks import Networks, SharedBase
 from swd.modules.pretrained import Pretrained
 from swd.modules.sampling import initial_latents, sample_latents
 from swd.schedule import Interval, ScaleSchedule, downscale
 from swd.scheduler import ScaleWiseScheduler
-from swd.types import Batch, Checks, Conditioning, SeededDraws, Size, UserError, check_number
+from swd.types import Batch, Checks, Conditioning, Role, SeededDraws, Size, UserError, check_number
 
 
 @dataclass(frozen=True)
@@ -109,12 +107,13 @@ class Distiller(LightningModule):
         self.automatic_optimization = False
         self.strict_loading = False  # checkpoints hold only what is trained
         self.model, self.schedule, self.seed = model, schedule, seed
-        settle_features(loss)
+        settle(loss)
         check_fit(model, schedule, loss)
         self.terms: Any = ModuleDict(dict(loss))
         self.critic_updates = critic_updates if trainers(loss) else 0
         if critic_updates < 1 and trainers(loss):
-            raise UserError(f"task.critic_updates={critic_updates}; dmd and gan need at least 1")
+            names = " and ".join(trainers(loss))
+            raise UserError(f"task.critic_updates={critic_updates}; use 1 or more, since there is a critic for {names}")
         self.lr, self.critic_lr = lr, lr if critic_lr is None else critic_lr
         check_optimizer(lr=lr, critic_lr=self.critic_lr, clip=clip, betas=betas, weight_decay=weight_decay)
         self.betas, self.weight_decay, self.clip = betas, weight_decay, clip
@@ -216,11 +215,7 @@ class Distiller(LightningModule):
     def check_processes(self, processes: int) -> None:
         """Raise UserError if a term of the loss cannot be shared by so many processes."""
         for name, term in self.terms.items():
-            if processes > 1 and not term.separable:
-                raise UserError(
-                    f"loss.{name}.reduce=batch compares the whole batch as one set, which {processes} processes cannot "
-                    f"share; use loss.{name}.reduce=image, or one process (trainer.devices=1)"
-                )
+            term.check_processes(f"loss.{name}", processes)
 
     def on_fit_start(self) -> None:
         self.check_processes(self.trainer.world_size)  # whatever launcher started them
@@ -429,32 +424,18 @@ class Distiller(LightningModule):
 
 
 def check_fit(model: Pretrained, schedule: ScaleSchedule, terms: Mapping[str, LossTerm]) -> None:
-    """Raise UserError if the model cannot take a size or the levels of the schedule, or lacks a block of a term."""
+    """Raise UserError if the model cannot take a size or the levels of the schedule, or a term does not fit them."""
     if model.tuning == "lora":
         model.check_targets()
     if model.init_adapter:
         check_start(model)
-    reason = model.backbone_class.dmd_fails
-    if reason and any(isinstance(term, DMD) for term in terms.values()):
-        warnings.warn(
-            f"DMD is known to fail on {model.family}: {reason} (SwD paper, appendix B); loss=mmd is what works",
-            UserWarning,
-            stacklevel=2,
-        )
     schedule.check_process(model.backbone_class.process.prediction_type)
     for size in schedule.sizes:
         model.limits.check_size(size)
-    last = model.backbone_class.process.ranges["critic"][1]
+    family = model.backbone_class
+    facts = ModelFacts(model.family, family.process, model.limits, family.poor_at_low_resolution)
     for name, term in terms.items():
-        for block in term.blocks_used():
-            try:
-                model.limits.check_block(block)
-            except UserError as error:
-                raise UserError(f"loss.{name}.blocks: {error}") from None
-        for key in ("indices", "critic_indices"):
-            low, high = getattr(term, key, None) or (0, last)
-            if not 0 <= low <= high <= last:
-                raise UserError(f"loss.{name}.{key}=[{low}, {high}]; use [low, high] with 0 <= low <= high <= {last}")
+        term.check(f"loss.{name}", facts, schedule)
 
 
 def check_optimizer(lr: float, critic_lr: float, clip: float, betas: tuple[float, float], weight_decay: float) -> None:

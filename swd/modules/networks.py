@@ -7,7 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -18,9 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from swd.modules.backbones.base import TARGETS, Backbone
 from swd.modules.quantize import QuantizedLinear
-from swd.types import Conditioning, UserError
-
-Role = Literal["student", "fake", "teacher"]
+from swd.types import Conditioning, Role, UserError
 
 
 class Networks(nn.Module, ABC):

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swd.modules.networks import Networks, Role
+from swd.modules.networks import Networks
 from swd.scheduler import ScaleWiseScheduler
-from swd.types import Conditioning, Size
+from swd.types import Conditioning, Role, Size
 
 
 def initial_latents(seeds: Sequence[int], channels: int, size: Size) -> Tensor:

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from swd.diffusion import RectifiedFlow
 from swd.losses import DMD, GAN, MMD, CriticStep, GeneratorStep, LossTerm
-from swd.losses.update import critic_loss, generator_gradient, settle_features, student_x0, trainers, wanted
+from swd.losses.update import critic_loss, generator_gradient, settle, student_x0, trainers, wanted
 from swd.schedule import ScaleSchedule
 from swd.types import Conditioning
 
@@ -138,7 +138,7 @@ def test_generator_update(golden: Golden, case: str) -> None:
     terms: dict[str, LossTerm] = {"mmd": MMD(blocks=(0,), features="fake")}
     if not alone:
         terms |= {"dmd": DMD(guidance_scale=7.0), "gan": gan(golden)}
-        settle_features(terms)
+        settle(terms)
     x0_hat = setup.x0_hat()
     leaf = x0_hat.detach().requires_grad_()
     step = GeneratorStep(

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from swd.losses import DMD, GAN, MMD, CriticStep, GeneratorStep, LossTerm
 from swd.losses import functional as L
-from swd.losses.update import critic_loss, generator_gradient, settle_features, student_x0, trainers, wanted
+from swd.losses.update import critic_loss, generator_gradient, settle, student_x0, trainers, wanted
 from swd.modules.networks import SharedBase
 from swd.types import SeededDraws, UserError
 
@@ -74,7 +74,7 @@ def make_terms(names: str, **mmd: Any) -> dict[str, LossTerm]:
         "gan": lambda: GAN(blocks=(1,), weight=0.3, discriminator_weight=0.2),
     }
     terms = {name: makers[name]() for name in names.split("+")}
-    settle_features(terms)
+    settle(terms)
     torch.manual_seed(0)
     for term in terms.values():
         term.build(WIDTH)
@@ -239,6 +239,22 @@ def test_a_generator_update_runs_each_network_once(names: str, fake: list[str], 
     assert sorted(kind for kind, *_ in spy.of("fake")) == sorted(fake)
     assert sorted(kind for kind, *_ in spy.of("teacher")) == sorted(teacher)
     assert len(set(spy.noises)) == len(spy.noises), "every noise is drawn once"
+
+
+def test_terms_that_read_features_share_one_forward_and_its_graph() -> None:
+    def make() -> dict[str, LossTerm]:
+        terms = make_terms("dmd+gan") | {"other": GAN(blocks=(0,), weight=0.7)}
+        torch.manual_seed(1)
+        terms["other"].build(WIDTH)
+        return terms
+
+    together = make()
+    spy = make_spy(together)
+    _, loss, gradient, _ = generator_update(spy, together)
+    assert [kind for kind, *_ in spy.of("fake")] == ["x0"]
+    parts = [generator_update(make_spy(together), {name: term}) for name, term in make().items()]
+    assert_close(loss, sum(part[1] for part in parts))
+    assert_close(gradient, sum(part[2] for part in parts))
 
 
 def test_dmd_and_gan_share_one_noised_sample() -> None:
@@ -455,7 +471,7 @@ def test_features_of_a_fake_that_nobody_trains_are_refused() -> None:
 
 def test_no_terms_are_refused() -> None:
     with pytest.raises(UserError, match="loss is empty"):
-        settle_features({})
+        settle({})
 
 
 # GAN

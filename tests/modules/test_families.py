@@ -20,7 +20,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 from swd.losses import DMD, GAN, MMD, GeneratorStep
-from swd.losses.update import generator_gradient, settle_features, wanted
+from swd.losses.update import generator_gradient, settle, wanted
 from swd.modules.distiller import Distiller
 from swd.modules.encoders import Encoders
 from swd.modules.networks import Networks, Role, SharedBase
@@ -225,7 +225,7 @@ def test_terms_are_those_of_the_configurations() -> None:
 def test_every_loss_gives_a_gradient(name: str, built: dict[str, BuiltOnce], terms: str) -> None:
     model = built["lora"]
     loss = TERMS[terms]()
-    settle_features(loss)
+    settle(loss)
     for term in loss.values():
         term.build(model.limits.width)
     networks = randomised(model.networks(("student", "fake")))

@@ -103,7 +103,7 @@ class Backbone(nn.Module, ABC):
         packed: whether its pipeline carries latents as tokens.
         float_latents: whether its pipeline carries latents in float32 whatever the network's dtype.
         comfyui: whether ComfyUI has this family, and loads a LoRA of it by the names of `comfy_key`.
-        dmd_fails: why DMD does not work on this family, None where it does.
+        poor_at_low_resolution: whether the teacher draws poorly at sizes below its native one.
     """
 
     process: ClassVar[Process]
@@ -116,7 +116,7 @@ class Backbone(nn.Module, ABC):
     packed: ClassVar[bool] = False
     float_latents: ClassVar[bool] = False
     comfyui: ClassVar[bool] = False
-    dmd_fails: ClassVar[str | None] = None
+    poor_at_low_resolution: ClassVar[bool] = False
 
     def __init__(self, network: nn.Module, guidance: float | None = None) -> None:
         super().__init__()

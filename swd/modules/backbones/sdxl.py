@@ -41,7 +41,7 @@ class SDXLBackbone(Backbone):
     pipeline_aliases: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPAGPipeline",)
     encoders_type: ClassVar[type[Encoders]] = SDXLEncoders
     comfyui: ClassVar[bool] = True
-    dmd_fails: ClassVar[str | None] = "its teacher draws poorly at low resolution, where DMD then leads the student"
+    poor_at_low_resolution: ClassVar[bool] = True  # SwD paper, appendix B
 
     @staticmethod
     def limits_of(config: dict[str, Any]) -> Limits:

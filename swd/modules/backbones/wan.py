@@ -54,7 +54,7 @@ class WanBackbone(Backbone):
     comfyui: ClassVar[bool] = True
     video: ClassVar[bool] = True
     float_latents: ClassVar[bool] = True
-    dmd_fails: ClassVar[str | None] = "its teacher draws poorly at low resolution, where DMD then leads the student"
+    poor_at_low_resolution: ClassVar[bool] = True  # SwD paper, appendix B
 
     @staticmethod
     def limits_of(config: dict[str, Any]) -> Limits:
