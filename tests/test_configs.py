@@ -16,14 +16,13 @@ from omegaconf import DictConfig, OmegaConf
 from shards import make_pictures
 from tiny import CONF, composed
 
-from swd.commands import import_pictures, sample, train
+from swd.commands import demo, import_pictures, sample, train
 from swd.config import check
 from swd.diffusion import rectified_flow_table
 from swd.losses import DMD, GAN, MMD
 from swd.modules import hub
 from swd.modules.distiller import Distiller
 from swd.scheduler import ScaleWiseScheduler
-from swd.shapes import demo
 from swd.types import UserError
 
 
@@ -255,7 +254,7 @@ def test_every_preset_of_the_demo_passes_the_schema(option: str, tmp_path: Path)
 
 
 def test_the_import_passes_the_schema() -> None:
-    assert import_pictures.prepare(composed(["source=a", "out=b"], "import")) == import_pictures.Plan()
+    assert import_pictures.prepare(composed(["source=a", "out=b"], "import")) == import_pictures.ImportPlan()
 
 
 @pytest.mark.parametrize("option", options("model"))

@@ -6,8 +6,7 @@ from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
 
-from swd.io.job_log import Progress as Lines
-from swd.io.job_log import say
+from swd.io.job_log import JobLog, say
 
 SHOWN = ("dmd", "mmd", "gan", "fake_score", "discriminator", "x0_mse", "loss")
 
@@ -23,7 +22,7 @@ class Progress(Callback):
 
     def __init__(self, description: str = "iteration") -> None:
         self.description = description
-        self.lines: Lines | None = None
+        self.lines: JobLog | None = None
         self._shown = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -33,7 +32,7 @@ class Progress(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._shown = trainer.global_step  # of a resumed run: known, without losses
         title = f"{describe(pl_module)} into {trainer.default_root_dir}"
-        self.lines = Lines(
+        self.lines = JobLog(
             title, trainer.max_steps, self.description, done=trainer.global_step, shown=trainer.is_global_zero
         )
         self.lines.__enter__()

@@ -27,7 +27,7 @@ from swd.data.shards import CorruptSample, is_done, shard_name
 from swd.data.webdataset import PictureShards, empty_name
 from swd.io import limits
 from swd.io.files import file_hash, write_aside, write_json
-from swd.io.job_log import Progress
+from swd.io.job_log import JobLog
 from swd.modules.encoders import draw_latents
 from swd.modules.pretrained import Pretrained, read_json
 from swd.modules.tokens import TextLimit, evenly, warn_beyond
@@ -80,7 +80,7 @@ def run(cfg: DictConfig) -> None:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EncodingPlan:
     """What a configuration asks for, checked; nothing large is loaded yet.
 
     Attributes:
@@ -110,7 +110,7 @@ class Plan:
     max_bad: float
 
 
-def prepare(cfg: DictConfig) -> Plan:
+def prepare(cfg: DictConfig) -> EncodingPlan:
     """Check everything that can be checked before weights are loaded.
 
     Raises:
@@ -149,7 +149,7 @@ def prepare(cfg: DictConfig) -> Plan:
         "code": __version__,
     }
     job = Job(Path(cfg.out), "cache", rows, cfg.shard_size, settings)
-    return Plan(
+    return EncodingPlan(
         dataset,
         model,
         schedules,
@@ -220,7 +220,7 @@ class Encoder:
         plan: what is asked for.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: EncodingPlan) -> None:
         self.plan, self.notes = plan, plan.job.folder / NOTES
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.device, self.encoders = device, plan.model.encoders(device).to(device)
@@ -238,7 +238,7 @@ class Encoder:
 
     def _all_captions(self) -> list[str]:
         rows, captions = self.plan.job.rows, []
-        with Progress("reading captions", rows, "caption", shown=is_first() and rows > LOOKED_AT) as progress:
+        with JobLog("reading captions", rows, "caption", shown=is_first() and rows > LOOKED_AT) as progress:
             for row in range(rows):
                 captions.append(self._caption(row))
                 progress.advance()

@@ -8,8 +8,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from swd.commands import shared
 from swd.config import check
-from swd.export.student_folder import build_model, check_target, export, model_of, schedule_of
-from swd.io.job_log import Progress
+from swd.export.student_folder import build_model, check_target, export, recorded_model, schedule_of
+from swd.io.job_log import JobLog
 from swd.modules.adapters import locate
 from swd.modules.student import load_student
 from swd.types import UserError
@@ -27,11 +27,11 @@ def run(cfg: DictConfig) -> None:
     check_target(target)
     source = locate(cfg.run, Path(cfg.output), "run")
     student = load_student(source)
-    model = build_model(model_of(source, cfg), cfg)
+    model = build_model(recorded_model(source, cfg), cfg)
     student.check_fits(model)
     schedule = schedule_of(source, cfg, model)
     task = f"exporting {source} of {model.name} to {target}" + (", and loading it back" if cfg.verify else "")
-    with Progress(task, 1, "student") as progress:
+    with JobLog(task, 1, "student") as progress:
         folder = export(student, model, schedule, target, cfg.verify)
         progress.advance()
     print(folder)

@@ -119,7 +119,7 @@ class Requests(Sequence[Request]):
 
 
 @dataclass(frozen=True)
-class Plan:
+class DrawingPlan:
     """What a configuration asks for, checked; nothing large is loaded yet.
 
     Attributes:
@@ -170,7 +170,7 @@ def run(cfg: DictConfig) -> None:
     print(f"process {rank + 1} of {world} is through; {done} of {plan.job.shards} shards are there")
 
 
-def beyond_limit(plan: Plan) -> dict[str, Any]:
+def beyond_limit(plan: DrawingPlan) -> dict[str, Any]:
     """For the manifest: how many pictures were drawn of a prompt that the model did not see to its end."""
     found = TextLimit(plan.model).beyond(prompt for prompt, _ in plan.requests.rows)
     told = found.told() | {"samples": found.count * plan.requests.copies}
@@ -180,7 +180,7 @@ def beyond_limit(plan: Plan) -> dict[str, Any]:
 # What is asked for
 
 
-def prepare(cfg: DictConfig) -> Plan:
+def prepare(cfg: DictConfig) -> DrawingPlan:
     """Check everything that can be checked before weights are loaded.
 
     Raises:
@@ -200,7 +200,9 @@ def prepare(cfg: DictConfig) -> Plan:
     settings = settings_of(cfg, model, requests, size, ending) | refiner_settings(cfg, refiner)
     kind, unit = ("videos", "video") if model.backbone_class.video else ("pictures", "picture")
     job = Job(Path(cfg.out), kind, len(requests), cfg.shard_size, settings, unit)
-    return Plan(requests, model, size, job, cfg.batch_size, ending, cfg.quality, cfg.fps, refiner, cfg.refiner_start)
+    return DrawingPlan(
+        requests, model, size, job, cfg.batch_size, ending, cfg.quality, cfg.fps, refiner, cfg.refiner_start
+    )
 
 
 def requests_of(cfg: DictConfig) -> Requests:
@@ -284,7 +286,7 @@ def refiner_settings(cfg: DictConfig, refiner: Pretrained | None) -> dict[str, A
     return {"refiner": {"name": refiner.name, "fingerprint": whole_fingerprint(refiner), "start": cfg.refiner_start}}
 
 
-def announce(plan: Plan) -> None:
+def announce(plan: DrawingPlan) -> None:
     """Print what will be made, and refuse what does not fit on the disk.
 
     Raises:
@@ -309,7 +311,7 @@ def announce(plan: Plan) -> None:
 class Painter:
     """Draws rows of a plan; the pipeline is loaded when the first one is due."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: DrawingPlan) -> None:
         self.plan = plan
         self.kept = plan.job.folder / PARTIAL
         self._pipe: Any = None

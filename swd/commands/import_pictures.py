@@ -33,7 +33,7 @@ from swd.data.picture_files import (
 )
 from swd.data.read_ahead import read_ahead
 from swd.data.shards import ShardSet, shard_name
-from swd.data.sources import ENDINGS, Problem, Row, Source, list_source, printable
+from swd.data.sources import ENDINGS, PictureList, PictureRow, Problem, list_source, printable
 from swd.io.files import write_json
 from swd.io.masking import mask
 from swd.io.pictures import picture_bytes
@@ -91,7 +91,7 @@ def run(cfg: DictConfig) -> None:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ImportPlan:
     """How pictures are checked and stored; the meanings are those of the configuration's keys."""
 
     size: int | None = None
@@ -113,7 +113,7 @@ class Plan:
         return bucket_sizes(self.buckets, self.size, self.multiple)
 
 
-def prepare(cfg: DictConfig) -> Plan:
+def prepare(cfg: DictConfig) -> ImportPlan:
     """The configuration, checked.
 
     Raises:
@@ -130,7 +130,7 @@ def prepare(cfg: DictConfig) -> Plan:
     if cfg.size is None and (cfg.resize or cfg.buckets is not None):
         raise UserError(f"size is null beside {'resize=true' if cfg.resize else 'buckets'}; give size=1024, say")
     buckets = None if cfg.buckets is None else tuple(cfg.buckets)
-    plan = Plan(cfg.size, buckets, cfg.multiple, cfg.resize, cfg.format, cfg.strict, cfg.workers, cfg.max_pixels)
+    plan = ImportPlan(cfg.size, buckets, cfg.multiple, cfg.resize, cfg.format, cfg.strict, cfg.workers, cfg.max_pixels)
     assert plan.sizes or cfg.size is None  # refuses buckets that are none
     return plan
 
@@ -158,7 +158,7 @@ def refuse(problems: Iterator[Problem]) -> None:
         raise UserError(f"{problem.file}: {problem.kind} ({problem.reason}); mend it, or strict=false leaves it out")
 
 
-def import_rows(job: Job, source: Source, plan: Plan) -> str | None:
+def import_rows(job: Job, source: PictureList, plan: ImportPlan) -> str | None:
     """Make this process's share of the shards; whoever completes the last one writes the report.
 
     Returns:
@@ -193,7 +193,9 @@ def forget(job: Job) -> None:
             job.folder.rmdir()
 
 
-def make(job: Job, source: Source, plan: Plan, rows: range, done: Callable[[int], object]) -> Iterator[Sample]:
+def make(
+    job: Job, source: PictureList, plan: ImportPlan, rows: range, done: Callable[[int], object]
+) -> Iterator[Sample]:
     """The samples of a range of rows; its problems go to a file before the last one is handed on.
 
     Args:
@@ -224,7 +226,7 @@ def make(job: Job, source: Source, plan: Plan, rows: range, done: Callable[[int]
 # One row
 
 
-def load(row: Row | Problem, number: int, plan: Plan) -> Sample | Problem:
+def load(row: PictureRow | Problem, number: int, plan: ImportPlan) -> Sample | Problem:
     """The sample of a row, or why there is none."""
     if isinstance(row, Problem):
         return row
@@ -238,7 +240,7 @@ def load(row: Row | Problem, number: int, plan: Plan) -> Sample | Problem:
         return Problem("unreadable", row.file, reason(error))
 
 
-def sample_of(row: Row, number: int, plan: Plan) -> Sample | Problem:
+def sample_of(row: PictureRow, number: int, plan: ImportPlan) -> Sample | Problem:
     """The sample of a row, or why its picture is not for this plan.
 
     Raises:
@@ -288,7 +290,7 @@ def _stored(job: Job) -> Iterator[dict[str, Any]]:
         yield from json.loads(file.read_text(encoding="utf-8"))
 
 
-def write_report(job: Job, source: Source, plan: Plan, manifest: dict[str, Any]) -> dict[str, Any]:
+def write_report(job: Job, source: PictureList, plan: ImportPlan, manifest: dict[str, Any]) -> dict[str, Any]:
     """Write what was left out and why."""
     problems = list(_stored(job))
     report: dict[str, Any] = {
@@ -303,7 +305,7 @@ def write_report(job: Job, source: Source, plan: Plan, manifest: dict[str, Any])
     return report
 
 
-def histogram(job: Job, plan: Plan) -> dict[str, int]:
+def histogram(job: Job, plan: ImportPlan) -> dict[str, int]:
     """How many pictures are for each bucket, by "WIDTHxHEIGHT"."""
     columns = ShardSet(str(job.folder)).columns
     pairs = Counter(zip(columns["height"].tolist(), columns["width"].tolist(), strict=True)) if columns else {}

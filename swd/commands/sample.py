@@ -23,10 +23,10 @@ from swd.commands import shared
 from swd.config import check, node_of, stored
 from swd.data.buckets import aspect_size
 from swd.data.job import say
-from swd.export.student_folder import build_model, model_of, schedule_of
+from swd.export.student_folder import build_model, recorded_model, schedule_of
 from swd.io import limits, video
 from swd.io.files import claim_folder, write_aside
-from swd.io.job_log import Progress
+from swd.io.job_log import JobLog
 from swd.io.masking import mask, mask_text
 from swd.io.pictures import to_pil
 from swd.io.tables import NoText, read_table, text_of
@@ -80,7 +80,7 @@ def run(cfg: DictConfig) -> None:
         "schedule": dict(schedule.config) if schedule else None,
     }
     unit = "video" if model.backbone_class.video else "picture"
-    with Progress(f"drawing into {folder}", len(requests), unit) as progress:
+    with JobLog(f"drawing into {folder}", len(requests), unit) as progress:
         for start in range(0, len(requests), cfg.batch_size):
             batch = requests[start : start + cfg.batch_size]
             final, sizes = draw(pipe, model, batch, size, show_sizes=cfg.show_sizes)
@@ -94,7 +94,7 @@ def run(cfg: DictConfig) -> None:
             progress.advance(len(batch))
 
 
-def origin(cfg: DictConfig, job: Job) -> dict[str, Any]:
+def origin(cfg: DictConfig, job: SamplingPlan) -> dict[str, Any]:
     """What pictures say of the model and the adapter: no value of the environment, no credential."""
     shown, plain = stored(cfg), node_of(cfg, "model")
     typed = shown.get("model", {})
@@ -110,7 +110,7 @@ def origin(cfg: DictConfig, job: Job) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Job:
+class SamplingPlan:
     """What a configuration asks for, checked; nothing large is loaded yet.
 
     Attributes:
@@ -130,7 +130,7 @@ class Job:
     size: Size
 
 
-def prepare(cfg: DictConfig) -> Job:
+def prepare(cfg: DictConfig) -> SamplingPlan:
     """Check everything that can be checked before weights are loaded.
 
     A run's adapter brings its own model and schedule, unless the command line names a model.
@@ -141,7 +141,7 @@ def prepare(cfg: DictConfig) -> Job:
     check(cfg, ROOT)
     requests = plan(cfg)
     source = None if cfg.adapter is None else locate(cfg.adapter, Path(cfg.output))
-    node = node_of(cfg, "model") if source is None else model_of(source, cfg)
+    node = node_of(cfg, "model") if source is None else recorded_model(source, cfg)
     model = build_model(node, cfg)
     student = schedule = None
     if source is not None:
@@ -154,7 +154,7 @@ def prepare(cfg: DictConfig) -> Job:
     check_machine(cfg)
     if cfg.tiny_vae is not None:
         check_tiny_vae(cfg.tiny_vae, model)
-    return Job(requests, model, node, source, student, schedule, size)
+    return SamplingPlan(requests, model, node, source, student, schedule, size)
 
 
 def check_machine(cfg: DictConfig) -> None:

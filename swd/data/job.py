@@ -23,7 +23,7 @@ from swd.config import first_difference
 from swd.data.read_ahead import read_ahead
 from swd.data.shards import MANIFEST, fault, is_done, read_manifest, shard_name, write_manifest, write_shard
 from swd.io.files import claim_folder, file_hash, write_json
-from swd.io.job_log import Progress
+from swd.io.job_log import JobLog
 from swd.io.masking import mask, mask_text
 from swd.modules.pretrained import read_json
 from swd.types import UserError
@@ -219,7 +219,7 @@ class Job:
         left = [shard for shard in mine if not is_done(self.folder, shard)]
         total, todo = (sum(len(self.rows_of(shard)) for shard in shards) for shards in (mine, left))
         told = task or f"making {self.kind} in {self.folder}"
-        with Progress(told, total, self.unit, done=total - todo, shown=rank == 0 and todo > 0) as progress:
+        with JobLog(told, total, self.unit, done=total - todo, shown=rank == 0 and todo > 0) as progress:
             for shard in left:
                 write_shard(self.folder, shard, make(self.rows_of(shard), progress.advance))
         if self.shards_left:
@@ -234,7 +234,7 @@ class Job:
 
     def _faults(self, shards: Sequence[int]) -> dict[int, str]:
         """Which of these complete shards are not what their indices say, and why; reads all of them."""
-        with Progress(
+        with JobLog(
             f"checking the shards that lie in {self.folder}", len(shards), "shard", shown=is_first() and bool(shards)
         ) as progress:
             found = {}

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from swd.data.sources import ENDINGS, LIST, Part, Problem, Row, Source, list_folder, list_in
+from swd.data.sources import ENDINGS, LIST, Part, PictureList, PictureRow, Problem, list_folder, list_in
 from swd.io import video
 from swd.io.pictures import to_rgb
 from swd.io.tables import NoText
@@ -128,7 +128,7 @@ def read_pairs(folder: Path, kind: str = "pictures", outside: bool = False) -> l
         told = _caption(folder, found, row)
         if isinstance(told, Problem):
             problems.append(told)
-        elif isinstance(row, Row):
+        elif isinstance(row, PictureRow):
             pairs.append((Path(row.picture.path), told))
     if not pairs:
         first = f" (the first one is {problems[0].file}: {problems[0].reason})" if problems else ""
@@ -147,7 +147,7 @@ def read_pairs(folder: Path, kind: str = "pictures", outside: bool = False) -> l
     return pairs
 
 
-def _caption(folder: Path, found: Source, row: Row | Problem) -> str | Problem:
+def _caption(folder: Path, found: PictureList, row: PictureRow | Problem) -> str | Problem:
     """The caption of a row, or why it is left out.
 
     Raises:

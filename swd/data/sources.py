@@ -25,7 +25,7 @@ from webdataset.shardlists import expand_urls
 
 from swd.data.job import share
 from swd.data.shards import split_name
-from swd.io.job_log import Progress
+from swd.io.job_log import JobLog
 from swd.io.tables import LONGEST, NoText, Table, is_blank, parse_object, read_table, text_of
 from swd.types import UserError
 
@@ -124,7 +124,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Row:
+class PictureRow:
     """A picture that a source lists.
 
     Attributes:
@@ -192,7 +192,7 @@ def caption_of(contents: Mapping[str, Any]) -> str:
 
 
 @dataclass
-class Source:
+class PictureList:
     """The rows of a source in order, and how many files were passed over, by ending.
 
     Attributes:
@@ -204,7 +204,7 @@ class Source:
 
     root: str | None = None
     key: str = "outside"
-    rows: list[Row | Problem] = field(default_factory=list)
+    rows: list[PictureRow | Problem] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     seen: dict[str, str] = field(default_factory=dict)
     real: dict[str, str] = field(default_factory=dict)
@@ -215,13 +215,13 @@ class Source:
         digest = hashlib.sha256()
         for row in self.rows:
             told: list[Any] = [row.kind, row.file, row.reason] if isinstance(row, Problem) else [row.file, row.index]
-            if isinstance(row, Row):
+            if isinstance(row, PictureRow):
                 for part in (row.picture, row.caption, row.meta):
                     told.append([part.offset, part.size] if isinstance(part, Part) else part)
             digest.update(json.dumps(told).encode() + b"\n")
         return digest.hexdigest()
 
-    def add(self, row: Row, identity: str, where: str) -> None:
+    def add(self, row: PictureRow, identity: str, where: str) -> None:
         """Append a row, or the problem that can be seen without reading it."""
         problem = None
         if identity in self.seen:
@@ -251,7 +251,7 @@ def _within(path: str, root: str) -> bool:
     return path == root or path.startswith(os.path.join(root, ""))
 
 
-def list_source(source: str, outside: bool = False, skip: Path | None = None) -> Source:
+def list_source(source: str, outside: bool = False, skip: Path | None = None) -> PictureList:
     """The rows of a source.
 
     Args:
@@ -268,11 +268,11 @@ def list_source(source: str, outside: bool = False, skip: Path | None = None) ->
     elif os.path.isfile(path):
         found = _file(path, source, outside)
     elif any(mark in source for mark in "{*?["):
-        found = _shards([(str(file), file.name) for file in _expand(str(path))], Source(), outside)
+        found = _shards([(str(file), file.name) for file in _expand(str(path))], PictureList(), outside)
     else:
         told = "is a pipe or a device" if os.path.exists(path) else "does not exist"
         raise UserError(f"source={source} {told}; {GIVE}")
-    if not any(isinstance(row, Row) for row in found.rows):
+    if not any(isinstance(row, PictureRow) for row in found.rows):
         first = f"; first of {len(found.rows)} problems: {_tell(found.rows[0])}" if found.rows else ""
         passed = ", ".join(f"{count:,} {kind}" for kind, count in found.ignored.most_common(5))
         more = f"; passed over: {passed}" if passed else ""
@@ -283,19 +283,19 @@ def list_source(source: str, outside: bool = False, skip: Path | None = None) ->
 GIVE = "give a folder, a .csv or .jsonl list, or .tar shards"
 
 
-def _file(path: Path, source: str, outside: bool) -> Source:
+def _file(path: Path, source: str, outside: bool) -> PictureList:
     name = path.name.lower()
     packed = next((ending for ending in PACKED if name.endswith(ending)), None)
     if path.suffix.lower() in LISTS:
         return _list(path, outside)
     if path.suffix.lower() == ".tar":
-        return _shards([(str(path), path.name)], Source(), outside)
+        return _shards([(str(path), path.name)], PictureList(), outside)
     if packed:
         raise UserError(f"source={source} is of no known kind: compressed, so samples cannot be found; unpack it first")
     raise UserError(f"source={source} is of no known kind; {GIVE}")
 
 
-def _tell(row: Row | Problem) -> str:
+def _tell(row: PictureRow | Problem) -> str:
     return f"{row.file}: {row.kind} ({row.reason})" if isinstance(row, Problem) else row.file
 
 
@@ -327,17 +327,17 @@ def passed_over(name: str) -> bool:
 # Folders
 
 
-def _folder(folder: Path, outside: bool, skip: Path | None) -> Source:
+def _folder(folder: Path, outside: bool, skip: Path | None) -> PictureList:
     if os.path.isfile(folder / LIST):
         return _list(folder / LIST, outside)
-    found = Source(None if outside else os.path.realpath(folder))
+    found = PictureList(None if outside else os.path.realpath(folder))
     names = _walk(folder, found, skip)
     problems = list(found.rows)
     tars = [name for name in names if name.lower().endswith(".tar")]
     _pair(folder, names, ENDINGS, found)
     _count_others(names, found)
-    if tars and not any(isinstance(row, Row) for row in found.rows):
-        shards = Source(found.root, rows=problems, ignored=found.ignored)
+    if tars and not any(isinstance(row, PictureRow) for row in found.rows):
+        shards = PictureList(found.root, rows=problems, ignored=found.ignored)
         for name in names:
             ending = posixpath.splitext(name)[1].lower()
             if ending[1:] in ENDINGS:
@@ -354,7 +354,7 @@ def _folder(folder: Path, outside: bool, skip: Path | None) -> Source:
     return found
 
 
-def _count_others(names: Collection[str], found: Source) -> None:
+def _count_others(names: Collection[str], found: PictureList) -> None:
     """Count the files of a folder that are neither pictures nor shards, nor the text file of a picture."""
     stems = {stem for stem, ending in map(posixpath.splitext, names) if ending.lower()[1:] in ENDINGS}
     for name in names:
@@ -369,7 +369,7 @@ def _count_others(names: Collection[str], found: Source) -> None:
             found.ignored[ending or "without an ending"] += 1
 
 
-def list_folder(folder: Path, endings: Collection[str], outside: bool = False) -> Source:
+def list_folder(folder: Path, endings: Collection[str], outside: bool = False) -> PictureList:
     """Files with captions of a folder: its `metainfo.csv`, else files at any depth with a `.txt` of the same name.
 
     Args:
@@ -383,12 +383,12 @@ def list_folder(folder: Path, endings: Collection[str], outside: bool = False) -
     key = "data.dataset.outside"
     if os.path.isfile(folder / LIST):
         return _list(folder / LIST, outside, key)
-    found = Source(None if outside else os.path.realpath(folder), key)
+    found = PictureList(None if outside else os.path.realpath(folder), key)
     _pair(folder, _walk(folder, found), endings, found)
     return found
 
 
-def _walk(folder: Path, found: Source, skip: Path | None = None) -> dict[str, str]:
+def _walk(folder: Path, found: PictureList, skip: Path | None = None) -> dict[str, str]:
     """What is no folder below a folder, by names relative to it, sorted: why it is no file, "" if it is one.
 
     Hidden and system files are passed over. Folders that cannot be read, or are links that lead outside, become
@@ -396,7 +396,7 @@ def _walk(folder: Path, found: Source, skip: Path | None = None) -> dict[str, st
     """
     names: dict[str, str] = {}
     entered, left = {os.path.realpath(folder)} | ({os.path.realpath(skip)} if skip else set()), [""]
-    with Progress(f"list the files below {folder}", 1, "folder", shown=_is_first()) as progress:
+    with JobLog(f"list the files below {folder}", 1, "folder", shown=_is_first()) as progress:
         while left:
             below = left.pop()
             for name, path, kind, is_link in _entries(folder, below, found):
@@ -416,7 +416,7 @@ def _walk(folder: Path, found: Source, skip: Path | None = None) -> dict[str, st
     return dict(sorted(names.items()))
 
 
-def _entries(folder: Path, below: str, found: Source) -> list[tuple[str, str, str | None, bool]]:
+def _entries(folder: Path, below: str, found: PictureList) -> list[tuple[str, str, str | None, bool]]:
     """Name, path, what is wrong with it (None: it is a folder), and whether it is a link, links last."""
     try:
         with os.scandir(os.path.join(folder, below)) as entries:
@@ -445,7 +445,7 @@ def _is_first() -> bool:
     return share()[0] == 0
 
 
-def _pair(folder: Path, names: Mapping[str, str], endings: Collection[str], found: Source) -> None:
+def _pair(folder: Path, names: Mapping[str, str], endings: Collection[str], found: PictureList) -> None:
     """Files and the text files of the same name, by name; two files of one name are one sample."""
     texts: dict[str, str] = {}
     split = [(name, *posixpath.splitext(name)) for name in names]
@@ -461,15 +461,15 @@ def _pair(folder: Path, names: Mapping[str, str], endings: Collection[str], foun
             found.rows.append(Problem("unreadable", told, names[name]))
         else:
             caption = Part(texts[stem]) if stem in texts else None
-            found.add(Row(told, None, Part(os.path.join(folder, name)), caption), stem, f"{told} and its .txt")
+            found.add(PictureRow(told, None, Part(os.path.join(folder, name)), caption), stem, f"{told} and its .txt")
 
 
 # Lists
 
 
-def _list(file: Path, outside: bool, key: str = "outside") -> Source:
+def _list(file: Path, outside: bool, key: str = "outside") -> PictureList:
     """A list with a header that names the columns, or the published layout, by position."""
-    found = Source(None if outside else os.path.realpath(file.parent), key)
+    found = PictureList(None if outside else os.path.realpath(file.parent), key)
     if file.name == LIST and found.outside(str(file)):
         raise UserError(f"{file} is a link to a file outside of its folder; {key}=true takes it")
     table = read_table(file)
@@ -483,7 +483,7 @@ def _list(file: Path, outside: bool, key: str = "outside") -> Source:
             return found
         index, name, _ = table.column(INDICES), table.needed(FILES), table.needed(CAPTIONS)
         captions = [table.columns.index(key) for key in CAPTIONS if key in table.columns]
-    with Progress(f"list the pictures of {file}", len(table.rows), "row", shown=_is_first()) as progress:
+    with JobLog(f"list the pictures of {file}", len(table.rows), "row", shown=_is_first()) as progress:
         for row in table.rows:
             where = f"{file.name}, line {row.line}"
             if row.fault:
@@ -511,7 +511,7 @@ def _is_name(name: str) -> bool:
         return False
 
 
-def _add_line(found: Source, folder: Path, where: str, index: Any, name: Any, caption: Any) -> None:
+def _add_line(found: PictureList, folder: Path, where: str, index: Any, name: Any, caption: Any) -> None:
     if not isinstance(name, str) or not name.strip():
         told = "no file name" if name is None or name == "" or isinstance(name, str) else "the file name is no text"
         found.rows.append(Problem("bad line", where, told))
@@ -534,7 +534,7 @@ def _add_line(found: Source, folder: Path, where: str, index: Any, name: Any, ca
     if isinstance(index, str):
         index = int(index) if index.isascii() and index.isdigit() and len(index) < 19 else printable(index)
     plain = isinstance(index, int | str) and not isinstance(index, bool) and index != ""
-    found.add(Row(printable(name), index if plain else None, Part(path), caption), path, where)
+    found.add(PictureRow(printable(name), index if plain else None, Part(path), caption), path, where)
 
 
 # Shards
@@ -591,10 +591,10 @@ def _expand(pattern: str) -> list[Path]:
     return [Path(name) for name in names]
 
 
-def _shards(files: Sequence[tuple[str, str]], found: Source, outside: bool) -> Source:
+def _shards(files: Sequence[tuple[str, str]], found: PictureList, outside: bool) -> PictureList:
     """The samples of shards: paths, and what messages call them."""
     task = f"list the samples of {files[0][0] if files else ''}"
-    with Progress(task, len(files), "shard", shown=_is_first()) as progress:
+    with JobLog(task, len(files), "shard", shown=_is_first()) as progress:
         for path, name in files:
             if found.outside(path):
                 told = f"it lies outside of {found.root}; {found.key}=true takes it"
@@ -616,7 +616,7 @@ class _Sample:
     doubled: bool = False
 
 
-def _add_shard(found: Source, path: str, shard: str, outside: bool) -> None:
+def _add_shard(found: PictureList, path: str, shard: str, outside: bool) -> None:
     """Append the samples of a shard: keys by the first dot of a name, as WebDataset has it."""
     samples: dict[str, _Sample] = {}
     last: list[Problem] = []
@@ -651,7 +651,7 @@ def _add_shard(found: Source, path: str, shard: str, outside: bool) -> None:
     found.rows += last
 
 
-def _add_sample(found: Source, shard: str, key: str, sample: _Sample) -> None:
+def _add_sample(found: PictureList, shard: str, key: str, sample: _Sample) -> None:
     parts = sample.parts
     pictures = [ending for ending in parts if ending in ENDINGS]
     for ending, name in sample.dotted.items():
@@ -668,7 +668,9 @@ def _add_sample(found: Source, shard: str, key: str, sample: _Sample) -> None:
     for ending in pictures[1:]:
         found.ignored[f".{ending}"] += 1
     caption = parts.get("txt", parts.get("caption"))
-    found.add(Row(f"{shard}/{key}.{pictures[0]}", None, parts[pictures[0]], caption, parts.get("json")), key, shard)
+    found.add(
+        PictureRow(f"{shard}/{key}.{pictures[0]}", None, parts[pictures[0]], caption, parts.get("json")), key, shard
+    )
 
 
 def _members(path: str) -> Iterator[tuple[str, Part | str]]:

@@ -73,7 +73,7 @@ def check_target(target: Path) -> None:
         raise UserError(f"to={target} cannot be written ({error.strerror}); choose another folder") from None
 
 
-def model_of(source: Path, cfg: DictConfig) -> Any:
+def recorded_model(source: Path, cfg: DictConfig) -> Any:
     """The model that a run was trained with, changed by what the command line sets of it.
 
     The configuration's where the command line names a model, or without a run. A run may be somebody else's, so what it
@@ -98,7 +98,7 @@ def model_of(source: Path, cfg: DictConfig) -> Any:
 
 
 def build_model(node: dict[str, Any], cfg: DictConfig) -> Pretrained:
-    """The model that `model_of` found."""
+    """The model that `recorded_model` found."""
     model: Pretrained = build_node({"_target_": PRETRAINED} | node, "model", allowed_here(cfg))
     return model
 

@@ -15,7 +15,7 @@ INTERVAL = 30.0
 """Seconds between two lines where there is no terminal: often enough to see that a job lives, short enough in a log."""
 
 
-class Progress:
+class JobLog:
     """Says on standard error what a job does: when it starts, while it runs, and when it ends.
 
     On a terminal this is one live bar. Elsewhere it is a line at the start, one about every 30 seconds with place, rate
@@ -47,7 +47,7 @@ class Progress:
         self._started = self._told = clock()
         self._bar: tqdm | None = None
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> JobLog:
         self._started = self._told = self._clock()
         if not self.shown:
             return self

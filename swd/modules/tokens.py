@@ -9,7 +9,7 @@ from typing import Any
 
 import transformers
 
-from swd.io.job_log import Progress
+from swd.io.job_log import JobLog
 from swd.modules.pretrained import Pretrained, read_json
 
 AT_ONCE = 1000
@@ -82,7 +82,7 @@ class TextLimit:
         listed = list(prompts)
         known: dict[str, int] = {}
         different = list(dict.fromkeys(listed))
-        with Progress("counting tokens", len(different), "prompt", shown=len(different) > MANY) as progress:
+        with JobLog("counting tokens", len(different), "prompt", shown=len(different) > MANY) as progress:
             for start in range(0, len(different), AT_ONCE):
                 part = different[start : start + AT_ONCE]
                 known |= dict(zip(part, self.counts(part), strict=True))

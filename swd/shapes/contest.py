@@ -1,6 +1,6 @@
 """Rows of an evaluation table: pictures are streamed through a judge, kept as small records, and summarised.
 
-contender -> pictures, a batch at a time -> Judged (features and scores per picture) -> Row
+contender -> pictures, a batch at a time -> Judged (features and scores per picture) -> ResultRow
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Row:
+class ResultRow:
     """One row of the table.
 
     Attributes:
@@ -339,10 +339,12 @@ def time_contender(
     return Timing(1000 * statistics.median(times), torch.cat(pictures))
 
 
-def make_row(contender: Contender, judged: Judged, reference: Tensor, ms_per_image: float, source: str = "live") -> Row:
+def make_row(
+    contender: Contender, judged: Judged, reference: Tensor, ms_per_image: float, source: str = "live"
+) -> ResultRow:
     """The row of a contender from what was measured; `reference`: features of rendered pictures `[N, D]`."""
     accuracy = judged.accuracy()
-    return Row(
+    return ResultRow(
         name=contender.name,
         steps=contender.steps,
         nfe=contender.nfe,

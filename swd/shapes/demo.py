@@ -27,7 +27,7 @@ from swd.io.masking import mask_text
 from swd.metrics.fid import frechet_distance
 from swd.modules.distiller import Distiller
 from swd.shapes import contest, report
-from swd.shapes.contest import Advance, Contender, Judged, Row, Timing
+from swd.shapes.contest import Advance, Contender, Judged, ResultRow, Timing
 from swd.shapes.judge import Judge
 from swd.types import UserError
 
@@ -52,7 +52,7 @@ class Study:
         full_size_gflop: of the student's number of steps, all at full size.
     """
 
-    rows: list[Row]
+    rows: list[ResultRow]
     timings: list[Timing]
     prompts: list[str]
     fid_floor: float

@@ -2,7 +2,8 @@
 
 The tokenizers are real ones over the captions' words. The text encoders are random and frozen: each word gets its own
 code, positions and neighbouring words are mixed in at comparable strength, and the transformer learns to read the
-result. `build_pipeline` gives the skeleton with an untrained VAE and transformer; `swd.modules.pretrain` trains those.
+result. `build_pipeline` gives the skeleton with an untrained VAE and transformer; `swd.shapes.train_vae` and
+`swd.modules.flow_matching` train those.
 """
 
 from __future__ import annotations

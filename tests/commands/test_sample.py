@@ -369,13 +369,13 @@ def test_the_command_line_changes_the_model_of_a_run(made, tmp_path: Path, monke
     cfg = config(model, run, tmp_path / "out", model__precision="bf16")
     OmegaConf.save({"model": {"path": "the run's", "precision": "fp32", "guidance_scale": 2.5}}, run / "config.yaml")
     monkeypatch.setattr(student_folder, "overrides", lambda: ["model.precision=bf16"])
-    assert student_folder.model_of(run / "adapter", cfg) == {
+    assert student_folder.recorded_model(run / "adapter", cfg) == {
         "path": "the run's",
         "precision": "bf16",
         "guidance_scale": 2.5,
     }
     monkeypatch.setattr(student_folder, "overrides", lambda: ["model=shapes"])
-    assert student_folder.model_of(run / "adapter", cfg) == cfg.model
+    assert student_folder.recorded_model(run / "adapter", cfg) == cfg.model
 
 
 @pytest.mark.parametrize("key", ["adapter", "run", "model.init_adapter"])

@@ -198,7 +198,7 @@ def received(tiny_model: Path, tmp_path: Path, model_node: dict[str, Any]) -> Pa
     return tmp_path / "run"
 
 
-def prepared(run: Path, *more: str) -> sample.Job:
+def prepared(run: Path, *more: str) -> sample.SamplingPlan:
     return sample.prepare(tiny.composed([f"adapter={run}", "folder=out", *more], "sample"))
 
 

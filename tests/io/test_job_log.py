@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from swd.callbacks import progress as callback
 from swd.data import job
-from swd.io.job_log import Progress, duration, rate_text
+from swd.io.job_log import JobLog, duration, rate_text
 from swd.shapes import demo
 
 
@@ -27,7 +27,7 @@ class Clock:
 
 def test_a_job_says_what_it_does_every_thirty_seconds_and_when_it_ends(capfd: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
-    with Progress("drawing into out", 100, "picture", done=20, clock=clock) as progress:
+    with JobLog("drawing into out", 100, "picture", done=20, clock=clock) as progress:
         for _ in range(80):
             clock.now += 1.5
             progress.advance(note="loss 1")
@@ -41,7 +41,7 @@ def test_a_job_says_what_it_does_every_thirty_seconds_and_when_it_ends(capfd: py
 
 def test_a_job_tells_no_credentials(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("HUB_TOKEN", "hf_0123456789")
-    with Progress("reading https://me:word@host/a.tar into hf_0123456789", 1, "sample"):
+    with JobLog("reading https://me:word@host/a.tar into hf_0123456789", 1, "sample"):
         pass
     job.say("listing s3://id:word@bucket/x")
     demo.note("from https://host/x?token=word")
@@ -54,13 +54,13 @@ def test_a_job_tells_no_credentials(monkeypatch: pytest.MonkeyPatch, capfd: pyte
 
 
 def test_a_job_that_fails_does_not_say_that_it_is_done(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError), Progress("importing", 3, "row"):
+    with pytest.raises(ValueError), JobLog("importing", 3, "row"):
         raise ValueError
     assert capfd.readouterr().err == "importing: 3 rows\n"
 
 
 def test_other_processes_say_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    with Progress("importing", 3, shown=False, interval=0) as progress:
+    with JobLog("importing", 3, shown=False, interval=0) as progress:
         progress.advance(3)
     assert capfd.readouterr().err == ""
 
@@ -100,7 +100,7 @@ def test_training_tells_where_it_is_without_a_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr(callback, "Lines", partial(Progress, clock=clock))
+    monkeypatch.setattr(callback, "JobLog", partial(JobLog, clock=clock))
     quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
     quiet |= {"enable_model_summary": False, "accelerator": "cpu", "default_root_dir": tmp_path}
     trainer = L.Trainer(max_steps=6, callbacks=[callback.Progress()], **quiet)

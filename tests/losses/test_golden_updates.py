@@ -86,7 +86,7 @@ class Setup:
             i for i in map(schedule.interval, range(4)) if i.sigma == pytest.approx(table[start].item())
         )
         self.target = golden[f"e2e/{case}/model_input"]
-        # The first interval's source is its target (SPEC, section 3); the reference agrees up to its stored input.
+        # The first interval's source is its target (paper, section 4.1); the reference agrees up to its stored input.
         self.source = golden[f"e2e/{case}/model_input_prev"]
 
     def x0_hat(self) -> Tensor:
