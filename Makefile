@@ -10,13 +10,15 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 STAMP := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' requirements.lock)
+# In an environment of its own, .venv-mutants, so that requirements.lock does without it.
+MUTMUT := mutmut==3.8.1
 # Read before any recipe runs, so that the demo's wall time includes the installation.
 STARTED := $(shell date +%s)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full test lint format clean
+.PHONY: help demo demo-full test lint format mutants clean
 
 help:  ## show this list
 	@echo "usage: make TARGET [ARGS='...'] [PYTHON=python3.11]"
@@ -40,9 +42,18 @@ format: $(STAMP)  ## reformat, and fix what can be fixed
 	@$(BIN)/ruff check --fix-only --exit-zero .
 	@$(BIN)/ruff format .
 
+mutants:  ## put small mistakes into the core and see that tests fail (ARGS='swd.losses*' for a part); takes hours
+	@$(MAKE) --no-print-directory VENV=.venv-mutants .venv-mutants/.mutmut
+	@.venv-mutants/bin/python -m mutmut run --max-children 2 $(ARGS)
+	@.venv-mutants/bin/python -m mutmut results
+
+.venv-mutants/.mutmut: .venv-mutants/.installed
+	@.venv-mutants/bin/python -m pip install -q $(MUTMUT)
+	@touch $@
+
 clean:  ## remove caches and build products; outputs/ and the environment stay
-	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
-	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './.git/*' -prune -exec rm -rf {} +
+	@rm -rf build dist mutants *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
+	@find . -name __pycache__ -type d -not -path './.venv*' -not -path './.git/*' -prune -exec rm -rf {} +
 	@echo "clean; to install afresh next time: rm -rf $(VENV)"
 
 $(STAMP): pyproject.toml setup.py requirements.lock

@@ -111,3 +111,52 @@ def test_video_space_is_bicubic_per_frame() -> None:
     result = upsample(x0, (7, 8, 9))
     for here, there in ((0, 0), (1, 2), (2, 4), (3, 6)):  # frames that linear blending leaves in place
         assert_close(result[:, :, there], upsample(x0[:, :, here], (8, 9)), rtol=0, atol=1e-5)
+
+
+def test_a_sampler_is_written_with_sides_where_sizes_are_square() -> None:
+    config = ScaleSchedule([1.0, 0.8, 0.5], [4, [4, 6], [6, 6]]).scheduler(2, "epsilon").config
+    assert config.sizes == [4, [4, 6], 6] and config.sigmas == [1.0, 0.8, 0.5]
+    assert config.prediction_type == "epsilon" and config.divisor == 2
+    video = ScaleSchedule([1.0, 0.8], [[2, 2, 4], [3, 3, 6]]).scheduler().config
+    assert video.sizes == [[2, 2, 4], [3, 3, 6]], "frames and height may be equal"
+    assert video.divisor == 1 and video.prediction_type == "flow"
+
+
+def test_a_side_that_the_network_cannot_take_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^schedule: sizes contains \(6, 7\); .*multiples of 2$"):
+        ScaleSchedule([1.0, 0.5], [4, [6, 7]]).scheduler(2)
+
+
+def test_a_stretched_schedule_ends_at_the_size_asked_for() -> None:
+    """Sides are multiplied by final / own last size, then rounded to the divisor: 4 * 12 / 8 = 6, 6 * 12 / 8 = 9."""
+    schedule = ScaleSchedule([1.0, 0.8, 0.6], [4, 6, 8], "epsilon")
+    assert schedule.stretched((8, 8)) is schedule
+    wide = schedule.stretched((8, 12))
+    assert wide.sizes == ((4, 6), (6, 9), (8, 12))
+    assert wide.sigmas == schedule.sigmas and wide.process == "epsilon"
+    assert schedule.stretched((8, 12), 2).sizes == ((4, 6), (6, 8), (8, 12)), "half a unit goes to the even one"
+    assert schedule.stretched((6, 14), 2).sizes == ((4, 8), (4, 10), (6, 14)), "3 and 7 go up, 4.5 and 10.5 down"
+    plain = ScaleSchedule([1.0, 0.8], [4, 8])
+    assert plain.stretched((4, 4)).sizes == ((2, 2), (4, 4)) and plain.stretched((4, 4)).process is None
+    with pytest.raises(UserError, match=r"^schedule: sizes contains \(4, 4\); .*multiples of 8"):
+        plain.stretched((16, 16), 8)
+
+
+@pytest.mark.parametrize(
+    ("process", "other", "sizes", "names"),
+    [
+        ("epsilon", "flow", [6, 6], "full_4step or full_2step"),
+        ("epsilon", "flow", [4, 6], "image_4step, image_6step or the model's own"),
+        ("flow", "epsilon", [6, 6], "sdxl_full_4step or sdxl_full_2step"),
+        ("flow", "epsilon", [4, 6], "sdxl_4step"),
+    ],
+)
+def test_the_schedules_that_fit_are_named(process: Any, other: str, sizes: list[int], names: str) -> None:
+    schedule = ScaleSchedule([1.0, 0.8], sizes, process)
+    schedule.check_process(process)
+    with pytest.raises(UserError) as caught:
+        schedule.check_process(other)
+    assert str(caught.value) == (
+        f"schedule.process={process}, but this model's noise levels are of the process {other}; use "
+        f"schedule={names}, or sigmas of your own and schedule.process={other}"
+    )
