@@ -57,12 +57,10 @@ class FixedLosses(Callback):
         mmd = MMD(blocks=task.model.feature_blocks, features="teacher")
         totals: dict[str, list[Tensor]] = {}
         for k, batch in enumerate(batches):
-            interval, draws = task.schedule_for(batch.bucket).interval(k), SeededDraws(self.seed, k)
-            batch = batch.to(task.device)
-            conditioning = task.conditioning(batch)
-            source, x0_real = task.latents(batch, interval, draws)
-            x0_hat = student_x0(networks, interval, source, conditioning, draws)
-            step = GeneratorStep(networks, conditioning, task.empty_for(batch.bucket), x0_hat, x0_real, draws)
+            inputs = task.inputs.build(batch.to(task.device), k, SeededDraws(self.seed, k))
+            conditioning = inputs.conditioning
+            x0_hat = student_x0(networks, inputs.interval, inputs.source, conditioning, inputs.draws)
+            step = GeneratorStep(networks, conditioning, inputs.empty, x0_hat, inputs.target, inputs.draws)
             totals.setdefault("mmd", []).append(mmd.generator(step)[1]["mmd"])
             noised = step.noise_fake("critic", networks.process.ranges["critic"])
             for role in ("teacher", "fake") if "fake" in networks.roles else ():

@@ -410,7 +410,7 @@ def test_dmds_guided_prediction_is_the_stock_pipelines(name: str, model: Pretrai
 
     task = Distiller(teacher, ScaleSchedule([1.0], [size]), {"mmd": MMD(blocks=[0])})
     task.configure_model()
-    text, backbone = task._encode_prompts(PROMPTS, None), teacher.backbone_class
+    text, backbone = task.encode_prompts(PROMPTS), teacher.backbone_class
     for prediction, timestep, sample in seen:
         sigma = torch.full((2,), timestep / 1000)
         x_t = backbone.from_pipeline(sample, size)
