@@ -120,9 +120,7 @@ class InputBuilder:
 
     def encode_prompts(self, prompts: list[str], bucket: Size | None, device: torch.device) -> Conditioning:
         """Conditioning of B prompts, for finished pictures of `bucket` pixels; None: of the schedule's own size."""
-        encoders = self.encoders(device)
-        encoders.final_size = self.schedule_for(bucket).sizes[-1]
-        return encoders.encode_prompts(prompts).to(device)
+        return self.encoders(device).encode_prompts(prompts, self.schedule_for(bucket).sizes[-1]).to(device)
 
     def schedule_for(self, bucket: Size | None) -> ScaleSchedule:
         """The schedule stretched to finished pictures of `bucket` pixels; None: as it is."""
@@ -134,7 +132,6 @@ class InputBuilder:
         """Text encoders and VAE; loaded to `device` when they are first asked for, which with a cache may be never."""
         if self._encoders is None:
             self._encoders = self.model.encoders(device).to(device)
-            self._encoders.final_size = self.schedule.sizes[-1]
         return self._encoders
 
     def load(self, device: torch.device) -> None:

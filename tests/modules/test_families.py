@@ -377,13 +377,12 @@ def test_the_stock_pipeline_draws_what_training_draws(name: str, model: Pretrain
     final, steps = draw(pipe, model, requests, size)
 
     encoders = model.encoders()
-    encoders.final_size = size
     scheduler = schedule.scheduler(divisor, kind)
     generators = [torch.Generator().manual_seed(r.seed) for r in requests]
     start = scheduler.initial_latents(
         2, model.channels, size[-2], size[-1], size[0] if len(size) == 3 else None, generators
     )
-    clean = sample_latents(networks, scheduler, start, encoders.encode_prompts(PROMPTS))
+    clean = sample_latents(networks, scheduler, start, encoders.encode_prompts(PROMPTS, size))
     assert tuple(clean.shape[2:]) == size
     assert_close(torch.stack(final), encoders.decode(clean), rtol=1e-3, atol=1e-3)
     assert len(steps) == 3
@@ -543,8 +542,8 @@ def test_the_stock_pipeline_draws_what_training_draws_in_bf16(name: str, built: 
     generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
     start = ours.initial_latents(2, half.channels, *half.size[-2:], frames, generators)
     encoders = half.encoders()
-    encoders.final_size, ours.keep_x0 = half.size, True
-    sample_latents(networks, ours, start, encoders.encode_prompts(PROMPTS))
+    ours.keep_x0 = True
+    sample_latents(networks, ours, start, encoders.encode_prompts(PROMPTS, half.size))
     for theirs, mine in zip(stock.x0_predictions, ours.x0_predictions, strict=True):
         assert (theirs.float() - mine.float()).norm() < 0.008 * mine.float().norm()
 
