@@ -11,7 +11,7 @@ from torch import Tensor
 from swd.losses import MMD, GeneratorStep
 from swd.losses.update import student_x0
 from swd.modules.distiller import Distiller
-from swd.types import Batch, SeededDraws
+from swd.types import CachedBatch, PictureBatch, SeededDraws
 
 
 class FixedLosses(Callback):
@@ -45,13 +45,13 @@ class FixedLosses(Callback):
         if "fake" in values:
             self.losses["fake_score"] = [values["teacher"], values["fake"]]
 
-    def batches(self, trainer: Trainer, task: Distiller) -> list[Batch]:
+    def batches(self, trainer: Trainer, task: Distiller) -> list[PictureBatch | CachedBatch]:
         """The pictures, for each step of the schedule."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         return [data.last(self.pictures, step) for step in range(len(task.schedule))]
 
     @torch.no_grad()
-    def measure(self, task: Distiller, batches: list[Batch]) -> dict[str, float]:
+    def measure(self, task: Distiller, batches: list[PictureBatch | CachedBatch]) -> dict[str, float]:
         """`mmd`, and the scores' errors by role."""
         networks = task.networks
         mmd = MMD(blocks=task.model.feature_blocks, features="teacher")

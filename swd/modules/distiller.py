@@ -27,7 +27,7 @@ from swd.modules.pretrained import Pretrained
 from swd.modules.sampling import initial_latents, sample_latents
 from swd.schedule import Interval, ScaleSchedule
 from swd.scheduler import ScaleWiseScheduler
-from swd.types import Batch, Checks, Conditioning, SeededDraws, UserError, check_number
+from swd.types import CachedBatch, Checks, Conditioning, PictureBatch, SeededDraws, UserError, check_number
 
 
 class Distiller(LightningModule):
@@ -166,7 +166,7 @@ class Distiller(LightningModule):
 
     # One update
 
-    def training_step(self, batch: Batch, batch_idx: int) -> None:
+    def training_step(self, batch: PictureBatch | CachedBatch, batch_idx: int) -> None:
         iteration, update = divmod(self.updates, self.updates_per_iteration)
         step = iteration % len(self.schedule)
         draws = SeededDraws(self.seed, iteration, update, first=self.global_rank * len(batch))

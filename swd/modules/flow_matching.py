@@ -28,7 +28,7 @@ from swd.modules.muon import MuonAdamW, hidden_matrices
 from swd.modules.pretrained import Pretrained
 from swd.modules.training_task import WatchedTask, averaged, check_finite, replace_files, warmup_cosine
 from swd.schedule import downscale
-from swd.types import Batch, Conditioning, Size, UserError
+from swd.types import Conditioning, PictureBatch, Size, UserError
 
 SAVE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -178,7 +178,7 @@ class FlowMatching(WatchedTask):
             for block in self.backbone.block_list:
                 block.compile(dynamic=True)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: PictureBatch, batch_idx: int) -> Tensor:
         generator = torch.Generator().manual_seed((self.seed << 32) + self.global_step * 1009 + self.global_rank)
         size = self.sizes[int(torch.multinomial(self.size_weights, 1, generator=generator))]
         x0, conditioning = self.gather(batch, size, generator)
@@ -197,10 +197,9 @@ class FlowMatching(WatchedTask):
         self.log_dict({"loss": loss.detach(), f"loss/{size[0]}": loss.detach()})
         return loss
 
-    def gather(self, batch: Batch, size: Size, generator: torch.Generator) -> tuple[Tensor, Conditioning]:
+    def gather(self, batch: PictureBatch, size: Size, generator: torch.Generator) -> tuple[Tensor, Conditioning]:
         """Latents at `size` and conditioning: of the batch alone, or of it and pictures encoded earlier."""
         if self.reuse == 1:
-            assert batch.pixels is not None  # drawn on the fly
             return self.encode(batch.pixels, size, generator), self.encode_prompts(batch.prompts)
         self.memory.extend(self.encode_all(batch, generator))
         count = self.reuse * len(batch)
@@ -209,9 +208,8 @@ class FlowMatching(WatchedTask):
         x0 = torch.stack([item.latents[size] for item in picked]).float()
         return x0, Conditioning.cat([item.conditioning for item in picked])
 
-    def encode_all(self, batch: Batch, generator: torch.Generator) -> list[Encoded]:
+    def encode_all(self, batch: PictureBatch, generator: torch.Generator) -> list[Encoded]:
         """Every picture of the batch at every size."""
-        assert batch.pixels is not None
         latents = {size: self.encode(batch.pixels, size, generator) for size in dict.fromkeys(self.sizes)}
         conditioning = self.encode_prompts(batch.prompts)
         return [

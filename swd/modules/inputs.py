@@ -12,7 +12,7 @@ from swd.modules.encoders import Encoders, draw_latents
 from swd.modules.finite import all_finite
 from swd.modules.pretrained import Pretrained
 from swd.schedule import Interval, ScaleSchedule, downscale
-from swd.types import Batch, Checks, Conditioning, SeededDraws, Size
+from swd.types import CachedBatch, Checks, Conditioning, PictureBatch, SeededDraws, Size
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class InputBuilder:
         self._encoders: Encoders | None = None
         self._empty: dict[Size | None, Conditioning] = {}
 
-    def build(self, batch: Batch, step: int, draws: SeededDraws, place: str = "") -> Inputs:
+    def build(self, batch: PictureBatch | CachedBatch, step: int, draws: SeededDraws, place: str = "") -> Inputs:
         """The inputs of one update, on the batch's device.
 
         Args:
@@ -88,19 +88,20 @@ class InputBuilder:
         """
         interval = self.schedule_for(batch.bucket).interval(step)
         source, target = self.latents(batch, interval, draws)
-        if batch.cached is not None:
+        if isinstance(batch, CachedBatch):
             conditioning = batch.cached.conditioning
         else:
             conditioning = self.encode_prompts(batch.prompts, batch.bucket, target.device)
         return Inputs(interval, source, target, conditioning, self.empty(batch.bucket, target.device), draws, place)
 
-    def latents(self, batch: Batch, interval: Interval, draws: SeededDraws) -> tuple[Tensor, Tensor]:
+    def latents(
+        self, batch: PictureBatch | CachedBatch, interval: Interval, draws: SeededDraws
+    ) -> tuple[Tensor, Tensor]:
         """Latents at the source and target size, each downscaled in pixels from full size and then encoded."""
 
         def encode(size: Size) -> Tensor:
-            if batch.cached is not None:
+            if isinstance(batch, CachedBatch):
                 return draw_latents(*batch.cached.posteriors[size], draws)
-            assert batch.pixels is not None
             pixels = downscale(batch.pixels, self.model.pixel_size(size))
             return self.encoders(pixels.device).encode(pixels, draws)
 

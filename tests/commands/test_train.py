@@ -27,7 +27,7 @@ from swd.commands.train import fit
 from swd.modules.distiller import Distiller
 from swd.modules.inputs import InputBuilder
 from swd.schedule import downscale
-from swd.types import Batch, SeededDraws, UserError
+from swd.types import Batch, PictureBatch, SeededDraws, UserError
 
 
 def train(model: Path, folder: Path, *arguments: str, **more: Any) -> tuple[Distiller, Trainer]:
@@ -136,7 +136,7 @@ def test_both_sizes_are_encoded_from_full_resolution(tiny_model: Path, tmp_path:
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     draws = SeededDraws(0)
     for i, (small, large) in enumerate(zip((SIZES[0], *SIZES), SIZES, strict=False)):
-        source, target = task.inputs.latents(Batch(pixels, ["a", "b"]), task.schedule.interval(i), draws)
+        source, target = task.inputs.latents(PictureBatch(pixels, prompts=["a", "b"]), task.schedule.interval(i), draws)
         for latent, side in ((source, small), (target, large)):
             expected = task.encoders.encode(downscale(pixels, (8 * side, 8 * side)), draws)
             assert latent.shape[-1] == side and torch.equal(latent, expected)

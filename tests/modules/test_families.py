@@ -27,7 +27,7 @@ from swd.modules.networks import Networks, Role, SharedBase
 from swd.modules.pretrained import Pretrained
 from swd.modules.sampling import sample_latents
 from swd.schedule import ScaleSchedule
-from swd.types import Batch, Conditioning, SeededDraws, UserError
+from swd.types import Conditioning, PictureBatch, SeededDraws, UserError
 
 PROMPTS = ["a red star", "a large blue ring above a small heart"]
 
@@ -247,7 +247,8 @@ def test_every_loss_gives_a_gradient(name: str, built: dict[str, BuiltOnce], ter
 def two_iterations(name: str, model: Pretrained, terms: str, folder: Path) -> tuple[Distiller, dict[str, Tensor]]:
     """A task after two iterations with one critic update each, and its parameters before them."""
     shape = (2, 3, *model.pixel_size(model.size))
-    batches = [Batch(torch.rand(shape, generator=torch.Generator().manual_seed(i)) * 2 - 1, PROMPTS) for i in range(4)]
+    pixels = [torch.rand(shape, generator=torch.Generator().manual_seed(i)) * 2 - 1 for i in range(4)]
+    batches = [PictureBatch(each, prompts=PROMPTS) for each in pixels]
     schedule = ScaleSchedule(families.SIGMAS, families.SIZES[name])
     task = Distiller(model, schedule, TERMS[terms](), critic_updates=1, lr=1e-3)
     task.configure_model()
