@@ -87,36 +87,53 @@ class Cached:
         return Cached(self.conditioning.to(*args), moved)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One batch of training data: pixels, or what a cache holds of them.
+    """One batch of training data, of a kind that the classes below it say.
 
     Attributes:
-        pixels: full-resolution images `[B, 3, H, W]` or videos `[B, 3, F, H, W]` in [-1, 1]; None with a cache.
         prompts: B captions.
-        cached: encoded already; None without a cache.
         bucket: size in pixels (H, W) of finished pictures where data come in several aspect ratios; None: the
             schedule's own.
         skipped: names of samples that could not be read, whose places others took.
     """
 
-    pixels: Tensor | None
     prompts: list[str]
-    cached: Cached | None = None
     bucket: Size | None = None
     skipped: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def to(self, *args: Any) -> Batch:
-        """Move the tensors, as `Tensor.to` does."""
-        pixels, cached = self.pixels, self.cached
-        return replace(
-            self,
-            pixels=None if pixels is None else pixels.to(*args),
-            cached=None if cached is None else cached.to(*args),
-        )
+
+@dataclass(frozen=True)
+class PictureBatch(Batch):
+    """A batch that has yet to be encoded.
+
+    Attributes:
+        pixels: full-resolution images `[B, 3, H, W]` or videos `[B, 3, F, H, W]` in [-1, 1].
+    """
+
+    pixels: Tensor
+
+    def to(self, *args: Any) -> PictureBatch:
+        """Move or cast the pixels, as `Tensor.to` does."""
+        return replace(self, pixels=self.pixels.to(*args))
+
+
+@dataclass(frozen=True)
+class CachedBatch(Batch):
+    """A batch that was encoded before.
+
+    Attributes:
+        cached: conditioning and latents.
+    """
+
+    cached: Cached
+
+    def to(self, *args: Any) -> CachedBatch:
+        """Move or cast every tensor, as `Tensor.to` does."""
+        return replace(self, cached=self.cached.to(*args))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from swd.losses import MMD, GeneratorStep
 from swd.losses.update import student_x0
 from swd.modules.distiller import Distiller
-from swd.types import Batch, Role, SeededDraws
+from swd.types import CachedBatch, PictureBatch, Role, SeededDraws
 
 
 class FixedLosses(Callback):
@@ -45,24 +45,22 @@ class FixedLosses(Callback):
         if "fake" in values:
             self.losses["fake_score"] = [values["teacher"], values["fake"]]
 
-    def batches(self, trainer: Trainer, task: Distiller) -> list[Batch]:
+    def batches(self, trainer: Trainer, task: Distiller) -> list[PictureBatch | CachedBatch]:
         """The pictures, for each step of the schedule."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         return [data.last(self.pictures, step) for step in range(len(task.schedule))]
 
     @torch.no_grad()
-    def measure(self, task: Distiller, batches: list[Batch]) -> dict[str, float]:
+    def measure(self, task: Distiller, batches: list[PictureBatch | CachedBatch]) -> dict[str, float]:
         """`mmd`, and the scores' errors by role."""
         networks = task.networks
         mmd = MMD(blocks=task.model.feature_blocks, features="teacher")
         totals: dict[str, list[Tensor]] = {}
         for k, batch in enumerate(batches):
-            interval, draws = task.schedule_for(batch.bucket).interval(k), SeededDraws(self.seed, k)
-            batch = batch.to(task.device)
-            conditioning = task.conditioning(batch)
-            source, x0_real = task.latents(batch, interval, draws)
-            x0_hat = student_x0(networks, interval, source, conditioning, draws)
-            step = GeneratorStep(networks, conditioning, task.empty_for(batch.bucket), x0_hat, x0_real, draws)
+            inputs = task.inputs.build(batch.to(task.device), k, SeededDraws(self.seed, k))
+            conditioning = inputs.conditioning
+            x0_hat = student_x0(networks, inputs.interval, inputs.source, conditioning, inputs.draws)
+            step = GeneratorStep(networks, conditioning, inputs.empty, x0_hat, inputs.target, inputs.draws)
             totals.setdefault("mmd", []).append(mmd.generator(step)[1]["mmd"])
             noised = step.noise_fake("critic", networks.process.ranges["critic"])
             scores: tuple[Role, ...] = ("teacher", "fake") if "fake" in networks.roles else ()

@@ -325,8 +325,7 @@ class Encoder:
 
     def _encode_text(self, prompts: list[str], bucket: int) -> list[Any]:
         """Conditioning of each prompt, one row each, on the CPU."""
-        self.encoders.final_size = self.plan.schedules[bucket].sizes[-1]
-        together = self.encoders.encode_prompts(prompts).to("cpu")
+        together = self.encoders.encode_prompts(prompts, self.plan.schedules[bucket].sizes[-1]).to("cpu")
         return [together.map(lambda tensor, i=i: tensor[i : i + 1]) for i in range(len(prompts))]
 
     def _latents(

@@ -19,7 +19,7 @@ from swd.io import limits
 from swd.modules.pretrained import Pretrained
 from swd.modules.tokens import evenly, warn_beyond
 from swd.schedule import ScaleSchedule
-from swd.types import Batch, Size, UserError, stable_hash
+from swd.types import Batch, PictureBatch, Size, UserError, stable_hash
 
 MOST_SAMPLES = 2**16
 """Samples of one global batch: hundreds of times the largest of the paper's; `swd.config.RANGES` has the same."""
@@ -186,9 +186,9 @@ class ThreadedLoader:
         return read_ahead(self.read, self.requests, self.workers, self.workers * self.prefetch)
 
 
-def collate(samples: list[dict[str, Any]]) -> Batch:
+def collate(samples: list[dict[str, Any]]) -> PictureBatch:
     """Samples with `pixels` and `prompt` to a batch."""
-    return Batch(torch.stack([s["pixels"] for s in samples]), [s["prompt"] for s in samples])
+    return PictureBatch(torch.stack([s["pixels"] for s in samples]), prompts=[s["prompt"] for s in samples])
 
 
 def check_pixels(

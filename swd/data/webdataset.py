@@ -53,7 +53,7 @@ from swd.io import limits
 from swd.io.tables import NoText
 from swd.modules.pretrained import Pretrained
 from swd.schedule import ScaleSchedule
-from swd.types import Batch, Cached, Conditioning, Size, UserError
+from swd.types import Batch, Cached, CachedBatch, Conditioning, PictureBatch, Size, UserError
 
 TRIES = 100
 """Samples tried in place of one that cannot be read."""
@@ -267,9 +267,12 @@ class PictureSource(Source):
             check_pixels(size, model, schedule, exact=self.buckets is not None)
 
     def collate(self, samples: list[dict[str, Any]]) -> Batch:
-        bucket = None if self.buckets is None else self.buckets[samples[0]["bucket"]]
-        pixels = torch.stack([s["pixels"] for s in samples])
-        return Batch(pixels, [s["prompt"] for s in samples], None, bucket, _skipped(samples))
+        return PictureBatch(
+            torch.stack([s["pixels"] for s in samples]),
+            prompts=[s["prompt"] for s in samples],
+            bucket=None if self.buckets is None else self.buckets[samples[0]["bucket"]],
+            skipped=_skipped(samples),
+        )
 
 
 class CachedSource(Source):
@@ -322,7 +325,7 @@ class CachedSource(Source):
     def batch(self, assembler: Assembler, prompts: list[str], bucket: int, skipped: tuple[str, ...]) -> Batch:
         """A batch of what has been assembled."""
         cached = Cached(assembler.conditioning(), assembler.posteriors())
-        return Batch(None, prompts, cached, self.pixel_sizes[bucket], skipped)
+        return CachedBatch(cached, prompts=prompts, bucket=self.pixel_sizes[bucket], skipped=skipped)
 
     def empty(self, bucket: Size | None) -> Conditioning:
         """The encoded empty prompt, one row.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -18,49 +17,15 @@ from swd.losses.base import CriticStep, GeneratorStep, LossTerm, Metrics, ModelF
 from swd.losses.update import critic_loss, generator_gradient, settle, student_x0, trainers, wanted
 from swd.modules.adapters import check_start, read_adapter
 from swd.modules.checkpoints import optimizer_misfit
-from swd.modules.encoders import Encoders, draw_latents
+from swd.modules.encoders import Encoders
 from swd.modules.finite import all_finite, step_or_stop, stop_unless_finite
+from swd.modules.inputs import InputBuilder, Inputs
 from swd.modules.networks import Networks, SharedBase
 from swd.modules.pretrained import Pretrained
 from swd.modules.sampling import initial_latents, sample_latents
-from swd.schedule import Interval, ScaleSchedule, downscale
+from swd.schedule import Interval, ScaleSchedule
 from swd.scheduler import ScaleWiseScheduler
-from swd.types import Batch, Checks, Conditioning, Role, SeededDraws, Size, UserError, check_number
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What one update works on.
-
-    Attributes:
-        interval: the step of the schedule that is trained.
-        source, target: clean latents of the data at its two sizes.
-        conditioning: B rows; `empty`: what takes the place of a prompt for guidance, one row.
-        draws: where random numbers come from.
-        place: iteration (from 1), step of the schedule (from 1) and update, for messages.
-    """
-
-    interval: Interval
-    source: Tensor
-    target: Tensor
-    conditioning: Conditioning
-    empty: Conditioning
-    draws: SeededDraws
-    place: str = ""
-
-    def finite(self) -> Checks:
-        """Whether what the data and their encoders gave is finite."""
-        texts = [t for c in (self.conditioning, self.empty) for t in (c.embeds, c.pooled) if t is not None]
-        return {"latents of the data": all_finite([self.source, self.target]), "encoded prompts": all_finite(texts)}
-
-    def first(self) -> Inputs:
-        """The first sample alone."""
-        return replace(
-            self,
-            source=self.source[:1].clone(),  # a view would keep the whole batch in memory
-            target=self.target[:1].clone(),
-            conditioning=self.conditioning.map(lambda tensor: tensor[:1].clone()),
-        )
+from swd.types import CachedBatch, Checks, Conditioning, PictureBatch, Role, SeededDraws, UserError, check_number
 
 
 class Distiller(LightningModule):
@@ -123,8 +88,7 @@ class Distiller(LightningModule):
         self._critic_metrics: list[Metrics] = []
         self._seen: Inputs | None = None  # of the last update, one sample: what is tried before weights are saved
         self.networks: Networks
-        self._encoders: Encoders | None = None
-        self._empty: dict[Size | None, Conditioning] = {}
+        self.inputs = InputBuilder(model, schedule)
 
     # Building
 
@@ -138,11 +102,14 @@ class Distiller(LightningModule):
         """Trainable roles; without a critic no fake network exists at all."""
         return ("student", "fake") if self.critic_updates else ("student",)
 
+    def setup(self, stage: str) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        self.inputs.cache = data if getattr(data, "is_cache", False) else None
+
     def configure_model(self) -> None:
         if hasattr(self, "networks"):
             return
-        device = self.device if self._trainer is None else self.trainer.strategy.root_device
-        self.networks = self.model.networks(self.roles, self.seed, device)
+        self.networks = self.model.networks(self.roles, self.seed, self._root_device)
         if self.model.init_adapter:
             assert isinstance(self.networks, SharedBase)
             self.networks.load_adapter("student", read_adapter(self.model))
@@ -152,54 +119,26 @@ class Distiller(LightningModule):
                 term.build(self.model.limits.width)
         if self.checkpointing:
             self.networks.enable_checkpointing()
-        if not self._is_cached:
-            self.encoders  # noqa: B018 - load now what the first update would load
+        self.inputs.load(self._root_device)
+
+    @property
+    def _root_device(self) -> torch.device:
+        """Where this trains; Lightning moves the task there only after `configure_model`."""
+        return self.device if self._trainer is None else self.trainer.strategy.root_device
 
     @property
     def encoders(self) -> Encoders:
         """Text encoders and VAE; loaded when they are first asked for, which with cached data may be never."""
-        if self._encoders is None:
-            device = self.device if self._trainer is None else self.trainer.strategy.root_device
-            encoders = self.model.encoders(device).to(device)
-            encoders.final_size = self.schedule.sizes[-1]
-            # Frozen helpers stay out of the module tree: neither checkpoints nor DDP should see them.
-            object.__setattr__(self, "_encoders", encoders)
-        assert self._encoders is not None
-        return self._encoders
-
-    @property
-    def _is_cached(self) -> bool:
-        return bool(getattr(self._data, "is_cache", False))
-
-    @property
-    def _data(self) -> Any:
-        """The data of this training, if it has any yet."""
-        return None if self._trainer is None else getattr(self.trainer, "datamodule", None)
+        return self.inputs.encoders(self._root_device)
 
     @property
     def empty(self) -> Conditioning:
         """What takes the place of a prompt for guidance, for the schedule's own size, one row."""
-        return self.empty_for(None)
+        return self.inputs.empty(None, self.device)
 
-    def empty_for(self, bucket: Size | None) -> Conditioning:
-        """What takes the place of a prompt for guidance, one row, for finished pictures of `bucket` pixels.
-
-        None: the schedule's own. Caches hold the encoded empty prompt; SDXL's zeros are made of it here.
-        """
-        if bucket not in self._empty:
-            empty = self._data.empty(bucket) if self._is_cached else self._encode_prompts([""], bucket)
-            self._empty[bucket] = self.model.unconditional(empty)
-        return self._empty[bucket].to(self.device)
-
-    def _encode_prompts(self, prompts: list[str], bucket: Size | None) -> Conditioning:
-        self.encoders.final_size = self.schedule_for(bucket).sizes[-1]
-        return self.encoders.encode_prompts(prompts).to(self.device)
-
-    def schedule_for(self, bucket: Size | None) -> ScaleSchedule:
-        """The schedule stretched to finished pictures of `bucket` pixels; None: as it is."""
-        if bucket is None:
-            return self.schedule
-        return self.schedule.stretched(self.model.latent_size(bucket), self.model.limits.divisor)
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """Conditioning of B prompts, for the schedule's own size."""
+        return self.inputs.encode_prompts(prompts, None, self.device)
 
     def configure_optimizers(self) -> list[Optimizer]:
         options: dict[str, Any] = {"betas": tuple(self.betas), "weight_decay": self.weight_decay}
@@ -222,18 +161,11 @@ class Distiller(LightningModule):
 
     # One update
 
-    def training_step(self, batch: Batch, batch_idx: int) -> None:
+    def training_step(self, batch: PictureBatch | CachedBatch, batch_idx: int) -> None:
         iteration, update = divmod(self.updates, self.updates_per_iteration)
-        interval = self.schedule_for(batch.bucket).interval(iteration % len(self.schedule))
+        step = iteration % len(self.schedule)
         draws = SeededDraws(self.seed, iteration, update, first=self.global_rank * len(batch))
-        inputs = Inputs(
-            interval,
-            *self.latents(batch, interval, draws),
-            self.conditioning(batch),
-            self.empty_for(batch.bucket),
-            draws,
-            self._place(iteration, interval, update),
-        )
+        inputs = self.inputs.build(batch, step, draws, self._place(iteration, step, update))
 
         if update < self.critic_updates:
             self._critic_update(inputs)
@@ -242,28 +174,11 @@ class Distiller(LightningModule):
         self.updates += 1
         self._seen = inputs.first()
 
-    def _place(self, iteration: int, interval: Interval, update: int) -> str:
-        step = f"step {interval.index + 1} of {len(self.schedule)} of the schedule"
+    def _place(self, iteration: int, step: int, update: int) -> str:
+        """Where an update stands in the run; counts from 0 are shown from 1."""
+        where = f"step {step + 1} of {len(self.schedule)} of the schedule"
         which = f"critic update {update + 1} of {self.critic_updates}"
-        return f"iteration {iteration + 1}, {step}, {which if update < self.critic_updates else 'generator update'}"
-
-    def conditioning(self, batch: Batch) -> Conditioning:
-        """The batch's prompts, encoded."""
-        if batch.cached is not None:
-            return batch.cached.conditioning
-        return self._encode_prompts(batch.prompts, batch.bucket)
-
-    def latents(self, batch: Batch, interval: Interval, draws: SeededDraws) -> tuple[Tensor, Tensor]:
-        """Latents at the source and target size, each downscaled in pixels from full size and then encoded."""
-
-        def encode(size: Size) -> Tensor:
-            if batch.cached is not None:
-                return draw_latents(*batch.cached.posteriors[size], draws)
-            assert batch.pixels is not None
-            return self.encoders.encode(downscale(batch.pixels, self.model.pixel_size(size)), draws)
-
-        target = encode(interval.target)
-        return (target if interval.source == interval.target else encode(interval.source)), target
+        return f"iteration {iteration + 1}, {where}, {which if update < self.critic_updates else 'generator update'}"
 
     def _critic_update(self, inputs: Inputs) -> None:
         with torch.no_grad():
@@ -374,7 +289,7 @@ class Distiller(LightningModule):
         scheduler = self.scheduler()
         scheduler.keep_x0 = keep_x0
         latents = initial_latents(seeds, self.model.channels, self.schedule.sizes[0]).to(self.device)
-        conditioning = self._encode_prompts(prompts, None)
+        conditioning = self.encode_prompts(prompts)
         latents = sample_latents(self.networks, scheduler, latents, conditioning)
         return self.encoders.decode(latents), [self.encoders.decode(x) for x in scheduler.x0_predictions]
 

@@ -22,7 +22,6 @@ class Encoders(nn.Module):
         cache: how many encoded lists of prompts are kept in memory.
 
     Attributes:
-        final_size: latent size of finished pictures, for families whose conditioning names it; None: the VAE's own.
         longest: tokenizers by how much of a prompt they may see, most first: the part of the pipeline, and whether
             `max_text_tokens` is its limit (else the tokenizer's own). The first one that is there decides.
         most_text_tokens: largest `max_text_tokens` that the pipeline takes, or eight times what models are trained on.
@@ -42,13 +41,12 @@ class Encoders(nn.Module):
         super().__init__()
         self.pipeline = pipeline
         self.max_text_tokens, self.cache_size = max_text_tokens, cache
-        self.final_size: Size | None = None
         self.vae = pipeline.vae.requires_grad_(False).eval()
         found = (getattr(pipeline, name, None) for name in self.text_encoders)
         self.text_models = nn.ModuleList(
             encoder.requires_grad_(False).eval() for encoder in found if encoder is not None
         )
-        self._known: OrderedDict[tuple[Any, ...], Conditioning] = OrderedDict()
+        self._known: OrderedDict[tuple[str, ...], Conditioning] = OrderedDict()
 
     @staticmethod
     def factors(config: Mapping[str, Any]) -> tuple[int, int]:
@@ -72,17 +70,26 @@ class Encoders(nn.Module):
         return prompt
 
     def text(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning of B prompts, as the stock pipeline computes it."""
+        """The text's part of the conditioning of B prompts, as the stock pipeline computes it."""
         raise NotImplementedError
 
+    def with_size(self, conditioning: Conditioning, final_size: Size | None) -> Conditioning:
+        """The conditioning with the size of finished pictures, for families that name it; others leave it as it is."""
+        return conditioning
+
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning of B prompts; known lists come from memory.
+    def encode_prompts(self, prompts: Sequence[str], final_size: Size | None = None) -> Conditioning:
+        """Conditioning of B prompts; the text of known lists comes from memory.
 
         Whole lists, not single prompts: how many prompts are encoded together changes the last bits, and a resumed run
         has another history than the one it continues.
+
+        Args:
+            prompts: B texts.
+            final_size: latent size of finished pictures, for families whose conditioning names it; None: the size
+                that the family was trained for.
         """
-        key = (self.final_size, *prompts)
+        key = tuple(prompts)
         if key not in self._known:
             different = list(dict.fromkeys(prompts))
             rows = [different.index(prompt) for prompt in prompts]
@@ -90,7 +97,7 @@ class Encoders(nn.Module):
         self._known.move_to_end(key)
         while len(self._known) > self.cache_size:
             self._known.popitem(last=False)
-        return self._known[key]
+        return self.with_size(self._known[key], final_size)
 
     # Pixels
 

@@ -28,7 +28,7 @@ from swd.modules.muon import MuonAdamW, hidden_matrices
 from swd.modules.pretrained import Pretrained
 from swd.modules.training_task import WatchedTask, averaged, check_finite, replace_files, warmup_cosine
 from swd.schedule import downscale
-from swd.types import Batch, Conditioning, Size, UserError
+from swd.types import Conditioning, PictureBatch, Size, UserError
 
 SAVE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -166,7 +166,6 @@ class FlowMatching(WatchedTask):
         """Text encoders and VAE, loaded when first used."""
         if not self._encoders:
             self._encoders.append(self.model.encoders(self.device).to(self.device))
-            self._encoders[0].final_size = max(self.sizes, key=math.prod)  # what conditioning names, if it names a size
         return self._encoders[0]
 
     def on_fit_start(self) -> None:
@@ -179,7 +178,7 @@ class FlowMatching(WatchedTask):
             for block in self.backbone.block_list:
                 block.compile(dynamic=True)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: PictureBatch, batch_idx: int) -> Tensor:
         generator = torch.Generator().manual_seed((self.seed << 32) + self.global_step * 1009 + self.global_rank)
         size = self.sizes[int(torch.multinomial(self.size_weights, 1, generator=generator))]
         x0, conditioning = self.gather(batch, size, generator)
@@ -198,11 +197,10 @@ class FlowMatching(WatchedTask):
         self.log_dict({"loss": loss.detach(), f"loss/{size[0]}": loss.detach()})
         return loss
 
-    def gather(self, batch: Batch, size: Size, generator: torch.Generator) -> tuple[Tensor, Conditioning]:
+    def gather(self, batch: PictureBatch, size: Size, generator: torch.Generator) -> tuple[Tensor, Conditioning]:
         """Latents at `size` and conditioning: of the batch alone, or of it and pictures encoded earlier."""
         if self.reuse == 1:
-            assert batch.pixels is not None  # drawn on the fly
-            return self.encode(batch.pixels, size, generator), self.encoders.encode_prompts(batch.prompts)
+            return self.encode(batch.pixels, size, generator), self.encode_prompts(batch.prompts)
         self.memory.extend(self.encode_all(batch, generator))
         count = self.reuse * len(batch)
         chosen = torch.randint(len(self.memory), (count - len(batch),), generator=generator).tolist()
@@ -210,15 +208,19 @@ class FlowMatching(WatchedTask):
         x0 = torch.stack([item.latents[size] for item in picked]).float()
         return x0, Conditioning.cat([item.conditioning for item in picked])
 
-    def encode_all(self, batch: Batch, generator: torch.Generator) -> list[Encoded]:
+    def encode_all(self, batch: PictureBatch, generator: torch.Generator) -> list[Encoded]:
         """Every picture of the batch at every size."""
-        assert batch.pixels is not None
         latents = {size: self.encode(batch.pixels, size, generator) for size in dict.fromkeys(self.sizes)}
-        conditioning = self.encoders.encode_prompts(batch.prompts)
+        conditioning = self.encode_prompts(batch.prompts)
         return [
             Encoded({size: x0[i] for size, x0 in latents.items()}, conditioning.map(lambda t, i=i: t[[i]]))
             for i in range(len(batch))
         ]
+
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """Conditioning of B prompts; if it names a size, then the largest one that is trained."""
+        conditioning: Conditioning = self.encoders.encode_prompts(prompts, max(self.sizes, key=math.prod))
+        return conditioning
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, size: Size, generator: torch.Generator) -> Tensor:
@@ -233,7 +235,7 @@ class FlowMatching(WatchedTask):
     def drop_captions(self, conditioning: Conditioning, generator: torch.Generator) -> Conditioning:
         """Replace some rows by what takes the place of a prompt for guidance."""
         dropped = torch.rand(len(conditioning), generator=generator) < self.caption_dropout
-        empty = self.model.unconditional(self.encoders.encode_prompts([""]))
+        empty = self.model.unconditional(self.encode_prompts([""]))
 
         def mix(kept: Tensor, blank: Tensor) -> Tensor:
             mask = dropped.view(-1, *[1] * (kept.ndim - 1)).to(kept.device)

@@ -29,7 +29,7 @@ from swd.modules.networks import Networks, SharedBase
 from swd.modules.sampling import initial_latents, sample_latents
 from swd.shapes.dataset import ShapesDataset
 from swd.shapes.judge import ATTRIBUTES, Judge, Score, score_pictures, summarise
-from swd.types import Conditioning, UserError
+from swd.types import UserError
 
 SPLIT = "heldout"
 """Captions with combinations that training never drew."""
@@ -192,7 +192,7 @@ def contenders(task: Distiller) -> tuple[Contender, Contender, Contender]:
     Both teachers draw at the schedule's last size and with classifier-free guidance; the student needs none.
     """
     model, schedule = task.model, task.schedule
-    row = task.encoders.encode_prompts([""])
+    row = task.encode_prompts([""])
     costs = {size: forward_gflop(model, size, row) for size in set(schedule.sizes)}
     full, few, many = costs[schedule.sizes[-1]], len(schedule), model.teacher_steps
     passes = 2 if model.drawing_guidance_scale > 1 else 1
@@ -224,7 +224,7 @@ def contenders(task: Distiller) -> tuple[Contender, Contender, Contender]:
 
 def full_size_gflop(task: Distiller) -> float:
     """GFLOP of as many steps as the schedule has, all at the last size and without guidance."""
-    row = task.encoders.encode_prompts([""])
+    row = task.encode_prompts([""])
     return len(task.schedule) * forward_gflop(task.model, task.schedule.sizes[-1], row)
 
 
@@ -232,7 +232,7 @@ def full_size_gflop(task: Distiller) -> float:
 def teacher_pictures(task: Distiller, scheduler: Any, steps: int, prompts: list[str], seeds: list[int]) -> Tensor:
     """Pictures `[B, 3, H, W]` of the frozen teacher at the schedule's last size, guided as the model asks."""
     latents = initial_latents(seeds, task.model.channels, task.schedule.sizes[-1]).to(task.device)
-    conditioning: Conditioning = task.encoders.encode_prompts(prompts).to(task.device)
+    conditioning = task.encode_prompts(prompts)
     latents = sample_latents(
         task.networks, scheduler, latents, conditioning, task.empty, task.model.drawing_guidance_scale, "teacher", steps
     )

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from swd.modules.training_task import WatchedTask, averaged, check_finite, replace_files, warmup_cosine
 from swd.shapes.pipeline import build_pipeline, save_pipeline
-from swd.types import Batch, UserError
+from swd.types import PictureBatch, UserError
 
 
 def edges(pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,8 +101,7 @@ class VAETask(WatchedTask):
             self.vae.encoder.requires_grad_(False)
         self.average = averaged(self.vae, self.ema)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        assert batch.pixels is not None  # drawn on the fly
+    def training_step(self, batch: PictureBatch, batch_idx: int) -> Tensor:
         side = self.sizes[int(torch.randint(len(self.sizes), (), generator=self.pick))]
         pixels = F.interpolate(batch.pixels, size=(side, side), mode="area")
         pixels = self.maybe_crop(pixels).contiguous(memory_format=torch.channels_last)

@@ -173,12 +173,9 @@ def test_sdxls_zeros_are_made_of_what_a_cache_holds(tmp_path: Path) -> None:
     held = data.empty(None)
     assert held.embeds.any() and held.pooled is not None and held.pooled.any()
 
-    class Both:  # what a trainer says of its data
-        datamodule = data
-
     task = Distiller(model, ScaleSchedule(families.SIGMAS, families.SIZES["sdxl"]), terms())
-    task._trainer = Both()  # type: ignore[assignment]
-    for empty in (task.empty, task.empty_for(model.pixel_size(model.size))):
+    task.inputs.cache = data
+    for empty in (task.empty, task.inputs.empty(model.pixel_size(model.size), task.device)):
         assert not empty.embeds.any() and empty.pooled is not None and not empty.pooled.any()
         assert empty.embeds.shape == held.embeds.shape and empty.time_ids is not None
         assert empty.time_ids.tolist() == [[64, 64, 0, 0, 64, 64]]

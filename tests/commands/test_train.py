@@ -25,8 +25,9 @@ from swd.commands import encode
 from swd.commands.cli import launch
 from swd.commands.train import fit
 from swd.modules.distiller import Distiller
+from swd.modules.inputs import InputBuilder
 from swd.schedule import downscale
-from swd.types import Batch, SeededDraws, UserError
+from swd.types import Batch, PictureBatch, SeededDraws, UserError
 
 
 def train(model: Path, folder: Path, *arguments: str, **more: Any) -> tuple[Distiller, Trainer]:
@@ -87,13 +88,13 @@ def test_critic_updates_come_first_each_on_a_fresh_batch(
 ) -> None:
     seen: list[tuple[str, int]] = []
     prompts: list[str] = []
-    latents = Distiller.latents
+    latents = InputBuilder.latents
 
-    def spy(self: Distiller, batch: Batch, *args: Any) -> tuple[Tensor, Tensor]:
+    def spy(self: InputBuilder, batch: Batch, *args: Any) -> tuple[Tensor, Tensor]:
         prompts.extend(batch.prompts)
         return latents(self, batch, *args)
 
-    monkeypatch.setattr(Distiller, "latents", spy)
+    monkeypatch.setattr(InputBuilder, "latents", spy)
     for kind in ("critic", "generator"):
         update = getattr(Distiller, f"_{kind}_update")
 
@@ -135,7 +136,7 @@ def test_both_sizes_are_encoded_from_full_resolution(tiny_model: Path, tmp_path:
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     draws = SeededDraws(0)
     for i, (small, large) in enumerate(zip((SIZES[0], *SIZES), SIZES, strict=False)):
-        source, target = task.latents(Batch(pixels, ["a", "b"]), task.schedule.interval(i), draws)
+        source, target = task.inputs.latents(PictureBatch(pixels, prompts=["a", "b"]), task.schedule.interval(i), draws)
         for latent, side in ((source, small), (target, large)):
             expected = task.encoders.encode(downscale(pixels, (8 * side, 8 * side)), draws)
             assert latent.shape[-1] == side and torch.equal(latent, expected)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from swd.losses import DMD, GAN, MMD
 from swd.modules import distiller
 from swd.modules.pretrained import Pretrained
-from swd.types import Batch
+from swd.types import PictureBatch
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("lightning", "pytorch_lightning", "hydra", "omegaconf", "transformers", "peft")
@@ -93,7 +93,7 @@ def losses_of_the_distiller(
         enable_model_summary=False,
         default_root_dir=str(folder),
     )
-    items: Any = [Batch(pixels, PROMPTS) for pixels in batches(12)]
+    items: Any = [PictureBatch(pixels, PROMPTS) for pixels in batches(12)]
     trainer.fit(task, DataLoader(items, batch_size=None))
     return seen
 

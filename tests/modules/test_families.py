@@ -27,7 +27,7 @@ from swd.modules.networks import Networks, Role, SharedBase
 from swd.modules.pretrained import Pretrained
 from swd.modules.sampling import sample_latents
 from swd.schedule import ScaleSchedule
-from swd.types import Batch, Conditioning, SeededDraws, UserError
+from swd.types import Conditioning, PictureBatch, SeededDraws, UserError
 
 PROMPTS = ["a red star", "a large blue ring above a small heart"]
 
@@ -247,7 +247,8 @@ def test_every_loss_gives_a_gradient(name: str, built: dict[str, BuiltOnce], ter
 def two_iterations(name: str, model: Pretrained, terms: str, folder: Path) -> tuple[Distiller, dict[str, Tensor]]:
     """A task after two iterations with one critic update each, and its parameters before them."""
     shape = (2, 3, *model.pixel_size(model.size))
-    batches = [Batch(torch.rand(shape, generator=torch.Generator().manual_seed(i)) * 2 - 1, PROMPTS) for i in range(4)]
+    pixels = [torch.rand(shape, generator=torch.Generator().manual_seed(i)) * 2 - 1 for i in range(4)]
+    batches = [PictureBatch(each, prompts=PROMPTS) for each in pixels]
     schedule = ScaleSchedule(families.SIGMAS, families.SIZES[name])
     task = Distiller(model, schedule, TERMS[terms](), critic_updates=1, lr=1e-3)
     task.configure_model()
@@ -377,13 +378,12 @@ def test_the_stock_pipeline_draws_what_training_draws(name: str, model: Pretrain
     final, steps = draw(pipe, model, requests, size)
 
     encoders = model.encoders()
-    encoders.final_size = size
     scheduler = schedule.scheduler(divisor, kind)
     generators = [torch.Generator().manual_seed(r.seed) for r in requests]
     start = scheduler.initial_latents(
         2, model.channels, size[-2], size[-1], size[0] if len(size) == 3 else None, generators
     )
-    clean = sample_latents(networks, scheduler, start, encoders.encode_prompts(PROMPTS))
+    clean = sample_latents(networks, scheduler, start, encoders.encode_prompts(PROMPTS, size))
     assert tuple(clean.shape[2:]) == size
     assert_close(torch.stack(final), encoders.decode(clean), rtol=1e-3, atol=1e-3)
     assert len(steps) == 3
@@ -410,7 +410,7 @@ def test_dmds_guided_prediction_is_the_stock_pipelines(name: str, model: Pretrai
 
     task = Distiller(teacher, ScaleSchedule([1.0], [size]), {"mmd": MMD(blocks=[0])})
     task.configure_model()
-    text, backbone = task._encode_prompts(PROMPTS, None), teacher.backbone_class
+    text, backbone = task.encode_prompts(PROMPTS), teacher.backbone_class
     for prediction, timestep, sample in seen:
         sigma = torch.full((2,), timestep / 1000)
         x_t = backbone.from_pipeline(sample, size)
@@ -543,8 +543,8 @@ def test_the_stock_pipeline_draws_what_training_draws_in_bf16(name: str, built: 
     generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
     start = ours.initial_latents(2, half.channels, *half.size[-2:], frames, generators)
     encoders = half.encoders()
-    encoders.final_size, ours.keep_x0 = half.size, True
-    sample_latents(networks, ours, start, encoders.encode_prompts(PROMPTS))
+    ours.keep_x0 = True
+    sample_latents(networks, ours, start, encoders.encode_prompts(PROMPTS, half.size))
     for theirs, mine in zip(stock.x0_predictions, ours.x0_predictions, strict=True):
         assert (theirs.float() - mine.float()).norm() < 0.008 * mine.float().norm()
 

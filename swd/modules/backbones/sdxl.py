@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from swd.diffusion import Process, VariancePreserving
 from swd.modules.backbones.base import Backbone, Limits
 from swd.modules.encoders import Encoders
-from swd.types import Conditioning
+from swd.types import Conditioning, Size
 
 
 class SDXLEncoders(Encoders):
@@ -25,9 +25,13 @@ class SDXLEncoders(Encoders):
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
             prompt=list(prompts), device=self.device, do_classifier_free_guidance=False
         )
-        height, width = self.pixel_size(self.final_size or (128, 128))
+        return Conditioning(embeds, pooled)
+
+    def with_size(self, conditioning: Conditioning, final_size: Size | None) -> Conditioning:
+        height, width = self.pixel_size(final_size or (128, 128))
+        embeds = conditioning.embeds
         ids = torch.tensor([[height, width, 0, 0, height, width]], device=embeds.device, dtype=embeds.dtype)
-        return Conditioning(embeds, pooled, ids.repeat(len(embeds), 1))
+        return replace(conditioning, time_ids=ids.repeat(len(conditioning), 1))
 
 
 class SDXLBackbone(Backbone):

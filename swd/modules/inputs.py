@@ -1,0 +1,141 @@
+"""Batches of training data to what one update works on, whether they are encoded here or were so before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from swd.modules.encoders import Encoders, draw_latents
+from swd.modules.finite import all_finite
+from swd.modules.pretrained import Pretrained
+from swd.schedule import Interval, ScaleSchedule, downscale
+from swd.types import CachedBatch, Checks, Conditioning, PictureBatch, SeededDraws, Size
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one update works on.
+
+    Attributes:
+        interval: the step of the schedule that is trained.
+        source, target: clean latents of the data at its two sizes.
+        conditioning: B rows; `empty`: what takes the place of a prompt for guidance, one row.
+        draws: where random numbers come from.
+        place: iteration (from 1), step of the schedule (from 1) and update, for messages.
+    """
+
+    interval: Interval
+    source: Tensor
+    target: Tensor
+    conditioning: Conditioning
+    empty: Conditioning
+    draws: SeededDraws
+    place: str = ""
+
+    def finite(self) -> Checks:
+        """Whether what the data and their encoders gave is finite."""
+        texts = [t for c in (self.conditioning, self.empty) for t in (c.embeds, c.pooled) if t is not None]
+        return {"latents of the data": all_finite([self.source, self.target]), "encoded prompts": all_finite(texts)}
+
+    def first(self) -> Inputs:
+        """The first sample alone."""
+        return replace(
+            self,
+            source=self.source[:1].clone(),  # a view would keep the whole batch in memory
+            target=self.target[:1].clone(),
+            conditioning=self.conditioning.map(lambda tensor: tensor[:1].clone()),
+        )
+
+
+class Cache(Protocol):
+    """Data that were encoded before, and hold the encoded empty prompt."""
+
+    def empty(self, bucket: Size | None) -> Conditioning:
+        """The encoded empty prompt, one row, for finished pictures of `bucket` pixels."""
+
+
+class InputBuilder:
+    """Makes `Inputs` of batches: encodes pictures and prompts, or takes what a cache holds of them.
+
+    A plain object, so that the frozen encoders stay out of checkpoints and away from DDP.
+
+    Args:
+        model: whose encoders are used.
+        schedule: noise levels and sizes.
+
+    Attributes:
+        cache: the data, if they are encoded already; None: pictures and prompts are encoded here.
+    """
+
+    def __init__(self, model: Pretrained, schedule: ScaleSchedule) -> None:
+        self.model = model
+        self.schedule = schedule
+        self.cache: Cache | None = None
+        self._encoders: Encoders | None = None
+        self._empty: dict[Size | None, Conditioning] = {}
+
+    def build(self, batch: PictureBatch | CachedBatch, step: int, draws: SeededDraws, place: str = "") -> Inputs:
+        """The inputs of one update, on the batch's device.
+
+        Args:
+            batch: pictures and prompts, or what a cache holds of them.
+            step: of the schedule, from 0.
+            draws: where random numbers come from.
+            place: for messages.
+        """
+        interval = self.schedule_for(batch.bucket).interval(step)
+        source, target = self.latents(batch, interval, draws)
+        if isinstance(batch, CachedBatch):
+            conditioning = batch.cached.conditioning
+        else:
+            conditioning = self.encode_prompts(batch.prompts, batch.bucket, target.device)
+        return Inputs(interval, source, target, conditioning, self.empty(batch.bucket, target.device), draws, place)
+
+    def latents(
+        self, batch: PictureBatch | CachedBatch, interval: Interval, draws: SeededDraws
+    ) -> tuple[Tensor, Tensor]:
+        """Latents at the source and target size, each downscaled in pixels from full size and then encoded."""
+
+        def encode(size: Size) -> Tensor:
+            if isinstance(batch, CachedBatch):
+                return draw_latents(*batch.cached.posteriors[size], draws)
+            pixels = downscale(batch.pixels, self.model.pixel_size(size))
+            return self.encoders(pixels.device).encode(pixels, draws)
+
+        target = encode(interval.target)
+        return (target if interval.source == interval.target else encode(interval.source)), target
+
+    def empty(self, bucket: Size | None, device: torch.device) -> Conditioning:
+        """What takes the place of a prompt for guidance, one row, for finished pictures of `bucket` pixels.
+
+        None: the schedule's own. Caches hold the encoded empty prompt; SDXL's zeros are made of it here.
+        """
+        if bucket not in self._empty:
+            cache = self.cache
+            empty = self.encode_prompts([""], bucket, device) if cache is None else cache.empty(bucket)
+            self._empty[bucket] = self.model.unconditional(empty)
+        return self._empty[bucket].to(device)
+
+    def encode_prompts(self, prompts: list[str], bucket: Size | None, device: torch.device) -> Conditioning:
+        """Conditioning of B prompts, for finished pictures of `bucket` pixels; None: of the schedule's own size."""
+        return self.encoders(device).encode_prompts(prompts, self.schedule_for(bucket).sizes[-1]).to(device)
+
+    def schedule_for(self, bucket: Size | None) -> ScaleSchedule:
+        """The schedule stretched to finished pictures of `bucket` pixels; None: as it is."""
+        if bucket is None:
+            return self.schedule
+        return self.schedule.stretched(self.model.latent_size(bucket), self.model.limits.divisor)
+
+    def encoders(self, device: torch.device) -> Encoders:
+        """Text encoders and VAE; loaded to `device` when they are first asked for, which with a cache may be never."""
+        if self._encoders is None:
+            self._encoders = self.model.encoders(device).to(device)
+        return self._encoders
+
+    def load(self, device: torch.device) -> None:
+        """Load now what the first update would load."""
+        if self.cache is None:
+            self.encoders(device)
