@@ -20,6 +20,7 @@ from swd.io.files import check_checksums, file_hash, write_aside, write_checksum
 from swd.modules import hub
 from swd.modules.adapter_settings import Settings, read_settings, shown
 from swd.modules.pretrained import Pretrained, read_json
+from swd.modules.targets import is_target, targets_of
 from swd.scheduler import ScaleWiseScheduler
 from swd.types import UserError
 
@@ -408,7 +409,7 @@ def read_adapter(model: Pretrained) -> dict[str, Tensor]:
 def check_modules(adapter: Adapter, model: Pretrained) -> None:
     """Raise UserError unless an adapter has weights for the layers that `model.targets` names, and for no others."""
     layers = [name for name, layer in model.meta_network.named_modules() if isinstance(layer, _LAYERS)]
-    ours, theirs = {name for name in layers if named(name, model.targets)}, set(adapter.modules)
+    ours, theirs = {name for name in layers if is_target(name, model.targets)}, set(adapter.modules)
     if ours == theirs:
         return
     only = (
@@ -422,24 +423,6 @@ def check_modules(adapter: Adapter, model: Pretrained) -> None:
         f"model.init_adapter={model.init_adapter} adapts other layers than model.targets={list(model.targets)}: "
         f"{', '.join(only)}; {fix}"
     )
-
-
-def named(layer: str, targets: Sequence[str]) -> bool:
-    """Whether a layer is one of `targets`, as peft reads them: by its path or by the end of it."""
-    return any(layer == target or layer.endswith(f".{target}") for target in targets)
-
-
-def targets_of(modules: set[str], layers: Sequence[str]) -> list[str]:
-    """Short names that together mean exactly `modules` among `layers`."""
-    found: set[str] = set()
-    for module in sorted(modules):
-        parts = module.split(".")
-        for start in range(len(parts) - 1, -1, -1):
-            end = ".".join(parts[start:])
-            if start == 0 or (not parts[start].isdigit() and modules.issuperset(n for n in layers if named(n, [end]))):
-                found.add(end)
-                break
-    return sorted(found)
 
 
 # Writing

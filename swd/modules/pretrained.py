@@ -33,8 +33,9 @@ from swd.modules.model_folders import (
     weight_files,
     weight_indices,
 )
-from swd.modules.networks import Networks, Role, SeparateCopies, SharedBase, check_targets
+from swd.modules.networks import Networks, Role, SeparateCopies, SharedBase
 from swd.modules.quantize import Quantization, quantize
+from swd.modules.targets import check_targets
 from swd.types import Conditioning, Size, UserError
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -172,7 +173,7 @@ class Pretrained:
         self._check_parts({name for name, entry in index.items() if isinstance(entry, list) and entry[0] is None})
         for name, entry in index.items():
             more = isinstance(entry, list) and entry[0] == "diffusers" and name not in (part, "vae", "scheduler")
-            if more or (name == "expand_timesteps" and entry):
+            if more or (name in self.backbone_class.unknown_settings and entry):
                 raise UserError(
                     f"model.path={self.path} has {name}, which model.family={self.family} does not know; give a "
                     f"{backbone.pipeline_type} of {part}, vae and scheduler alone"
@@ -226,25 +227,17 @@ class Pretrained:
             )
 
     def _check_guidance(self) -> None:
-        if self.embedded_guidance is not None and not 0 <= self.embedded_guidance < math.inf:
-            raise UserError(f"model.embedded_guidance={self.embedded_guidance}; use a scale of 0 or more, e.g. 4.5")
         if self.network_config.get("guidance_embeds") and self.embedded_guidance is None:
             raise UserError(
                 "model.embedded_guidance is null, but this network is fed a guidance scale; FLUX.1-dev's is 4.5"
             )
 
     def _check_betas(self) -> None:
-        """A variance-preserving model must have been trained on the levels that `VariancePreserving` knows."""
-        file = self.folder / "scheduler" / "scheduler_config.json"
-        if self.backbone_class.process.prediction_type != "epsilon" or not file.is_file():
+        """The model must have been trained on the noise levels of its family's process."""
+        file, expected = self.folder / "scheduler" / "scheduler_config.json", self.backbone_class.process.trained_on
+        if not expected or not file.is_file():
             return
-        expected = {
-            "beta_start": 0.00085,
-            "beta_end": 0.012,
-            "beta_schedule": "scaled_linear",
-            "prediction_type": "epsilon",
-        }
-        config = expected | read_json(file)
+        config = {**expected, **read_json(file)}
         for key, value in expected.items():
             if config[key] != value:
                 raise UserError(
@@ -437,18 +430,16 @@ class Pretrained:
         except LOADING_FAILS as error:
             raise UserError(f"model.path={folder}: {name!r} cannot be loaded ({_reason(error)})") from None
 
-    def pipeline(
-        self, dtype: torch.dtype = torch.float32, vae_dtype: torch.dtype | None = None, **overrides: Any
-    ) -> Any:
+    def pipeline(self, dtype: torch.dtype = torch.float32, kept: bool = False, **overrides: Any) -> Any:
         """The stock pipeline; `transformer=None` (or `unet=None`) leaves the network out.
 
         Args:
             dtype: of its weights.
-            vae_dtype: of the VAE's; None: the family's, which some keep in float32.
+            kept: whether what its VAE makes is kept, as of `Encoders.vae_precision`.
             overrides: of the pipeline's parts.
         """
         pipeline_class = getattr(diffusers, self.backbone_class.pipeline_type)
-        vae_dtype = vae_dtype or self.backbone_class.encoders_type.vae_dtype or dtype
+        vae_dtype = self.backbone_class.encoders_type.vae_precision(self.vae_config, dtype, kept)
         folder = self.fetch()
         parts: dict[str, Any] = dict.fromkeys(self._absent)
         for name in self.parts:
@@ -477,8 +468,7 @@ class Pretrained:
     def encoders(self, device: torch.device | str = "cpu") -> Encoders:
         """Load text encoders and VAE."""
         backbone = self.backbone_class
-        vae_dtype = torch.float32 if self.vae_config.get("force_upcast") else None
-        pipeline = self.pipeline(self.dtype(device), vae_dtype, **{backbone.subfolder: None})
+        pipeline = self.pipeline(self.dtype(device), kept=True, **{backbone.subfolder: None})
         if self._absent:
             # A pipeline makes zeros in place of a missing encoder's text, as wide as its network says.
             network = SimpleNamespace(config=SimpleNamespace(**self.network_config))
