@@ -9,7 +9,6 @@ import sys
 from swd.modules.backbones.base import Backbone
 from swd.types import UserError
 
-
 _NO_FAMILIES = ("base", "sdxl_refiner")
 """The contract, and a part of SDXL's that only draws training sets."""
 
