@@ -49,8 +49,8 @@ from swd.modules.adapters import (
 )
 from swd.modules.backbones.base import Backbone
 from swd.modules.hub import is_hub_id
-from swd.modules.model_folders import LARGEST_SIDE
-from swd.modules.pretrained import Pretrained, read_json
+from swd.modules.model_folders import LARGEST_SIDE, read_json
+from swd.modules.pretrained import Pretrained
 from swd.modules.student import FullStudent, Student
 from swd.schedule import ScaleSchedule
 from swd.scheduler import ScaleWiseScheduler

@@ -18,7 +18,8 @@ from swd.config import one_line
 from swd.io.files import check_checksums, file_hash, write_aside, write_checksums, write_json
 from swd.modules import hub
 from swd.modules.adapter_settings import Settings, read_settings, shown
-from swd.modules.pretrained import Pretrained, read_json
+from swd.modules.model_folders import read_json
+from swd.modules.pretrained import Pretrained
 from swd.modules.targets import is_target, targets_of
 from swd.scheduler import ScaleWiseScheduler
 from swd.types import UserError

@@ -17,7 +17,9 @@ import torch
 from huggingface_hub import errors
 
 from swd.modules import hub
-from swd.modules.pretrained import Pretrained, is_whole, resolve_asset
+from swd.modules.family_folder import resolve_asset
+from swd.modules.model_folders import is_whole
+from swd.modules.pretrained import Pretrained
 from swd.types import UserError
 
 
