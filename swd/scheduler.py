@@ -79,7 +79,7 @@ def blend_frames(video: Tensor, frames: int) -> Tensor:
 
 @cache
 def signal_levels() -> Tensor:
-    """`abar` of Stable Diffusion's 1000 steps, float32: betas between 0.00085 and 0.012, linear in their roots."""
+    """`abar` of Stable Diffusion's 1000 steps, float32: betas between those of `BETAS`, linear in their roots."""
     roots = torch.linspace(BETAS["beta_start"] ** 0.5, BETAS["beta_end"] ** 0.5, 1000, dtype=torch.float32)
     return torch.cumprod(1 - roots.square(), 0)
 
