@@ -6,23 +6,32 @@ arithmetic is float32, whatever the inputs' dtype.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from swd.scheduler import signal_levels, vp_timestep
+from swd.scheduler import BETAS, vp_scales, vp_timestep
 
 IndexRange = tuple[int, int]
 
 
 class Process(Protocol):
-    """What a diffusion process offers. Index ranges are inclusive at both ends."""
+    """What a diffusion process offers.
+
+    Attributes:
+        ranges: table indices that each loss draws from, inclusive at both ends.
+        prediction_type: what networks predict: "flow" or "epsilon".
+        trained_on: what the scheduler of a model has to be configured with, where its file says so, for its noise
+            levels to be this process's.
+    """
 
     ranges: ClassVar[dict[str, IndexRange]]
     prediction_type: ClassVar[str]
+    trained_on: ClassVar[Mapping[str, Any]]
 
     def level(self, index: Tensor) -> Tensor:
         """Noise level sigma `[B]` of table indices `[B]`."""
@@ -50,6 +59,7 @@ class RectifiedFlow:
 
     ranges: ClassVar[dict[str, IndexRange]] = {"critic": (0, 27), "dmd": (12, 27), "gan": (12, 27), "mmd": (18, 27)}
     prediction_type: ClassVar[str] = "flow"
+    trained_on: ClassVar[Mapping[str, Any]] = {}
 
     @property
     def table(self) -> Tensor:
@@ -80,6 +90,7 @@ class VariancePreserving:
 
     ranges: ClassVar[dict[str, IndexRange]] = {"critic": (0, 999), "dmd": (0, 790), "gan": (0, 790), "mmd": (0, 399)}
     prediction_type: ClassVar[str] = "epsilon"
+    trained_on: ClassVar[Mapping[str, Any]] = {**BETAS, "beta_schedule": "scaled_linear", "prediction_type": "epsilon"}
 
     def level(self, index: Tensor) -> Tensor:
         return index.float() / 1000
@@ -88,15 +99,16 @@ class VariancePreserving:
         return vp_timestep(sigma)
 
     def add_noise(self, x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
-        abar = self._abar(sigma, x0)
-        return abar.sqrt() * x0.float() + (1 - abar).sqrt() * eps.float()
+        signal, noise = self._scales(sigma, x0)
+        return signal * x0.float() + noise * eps.float()
 
     def to_x0(self, x_t: Tensor, prediction: Tensor, sigma: Tensor) -> Tensor:
-        abar = self._abar(sigma, x_t)
-        return (x_t.float() - (1 - abar).sqrt() * prediction.float()) / abar.sqrt()
+        signal, noise = self._scales(sigma, x_t)
+        return (x_t.float() - noise * prediction.float()) / signal
 
-    def _abar(self, sigma: Tensor, like: Tensor) -> Tensor:
-        return expand(signal_levels()[vp_timestep(sigma).cpu()], like)
+    def _scales(self, sigma: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        signal, noise = vp_scales(vp_timestep(sigma))
+        return expand(signal, like), expand(noise, like)
 
 
 @cache

@@ -34,6 +34,8 @@ from torch import Tensor
 INTERPOLATION = "bicubic"
 REMEMBERED = 20_000
 """For how many latents of `initial_latents` (each counts twice: two layouts) a scheduler remembers the sizes."""
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
+"""Of the variance-preserving process, as Stable Diffusion's published schedulers name them."""
 
 
 def upsample(x0: Tensor, size: Sequence[int]) -> Tensor:
@@ -77,9 +79,18 @@ def blend_frames(video: Tensor, frames: int) -> Tensor:
 
 @cache
 def signal_levels() -> Tensor:
-    """`abar` of Stable Diffusion's 1000 steps, float32: betas between 0.00085 and 0.012, linear in their roots."""
-    roots = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float32)
+    """`abar` of Stable Diffusion's 1000 steps, float32: betas between those of `BETAS`, linear in their roots."""
+    roots = torch.linspace(BETAS["beta_start"] ** 0.5, BETAS["beta_end"] ** 0.5, 1000, dtype=torch.float32)
     return torch.cumprod(1 - roots.square(), 0)
+
+
+def vp_scales(timestep: Tensor) -> tuple[Tensor, Tensor]:
+    """What signal and noise are multiplied by at steps of the variance-preserving process, float32 on the CPU.
+
+    `x_t = sqrt(abar) x0 + sqrt(1 - abar) eps`, the two factors in this order.
+    """
+    abar = signal_levels()[timestep.cpu()]
+    return abar.sqrt(), (1 - abar).sqrt()
 
 
 def vp_timestep(sigma: Tensor) -> Tensor:
@@ -355,8 +366,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         if self.config.prediction_type == "flow":
             signal, level = 1 - time / last, time / last
         else:
-            abar = signal_levels()[time.round().long()]
-            signal, level = abar.sqrt(), (1 - abar).sqrt()
+            signal, level = vp_scales(time.round().long())
         x0, axes = original_samples.float(), [1] * (original_samples.ndim - 1)
         signal, level = (scale.to(x0).view(-1, *axes) for scale in (signal, level))
         return (signal * x0 + level * noise.to(x0)).to(original_samples.dtype)
@@ -534,8 +544,8 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         sigma = self.sigmas[i]
         if self.config.prediction_type == "flow":
             return (1 - sigma).to(like.device), sigma.to(like.device)
-        abar = signal_levels()[vp_timestep(sigma.cpu())]
-        return abar.sqrt().to(like.device), (1 - abar).sqrt().to(like.device)
+        signal, level = vp_scales(vp_timestep(sigma))
+        return signal.to(like.device), level.to(like.device)
 
     def _to_x0(self, sample: Tensor, model_output: Tensor, i: int) -> Tensor:
         signal, noise = self._scales(i, sample)

@@ -12,7 +12,8 @@ from swd.callbacks.fixed_losses import FixedLosses
 from swd.commands import shared, train
 from swd.config import build, check
 from swd.modules.distiller import Distiller
-from swd.modules.pretrained import Pretrained, resolve_asset
+from swd.modules.family_folder import resolve_asset
+from swd.modules.pretrained import Pretrained
 from swd.schedule import ScaleSchedule
 from swd.shapes import contest
 from swd.shapes.dataset import RESOLUTION

@@ -29,7 +29,8 @@ from swd.io import limits
 from swd.io.files import file_hash, write_aside, write_json
 from swd.io.job_log import JobLog
 from swd.modules.encoders import draw_latents
-from swd.modules.pretrained import Pretrained, read_json
+from swd.modules.model_folders import read_json
+from swd.modules.pretrained import Pretrained
 from swd.modules.tokens import TextLimit, evenly, warn_beyond
 from swd.schedule import ScaleSchedule, downscale
 from swd.types import SeededDraws, Size, UserError

@@ -354,8 +354,8 @@ class Painter:
     def _load(self) -> None:
         say(f"loading {self.plan.model.name}")
         self._pipe = build_pipeline(self.plan.model)
-        if self._pipe.vae.config.get("force_upcast"):
-            self._pipe.vae.to(torch.float32)  # SDXL's overflows in half precision
+        vae, encoders = self._pipe.vae, self.plan.model.backbone_class.encoders_type
+        vae.to(encoders.vae_precision(vae.config, vae.dtype, kept=True))
         if self.plan.refiner is not None:
             self._refiner = build_refiner(self.plan.refiner, self._pipe)
 

@@ -32,7 +32,8 @@ from swd.io.pictures import to_pil
 from swd.io.tables import NoText, read_table, text_of
 from swd.modules import hub
 from swd.modules.adapters import locate
-from swd.modules.pretrained import Pretrained, check_model_folder, read_json
+from swd.modules.model_folders import check_model_folder, read_json
+from swd.modules.pretrained import Pretrained
 from swd.modules.quantize import quantize
 from swd.modules.requests import Request
 from swd.modules.student import Student, load_student

@@ -25,7 +25,7 @@ from swd.data.shards import MANIFEST, fault, is_done, read_manifest, shard_name,
 from swd.io.files import claim_folder, file_hash, write_json
 from swd.io.job_log import JobLog
 from swd.io.masking import mask, mask_text
-from swd.modules.pretrained import read_json
+from swd.modules.model_folders import read_json
 from swd.types import UserError
 
 JOB = "job.json"

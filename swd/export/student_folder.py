@@ -17,7 +17,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from safetensors import SafetensorError
@@ -50,7 +49,8 @@ from swd.modules.adapters import (
 )
 from swd.modules.backbones.base import Backbone
 from swd.modules.hub import is_hub_id
-from swd.modules.pretrained import Pretrained, read_json
+from swd.modules.model_folders import read_json
+from swd.modules.pretrained import Pretrained
 from swd.modules.student import FullStudent, Student
 from swd.schedule import ScaleSchedule
 from swd.scheduler import ScaleWiseScheduler
@@ -195,16 +195,10 @@ def check_numbers(config: Mapping[str, Any]) -> None:
 
 def comfy_state(backbone: type[Backbone], state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The adapter under the names that ComfyUI reads for this family."""
-    renamed = {}
-    for key, value in state.items():
-        module, _, kind = key.rpartition(".lora_")
-        name = backbone.comfy_key(module)
-        if name.startswith("lora_unet_"):  # kohya's layout
-            kohya = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}[kind]
-            renamed[f"{name}.{kohya}"] = value.contiguous()
-            renamed[f"{name}.alpha"] = torch.tensor(float(state[f"{module}.lora_A.weight"].shape[0]))
-        else:
-            renamed[f"{name}.lora_{kind}"] = value.contiguous()
+    renamed: dict[str, Tensor] = {}
+    for module in (key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")):
+        down, up = (state[f"{module}.lora_{kind}.weight"].contiguous() for kind in "AB")
+        renamed |= backbone.comfy_weights(module, down, up)
     return renamed
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from swd.config import one_line
 from swd.modules.adapters import DIFFUSERS_WEIGHTS, MERGE, PEFT_WEIGHTS, Adapter, Lora, read_lora
-from swd.modules.pretrained import Pretrained, read_json
+from swd.modules.pretrained import Pretrained
 from swd.modules.student import FullStudent
 from swd.types import Size, UserError
 
@@ -191,8 +191,7 @@ def _with_peft(network: Any, folder: Path) -> Any:
 
 def _with_diffusers(network: Any, file: Path, model: Pretrained) -> Any:
     part = model.backbone_class.subfolder
-    index = read_json(model.folder / "model_index.json")
-    others: dict[str, Any] = {name: None for name, entry in index.items() if isinstance(entry, list)}
+    others: dict[str, Any] = dict.fromkeys([*model.files.parts, *model.files.absent])
     others.pop("scheduler")
     pipe = model.pipeline(**others | {part: network})
     pipe.load_lora_weights(str(file.parent), weight_name=file.name)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from swd.modules.targets import is_target
 from swd.types import UserError
 
 PEFT_RANK = PEFT_ALPHA = 8
@@ -286,8 +287,7 @@ class Settings:
 def _named(names: Pattern | frozenset[str], module: str) -> bool:
     if isinstance(names, Pattern):
         return names.fits_whole(module)
-    parts = module.split(".")
-    return any(".".join(parts[start:]) in names for start in range(len(parts)))
+    return is_target(module, names)
 
 
 def _layer(module: str, lists: Sequence[str]) -> int | None:

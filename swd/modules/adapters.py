@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,9 @@ from swd.config import one_line
 from swd.io.files import check_checksums, file_hash, write_aside, write_checksums, write_json
 from swd.modules import hub
 from swd.modules.adapter_settings import Settings, read_settings, shown
-from swd.modules.pretrained import Pretrained, read_json
+from swd.modules.model_folders import read_json
+from swd.modules.pretrained import Pretrained
+from swd.modules.targets import is_target, targets_of
 from swd.scheduler import ScaleWiseScheduler
 from swd.types import UserError
 
@@ -415,7 +416,7 @@ def read_adapter(model: Pretrained) -> dict[str, Tensor]:
 def check_modules(adapter: Adapter, model: Pretrained) -> None:
     """Raise UserError unless an adapter has weights for the layers that `model.targets` names, and for no others."""
     layers = [name for name, layer in model.meta_network.named_modules() if isinstance(layer, _LAYERS)]
-    ours, theirs = {name for name in layers if named(name, model.targets)}, set(adapter.modules)
+    ours, theirs = {name for name in layers if is_target(name, model.targets)}, set(adapter.modules)
     if ours == theirs:
         return
     only = (
@@ -429,24 +430,6 @@ def check_modules(adapter: Adapter, model: Pretrained) -> None:
         f"model.init_adapter={model.init_adapter} adapts other layers than model.targets={list(model.targets)}: "
         f"{', '.join(only)}; {fix}"
     )
-
-
-def named(layer: str, targets: Sequence[str]) -> bool:
-    """Whether a layer is one of `targets`, as peft reads them: by its path or by the end of it."""
-    return any(layer == target or layer.endswith(f".{target}") for target in targets)
-
-
-def targets_of(modules: set[str], layers: Sequence[str]) -> list[str]:
-    """Short names that together mean exactly `modules` among `layers`."""
-    found: set[str] = set()
-    for module in sorted(modules):
-        parts = module.split(".")
-        for start in range(len(parts) - 1, -1, -1):
-            end = ".".join(parts[start:])
-            if start == 0 or (not parts[start].isdigit() and modules.issuperset(n for n in layers if named(n, [end]))):
-                found.add(end)
-                break
-    return sorted(found)
 
 
 # Writing

@@ -56,6 +56,20 @@ class Encoders(nn.Module):
                 return 1, int(2 ** (len(config[key]) - 1))
         return int(config.get("scale_factor_temporal", 4)), int(config.get("scale_factor_spatial", 8))
 
+    @classmethod
+    def vae_precision(cls, config: Mapping[str, Any], base: torch.dtype, kept: bool = False) -> torch.dtype:
+        """The dtype that the VAE computes in.
+
+        Args:
+            config: the VAE's.
+            base: the base's dtype.
+            kept: whether what it encodes or decodes is kept, as training data is: float32 then where the VAE's
+                configuration says `force_upcast`. Samples to look at go without.
+        """
+        if kept and config.get("force_upcast"):
+            return torch.float32
+        return cls.vae_dtype or base
+
     @property
     def device(self) -> torch.device:
         """Where the encoders live."""

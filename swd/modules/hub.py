@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import re
 import socket
 import ssl
@@ -18,6 +17,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from swd.modules.model_folders import parts_of, read_json
 from swd.types import UserError
 
 CONFIGURATION = ("*.json", "*.txt", "*.model")
@@ -57,10 +57,9 @@ def weights(repository: str, revision: str | None = None) -> Path:
     """A folder with all of a pipeline: only the subfolders that its index names, safetensors only.
 
     Raises:
-        UserError: if the repository is missing, gated or out of reach.
+        UserError: if the repository is missing, gated or out of reach, or its index is damaged.
     """
-    index = json.loads((configuration(repository, revision) / "model_index.json").read_text())
-    parts = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
+    parts = parts_of(read_json(configuration(repository, revision) / "model_index.json"))
     folder = _download(repository, revision, [*CONFIGURATION, *(f"{part}/*.safetensors" for part in parts)])
     # Only where there are no plain weights, their variant.
     bare = [p for p in parts if (folder / p / "config.json").is_file() and not any((folder / p).glob("*.safetensors"))]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
+from torch import nn
 
 from swd.types import UserError
 
@@ -55,6 +59,12 @@ def check_index(index: Mapping[str, Any], where: str) -> None:
                 f"{where} has {name!r} of the class {_shown(kind)}, which the installed {library} does not have; "
                 f"update {library}, or download the model again"
             )
+
+
+def parts_of(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Library and class of every part that `model_index.json` names; parts that it names as null are none."""
+    entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and not name.startswith("_")}
+    return {name: (entry[0], entry[1]) for name, entry in entries.items() if len(entry) == 2 and entry[0] is not None}
 
 
 def class_of(library: str, name: str) -> Any:
@@ -144,3 +154,74 @@ def weight_files(folder: Path) -> tuple[str | None, list[Path]]:
 def weight_indices(folder: Path, variant: str | None) -> list[Path]:
     """Files that list the shards of a part's weights."""
     return sorted(folder.glob("*.safetensors.index." + (f"{variant}." if variant else "") + "json"))
+
+
+def check_model_folder(folder: Path, where: str | None = None) -> None:
+    """Raise UserError unless `folder` holds a model's configuration and whole safetensors files.
+
+    Args:
+        folder: in diffusers layout.
+        where: how messages begin; None: as for a part of the pipeline at `model.path`.
+    """
+    where = where or f"model.path={folder.parent} is incomplete: {folder.name!r}"
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{where} has no config.json; download it again")
+    read_json(folder / "config.json")
+    variant, paths = weight_files(folder)
+    files = {file.name for file in paths}
+    if not files:
+        raise UserError(f"{where} has no .safetensors weights")
+    for index in weight_indices(folder, variant):
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise UserError(f"{where} has a damaged {index.name}; download it again")
+        missing = set(shards.values()) - files
+        if missing:
+            raise UserError(f"{where} has no {min(missing)}; download it again")
+    for name in sorted(files):
+        if not is_whole(folder / name):
+            raise UserError(f"{where} has a damaged {name}; download it again")
+
+
+def first_misfit(folder: Path, network: nn.Module) -> str | None:
+    """The first parameter that safetensors files in `folder` lack or have in another shape; reads no weight."""
+    have: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(folder)[1]:
+        with safe_open(file, "pt") as opened:
+            have |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+    for name, parameter in network.named_parameters():
+        shape = have.get(name)
+        if shape != tuple(parameter.shape):
+            return f"{name}, " + (
+                "which is not there" if shape is None else f"{shape} against {tuple(parameter.shape)}"
+            )
+    return None
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a safetensors file is as long as its header says; the weights are not read."""
+    try:
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(min(length, 2**27)))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return file.stat().st_size == 8 + length + max(ends, default=0)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: if there is none.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}; download it again") from None
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{file} is damaged: it holds no JSON object; download it again")
+    return value

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from swd.modules.backbones.base import TARGETS, Backbone
 from swd.modules.quantize import QuantizedLinear
+from swd.modules.targets import check_targets
 from swd.types import Conditioning, Role, UserError
 
 
@@ -157,6 +158,7 @@ class SharedBase(Networks):
             layer.cast_input_dtype_enabled = self.backbone.dtype == torch.float32  # type: ignore[assignment]
         with self.role("teacher"):
             pass
+        self._unfreeze_adapters()
         self._self_test()
 
     def _add_adapter(self, name: str, rank: int, alpha: float | None, targets: Sequence[str]) -> None:
@@ -173,6 +175,12 @@ class SharedBase(Networks):
             if f".{name}." in key:
                 parameter.data = parameter.data.float()
 
+    def _unfreeze_adapters(self) -> None:
+        """Make the adapters of all roles trainable: peft freezes an adapter when another one is added."""
+        for key, parameter in self.named_parameters():
+            if "lora_" in key:
+                parameter.requires_grad_(True)
+
     def _self_test(self) -> None:
         """Private peft attributes drive `role`: fail at start-up, not silently, should they change."""
         layer = self._layers[0]
@@ -182,9 +190,6 @@ class SharedBase(Networks):
         with self.role("teacher"):
             if not layer.disable_adapters:
                 raise RuntimeError("this peft version does not follow _disable_adapters; swd needs peft 0.17 to 0.21")
-        frozen = [k for k, p in self.named_parameters() if "lora_" in k and not p.requires_grad]
-        for key in frozen:
-            self.get_parameter(key).requires_grad_(True)
 
     def backbone_of(self, role: Role) -> Backbone:
         return self.backbone
@@ -270,13 +275,3 @@ class SeparateCopies(Networks):
     def enable_checkpointing(self) -> None:
         for role in ("teacher", *self.roles):
             self.backbone_of(role).network.enable_gradient_checkpointing()  # type: ignore[operator,arg-type]
-
-
-def check_targets(network: nn.Module, targets: Sequence[str]) -> None:
-    """Raise UserError for a target that names no linear layer: it would silently stay without an adapter."""
-    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-    if not targets:
-        raise UserError("model.targets is empty; name the linear layers to adapt, e.g. [to_q, to_k, to_v]")
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in layers):
-            raise UserError(f"model.targets: no linear layer of this model is called {target!r}; check its spelling")

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from swd.modules.targets import is_target
+
 Quantization = Literal["int8", "fp8"]
 
 _RANGE = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
@@ -67,9 +69,7 @@ def quantize(network: nn.Module, targets: Sequence[str], kind: Quantization) -> 
         How many layers were replaced.
     """
     found = [
-        name
-        for name, module in network.named_modules()
-        if isinstance(module, nn.Linear) and any(name == t or name.endswith(f".{t}") for t in targets)
+        name for name, module in network.named_modules() if isinstance(module, nn.Linear) and is_target(name, targets)
     ]
     for name in found:
         parent, _, child = name.rpartition(".")

@@ -12,8 +12,8 @@ import torch
 from swd.io.files import check_checksums, file_hash
 from swd.modules import adapters
 from swd.modules.adapters import NETWORK_CONFIG
-from swd.modules.model_folders import weight_files
-from swd.modules.pretrained import Pretrained, check_model_folder, first_misfit, read_json
+from swd.modules.model_folders import check_model_folder, first_misfit, read_json, weight_files
+from swd.modules.pretrained import Pretrained
 from swd.types import UserError
 
 

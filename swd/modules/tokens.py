@@ -10,7 +10,7 @@ from typing import Any
 import transformers
 
 from swd.io.job_log import JobLog
-from swd.modules.pretrained import Pretrained, read_json
+from swd.modules.pretrained import Pretrained
 
 AT_ONCE = 1000
 """Prompts given to a tokenizer in one call."""
@@ -56,12 +56,12 @@ class TextLimit:
         self.limit: int | None = None
         self.chosen = False
         self._tokenizer: Any = None
-        index, parts = read_json(model.folder / "model_index.json"), model.parts
+        parts = model.files.parts
         part, self.chosen = next((entry for entry in self.encoders.longest if entry[0] in parts), ("", False))
         if not part:
             return
         try:
-            kind = getattr(transformers, index[part][1])
+            kind = getattr(transformers, parts[part][1])
             self._tokenizer = kind.from_pretrained(model.folder / part, local_files_only=True)
             self.limit = model.max_text_tokens if self.chosen else int(self._tokenizer.model_max_length)
         except Exception:  # tokenizers raise whatever the wrong file leads to

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
-from swd.modules.pretrained import resolve_asset
+from swd.modules.family_folder import resolve_asset
 from swd.shapes.dataset import SPLITS, ShapesDataset
 from swd.shapes.judge import Judge, prompt_accuracy
 from swd.shapes.pipeline import TEXT_TOKENS

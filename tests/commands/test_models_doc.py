@@ -22,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from docs import table
 from swd.commands.train import build
 from swd.modules import hub
-from swd.modules.adapters import named
 from swd.modules.pretrained import Pretrained
+from swd.modules.targets import is_target
 
 TEXT_OF_DOC = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
 
@@ -41,7 +41,7 @@ def model(name: str, tmp_path_factory: pytest.TempPathFactory) -> Pretrained:
 
 def adapted(model: Pretrained) -> list[nn.Linear]:
     modules = model.meta_network.named_modules()
-    return [layer for key, layer in modules if isinstance(layer, nn.Linear) and named(key, model.targets)]
+    return [layer for key, layer in modules if isinstance(layer, nn.Linear) and is_target(key, model.targets)]
 
 
 def count(module: nn.Module) -> int:

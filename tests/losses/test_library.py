@@ -93,7 +93,7 @@ def losses_of_the_distiller(
         enable_model_summary=False,
         default_root_dir=str(folder),
     )
-    items: Any = [PictureBatch(pixels, PROMPTS) for pixels in batches(12)]
+    items: Any = [PictureBatch(pixels, prompts=PROMPTS) for pixels in batches(12)]
     trainer.fit(task, DataLoader(items, batch_size=None))
     return seen
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from swd.commands import sample
 from swd.commands.train import build
-from swd.modules import hub, model_folders
+from swd.modules import hub, model_folders, pipeline_folder
 from swd.modules.model_folders import class_of, weight_files
 from swd.modules.pretrained import Pretrained
 from swd.types import UserError
@@ -158,6 +158,45 @@ def test_the_hub_is_asked_for_a_variant_only_where_plain_weights_are_missing(
         "text_encoder/model.fp16.safetensors"
     ]
     assert len(list(cache.glob("*/*.safetensors"))) == len(WEIGHTED)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b'{"vae": []}'[:-1]])
+def test_a_damaged_index_on_the_hub_ends_in_one_line(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model_index.json").write_bytes(content)
+    monkeypatch.setattr(hub, "snapshot_download", lambda *args, **kwargs: str(tmp_path))
+    with pytest.raises(UserError, match=r"model_index\.json is damaged.*download it again"):
+        hub.weights("owner/model")
+
+
+def test_odd_entries_of_an_index_are_no_parts() -> None:
+    index = {"_ignored": ["a", "b"], "x": [], "y": ["a"], "z": [None, None], "n": 1, "vae": ["diffusers", "VAE"]}
+    assert model_folders.parts_of(index) == {"vae": ("diffusers", "VAE")}
+
+
+def test_the_index_and_configurations_are_read_once(stored: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+
+    def counted(file: Path) -> dict[str, Any]:
+        read.append(file)
+        return model_folders.read_json(file)
+
+    monkeypatch.setattr(pipeline_folder, "read_json", counted)
+    model = families.pretrained("sdxl", stored["sdxl"])
+    model.fetch()
+    assert model.limits and model.vae_config and model.parts and model.meta_network and model.network_class
+    assert read.count(model.folder / "model_index.json") == 1
+    assert len(read) == len(set(read))
+
+
+@pytest.mark.parametrize("setting", [{"rank": 0}, {"max_text_tokens": 0}, {"dmd_guidance_scale": -1.0}])
+def test_the_hub_is_not_asked_for_the_sake_of_a_wrong_setting(
+    setting: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "snapshot_download", lambda *args, **kwargs: pytest.fail("the hub was asked"))
+    with pytest.raises(UserError, match=f"model.{next(iter(setting))}="):
+        families.pretrained("sd3", "owner/model", **setting)  # type: ignore[arg-type]
 
 
 # Missing parts

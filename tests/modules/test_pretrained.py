@@ -18,7 +18,12 @@ from huggingface_hub import errors
 
 from swd.modules import hub
 from swd.modules.backbones.base import Limits
-from swd.modules.pretrained import Pretrained, is_whole, resolve_asset
+from swd.modules.backbones.sd3 import SD3Encoders
+from swd.modules.backbones.sdxl import SDXLEncoders
+from swd.modules.family_folder import resolve_asset
+from swd.modules.model_folders import is_whole
+from swd.modules.pretrained import Pretrained
+from swd.modules.targets import is_target
 from swd.types import UserError
 
 
@@ -328,6 +333,33 @@ def test_impossible_adapters_are_refused(tiny_model: Path, values: dict[str, Any
 def test_unknown_targets_are_refused_without_loading(tiny_model: Path) -> None:
     with pytest.raises(UserError, match="to_qq"):
         pretrained(tiny_model, targets=("to_q", "to_qq")).check_targets()
+
+
+@pytest.mark.parametrize(
+    ("layer", "target", "expected"),
+    [
+        ("a.to_q", "to_q", True),
+        ("a.to_q", "a.to_q", True),
+        ("to_q", "to_q", True),
+        ("a.add_to_q", "to_q", False),
+        ("a.to_q.b", "to_q", False),
+        ("a.b.to_out.0", "to_out.0", True),
+        ("a.b.to_out.0", "a.b", False),
+    ],
+)
+def test_targets_are_paths_or_their_ends(layer: str, target: str, expected: bool) -> None:
+    assert is_target(layer, [target]) is is_target(layer, ("x", target)) is expected
+    assert not is_target(layer, [])
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("upcast", [True, False])
+def test_the_vae_s_precision(base: torch.dtype, kept: bool, upcast: bool) -> None:
+    config = {"force_upcast": upcast}
+    assert SD3Encoders.vae_precision(config, base, kept) == (torch.float32 if kept and upcast else base)
+    assert SD3Encoders.vae_precision({}, base, kept) == base
+    assert SDXLEncoders.vae_precision(config, base, kept) == torch.float32
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])

@@ -14,9 +14,10 @@ from torch.testing import assert_close
 
 from swd.commands.train import build
 from swd.modules import adapters
-from swd.modules.adapters import check_start, targets_of
+from swd.modules.adapters import check_start
 from swd.modules.pretrained import Pretrained
 from swd.modules.quantize import QuantizedLinear
+from swd.modules.targets import targets_of
 from swd.types import UserError
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"]

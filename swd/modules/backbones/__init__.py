@@ -10,10 +10,13 @@ import sys
 from swd.modules.backbones.base import Backbone
 from swd.types import UserError
 
+_NO_FAMILIES = ("base", "sdxl_refiner")
+"""The contract, and a part of SDXL's that only draws training sets."""
+
 
 def known_families() -> list[str]:
     """Names of the families in this package."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _NO_FAMILIES)
 
 
 def load_family(name: str) -> type[Backbone]:

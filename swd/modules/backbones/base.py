@@ -102,6 +102,8 @@ class Backbone(nn.Module, ABC):
         video: whether it draws videos.
         packed: whether its pipeline carries latents as tokens.
         float_latents: whether its pipeline carries latents in float32 whatever the network's dtype.
+        unknown_settings: of the pipeline's `model_index.json`, those of variants that work otherwise.
+        trains_from_scratch: whether `task.from_scratch` knows first weights of this network.
         comfyui: whether ComfyUI has this family, and loads a LoRA of it by the names of `comfy_key`.
         poor_at_low_resolution: whether the teacher draws poorly at sizes below its native one.
     """
@@ -115,6 +117,8 @@ class Backbone(nn.Module, ABC):
     video: ClassVar[bool] = False
     packed: ClassVar[bool] = False
     float_latents: ClassVar[bool] = False
+    unknown_settings: ClassVar[tuple[str, ...]] = ()
+    trains_from_scratch: ClassVar[bool] = False
     comfyui: ClassVar[bool] = False
     poor_at_low_resolution: ClassVar[bool] = False
 
@@ -175,6 +179,18 @@ class Backbone(nn.Module, ABC):
     def comfy_key(module: str) -> str:
         """ComfyUI's name of a LoRA module where it knows the family; `module` is its path in the diffusers network."""
         return f"transformer.{module}"
+
+    @classmethod
+    def comfy_weights(cls, module: str, down: Tensor, up: Tensor) -> dict[str, Tensor]:
+        """A module's LoRA, scaled by 1, under the keys that ComfyUI reads for this family: peft's names of the weights.
+
+        Args:
+            module: its path in the diffusers network.
+            down: `lora_A` `[r, in]`.
+            up: `lora_B` `[out, r]`.
+        """
+        name = cls.comfy_key(module)
+        return {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
 
     @property
     @abstractmethod

@@ -40,6 +40,7 @@ class SD3Backbone(Backbone):
     pipeline_type: ClassVar[str] = "StableDiffusion3Pipeline"
     pipeline_aliases: ClassVar[tuple[str, ...]] = ("StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
     encoders_type: ClassVar[type[Encoders]] = SD3Encoders
+    trains_from_scratch: ClassVar[bool] = True  # the embedded teacher
     comfyui: ClassVar[bool] = True
 
     @staticmethod

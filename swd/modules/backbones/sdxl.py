@@ -80,6 +80,12 @@ class SDXLBackbone(Backbone):
         """kohya's names."""
         return f"lora_unet_{module.replace('.', '_')}"
 
+    @classmethod
+    def comfy_weights(cls, module: str, down: Tensor, up: Tensor) -> dict[str, Tensor]:
+        """kohya's layout, which says alpha beside the weights: the rank, for a scale of 1."""
+        name, alpha = cls.comfy_key(module), torch.tensor(float(down.shape[0]))
+        return {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
+
     @staticmethod
     def conditioning_widths(config: dict[str, Any]) -> tuple[int, int | None]:
         # The rest of what `add_embedding` takes are the six time ids.

@@ -51,6 +51,7 @@ class WanBackbone(Backbone):
     pipeline_type: ClassVar[str] = "WanPipeline"
     pipeline_aliases: ClassVar[tuple[str, ...]] = ("WanVideoToVideoPipeline",)
     encoders_type: ClassVar[type[Encoders]] = WanEncoders
+    unknown_settings: ClassVar[tuple[str, ...]] = ("expand_timesteps",)  # Wan 2.2's 5B: one timestep a token
     comfyui: ClassVar[bool] = True
     video: ClassVar[bool] = True
     float_latents: ClassVar[bool] = True

@@ -1,0 +1,141 @@
+"""A pipeline in diffusers layout: its files, whether they are complete, and how its parts are loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swd.modules.model_folders import (
+    check_index,
+    check_model_folder,
+    check_part,
+    class_of,
+    parts_of,
+    read_json,
+    weight_files,
+)
+from swd.types import UserError
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
+"""A tokenizer folder has at least one of them."""
+
+LOADING_FAILS = Exception
+"""What diffusers and transformers raise for files that do not fit."""
+
+
+class PipelineFolder:
+    """A folder with a pipeline. Its index and its parts' configurations are read once, when it is made.
+
+    Args:
+        path: the folder.
+        weights: whether weights should be there already.
+
+    Attributes:
+        index: the content of `model_index.json`.
+        parts: library and class of each part that is there, by the part's name, which is its subfolder's too.
+        absent: parts that the index names as null.
+
+    Raises:
+        UserError: unless it is a complete diffusers pipeline with safetensors weights.
+    """
+
+    def __init__(self, path: Path, weights: bool = True) -> None:
+        self.path = path
+        if not path.is_dir():
+            reason = "is a file" if path.exists() else "does not exist"
+            raise UserError(f"model.path={path} {reason}; give a diffusers pipeline folder")
+        if not (path / "model_index.json").is_file():
+            raise UserError(f"model.path={path} has no model_index.json; give a diffusers pipeline folder")
+        self.index = read_json(path / "model_index.json")
+        check_index(self.index, f"model.path={path}")
+        self.parts = parts_of(self.index)
+        self.absent = [name for name, entry in self.index.items() if entry == [None, None]]
+        self._configs: dict[str, dict[str, Any]] = {}
+        for name in self.parts:
+            self._check(name, weights)
+
+    def _check(self, name: str, weights: bool) -> None:
+        folder = self.path / name
+        if not folder.is_dir() or not any(folder.iterdir()):
+            raise UserError(f"model.path={self.path} is incomplete: subfolder {name!r} is missing; download it again")
+        if "tokenizer" in name and not any((folder / file).is_file() for file in TOKENIZER_FILES):
+            raise UserError(
+                f"model.path={self.path}: {name!r} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); download it again"
+            )
+        for file in ("config.json", "scheduler_config.json"):
+            if (folder / file).is_file():
+                check_part(self.config(name, file), folder / file)
+        if (folder / "tokenizer_config.json").is_file():
+            code = self.config(name, "tokenizer_config.json").get("auto_map")
+            check_part({"auto_map": code}, folder / "tokenizer_config.json")
+        if weights and not any(word in name for word in ("tokenizer", "scheduler", "processor", "feature_extractor")):
+            check_model_folder(folder)
+
+    def config(self, part: str, file: str = "config.json") -> dict[str, Any]:
+        """The content of a part's configuration file.
+
+        Raises:
+            UserError: if there is none, or it is damaged.
+        """
+        name = f"{part}/{file}"
+        if name not in self._configs:
+            self._configs[name] = read_json(self.path / part / file)
+        return self._configs[name]
+
+    def has_variant(self, part: str) -> bool:
+        """Whether a part's weights are there in a variant, such as fp16, alone."""
+        return weight_files(self.path / part)[0] is not None
+
+    def class_of(self, part: str) -> Any:
+        """The class of a part, as the index names it."""
+        return class_of(*self.parts[part])
+
+    def load(self, part: str, dtype: torch.dtype) -> Any:
+        """Load a part's weights, of the variant that is there.
+
+        Raises:
+            UserError: if its library does not take them.
+        """
+        try:
+            return self.class_of(part).from_pretrained(
+                self.path / part,
+                torch_dtype=dtype,
+                variant=weight_files(self.path / part)[0],
+                use_safetensors=True,
+                local_files_only=True,
+            )
+        except LOADING_FAILS as error:
+            raise UserError(f"model.path={self.path}: {part!r} cannot be loaded ({reason_of(error)})") from None
+
+    def check_tokenizers(self) -> None:
+        """Raise UserError for a tokenizer that is not of the class that the index names, or not its text encoder's."""
+        for name in self.parts:
+            if "tokenizer" in name:
+                self._check_tokenizer(name)
+
+    def _check_tokenizer(self, name: str) -> None:
+        where = f"model.path={self.path}: {name!r}"
+        try:
+            entries = len(self.class_of(name).from_pretrained(self.path / name, local_files_only=True))
+        except Exception as error:  # tokenizers raise whatever the wrong file leads to
+            kind = self.parts[name][1]
+            raise UserError(f"{where} cannot be read as {kind} ({reason_of(error)}); download it again") from None
+        encoder = name.replace("tokenizer", "text_encoder")
+        has_config = (self.path / encoder / "config.json").is_file()
+        known = self.config(encoder).get("vocab_size") if has_config else None
+        if isinstance(known, int) and entries > known:
+            raise UserError(
+                f"{where} has {entries} entries, but its text encoder knows {known}: it is another model's; "
+                "download it again"
+            )
+
+
+def reason_of(error: Exception) -> str:
+    """What an error says, on one short line."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    if "ignore_mismatched_sizes" in text:  # transformers refers to a table that it has logged
+        return "its weights have other shapes than its config.json says"
+    # Libraries advise to run a folder's own code, which this package never does.
+    return "it has code of its own, which is never run" if "trust_remote_code" in text else text[:160]
