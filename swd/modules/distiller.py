@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -228,7 +229,7 @@ class Distiller(LightningModule):
         owner = "the student" if role == "student" else "the critic"
         checks = checks | {f"gradient norm of {owner}": norm.isfinite()}
         stop_unless_finite(self.trainer, checks, place, "no weight was changed by it")
-        step_or_stop(optimizer.step, self.trainer, parameters, f"weights of {owner}", place)
+        step_or_stop(partial(self._step, role), self.trainer, parameters, f"weights of {owner}", place)
 
     @torch.no_grad()
     def predictions(self) -> Checks:
@@ -251,14 +252,17 @@ class Distiller(LightningModule):
         return student_x0(self.networks, inputs.interval, inputs.source, inputs.conditioning, inputs.draws)
 
     def _optimizer(self, role: Literal["student", "fake"]) -> Any:
+        """Lightning's wrapper of a role's optimizer."""
         optimizers = self.optimizers()
+        return optimizers[("student", "fake").index(role)] if isinstance(optimizers, list) else optimizers
+
+    def _step(self, role: Literal["student", "fake"]) -> None:
+        """One step of a role's optimizer, counted in `global_step` if it is the student's."""
+        optimizer = self._optimizer(role)
         if role == "student":
-            return optimizers[0] if isinstance(optimizers, list) else optimizers
-        assert isinstance(optimizers, list)
-        critic: Any = optimizers[1]
-        # Lightning adds both optimizers' steps into `global_step`; only the student's count as iterations.
-        critic._on_before_step = critic._on_after_step = lambda: None
-        return critic
+            optimizer.step()
+        else:  # the wrapper does the same and counts: `global_step` would be the sum over both optimizers
+            self.trainer.strategy.optimizer_step(optimizer.optimizer, lambda: None)
 
     def _report(self, metrics: Metrics, interval: Interval) -> None:
         """Log one row an iteration: the generator's metrics and the means of its critic updates'."""
