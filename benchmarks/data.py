@@ -1,9 +1,9 @@
-"""What data loading costs: cached samples against raw reads, pictures against Pillow, memory over many samples.
+"""Cost of data loading: cached samples against raw reads, pictures against Pillow, memory over many samples.
 
     python benchmarks/data.py                  all three; needs about 2 GB of disk
     python benchmarks/data.py --only cache     cache | pictures | memory
 
-Every figure is a ratio of medians of runs that take turns, on whatever machine this is.
+Every figure is a ratio of medians over runs that alternate, so that it does not depend on the machine's load.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SIZES = ((64, 64), (80, 80), (96, 96), (128, 128))
 
 
 def sd35_medium(rows: int) -> Iterator[dict[str, bytes]]:
-    """Samples as `swd encode model=sd35_medium schedule=image_4step` stores them, of noise."""
+    """Samples of noise in the form that `swd encode model=sd35_medium schedule=image_4step` stores."""
     embeds = torch.randn(1, 589, 4096)
     embeds[:, :77, 2048:] = 0  # CLIP is narrower than T5
     text = pack_text(Conditioning(embeds, torch.randn(1, 2048)), "bf16")
@@ -72,7 +72,7 @@ def make_cache(folder: Path, rows: int, shard_size: int, samples: Callable[[int]
 
 
 def loader(folder: Path, batch_size: int, total: int, workers: int) -> ThreadedLoader:
-    """What `data=webdataset` gives a training of one update an iteration."""
+    """The loader of `data=webdataset` for a training with one update in each iteration."""
     source = CachedShards(ShardSet(str(folder)))
     requests = DueBatches(None, batch_size, 0, total, 0, orders=source.orders(0, None))
     requests.steps = len(SIZES)
@@ -111,7 +111,7 @@ def cached_read(folder: Path, batch_size: int, total: int, workers: int) -> tupl
 
 
 def bench_cache(folder: Path, rows: int, workers: int, repeats: int) -> None:
-    """Cached loading against reading the same number of bytes, in turn."""
+    """Time cached loading and reading the same number of bytes, alternately."""
     batch_size = 8
     total = rows // batch_size
     make_cache(folder, rows, 32, sd35_medium)
@@ -150,7 +150,7 @@ def pillow(data: bytes, side: int) -> Image.Image:
 
 
 def bench_pictures(repeats: int) -> None:
-    """`read_picture` against Pillow doing the same."""
+    """Time `read_picture` and the same work by Pillow."""
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (60, 80, 3), np.uint8))
     photo = coarse.resize((2048, 1536), Image.Resampling.BICUBIC)
@@ -173,7 +173,7 @@ def bench_pictures(repeats: int) -> None:
 
 
 def timed(function: Callable[[], object], times: int = 5) -> float:
-    """Seconds of some calls."""
+    """Seconds that `times` calls take."""
     start = time.perf_counter()
     for _ in range(times):
         function()
@@ -192,12 +192,12 @@ def bench_memory(folder: Path, rows: int, workers: int) -> None:
         if seen % (rows // 10) == 0:
             family = [process, *process.children(recursive=True)]
             marks.append(sum(each.memory_full_info().uss for each in family) / 1e6)
-    told = ", ".join(f"{mark:.0f}" for mark in marks)
-    print(f"memory: {rows} small samples, MB in use at every tenth of them: {told}")
+    listed = ", ".join(f"{mark:.0f}" for mark in marks)
+    print(f"memory: {rows} small samples, MB in use at every tenth of them: {listed}")
 
 
 def main() -> None:
-    """Run what the command line asks for."""
+    """Run the benchmarks that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("cache", "pictures", "memory"))
     parser.add_argument("--samples", type=int, default=256, help="cached samples of 6.8 MB")

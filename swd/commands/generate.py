@@ -173,7 +173,7 @@ def run(cfg: DictConfig) -> None:
 def beyond_limit(plan: DrawingPlan) -> dict[str, Any]:
     """For the manifest: how many pictures were drawn of a prompt that the model did not see to its end."""
     found = TextLimit(plan.model).beyond(prompt for prompt, _ in plan.requests.rows)
-    told = found.told() | {"samples": found.count * plan.requests.copies}
+    told = found.metadata() | {"samples": found.count * plan.requests.copies}
     return {"beyond_token_limit": told} if found.limit else {}
 
 

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: the few sizes that pictures of any shape are cropped to."""
+"""Aspect-ratio buckets: a few sizes to which pictures of any shape are cropped."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from swd.types import UserError
 
 MOST = 1e6
-"""Numbers of a proportion are smaller: pixels of a side would do."""
+"""Both numbers of a proportion are below this."""
 MOST_RATIO = 64
-"""How many times as long as the other a side may be: beyond this it has less than one latent in most sizes."""
+"""Largest ratio of two sides: beyond it, the short side has less than one latent in most sizes."""
 
 
 def aspect_size(aspect: str, area: int, divisor: int) -> tuple[int, int]:
     """(height, width) of about `area` in the proportion `aspect`, "WIDTH:HEIGHT", both multiples of `divisor`.
 
     Raises:
-        UserError: if that is not a proportion.
+        UserError: if `aspect` is not a proportion, or one side is too long.
 
     >>> aspect_size("16:9", 1024 * 1024, 64)
     (768, 1344)
@@ -39,11 +39,11 @@ def bucket_sizes(aspects: Sequence[str], size: int, multiple: int = 64) -> list[
 
     Args:
         aspects: proportions, "WIDTH:HEIGHT".
-        size: side of the square that has as many pixels as each bucket about has.
-        multiple: what all sides are multiples of.
+        size: each bucket has about `size * size` pixels.
+        multiple: all sides are multiples of it.
 
     Raises:
-        UserError: if an entry is not a proportion, or two come to the same size.
+        UserError: if an entry is not a proportion, or two entries give the same size.
     """
     if size < 1 or multiple < 1:
         raise UserError(f"size={size}, multiple={multiple}; use at least 1 for both")
@@ -62,9 +62,9 @@ def bucket_sizes(aspects: Sequence[str], size: int, multiple: int = 64) -> list[
 
 
 def nearest_bucket(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> int:
-    """Which of `sizes`, (height, width), has the proportion nearest to a picture's: by the logarithm of the ratio.
+    """Index of the size, (height, width), whose proportion is nearest to a picture's, in the logarithm of the ratio.
 
-    Of two that are equally near, the first counts.
+    Of two that are equally near, it is the first.
     """
     proportion = math.log(height / width)
     return min(range(len(sizes)), key=lambda i: abs(proportion - math.log(sizes[i][0] / sizes[i][1])))

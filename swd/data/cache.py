@@ -1,4 +1,4 @@
-"""What `swd encode` stores of a sample, and how it comes back: text conditioning without its zeros, VAE posteriors.
+"""Stored form of an encoded sample: text conditioning without its zeros, and VAE posteriors.
 
 Values are stored in float32, bf16, or 8 bits with one scale per row (per channel for latents).
 """
@@ -23,15 +23,15 @@ Precision = Literal["fp32", "bf16", "int8"]
 
 TEXT = "text.safetensors"
 MOST_VALUES = 2**27
-"""Values of one text: 64 times what FLUX.1 has, 512 tokens of width 4096. More than this is damage."""
+"""Values of one text at most: 64 times those of FLUX.1, 512 tokens of width 4096. A file with more is damaged."""
 _INFINITE = {
     "F32": (np.int32, np.uint32, 0x7F800000, 0xFF800000),
     "BF16": (np.int16, np.uint16, 0x7F80, 0xFF80),
     "F16": (np.int16, np.uint16, 0x7C00, 0xFC00),
 }
-"""Of floating-point types: whole numbers of their width, and what infinity and minus infinity are as such."""
+"""For each floating-point type: integer types of its width, and infinity and minus infinity as such integers."""
 _MOST_SCALE = torch.finfo(torch.float32).max / 128
-"""A larger scale takes 8 bits out of float32's range."""
+"""With a larger scale, 8-bit values would leave the range of float32."""
 _DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -44,7 +44,7 @@ _DTYPES = {
 
 
 def latents_name(size: Size) -> str:
-    """Ending of the file with the posterior of a latent size.
+    """Ending of the file that holds the posterior at a latent size.
 
     >>> latents_name((64, 80))
     '64x80.safetensors'
@@ -56,7 +56,7 @@ def latents_name(size: Size) -> str:
 
 
 def store(name: str, values: Tensor, precision: Precision) -> dict[str, Tensor]:
-    """Tensors to write for `values` `[rows, ...]`; 8 bits keep one scale a row."""
+    """Tensors to write for `values` `[rows, ...]`; in 8 bits with one scale for each row."""
     if precision != "int8":
         return {name: values.to(torch.float32 if precision == "fp32" else torch.bfloat16).contiguous()}
     flat = values.float().flatten(1)
@@ -66,7 +66,7 @@ def store(name: str, values: Tensor, precision: Precision) -> dict[str, Tensor]:
 
 
 def restore(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The inverse of `store`; stays in the stored dtype unless that is 8 bits (then float32)."""
+    """The inverse of `store`, in the stored dtype; in float32 if that is 8 bits."""
     values, scale = tensors[name], tensors.get(f"{name}_scale")
     return values if scale is None else values.float() * scale.view(-1, *([1] * (values.ndim - 1)))
 
@@ -75,14 +75,14 @@ def restore(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def pack_text(conditioning: Conditioning, precision: Precision) -> bytes:
-    """One prompt's conditioning without what is zero or masked: columns that CLIP lacks, padding that nobody sees.
+    """One prompt's conditioning without zeros and masked rows, such as columns that CLIP does not fill, and padding.
 
-    Rows of `embeds` are kept up to their last value that is not zero, runs of rows with equal widths together, so that
-    any family's padding is found and nothing else is lost.
+    Each row of `embeds` is kept up to its last value that is not zero; neighbouring rows of equal width are stored
+    together. This removes the padding of every family and loses nothing else.
 
     Args:
-        conditioning: of one prompt, one row.
-        precision: of the embeddings; masks and time ids are exact.
+        conditioning: conditioning of one prompt, one row.
+        precision: precision of the embeddings; masks and time ids are exact.
 
     Raises:
         CorruptSample: if a value is not finite.
@@ -109,7 +109,7 @@ def pack_text(conditioning: Conditioning, precision: Precision) -> bytes:
 
 
 def pack_latents(mean: Tensor, std: Tensor | None, precision: Precision) -> bytes:
-    """Mean and deviation `[C, *size]` of one sample; `std` None: there is none to draw from.
+    """Mean and standard deviation `[C, *size]` of one sample as bytes; `std` is None for a deterministic encoder.
 
     Raises:
         CorruptSample: if a value is not finite.
@@ -121,7 +121,7 @@ def pack_latents(mean: Tensor, std: Tensor | None, precision: Precision) -> byte
 
 
 def _packed(tensors: dict[str, Tensor], what: str) -> bytes:
-    """A safetensors file; what is not finite would spoil every weight that is trained with it."""
+    """The bytes of a safetensors file; values that are not finite are refused, since they would ruin a training."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise CorruptSample(f"{what}: {name} has values that are not finite")
@@ -129,7 +129,7 @@ def _packed(tensors: dict[str, Tensor], what: str) -> bytes:
 
 
 def relative_error(values: Tensor, precision: Precision) -> tuple[float, float]:
-    """Squared error and squared norm of storing `values` in a precision, to be summed up over samples."""
+    """Squared error of storing `values` in a precision, and their squared norm; to be summed over samples."""
     back = restore("v", store("v", values, precision)).float()
     return (back - values.float()).square().sum().item(), values.float().square().sum().item()
 
@@ -138,10 +138,10 @@ def relative_error(values: Tensor, precision: Precision) -> tuple[float, float]:
 
 
 class Assembler:
-    """Writes packed samples straight into the tensors of one batch, so that each value is copied once.
+    """Writes packed samples directly into the tensors of one batch, so that each value is copied only once.
 
     Args:
-        rows: how many samples the batch has.
+        rows: number of samples in the batch.
     """
 
     def __init__(self, rows: int) -> None:
@@ -153,7 +153,7 @@ class Assembler:
         """Put a packed text into a row.
 
         Raises:
-            CorruptSample: if it is damaged, or does not belong to the others.
+            CorruptSample: if it is damaged, or has another shape than the other rows.
         """
         tensors = view(data)
         try:
@@ -188,10 +188,10 @@ class Assembler:
         return whole[row]
 
     def latents(self, row: int, size: Size, data: NDArray[np.uint8]) -> None:
-        """Put packed latents of a size into a row; a deviation that was not stored is zero.
+        """Put packed latents of a size into a row; the deviation is zero if none is stored.
 
         Raises:
-            CorruptSample: if they are damaged, or do not belong to the others.
+            CorruptSample: if they are damaged, or have another shape than the other rows.
         """
         tensors = view(data)
         try:
@@ -216,18 +216,18 @@ class Assembler:
         return Conditioning(**self._text)
 
     def posteriors(self) -> dict[Size, tuple[Tensor, Tensor]]:
-        """Mean and deviation `[B, C, *size]` by size."""
+        """Mean and standard deviation `[B, C, *size]` by size."""
         return self._latents
 
 
 def memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor in huge pages where it is large: NumPy asks for them, and first use costs far less."""
+    """An uninitialised tensor in NumPy's memory, whose large arrays get huge pages: their first use is much faster."""
     count = math.prod(shape) * dtype.itemsize
     return torch.from_numpy(np.empty(count, np.uint8)).view(dtype).view(*shape)
 
 
 def copy(target: Tensor, values: Tensor) -> None:
-    """Copy in the calling thread alone: torch would wake its thread pool, beside the training that uses it."""
+    """Copy in the calling thread; torch would use its thread pool, which training needs."""
     if target.dtype != values.dtype:
         target.copy_(values)
         return
@@ -241,7 +241,7 @@ def view(data: NDArray[np.uint8]) -> dict[str, Tensor]:
     """Tensors of a safetensors file in memory, without a copy.
 
     Raises:
-        CorruptSample: if it is none, or has values that are not finite.
+        CorruptSample: if it is no safetensors file, or has values that are not finite.
     """
     try:
         start = 8 + int.from_bytes(data[:8].tobytes(), "little")
@@ -262,9 +262,9 @@ def view(data: NDArray[np.uint8]) -> dict[str, Tensor]:
 
 
 def _is_finite(data: NDArray[np.uint8], dtype: str) -> bool:
-    """Whether all floating-point values in memory are finite, as fast as reading them.
+    """Whether all floating-point values in memory are finite; takes no longer than reading them.
 
-    As whole numbers of their width, infinity and NaN are the largest ones of either sign.
+    Read as integers of the same width, infinity and NaN are larger than all finite values of the same sign.
     """
     signed, unsigned, infinity, negative = _INFINITE[dtype]
     if not len(data):

@@ -1,4 +1,4 @@
-"""What a cache was made with, so that training with another model or other sizes is refused."""
+"""Records the model and the sizes of a cache, so that training with others is refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SAMPLE = 2**16
 
 
 def identity(model: Pretrained, schedule: ScaleSchedule) -> dict[str, Any]:
-    """What decides the encoded values, as plain values for a manifest."""
+    """Everything that the encoded values depend on, as plain values for a manifest."""
     return {
         "model": model.name,
         "family": model.family,
@@ -28,10 +28,10 @@ def identity(model: Pretrained, schedule: ScaleSchedule) -> dict[str, Any]:
 
 
 def difference(stored: Mapping[str, Any], model: Pretrained, schedule: ScaleSchedule) -> str | None:
-    """What training would need otherwise than the cache has it, None if it fits.
+    """Description of the first difference between a cache and what training needs; None if the cache fits.
 
-    A schedule may use fewer sizes than the cache has, as long as it ends at the same one. Weights are compared where
-    both sides have them; the name of the model is not, for a folder may be moved.
+    A schedule may use fewer sizes than the cache has if it ends at the same one. Weights are compared if both sides
+    have them. The name of the model is not compared, since a folder may be moved.
     """
     now = identity(model, schedule)
     if stored["parts"].keys() != now["parts"].keys():
@@ -41,9 +41,9 @@ def difference(stored: Mapping[str, Any], model: Pretrained, schedule: ScaleSche
             if values[key] != stored["parts"][part][key]:
                 return f"{part} is not the one of {stored['model']} ({key} differ)"
     kept = {key: stored[key] for key in ("family", "max_text_tokens")}
-    told = first_difference(kept, {key: now[key] for key in kept})
-    if told:
-        return told
+    changed = first_difference(kept, {key: now[key] for key in kept})
+    if changed:
+        return changed
     missing = [size for size in now["sizes"] if size not in stored["sizes"]]
     if missing or now["sizes"][-1] != stored["sizes"][-1]:
         return f"schedule.sizes was {_sides(stored['sizes'])}, now {_sides(now['sizes'])}"
@@ -55,12 +55,12 @@ def _sides(sizes: list[list[int]]) -> str:
 
 
 def encoder_parts(model: Pretrained) -> list[str]:
-    """Names of the pipeline's subfolders that text conditioning and latents come from."""
+    """Names of the pipeline's subfolders that compute text conditioning and latents."""
     return ["vae", *(name for name in model.parts if name.startswith(("text_encoder", "tokenizer")))]
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
-    """Hashes of a subfolder's configuration, and of samples of its weights if they are there (not of gigabytes)."""
+    """Hashes of a subfolder's configuration and of samples of its weights, if there are any (all would take long)."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     settings = [file for file in files if file.suffix in (".json", ".txt", ".model") and "index" not in file.name]
     weights = [file for file in files if file.suffix == ".safetensors"]
@@ -71,7 +71,7 @@ def fingerprint(folder: Path) -> dict[str, str]:
 
 
 def whole_fingerprint(model: Pretrained) -> str:
-    """What tells one pipeline's weights from another's: the commit on the hub, else a hash of its files' samples."""
+    """Identity of a pipeline's weights: the commit on the hub, or a hash of samples of its files."""
     if is_hub_id(model.path):
         return model.folder.name
     parts = {part: fingerprint(model.folder / part) for part in sorted(model.parts)}
@@ -86,7 +86,7 @@ def _hash(parts: Any) -> str:
 
 
 def _samples(file: Path) -> bytes:
-    """Length of a file, samples from all over it, and its end."""
+    """Length of a file, evenly spaced samples of its content, and its end."""
     size = file.stat().st_size
     with open(file, "rb") as stream:
         parts = [str(size).encode()]

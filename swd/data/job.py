@@ -1,8 +1,8 @@
-"""Long jobs that write shards: split over processes, resumed after a kill without a duplicate or a gap.
+"""Long jobs that write shards: split over processes, and resumed after a kill without duplicates or gaps.
 
-Row i of the job always lies in shard `i div shard_size`, whoever writes it. A process takes every `world`-th shard,
-skips the complete ones, and whoever completes the last one writes the manifest. A complete shard that is no longer what
-its index says is made again, and no manifest is written over one.
+Row i of the job always lies in shard `i div shard_size`, whichever process writes it. A process takes every `world`-th
+shard and skips the complete ones; the process that completes the last shard writes the manifest. A complete shard that
+does not match its index any more is made again, and no manifest is written while a shard is damaged.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from swd.types import UserError
 
 JOB = "job.json"
 PARTIAL = ".partial"
-"""Folder of finished rows whose shard is not complete yet, for jobs that keep such."""
+"""Folder for finished rows of shards that are not complete yet; only some jobs use it."""
 
 MOST_ROWS = 10**7
-"""Rows of one job: ten times the largest published set of generated captions and pictures that is trained from."""
+"""Rows of one job at most: ten times the largest published training set of generated pictures."""
 MOST_IN_A_SHARD = 10**6
-"""Rows of one shard, which is begun again after a kill; WebDataset's own examples have 10,000."""
+"""Rows of one shard at most, since a shard is begun again after a kill; WebDataset's examples have 10,000."""
 
 CHECKERS = 4
-"""Threads that check shards: about as many as make a local disk busy."""
+"""Threads that check shards: about as many as keep a local disk busy."""
 
 Sample = tuple[str, Mapping[str, bytes], Mapping[str, int]]
 """Key, contents by ending, columns of the index."""
 
 
 def share() -> tuple[int, int]:
-    """This process's number and how many there are, from torchrun's or SLURM's environment; (0, 1) without."""
+    """Number of this process and number of processes, from torchrun's or SLURM's environment, else (0, 1)."""
     for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
         if rank in os.environ and world in os.environ:
             return int(os.environ[rank]), int(os.environ[world])
@@ -53,7 +53,7 @@ def share() -> tuple[int, int]:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that speaks for all, also among those that Lightning starts itself."""
+    """Whether this process is the one that prints messages, also among processes that Lightning starts."""
     if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
         return share()[0] == 0
     return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK"))
@@ -96,22 +96,22 @@ def _share(value: Any) -> None:
 
 
 def say(text: str) -> None:
-    """Tell on standard error what is about to happen, from the first process alone."""
+    """Print a line on standard error, from the first process only."""
     if is_first():
         print(mask_text(text), file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job over rows 0..rows-1 whose results go to the shards of one folder.
+    """A job that turns rows 0..rows-1 into the shards of one folder.
 
     Attributes:
-        folder: of the shards.
-        kind: what they hold, for the manifest.
-        rows: how many rows there are.
+        folder: folder of the shards.
+        kind: their content, one of `swd.data.shards.KINDS`, for the manifest.
+        rows: number of rows.
         shard_size: rows in a shard.
-        settings: everything that decides what the shards hold; plain values, for the manifest.
-        unit: what a row is called in the progress bar.
+        settings: everything that the content of the shards depends on; plain values, for the manifest.
+        unit: name of a row in messages.
     """
 
     folder: Path
@@ -123,7 +123,7 @@ class Job:
 
     @property
     def shards(self) -> int:
-        """How many shards there are."""
+        """Number of shards."""
         return -(-self.rows // self.shard_size)
 
     def rows_of(self, shard: int) -> range:
@@ -132,17 +132,17 @@ class Job:
 
     @property
     def shards_left(self) -> list[int]:
-        """The shards that are not complete, of all processes."""
+        """Shards of all processes that are not complete."""
         return [shard for shard in range(self.shards) if not is_done(self.folder, shard)]
 
     @property
     def rows_left(self) -> int:
-        """How many rows they have."""
+        """Number of rows in these shards."""
         return sum(len(self.rows_of(shard)) for shard in self.shards_left)
 
     @property
     def is_complete(self) -> bool:
-        """Whether the manifest is there already, with all of its shards at their full length and their indices whole.
+        """Whether the manifest exists, all its shards have their full length, and their indices are unchanged.
 
         Raises:
             UserError: if the manifest is damaged.
@@ -152,36 +152,41 @@ class Job:
         try:
             entries = read_manifest(str(self.folder))["shards"]
         except UserError as error:
-            told = str(error).rpartition(";")[0] or str(error)
-            raise UserError(f"{told}; remove it, and the same command checks the shards and writes it again") from None
+            message = str(error).rpartition(";")[0] or str(error)
+            raise UserError(
+                f"{message}; remove it, and the same command checks the shards and writes it again"
+            ) from None
         sizes = {entry["file"]: entry["bytes"] for entry in entries}
         files = {file.name: file.stat().st_size for file in self.folder.glob("*.tar")}
         if not sizes.items() <= files.items() or self.shards_left:
             return False
         hashes = {entry["file"]: entry.get("index_sha256") for entry in entries}
-        return all(told in (None, file_hash((self.folder / f).with_suffix(".idx"))) for f, told in hashes.items())
+        return all(
+            recorded in (None, file_hash((self.folder / file).with_suffix(".idx"))) for file, recorded in hashes.items()
+        )
 
     def claim(self) -> None:
-        """Make the folder, or take up the job that lies in it.
+        """Create the folder, or continue the job that it holds.
 
         Raises:
-            UserError: if it cannot be written, holds something else, or a job of other settings; if it is too large.
+            UserError: if the job is too large, or the folder cannot be written, holds other files or a job with other
+                settings.
         """
         self.check()
         claim_folder(self.folder)
-        told = mask({"kind": self.kind, "rows": self.rows, "shard_size": self.shard_size, **self.settings})
+        settings = mask({"kind": self.kind, "rows": self.rows, "shard_size": self.shard_size, **self.settings})
         if not (self.folder / JOB).is_file():
             found = sorted(p.name for p in self.folder.iterdir() if not p.name.startswith("."))
-            # Several processes start at once: another one's first files are no stranger's.
+            # A process of the same job may have written its files since the first check; then the job file exists.
             if found and not (self.folder / JOB).is_file():
                 raise UserError(f"out={self.folder} is not empty (it holds {found[0]}); choose another folder")
-            write_json(self.folder / JOB, told)
-        difference = first_difference(read_json(self.folder / JOB), told)
+            write_json(self.folder / JOB, settings)
+        difference = first_difference(read_json(self.folder / JOB), settings)
         if difference:
             raise UserError(f"out={self.folder} holds a job of other settings: {difference}; choose another folder")
 
     def check(self) -> None:
-        """Raise UserError for a job without rows, or with more than one folder or shard should have."""
+        """Raise UserError for a job without rows, or with too many rows for one folder or one shard."""
         if not 1 <= self.shard_size <= MOST_IN_A_SHARD:
             limit = "at least 1" if self.shard_size < 1 else f"at most {MOST_IN_A_SHARD}"
             raise UserError(f"shard_size={self.shard_size}; use {limit}")
@@ -202,43 +207,48 @@ class Job:
 
         Args:
             make: yields the samples of a range of rows in order, and calls its second argument with the number of rows
-                done, for the progress bar. Rows may be left out.
-            measured: more entries for the manifest, asked for when all is complete.
-            task: what is done, on what and where to, in one line for people.
+                done, for the progress bar. It may leave out rows.
+            measured: returns more entries for the manifest; called when all shards are complete.
+            task: description of the job in one line, with its input and output.
 
         Returns:
-            The manifest if the whole job is complete, None while other processes are still at it.
+            The manifest if the whole job is complete, None if other processes are still working.
 
         Raises:
             UserError: if a shard that another process made has been damaged since.
         """
+        # Clear what earlier processes left, and see what there is to do.
         rank, world = share()
         mine = range(rank, self.shards, world)
         self._remove_strays(mine)
         self._remove_damaged(mine)
         left = [shard for shard in mine if not is_done(self.folder, shard)]
         total, todo = (sum(len(self.rows_of(shard)) for shard in shards) for shards in (mine, left))
-        told = task or f"making {self.kind} in {self.folder}"
-        with JobLog(told, total, self.unit, done=total - todo, shown=rank == 0 and todo > 0) as progress:
+
+        # Make the shards.
+        description = task or f"making {self.kind} in {self.folder}"
+        with JobLog(description, total, self.unit, done=total - todo, shown=rank == 0 and todo > 0) as progress:
             for shard in left:
                 write_shard(self.folder, shard, make(self.rows_of(shard), progress.advance))
         if self.shards_left:
             return None
+
+        # All are complete: check those of other processes, and finish.
         for reason in self._faults([shard for shard in range(self.shards) if shard not in mine]).values():
             raise UserError(f"out={self.folder}: {reason}; run the same command again, it makes this shard anew")
         manifest = write_manifest(self.folder, self.kind, self.shards, mask({**self.settings, **measured()}))
-        # Half-written shards of killed processes, and what they kept; another one may be writing the manifest, too.
+        # Remove what killed processes left. Another process may be doing the same at this moment.
         for stray in (*self.folder.glob(".[0-9]*"), self.folder / PARTIAL):
             shutil.rmtree(stray, ignore_errors=True)
         return manifest
 
     def _faults(self, shards: Sequence[int]) -> dict[int, str]:
-        """Which of these complete shards are not what their indices say, and why; reads all of them."""
+        """Complete shards that do not match their indices, each with the reason; reads all of the given shards."""
         with JobLog(
             f"checking the shards that lie in {self.folder}", len(shards), "shard", shown=is_first() and bool(shards)
         ) as progress:
             found = {}
-            # Hashing frees the interpreter; more threads than this seldom read faster.
+            # Threads help because hashing releases the interpreter's lock; with more of them, reading is seldom faster.
             reasons = read_ahead(lambda shard: fault(self.folder, shard), shards, CHECKERS, 2 * CHECKERS)
             for shard, reason in zip(shards, reasons, strict=True):
                 if reason is not None:
@@ -247,14 +257,14 @@ class Job:
         return found
 
     def _remove_damaged(self, mine: range) -> None:
-        """Remove the complete shards of this process's share that have been cut or changed since they were made."""
+        """Remove complete shards of this process's share that have been cut or changed since they were made."""
         for shard, reason in self._faults([shard for shard in mine if is_done(self.folder, shard)]).items():
             warnings.warn(f"{self.folder}: {reason}; it is made again", stacklevel=3)
             for ending in (".tar", ".idx"):
                 (self.folder / (shard_name(shard) + ending)).unlink(missing_ok=True)
 
     def _remove_strays(self, mine: range) -> None:
-        """Remove what killed processes left of this process's shards: nobody else can be at work on these."""
+        """Remove temporary folders of this process's shards; no other process can be working on these shards."""
         for stray in self.folder.glob(".[0-9]*"):
             number = stray.name[1:].split(".")[0]
             if number.isdigit() and int(number) in mine:

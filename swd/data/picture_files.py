@@ -1,4 +1,4 @@
-"""A folder of captioned pictures or videos, as it is: for small experiments and for the published training data."""
+"""Reads folders of captioned pictures or videos without conversion, e.g. the published training data."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ STORED_AS = {
     "AVIF": "avif",
     "JPEG2000": "jp2",
 }
-"""Endings in shards by Pillow's names of the formats that it may read."""
+"""Ending in shards for each format that Pillow may read, by Pillow's name of the format."""
 FORMATS = [name for name in STORED_AS if name in Image.OPEN]
-"""What Pillow may read, as far as it is built to; some of its other formats start programs."""
+"""Formats that Pillow may read, if it was built with them. Others are excluded because some start programs."""
 VIDEOS = (".mp4", ".mov", ".webm", ".mkv")
 MAX_PIXELS = 2**26
-"""Pixels of a picture at most unless a user says otherwise: 8192 x 8192. Decoded they take 0.3 GB, whatever the file
-has; the largest cameras with one sensor of 35 mm give 61 million."""
+"""Default limit on the pixels of a picture, 8192 x 8192. Decoded they take 0.3 GB, however small the file is. The
+largest cameras with a 35 mm sensor give 61 million pixels."""
 PILLOW_PIXELS = 178_956_970
-"""Pixels that Pillow itself opens at most (twice its `MAX_IMAGE_PIXELS`)."""
+"""Largest number of pixels that Pillow itself opens (twice its `MAX_IMAGE_PIXELS`)."""
 TEXT_BYTES = 2**20
-"""Bytes of one text or colour profile in a PNG, and of 16 together, that are handed to Pillow. It refuses a picture for
-a larger one (`MAX_TEXT_CHUNK`), which here nobody reads."""
+"""Largest text or colour profile of a PNG that is passed to Pillow, in bytes; all together may have 16 times as many.
+Pillow refuses a picture with a larger one (`MAX_TEXT_CHUNK`), although it is not needed here."""
 
 
 class FolderDataset(Dataset[dict[str, Any]]):
@@ -60,13 +60,13 @@ class FolderDataset(Dataset[dict[str, Any]]):
     Args:
         path: the folder.
         size: side, (H, W) or (F, H, W) in pixels.
-        kind: what the files are.
+        kind: kind of the files.
         outside: also take files that lie outside of the folder, by links or by their names in the list.
-        max_pixels: pictures of more pixels are refused before they are decoded.
+        max_pixels: pictures with more pixels are refused before they are decoded.
 
     Raises:
-        UserError: if the folder is missing, has no captions, or names a file that is not there, or if videos cannot
-            be read here.
+        UserError: if the folder is missing, has no captions or lists a missing file, or if the package that reads
+            videos is not installed.
     """
 
     def __init__(
@@ -79,7 +79,8 @@ class FolderDataset(Dataset[dict[str, Any]]):
     ) -> None:
         if path is None:
             raise UserError(f"data.dataset.path is missing; give a folder of {kind} with {LIST} or .txt captions")
-        self.folder, self.kind = Path(path), kind
+        self.folder = Path(path)
+        self.kind = kind
         self.size: Size = (size, size) if isinstance(size, int) else tuple(size)
         if len(self.size) != (2 if kind == "pictures" else 3):
             raise UserError(f"data.dataset.size={size} has {len(self.size)} axes, which does not fit {kind}")
@@ -108,28 +109,31 @@ class FolderDataset(Dataset[dict[str, Any]]):
 
 
 def read_pairs(folder: Path, kind: str = "pictures", outside: bool = False) -> list[tuple[Path, str]]:
-    """Files and captions of a folder, in the list's order or by name: those that `swd import` finds there.
+    """Files and captions of a folder, in the list's order or by name; the same files that `swd import` would take.
 
-    What has no caption, or a name that is taken, is left out, and one warning counts it.
+    Files without a caption and files with a name that occurred before are left out; one warning counts them.
 
     Args:
-        folder: where they are.
+        folder: the folder.
         kind: "pictures" or "videos".
         outside: also take files that lie outside of the folder.
 
     Raises:
-        UserError: if there are none, or the list has a faulty line or names a file that is not there.
+        UserError: if there are none, or the list has a faulty line or names a missing file.
     """
+    # Read names and captions.
     endings = ENDINGS if kind == "pictures" else [ending[1:] for ending in VIDEOS]
     found = list_folder(folder, endings, outside)
     pairs: list[tuple[Path, str]] = []
     problems: list[Problem] = []
     for row in found.rows:
-        told = _caption(folder, found, row)
-        if isinstance(told, Problem):
-            problems.append(told)
+        caption = _caption(folder, found, row)
+        if isinstance(caption, Problem):
+            problems.append(caption)
         elif isinstance(row, PictureRow):
-            pairs.append((Path(row.picture.path), told))
+            pairs.append((Path(row.picture.path), caption))
+
+    # Report what is left out.
     if not pairs:
         first = f" (the first one is {problems[0].file}: {problems[0].reason})" if problems else ""
         other = list_in(folder)
@@ -138,7 +142,7 @@ def read_pairs(folder: Path, kind: str = "pictures", outside: bool = False) -> l
             f"data.dataset.path={folder} holds no captioned files{first}; add {LIST}, or a .txt beside each file{more}"
         )
     if problems:
-        counts = ", ".join(f"{count:,} {told}" for told, count in Counter(p.kind for p in problems).items())
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in Counter(p.kind for p in problems).items())
         warnings.warn(
             f"data.dataset.path={folder}: {len(problems):,} of {len(found.rows):,} {kind} are left out: {counts}; the "
             f"first one is {problems[0].file}: {problems[0].reason}",
@@ -148,22 +152,22 @@ def read_pairs(folder: Path, kind: str = "pictures", outside: bool = False) -> l
 
 
 def _caption(folder: Path, found: PictureList, row: PictureRow | Problem) -> str | Problem:
-    """The caption of a row, or why it is left out.
+    """The caption of a row, or the problem for which it is left out.
 
     Raises:
-        UserError: for what is wrong with a list.
+        UserError: for a fault in a list.
     """
     if isinstance(row, Problem):
         if row.kind == "bad line":
             raise UserError(f"{folder / row.file}: {row.reason}")
-        told = {
+        descriptions = {
             "no caption": "without a caption",
             "duplicate name": "of a name that another one has",
             "outside": "outside of the folder",
             "unreadable": "that cannot be read",
         }
-        return Problem(told.get(row.kind, row.kind), row.file, row.reason)
-    where = found.seen.get(row.picture.path)  # of a list only
+        return Problem(descriptions.get(row.kind, row.kind), row.file, row.reason)
+    where = found.seen.get(row.picture.path)  # only lists record paths
     if where and not os.path.isfile(row.picture.path):
         raise UserError(f"{folder / where}: {row.file} is not in the folder; take the line out, or put the file there")
     try:
@@ -176,7 +180,7 @@ def _caption(folder: Path, found: PictureList, row: PictureRow | Problem) -> str
 
 
 def check_max_pixels(value: int, key: str) -> None:
-    """Raise UserError unless a limit on pixels can be kept."""
+    """Raise UserError unless a limit on pixels is from 1 to `PILLOW_PIXELS`."""
     if not 1 <= value <= PILLOW_PIXELS:
         raise UserError(f"{key}={value}; use 1 to {PILLOW_PIXELS:,}, more than which Pillow does not open")
 
@@ -184,13 +188,13 @@ def check_max_pixels(value: int, key: str) -> None:
 def read_picture(file: Path | BinaryIO, size: Size, name: str | None = None, limit: int = MAX_PIXELS) -> Tensor:
     """A picture `[3, H, W]` in [-1, 1] of exactly `size`: scaled to cover it, cropped around the middle.
 
-    It stands as its EXIF orientation says; transparency shows white; of an animation the first frame is taken.
+    It is turned as its EXIF orientation says, transparency becomes white, and of an animation the first frame is taken.
 
     Args:
-        file: a file, or an open one.
+        file: path of a file, or an open file.
         size: (H, W) in pixels.
-        name: what messages call it; None: the file's own.
-        limit: pixels that it may have.
+        name: name in messages; None: the file's own.
+        limit: largest number of pixels.
 
     Raises:
         UserError: if it cannot be read, is smaller than `size`, or has more pixels than the limit.
@@ -198,9 +202,9 @@ def read_picture(file: Path | BinaryIO, size: Size, name: str | None = None, lim
     name = str(file) if name is None else name
     try:
         image = decode(file, limit)
-    except Exception as error:  # Pillow meets damaged files with errors of many types
-        told = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        reason = (told.splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # Pillow raises errors of many types for damaged files
+        message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = (message.splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name} cannot be read as a picture ({reason[:120]}); remove it") from None
     height, width = size
     if image.width < width or image.height < height:
@@ -210,40 +214,38 @@ def read_picture(file: Path | BinaryIO, size: Size, name: str | None = None, lim
 
 
 def decode(file: Path | BinaryIO, limit: int = MAX_PIXELS) -> Image.Image:
-    """A picture in RGB as it is meant to be seen: upright, transparency over white, 16 bits scaled to 8.
-
-    Of several frames or pages, the first.
+    """A picture in RGB: upright, transparency over white, 16 bits scaled to 8; of several frames or pages, the first.
 
     Args:
-        file: a file, or an open one.
-        limit: pixels that it may have.
+        file: path of a file, or an open file.
+        limit: largest number of pixels.
 
     Raises:
-        Exception: of many types, if it is damaged, of none of `FORMATS`, or beyond the limit.
+        Exception: of many types, if the file is damaged, of none of `FORMATS`, or beyond the limit.
     """
     data = Part(str(file)).read(byte_limit(limit)) if isinstance(file, Path) else file.read()
     with open_picture(data, limit) as opened:
         opened.load()
-        # A copy that is not needed may cost more than decoding does.
+        # Only if it has to be turned, because a needless copy may take longer than decoding.
         image: Image.Image = ImageOps.exif_transpose(opened) if opened.getexif().get(0x0112, 1) != 1 else opened
     plain = image.mode == "RGB" and "transparency" not in image.info
     return image if plain else to_rgb(image)
 
 
 def byte_limit(pixels: int) -> int:
-    """Bytes that a picture's file may have: four values of 16 bits a pixel, uncompressed, and 16 MiB of metadata."""
+    """Largest file of a picture in bytes: four uncompressed 16-bit values per pixel, and 16 MiB of metadata."""
     return 8 * pixels + 2**24
 
 
 def open_picture(data: bytes, limit: int = MAX_PIXELS) -> Image.Image:
-    """A picture of which only the header has been read.
+    """A picture whose header has been read, but not its pixels.
 
     Args:
-        data: its file's content.
-        limit: pixels that it may have.
+        data: content of the file.
+        limit: largest number of pixels.
 
     Raises:
-        Exception: of many types, if it is damaged, of none of `FORMATS`, or beyond the limit.
+        Exception: of many types, if the file is damaged, of none of `FORMATS`, or beyond the limit.
     """
     try:
         opened = Image.open(BytesIO(_without_long_texts(data)), formats=FORMATS)
@@ -254,15 +256,17 @@ def open_picture(data: bytes, limit: int = MAX_PIXELS) -> Image.Image:
     return opened
 
 
-def _beyond(told: str, limit: int) -> str:
-    return f"{told} pixels, beyond max_pixels={limit:,}, which keeps memory bounded"
+def _beyond(size: str, limit: int) -> str:
+    return f"{size} pixels, beyond max_pixels={limit:,}, which keeps memory bounded"
 
 
 def _without_long_texts(data: bytes) -> bytes:
-    """A picture's file; of a PNG without the texts and colour profiles that are longer than Pillow reads."""
+    """Content of a picture's file; of a PNG, without texts and colour profiles that are too long for Pillow."""
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         return data
-    place, total, kept = 8, 0, [(0, 8)]
+    place = 8
+    total = 0
+    kept = [(0, 8)]
     while place < len(data):
         kind, stop = data[place + 4 : place + 8], place + 12 + int.from_bytes(data[place : place + 4])
         is_text, size = kind in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"), 0
@@ -277,14 +281,14 @@ def _without_long_texts(data: bytes) -> bytes:
 
 
 def _text_size(kind: bytes, chunk: bytes) -> int:
-    """Bytes that a chunk's text has, once decompressed; of more than `TEXT_BYTES`, just more."""
+    """Size of a chunk's text after decompression, in bytes; decompression stops just above `TEXT_BYTES`."""
     packed = chunk.partition(b"\0")[2]
     if kind == b"tEXt" or (kind == b"iTXt" and packed[:1] != b"\1"):
         return len(chunk)
     packed = packed[1:] if kind != b"iTXt" else packed[2:].partition(b"\0")[2].partition(b"\0")[2]
     try:
         return len(zlib.decompressobj().decompress(packed, TEXT_BYTES + 1))
-    except zlib.error:  # Pillow leaves out what is damaged
+    except zlib.error:  # Pillow ignores damaged texts
         return 0
 
 

@@ -1,4 +1,4 @@
-"""Threads that work ahead of whoever takes their results."""
+"""Threads that compute results before they are needed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ Out = TypeVar("Out")
 
 
 def read_ahead(read: Callable[[In], Out], requests: Iterable[In], workers: int, ahead: int) -> Iterator[Out]:
-    """`map(read, requests)` by threads: results in order, errors where their result is due.
+    """`map(read, requests)` in threads: results in order, and an error is raised where its result would come.
 
     Args:
-        read: called in a thread.
-        requests: what for.
-        workers: threads.
-        ahead: how many results are ready or under way beyond the one that is due.
+        read: function that is called in a thread.
+        requests: its arguments, one for each call.
+        workers: number of threads.
+        ahead: number of calls that are started before the next result is taken.
     """
-    pool, waiting = ThreadPoolExecutor(workers, "swd-data"), deque[Future[Out]]()
+    pool = ThreadPoolExecutor(workers, "swd-data")
+    waiting = deque[Future[Out]]()
     try:
         for request in requests:
             waiting.append(pool.submit(read, request))

@@ -1,11 +1,11 @@
 """Shards: tar files as WebDataset writes them, each with an index beside it, and one manifest for all.
 
-    FOLDER/manifest.json     what this is, from which settings, how many samples, hashes of every shard and its index
+    FOLDER/manifest.json     kind, settings, number of samples, hashes of every shard and its index
     FOLDER/00000.tar         samples one after the other: KEY.png, KEY.txt, KEY.json, ...
-    FOLDER/00000.idx         where each file of each sample lies (safetensors), so that any sample is one read away
+    FOLDER/00000.idx         the place of each file of each sample (safetensors), so that one read gets any sample
 
-A shard appears under its name only when it is complete. Nothing in a shard is ever unpickled, and nothing outside its
-folder is read: shards may come from somebody else.
+A shard gets its name only when it is complete. Shards may come from somebody else: nothing in a shard is ever
+unpickled, and nothing outside of its folder is read.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from swd.types import UserError
 
 MANIFEST, FORMAT = "manifest.json", 2
 FORMATS = (1, 2)
-"""Versions that can be read; the first one had no hash of the indices."""
+"""Versions that can be read; the first has no hashes of the indices."""
 KINDS = ("pictures", "videos", "cache")
-"""What shards hold."""
+"""Possible contents of shards."""
 _WORD = 8
 OPEN_FILES = 256
-"""Shards that a process keeps open."""
+"""Shards that a process keeps open at most."""
 PAUSES = (0.5, 2.0)
-"""Seconds before a remote read that failed is tried again: a passing fault must not change what is trained."""
+"""Seconds before a failed remote read is tried again: a short disturbance must not change the training data."""
 
 Columns = dict[str, NDArray[np.int64]]
 
@@ -53,14 +53,14 @@ class CorruptSample(Exception):
 
 
 def xxh3(data: Any) -> int:
-    """XXH3 of bytes, its lower 63 bits: as fast as memory, and any change shows, also parts that changed places."""
+    """The lower 63 bits of the XXH3 hash of bytes: as fast as reading memory, and sensitive to every kind of change."""
     return int(xxhash.xxh3_64_intdigest(data)) % 2**63
 
 
 def sum_of_words(data: bytes | NDArray[np.uint8]) -> int:
-    """Sum of the little-endian 64-bit words of `data`, padded with zeros, modulo 2^63, as the first shards have it.
+    """Sum of the little-endian 64-bit words of `data`, padded with zeros, modulo 2^63: checksum of the first format.
 
-    Words that changed places do not change it.
+    It does not notice words that changed places.
     """
     array = np.frombuffer(data, np.uint8) if not isinstance(data, np.ndarray) else data
     whole = len(array) - len(array) % _WORD
@@ -69,7 +69,7 @@ def sum_of_words(data: bytes | NDArray[np.uint8]) -> int:
 
 
 CHECKSUMS: dict[str, Callable[[Any], int]] = {"xxh3": xxh3, "words": sum_of_words}
-"""By the name that an index gives; one that gives none has sums of words."""
+"""Checksum functions by the name in an index; an index without a name has sums of words."""
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -87,12 +87,12 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 class ShardWriter:
-    """One shard and its index, as two files that the caller renames into place; a context manager.
+    """Writes one shard and its index, which the caller then renames; a context manager.
 
-    Equal samples give equal bytes: times and owners are left out.
+    Times and owners are left out, so that equal samples give equal bytes.
 
     Args:
-        path: of the `.tar`; its index goes to the same name with `.idx`.
+        path: path of the `.tar`; the index gets the same name with `.idx`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -105,9 +105,9 @@ class ShardWriter:
         """Append a sample.
 
         Args:
-            key: its name in the shard.
+            key: name of the sample in the shard.
             files: contents by ending, without the dot.
-            columns: whole numbers that readers want of every sample without reading it, e.g. its width.
+            columns: whole numbers that readers need without reading the sample, e.g. its width.
         """
         row = {}
         for ending, data in files.items():
@@ -130,18 +130,18 @@ class ShardWriter:
     def _write_index(self) -> None:
         names = sorted({name for columns in self._columns for name in columns})
         columns = {n: np.array([c.get(n, -1) for c in self._columns], np.int64) for n in names}
-        told = {"sha256": file_hash(self.path), "bytes": self.path.stat().st_size}
-        write_index(self.path.with_suffix(".idx"), self._rows, columns, told)
+        shard = {"sha256": file_hash(self.path), "bytes": self.path.stat().st_size}
+        write_index(self.path.with_suffix(".idx"), self._rows, columns, shard)
 
 
 def write_index(
     path: Path, rows: Sequence[Mapping[str, tuple[int, int, int]]], columns: Columns, shard: Mapping[str, Any]
 ) -> None:
-    """Write where the files of each sample lie: (offset, size, checksum) by ending.
+    """Write an index: the place of each file of each sample, and columns of numbers.
 
     Args:
-        path: of the index.
-        rows: the samples.
+        path: path of the index.
+        rows: for each sample (offset, size, checksum) of its files, by ending.
         columns: whole numbers `[N]` by name.
         shard: hash and size of the shard, "sha256" and "bytes".
     """
@@ -152,30 +152,31 @@ def write_index(
             table[:, i, endings.index(ending)] = place
     tensors = {"offset": table[0], "size": table[1], "checksum": table[2]}
     tensors |= {f"column/{name}": values for name, values in columns.items()}
-    told = {"endings": endings, **shard, "checksum": "xxh3", "own": _NO_HASH}
+    metadata = {"endings": endings, **shard, "checksum": "xxh3", "own": _NO_HASH}
     data = safetensors.numpy.save(
         {key: np.ascontiguousarray(value) for key, value in tensors.items()},
-        {"index": json.dumps(told)},  # one entry: the order of several is random
+        {"index": json.dumps(metadata)},  # a single entry, because safetensors writes several in random order
     )
     own = hashlib.sha256(data).hexdigest()
-    path.write_bytes(data.replace(_NO_HASH.encode(), own.encode(), 1))  # save_file lets nobody but its owner read it
+    # Not by save_file, whose files only their owner can read.
+    path.write_bytes(data.replace(_NO_HASH.encode(), own.encode(), 1))
 
 
 _NO_HASH = "0" * 64
-"""Stands where an index has its own hash, while that is computed."""
+"""Takes the place of an index's own hash while the hash is computed."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """Where the files of a shard's samples lie.
+    """The index of a shard: the place of each file of its N samples.
 
     Attributes:
-        endings: of the files, E of them.
+        endings: the E different endings of files.
         table: offset, size and checksum `[3, N, E]`; -1 where a sample has no such file.
         columns: whole numbers `[N]` by name.
-        sha256: of the shard.
-        checksum: how those of the table were computed, a key of `CHECKSUMS`.
-        size: of the shard in bytes; None in indices of the first format.
+        sha256: hash of the shard.
+        checksum: name of the checksum in the table, a key of `CHECKSUMS`.
+        size: size of the shard in bytes; None in indices of the first format.
     """
 
     endings: list[str]
@@ -189,7 +190,7 @@ class Index:
         return self.table.shape[1]
 
     def check_places(self, size: int, where: str) -> None:
-        """Raise UserError unless all files lie within a shard of `size` bytes; `where` is what messages call it."""
+        """Raise UserError unless all files lie within a shard of `size` bytes; `where` is its name in messages."""
         offset, length = self.table[0], self.table[1]
         bad = (offset < -1) | (offset > size) | ((offset >= 0) & ((length < 0) | (length > size - offset)))
         if bad.any():
@@ -204,22 +205,26 @@ def parse_index(data: bytes, where: str) -> Index:
     """The contents of an index file.
 
     Args:
-        data: its bytes.
-        where: what messages call it.
+        data: bytes of the file.
+        where: name of the file in messages.
 
     Raises:
         UserError: if it is damaged.
     """
+    # Read the parts.
     try:
         length = int.from_bytes(data[:8], "little")
-        told = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["index"])
+        metadata = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["index"])
         tensors = safetensors.numpy.load(data)
         table = np.stack([tensors[name] for name in ("offset", "size", "checksum")])
         columns = {key.removeprefix("column/"): tensors[key] for key in tensors if key.startswith("column/")}
-        index = Index(told["endings"], table, columns, told["sha256"], told.get("checksum", "words"), told.get("bytes"))
+        checksum, size = metadata.get("checksum", "words"), metadata.get("bytes")
+        index = Index(metadata["endings"], table, columns, metadata["sha256"], checksum, size)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError) as error:
         raise UserError(f"{where} cannot be read ({first_line(error)[:80]}); make the shards again") from None
-    own = told.get("own")
+
+    # They must be what was written, and fit together.
+    own = metadata.get("own")
     if own is not None and hashlib.sha256(data.replace(str(own).encode(), _NO_HASH.encode(), 1)).hexdigest() != own:
         raise UserError(f"{where} is damaged: its hash is not the one stored in it; make the shards again")
     names = isinstance(index.endings, list) and all(isinstance(ending, str) for ending in index.endings)
@@ -240,7 +245,7 @@ def parse_index(data: bytes, where: str) -> Index:
 
 
 def is_count(value: object) -> bool:
-    """Whether a value is a whole number from 0 to what an index can hold."""
+    """Whether a value is a whole number that an index can hold, 0 or more."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
 
 
@@ -252,10 +257,13 @@ def shard_name(number: int) -> str:
 def write_shard(
     folder: Path, number: int, samples: Iterator[tuple[str, Mapping[str, bytes], Mapping[str, int]]]
 ) -> None:
-    """Write a whole shard aside, then rename it and its index; the shard last, since it marks both as complete."""
+    """Write a shard under a temporary name, then rename its index and the shard.
+
+    The shard is renamed last, since it marks both as complete.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     name = shard_name(number)
-    # Another process may clear the folder as soon as the last shard has its name.
+    # As soon as the last shard has its name, another process may remove the temporary folder.
     with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder, ignore_cleanup_errors=True) as work:
         try:
             with ShardWriter(Path(work) / f"{name}.tar") as writer:
@@ -270,7 +278,7 @@ def write_shard(
                 f"out={folder}: the same job was started again and is at work on shard {name}; let one of them run"
             ) from None
         except OSError as error:
-            if error.errno is not None and error.filename is None:  # tarfile does not say where the disk is full
+            if error.errno is not None and error.filename is None:  # tarfile does not name the file
                 raise OSError(error.errno, error.strerror, str(folder / f"{name}.tar")) from None
             raise
 
@@ -281,7 +289,7 @@ def is_done(folder: Path, number: int) -> bool:
 
 
 def fault(folder: Path, number: int) -> str | None:
-    """Why a complete shard is not what its index says, None if it is; reads all of it."""
+    """Reason why a complete shard does not match its index, None if it does; reads all of the shard."""
     name = shard_name(number)
     shard = folder / f"{name}.tar"
     try:
@@ -296,7 +304,7 @@ def fault(folder: Path, number: int) -> str | None:
 
 
 def write_manifest(folder: Path, kind: str, shards: int, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the manifest of complete shards: counts, hashes and settings; what they hold is not read again."""
+    """Write the manifest of complete shards: counts, hashes and settings; reads the indices, not the shards."""
     listed: list[dict[str, Any]] = []
     for number in range(shards):
         name = shard_name(number)
@@ -322,7 +330,7 @@ def write_manifest(folder: Path, kind: str, shards: int, settings: Mapping[str, 
 
 
 def manifest_hash(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of all that a manifest says beside its own hash, however it is laid out as text."""
+    """SHA-256 of a manifest without its own hash; it does not depend on the layout of the JSON text."""
     rest = json.loads(json.dumps({key: value for key, value in manifest.items() if key != "sha256"}))
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -331,12 +339,12 @@ def manifest_hash(manifest: Mapping[str, Any]) -> str:
 
 
 def is_url(path: str) -> bool:
-    """Whether a path is for fsspec rather than for the file system."""
+    """Whether a path is a URL for fsspec, not a path of the file system."""
     return "://" in path
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
+    """The first line of an error's message, or its type if it has none."""
     return (str(error).splitlines() or [""])[0][:120] or type(error).__name__
 
 
@@ -344,7 +352,7 @@ def fetch(where: str) -> bytes:
     """The bytes of a file, or of any URL that fsspec knows.
 
     Raises:
-        OSError: if it cannot be read, whatever the store itself raises then, or has no package here.
+        OSError: for all errors of the storage, and if the package for it is not installed.
         ValueError: if the URL is of no known kind.
     """
     try:
@@ -352,7 +360,7 @@ def fetch(where: str) -> bytes:
             return bytes(stream.read())
     except (OSError, ValueError):
         raise
-    except Exception as error:  # of many types, such as aiohttp's
+    except Exception as error:  # storages raise errors of many types, such as aiohttp's
         raise OSError(first_line(error)) from None
 
 
@@ -363,8 +371,9 @@ def read_manifest(root: str) -> dict[str, Any]:
         root: a folder, or any URL that fsspec knows.
 
     Raises:
-        UserError: if there is none, or it is damaged or of another version.
+        UserError: if it is missing, damaged or of another version.
     """
+    # Read the file.
     where = f"{root.rstrip('/')}/{MANIFEST}"
     check_inside(root, [MANIFEST])
     try:
@@ -379,6 +388,8 @@ def read_manifest(root: str) -> dict[str, Any]:
         raise UserError(f"{where} is damaged ({str(error)[:80]}); make it again") from None
     except OSError as error:
         raise UserError(f"{where} cannot be read ({first_line(error)})") from None
+
+    # Check its content.
     if not isinstance(manifest, dict) or not isinstance(manifest.get("shards"), list):
         raise UserError(f"{where} is no manifest of shards; make it again")
     if manifest.get("format") not in FORMATS or manifest["format"] is True:
@@ -396,6 +407,7 @@ def _check_manifest(manifest: Mapping[str, Any], where: str) -> None:
         if not holds:
             raise UserError(f"{where} is damaged: {what}; make the shards again")
 
+    # Each entry of the list of shards.
     kind = manifest.get("kind")
     expect(kind in KINDS, f"kind is {kind!r}, known are {', '.join(KINDS)}")
     files = set()
@@ -415,6 +427,7 @@ def _check_manifest(manifest: Mapping[str, Any], where: str) -> None:
         for key in ("sha256", "index_sha256") if manifest["format"] > 1 else ("sha256",):
             text = isinstance(entry.get(key), str) and re.fullmatch("[0-9a-f]{64}", entry[key])
             expect(text, f"{key} of {file} is {entry.get(key)!r}")
+    # Totals and the hash of the whole.
     for key in ("samples", "bytes"):
         total = sum(entry[key] for entry in manifest["shards"])
         expect(manifest.get(key) == total, f"{key} is {manifest.get(key)!r}, its shards have {total}")
@@ -424,7 +437,7 @@ def _check_manifest(manifest: Mapping[str, Any], where: str) -> None:
 
 
 def check_inside(root: str, names: Sequence[str]) -> None:
-    """Raise UserError for files of a local folder that are links to somewhere else, or no plain files."""
+    """Raise UserError for files of a local folder that are links out of the folder, or no plain files."""
     folder = re.sub("^(file|local)://", "", root)
     if is_url(folder):
         return
@@ -441,7 +454,7 @@ def check_inside(root: str, names: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """Where one file of a sample lies: shard number, offset and size in bytes, checksum."""
+    """Place of one file of a sample: shard number, offset and size in bytes, checksum."""
 
     shard: int
     offset: int
@@ -450,29 +463,31 @@ class Place:
 
 
 class Scratch:
-    """Memory that is used again for every sample: fresh memory costs more than the read itself."""
+    """Memory that is reused for every sample: allocating new memory takes longer than the read itself."""
 
     def __init__(self) -> None:
-        self._whole, self._used = np.empty(0, np.uint8), 0
+        self._whole = np.empty(0, np.uint8)
+        self._used = 0
 
     def clear(self) -> None:
-        """What was taken may be overwritten."""
+        """Allow all parts that were taken to be overwritten."""
         self._used = 0
 
     def take(self, count: int) -> NDArray[np.uint8]:
-        """Some bytes; they stay as they are until `clear`."""
+        """A part of `count` bytes, valid until `clear`."""
         start = -(-self._used // 64) * 64
         if start + count > len(self._whole):
-            self._whole, start = np.empty(2 * (start + count), np.uint8), 0  # earlier parts keep the old memory alive
+            self._whole = np.empty(2 * (start + count), np.uint8)  # earlier parts keep the old memory alive
+            start = 0
         self._used = start + count
         return self._whole[start : start + count]
 
 
 class _File:
-    """A file that is closed when nobody holds it any more: one thread may put it away while another one reads it."""
+    """A file that is closed when the last reference to it ends, since one thread may drop it while another reads it."""
 
     def __init__(self, path: str) -> None:
-        self._close = os.close  # still there when the interpreter ends
+        self._close = os.close  # the module `os` may be gone when the interpreter exits
         self.descriptor = os.open(path, os.O_RDONLY)
         self.size = os.fstat(self.descriptor).st_size
 
@@ -482,22 +497,23 @@ class _File:
 
 
 class ShardSet:
-    """All samples of a folder of shards, each one read away.
+    """All samples of a folder of shards; any sample is read without reading others.
 
     Args:
         root: a folder, or any URL that fsspec knows.
 
     Attributes:
-        manifest: of the folder.
-        columns: what the index says of every sample, `[N]` by name; -1 where a sample has no such value.
-        endings: of the files that samples have.
+        manifest: the folder's manifest.
+        columns: numbers of every sample from the indices, `[N]` by name; -1 where a sample has no such value.
+        endings: endings of the files of samples.
 
     Raises:
         UserError: if the manifest or an index is missing or damaged.
     """
 
     def __init__(self, root: str) -> None:
-        self.root, self.manifest = root.rstrip("/"), read_manifest(root)
+        self.root = root.rstrip("/")
+        self.manifest = read_manifest(root)
         entries = self.manifest["shards"]
         self.files = [str(entry["file"]) for entry in entries]
         check_inside(self.root, [name for file in self.files for name in (file, _index_name(file))])
@@ -555,7 +571,7 @@ class ShardSet:
         return found
 
     def check_column(self, name: str, start: int, stop: int) -> None:
-        """Raise UserError unless a column is there, with values from `start` up to but without `stop`."""
+        """Raise UserError unless a column exists and its values are at least `start` and below `stop`."""
         values = self.columns.get(name)
         if values is None:
             raise UserError(f"the index of {self.root} has no column {name}; make the shards again")
@@ -568,10 +584,10 @@ class ShardSet:
             )
 
     def place(self, index: int, ending: str) -> Place:
-        """Where a sample's file lies.
+        """Place of a sample's file.
 
         Raises:
-            CorruptSample: if it has none.
+            CorruptSample: if the sample has no such file.
         """
         if not self.has(index, ending):
             raise CorruptSample(f"{self.name(index)} has no .{ending}")
@@ -579,16 +595,16 @@ class ShardSet:
         return Place(self.shard_of(index), int(offset), int(size), int(check))
 
     def name(self, index: int) -> str:
-        """What messages call a sample."""
+        """Name of a sample in messages."""
         shard = self.shard_of(index)
         return f"{self.root}/{self.files[shard]}, sample {index - self.starts[shard]}"
 
     def read(self, index: int, endings: Sequence[str], scratch: Scratch | None = None) -> dict[str, NDArray[np.uint8]]:
-        """Contents of a sample's files by ending, in one read where they lie side by side.
+        """Contents of a sample's files by ending; files that lie side by side take one read.
 
         Args:
-            index: of the sample.
-            endings: of the files.
+            index: index of the sample.
+            endings: endings of the files to read.
             scratch: memory to read into; None: new memory.
 
         Raises:
@@ -611,7 +627,7 @@ class ShardSet:
         return found
 
     def expect(self, index: int, endings: Sequence[str]) -> None:
-        """Let the system fetch a sample's files that are about to be read; what is missing is told when it is read."""
+        """Ask the operating system to load files of a sample that will be read soon; ignores missing files."""
         if is_url(self.root) or not hasattr(os, "posix_fadvise"):
             return
         places = {ending: self.place(index, ending) for ending in endings if self.has(index, ending)}
@@ -623,12 +639,12 @@ class ShardSet:
                 os.posix_fadvise(file.descriptor, first.offset, length, os.POSIX_FADV_WILLNEED)
 
     def _read_range(self, shard: int, start: int, stop: int, scratch: Scratch | None = None) -> NDArray[np.uint8]:
-        """Bytes of a shard; fewer than asked for where the file ends."""
+        """Bytes `start` to `stop` of a shard; fewer if the file ends before."""
         try:
             if is_url(self.root):
                 return self._remote_range(shard, start, stop)
             file = self._local(shard)
-            size = max(min(stop, file.size) - start, 0)  # no memory for what a damaged file does not have
+            size = max(min(stop, file.size) - start, 0)  # a damaged index must not cause a huge allocation
             buffer = np.empty(size, np.uint8) if scratch is None else scratch.take(size)
             count = os.preadv(file.descriptor, [buffer], start)  # type: ignore[list-item]
             return buffer[:count]
@@ -640,20 +656,21 @@ class ShardSet:
         for pause in (*PAUSES, None):
             try:
                 return np.frombuffer(bytearray(filesystem.cat_file(path, start=start, end=stop)), np.uint8)
-            except Exception as error:  # of many types, such as aiohttp's
+            except Exception as error:  # storages raise errors of many types, such as aiohttp's
                 if pause is None or isinstance(error, FileNotFoundError):
                     raise OSError(first_line(error)) from None
                 time.sleep(pause)
         raise AssertionError
 
     def _local(self, shard: int) -> _File:
-        """A shard, opened by this process; of many that are open, the oldest is put away."""
+        """A shard, opened by this process; if too many are open, the one opened first is dropped."""
         key = (os.getpid(), shard)
         opened = self._open.get(key)
         if opened is None:
             opened = self._open.setdefault(key, _File(f"{self.root}/{self.files[shard]}"))
             while len(self._open) > OPEN_FILES:
-                self._open.pop(list(self._open)[0], None)  # noqa: RUF015  # an iterator fails where threads meet
+                # A list, because an iterator fails if another thread changes the dictionary meanwhile.
+                self._open.pop(list(self._open)[0], None)  # noqa: RUF015
         assert isinstance(opened, _File)
         return opened
 
@@ -670,7 +687,7 @@ def _index_name(file: str) -> str:
 
 
 def _runs(places: Mapping[str, Place], gap: int = 2 * tarfile.BLOCKSIZE) -> list[list[str]]:
-    """Endings in groups that lie side by side in the shard, apart from a header between them."""
+    """Endings in groups of files that lie side by side in the shard, with only a header between them."""
     runs: list[list[str]] = []
     for ending in sorted(places, key=lambda e: places[e].offset):
         last = places[runs[-1][-1]] if runs else None

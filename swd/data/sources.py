@@ -1,7 +1,7 @@
-"""What is in lists and folders of captioned pictures, and in shards made elsewhere: for `swd import` and `data=images`.
+"""Lists captioned pictures in lists, folders, and shards of other programs, for `swd import` and `data=images`.
 
-Listing reads lists, names and the headers of shards, never a picture. What somebody else made may name any file: by
-default nothing is taken that lies outside of the source's folder.
+Listing reads lists, names and the headers of shards, never a picture. A source from somebody else could name any file
+of this machine; by default, files outside of the source's folder are left out.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ ENDINGS = {
     "avif": "avif",
     "jp2": "jp2",
 }
-"""Endings of pictures, in lower case, and what shards call them."""
+"""Endings of pictures, in lower case, and the ending that each gets in shards."""
 FILES = ("file", "file_name", "filename", "path", "file_path", "filepath", "image", "image_path")
 CAPTIONS = ("caption", "text", "prompt")
-"""Names of columns and JSON keys that hold captions; of several the first counts."""
+"""Names of columns and JSON keys that hold captions, in order of preference."""
 INDICES = ("index", "id")
 LISTS = (".csv", ".tsv", ".jsonl", ".ndjson")
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".zip", ".7z", ".rar", ".parquet")
-"""Endings of archives of which single files cannot be read."""
+"""Endings of archives from which single files cannot be read."""
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 """First bytes of compressed files."""
 SYSTEM = frozenset(
@@ -72,16 +72,16 @@ SYSTEM = frozenset(
         "icon\r",
     ]
 ) | {"system volume information"}
-"""Names, in lower case, of what operating systems, file servers and programs put beside a user's files."""
+"""Names, in lower case, of files and folders that operating systems, file servers and programs create."""
 TEXT_BYTES, META_BYTES = 4 * LONGEST, 16 * 2**20
-"""Bytes of a caption's file (UTF-8 has up to 4 a character) and of a sample's JSON at most."""
+"""Largest caption file (UTF-8 has up to 4 bytes per character) and largest JSON of a sample, in bytes."""
 PATTERNS = 1_000_000
-"""Shards that a pattern may name."""
+"""Largest number of shards that a pattern may name."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Where bytes lie: a whole file, or `size` of its bytes from `offset` on."""
+    """Place of some bytes: a whole file, or `size` bytes of it from `offset` on."""
 
     path: str
     offset: int = 0
@@ -91,11 +91,11 @@ class Part:
         """The bytes, at most `limit` of them.
 
         Raises:
-            OSError: if they cannot be read, are more than that, or this is a folder, a pipe or a device.
+            OSError: if they cannot be read or are more than `limit`, or if the path is a folder, a pipe or a device.
         """
         if not stat.S_ISREG(os.stat(self.path).st_mode):
             raise OSError("is a folder, a pipe or a device, no file")
-        # Without waiting: nobody may ever write to what has meanwhile become a pipe.
+        # Non-blocking, in case the file has become a pipe since the check above, to which nobody writes.
         with open(os.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as stream:
             size = os.fstat(stream.fileno()).st_size if self.size < 0 else self.size
             if size > limit:
@@ -106,12 +106,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a row is left out; the texts can be written as UTF-8.
+    """A row that is left out, and the reason. All texts can be written as UTF-8.
 
     Attributes:
-        kind: one of few, for counting.
-        file: what the source calls it.
-        reason: in words.
+        kind: short name of the reason, for counting.
+        file: name of the file in the source.
+        reason: the reason in words.
     """
 
     kind: str
@@ -128,11 +128,11 @@ class PictureRow:
     """A picture that a source lists.
 
     Attributes:
-        file: what the source calls it.
-        index: the source's own number; None: the row's.
-        picture: where it lies.
-        caption: the text, or the text file it lies in; None: it is in `meta`.
-        meta: a JSON object that may hold a caption and `index`.
+        file: name of the file in the source.
+        index: number in the source; None: the number of the row.
+        picture: place of the picture.
+        caption: the caption, or the place of its text file; None: it is in `meta`.
+        meta: place of a JSON object that may hold a caption and `index`.
     """
 
     file: str
@@ -142,11 +142,11 @@ class PictureRow:
     meta: Part | None = None
 
     def read_texts(self) -> tuple[str, int | str | None]:
-        """Caption and index, from the files they lie in.
+        """Caption and index, read from their files.
 
         Raises:
             NoText: if there is no caption.
-            OSError: if a file of them cannot be read.
+            OSError: if one of the files cannot be read.
         """
         if self.caption is None and self.meta is None:
             raise NoText("is missing")
@@ -162,7 +162,7 @@ class PictureRow:
 
 
 def meta_of(contents: Mapping[str, Any]) -> dict[str, Any]:
-    """The `.json` of a sample, keys in lower case; empty without one, or if it is no JSON object."""
+    """The `.json` of a sample with keys in lower case; empty if there is none or it is no JSON object."""
     try:
         return parse_object(contents["json"]) if "json" in contents else {}
     except NoText:
@@ -173,16 +173,16 @@ def caption_of(contents: Mapping[str, Any]) -> str:
     """The caption of a sample: its `.txt`, else its `.caption`, else the first of `CAPTIONS` in its `.json`.
 
     Args:
-        contents: of the sample's files, by ending.
+        contents: contents of the sample's files by ending.
 
     Raises:
-        NoText: if none of them is a text; says why the first one is none.
+        NoText: if none of them is a text; the message is about the first one.
     """
     first: NoText | None = None
     meta = meta_of(contents)
     key = next((key for key in CAPTIONS if meta.get(key) is not None), None)
-    told = [contents[ending] for ending in ("txt", "caption") if ending in contents]
-    for value in [*told, *([] if key is None else [meta[key]])]:
+    texts = [contents[ending] for ending in ("txt", "caption") if ending in contents]
+    for value in [*texts, *([] if key is None else [meta[key]])]:
         try:
             text = text_of(value)
             return text if isinstance(value, str) else text.strip()
@@ -193,13 +193,15 @@ def caption_of(contents: Mapping[str, Any]) -> str:
 
 @dataclass
 class PictureList:
-    """The rows of a source in order, and how many files were passed over, by ending.
+    """The rows of a source.
 
     Attributes:
-        root: real path of the folder that holds all files; None: they may lie anywhere.
-        key: of the configuration, which says that they may.
-        seen: where each identity was first, such as a path.
-        real: real paths of folders.
+        root: real path of the folder that must hold all files; None: they may lie anywhere.
+        key: the configuration key that allows files outside of `root`.
+        rows: pictures and problems in order.
+        ignored: number of files that were passed over, by ending.
+        seen: for each identity, such as a path, the place in the source where it came first.
+        real: real paths of folders, remembered.
     """
 
     root: str | None = None
@@ -214,15 +216,15 @@ class PictureList:
         """SHA-256 of names, captions and places, hexadecimal."""
         digest = hashlib.sha256()
         for row in self.rows:
-            told: list[Any] = [row.kind, row.file, row.reason] if isinstance(row, Problem) else [row.file, row.index]
+            entry: list[Any] = [row.kind, row.file, row.reason] if isinstance(row, Problem) else [row.file, row.index]
             if isinstance(row, PictureRow):
                 for part in (row.picture, row.caption, row.meta):
-                    told.append([part.offset, part.size] if isinstance(part, Part) else part)
-            digest.update(json.dumps(told).encode() + b"\n")
+                    entry.append([part.offset, part.size] if isinstance(part, Part) else part)
+            digest.update(json.dumps(entry).encode() + b"\n")
         return digest.hexdigest()
 
     def add(self, row: PictureRow, identity: str, where: str) -> None:
-        """Append a row, or the problem that can be seen without reading it."""
+        """Append a row, or a problem if one is known before the picture is read."""
         problem = None
         if identity in self.seen:
             problem = Problem("duplicate name", row.file, f"again in {where}, first in {self.seen[identity]}")
@@ -237,7 +239,7 @@ class PictureList:
         self.rows.append(problem or row)
 
     def outside(self, path: str) -> bool:
-        """Whether a file lies outside of the source's folder, links followed."""
+        """Whether a file lies outside of the source's folder after links are followed."""
         if self.root is None:
             return False
         folder, name = os.path.split(path)
@@ -256,11 +258,11 @@ def list_source(source: str, outside: bool = False, skip: Path | None = None) ->
 
     Args:
         source: a folder, a list, or shards.
-        outside: also take what lies outside of the source's folder, or is linked there.
-        skip: a folder that is no part of it, such as where the result goes.
+        outside: also take files that lie outside of the source's folder.
+        skip: a folder to leave out, such as the output folder.
 
     Raises:
-        UserError: if it is missing, of no known kind, damaged, or has nothing that can be used.
+        UserError: if the source is missing, of unknown kind or damaged, or has no captioned picture.
     """
     path = Path(os.path.expanduser(source))
     if os.path.isdir(path):
@@ -270,13 +272,13 @@ def list_source(source: str, outside: bool = False, skip: Path | None = None) ->
     elif any(mark in source for mark in "{*?["):
         found = _shards([(str(file), file.name) for file in _expand(str(path))], PictureList(), outside)
     else:
-        told = "is a pipe or a device" if os.path.exists(path) else "does not exist"
-        raise UserError(f"source={source} {told}; {GIVE}")
+        fault = "is a pipe or a device" if os.path.exists(path) else "does not exist"
+        raise UserError(f"source={source} {fault}; {GIVE}")
     if not any(isinstance(row, PictureRow) for row in found.rows):
-        first = f"; first of {len(found.rows)} problems: {_tell(found.rows[0])}" if found.rows else ""
+        first = f"; first of {len(found.rows)} problems: {_in_words(found.rows[0])}" if found.rows else ""
         passed = ", ".join(f"{count:,} {kind}" for kind, count in found.ignored.most_common(5))
         more = f"; passed over: {passed}" if passed else ""
-        raise UserError(f"source={source} lists no captioned picture{first}{more}{_list_told(path)}")
+        raise UserError(f"source={source} lists no captioned picture{first}{more}{_hint_at_list(path)}")
     return found
 
 
@@ -295,31 +297,31 @@ def _file(path: Path, source: str, outside: bool) -> PictureList:
     raise UserError(f"source={source} is of no known kind; {GIVE}")
 
 
-def _tell(row: PictureRow | Problem) -> str:
+def _in_words(row: PictureRow | Problem) -> str:
     return f"{row.file}: {row.kind} ({row.reason})" if isinstance(row, Problem) else row.file
 
 
 def list_in(folder: Path) -> Path | None:
-    """A list in a folder that is read only where it is named, such as the `metadata.jsonl` of Hugging Face."""
+    """A list in a folder that is read only if the user names it, such as the `metadata.jsonl` of Hugging Face."""
     try:
         found = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in LISTS)
-    except OSError:  # no folder, too
+    except OSError:  # also if it is no folder
         return None
     return next((folder / name for name in found if name != LIST and not passed_over(name)), None)
 
 
-def _list_told(folder: Path) -> str:
+def _hint_at_list(folder: Path) -> str:
     file = list_in(folder)
     return f"; if {file.name} there is their list, give source={file}" if file else ""
 
 
 def printable(name: str) -> str:
-    """A name that can be written as UTF-8."""
+    """A name with characters that UTF-8 cannot hold replaced."""
     return name.encode("utf-8", "replace").decode("utf-8")
 
 
 def passed_over(name: str) -> bool:
-    """Whether a file's name inside of a source says that it is hidden or a system's own, or below such a folder."""
+    """Whether a name inside of a source is hidden or a system's own, or lies below such a folder."""
     parts = name.split("/")
     return any((part.startswith(".") and part not in (".", "..")) or part.lower() in SYSTEM for part in parts)
 
@@ -349,7 +351,7 @@ def _folder(folder: Path, outside: bool, skip: Path | None) -> PictureList:
         packs = ", ".join(f"{count} {kind}" for kind, count in found.ignored.most_common(5))
         raise UserError(
             f"source={folder} holds no {LIST}, no pictures ({', '.join('.' + e for e in ENDINGS)}) and no .tar"
-            f"{f'; it holds {packs}' if packs else ''}{_list_told(folder)}"
+            f"{f'; it holds {packs}' if packs else ''}{_hint_at_list(folder)}"
         )
     return found
 
@@ -370,12 +372,12 @@ def _count_others(names: Collection[str], found: PictureList) -> None:
 
 
 def list_folder(folder: Path, endings: Collection[str], outside: bool = False) -> PictureList:
-    """Files with captions of a folder: its `metainfo.csv`, else files at any depth with a `.txt` of the same name.
+    """Captioned files of a folder: those in its `metainfo.csv`, else files at any depth with a `.txt` of the same name.
 
     Args:
-        folder: where to look.
-        endings: of the files wanted, without the dot, in lower case.
-        outside: also take what lies outside of the folder, or is linked there.
+        folder: the folder.
+        endings: endings of the files to list, in lower case without the dot.
+        outside: also take files that lie outside of the folder.
 
     Raises:
         UserError: if the list cannot be read.
@@ -389,13 +391,14 @@ def list_folder(folder: Path, endings: Collection[str], outside: bool = False) -
 
 
 def _walk(folder: Path, found: PictureList, skip: Path | None = None) -> dict[str, str]:
-    """What is no folder below a folder, by names relative to it, sorted: why it is no file, "" if it is one.
+    """All entries below a folder that are no folders: names relative to it, sorted, each with the result of `_kind`.
 
-    Hidden and system files are passed over. Folders that cannot be read, or are links that lead outside, become
-    problems of `found`.
+    Hidden and system files are passed over. Folders that cannot be read, and links to folders outside, are added to
+    `found` as problems.
     """
     names: dict[str, str] = {}
-    entered, left = {os.path.realpath(folder)} | ({os.path.realpath(skip)} if skip else set()), [""]
+    entered = {os.path.realpath(folder)} | ({os.path.realpath(skip)} if skip else set())
+    left = [""]
     with JobLog(f"list the files below {folder}", 1, "folder", shown=_is_first()) as progress:
         while left:
             below = left.pop()
@@ -403,9 +406,9 @@ def _walk(folder: Path, found: PictureList, skip: Path | None = None) -> dict[st
                 if kind is not None:
                     names[below + name] = kind
                 elif is_link and found.outside(path):
-                    told = f"a link to a folder outside of {found.root}; {found.key}=true takes it"
-                    found.rows.append(Problem("outside", f"{below}{name}/", told))
-                elif not is_link or found.root is None:  # what is inside is found where it is
+                    reason = f"a link to a folder outside of {found.root}; {found.key}=true takes it"
+                    found.rows.append(Problem("outside", f"{below}{name}/", reason))
+                elif not is_link or found.root is None:  # links inside lead to folders that are listed anyway
                     real = os.path.realpath(path)
                     if real not in entered:
                         entered.add(real)
@@ -417,19 +420,19 @@ def _walk(folder: Path, found: PictureList, skip: Path | None = None) -> dict[st
 
 
 def _entries(folder: Path, below: str, found: PictureList) -> list[tuple[str, str, str | None, bool]]:
-    """Name, path, what is wrong with it (None: it is a folder), and whether it is a link, links last."""
+    """Entries of a folder, links last: name, path, the result of `_kind`, and whether it is a link."""
     try:
         with os.scandir(os.path.join(folder, below)) as entries:
             wanted = [entry for entry in entries if not passed_over(entry.name)]
     except OSError as error:
         found.rows.append(Problem("unreadable", below or str(folder), error.strerror or str(error)))
         return []
-    told = [(entry.name, entry.path, _kind(entry), entry.is_symlink()) for entry in wanted]
-    return sorted(told, key=lambda entry: (entry[3], entry[0]))
+    listed = [(entry.name, entry.path, _kind(entry), entry.is_symlink()) for entry in wanted]
+    return sorted(listed, key=lambda entry: (entry[3], entry[0]))
 
 
 def _kind(entry: os.DirEntry[str]) -> str | None:
-    """Why an entry of a folder is no file that can be read; empty if it is one, None for a folder."""
+    """Reason why an entry of a folder is no readable file; empty if it is one, None for a folder."""
     try:
         if entry.is_dir():
             return None
@@ -441,34 +444,34 @@ def _kind(entry: os.DirEntry[str]) -> str | None:
 
 
 def _is_first() -> bool:
-    """Whether this process is the one that tells what happens."""
+    """Whether this process is the one that reports progress."""
     return share()[0] == 0
 
 
 def _pair(folder: Path, names: Mapping[str, str], endings: Collection[str], found: PictureList) -> None:
-    """Files and the text files of the same name, by name; two files of one name are one sample."""
+    """Add files with their captions, the text files of the same name; a second file of one name is a duplicate."""
     texts: dict[str, str] = {}
     split = [(name, *posixpath.splitext(name)) for name in names]
-    # Of a.TXT and a.txt, the first in ASCII.
+    # If there are a.TXT and a.txt, a.TXT counts: it is set last.
     for name, stem, ending in sorted(split, key=lambda s: s[2], reverse=True):
         if ending.lower() == ".txt":
             texts[stem] = os.path.join(folder, name)
     for name, stem, ending in split:
         if ending.lower()[1:] not in endings:
             continue
-        told = printable(name)
+        shown = printable(name)
         if names[name]:
-            found.rows.append(Problem("unreadable", told, names[name]))
+            found.rows.append(Problem("unreadable", shown, names[name]))
         else:
             caption = Part(texts[stem]) if stem in texts else None
-            found.add(PictureRow(told, None, Part(os.path.join(folder, name)), caption), stem, f"{told} and its .txt")
+            found.add(PictureRow(shown, None, Part(os.path.join(folder, name)), caption), stem, f"{shown} and its .txt")
 
 
 # Lists
 
 
 def _list(file: Path, outside: bool, key: str = "outside") -> PictureList:
-    """A list with a header that names the columns, or the published layout, by position."""
+    """Rows of a list: columns by the names in its header, or by position in the published layout."""
     found = PictureList(None if outside else os.path.realpath(file.parent), key)
     if file.name == LIST and found.outside(str(file)):
         raise UserError(f"{file} is a link to a file outside of its folder; {key}=true takes it")
@@ -490,8 +493,8 @@ def _list(file: Path, outside: bool, key: str = "outside") -> PictureList:
                 found.rows.append(Problem("bad line", where, row.fault))
             else:
                 caption = next((row.cells[column] for column in captions if row.cells[column] is not None), None)
-                told = None if index is None else row.cells[index]
-                _add_line(found, file.parent, where, told, row.cells[name], caption)
+                number = None if index is None else row.cells[index]
+                _add_line(found, file.parent, where, number, row.cells[name], caption)
             progress.advance()
     return found
 
@@ -507,14 +510,14 @@ def _check_published(file: Path, table: Table) -> None:
 def _is_name(name: str) -> bool:
     try:
         return b"\0" not in os.fsencode(name)
-    except UnicodeEncodeError:  # half a character, from JSON
+    except UnicodeEncodeError:  # JSON can hold half of a surrogate pair
         return False
 
 
 def _add_line(found: PictureList, folder: Path, where: str, index: Any, name: Any, caption: Any) -> None:
     if not isinstance(name, str) or not name.strip():
-        told = "no file name" if name is None or name == "" or isinstance(name, str) else "the file name is no text"
-        found.rows.append(Problem("bad line", where, told))
+        fault = "no file name" if name is None or name == "" or isinstance(name, str) else "the file name is no text"
+        found.rows.append(Problem("bad line", where, fault))
         return
     if not _is_name(name):
         found.rows.append(Problem("bad line", where, "the file name is none that a file can have"))
@@ -544,11 +547,11 @@ def shard_urls(pattern: str, key: str) -> list[str]:
     """The shards that a pattern with braces names, in order.
 
     Args:
-        pattern: as WebDataset takes it, several parted by `::`.
-        key: what messages call it, e.g. "source".
+        pattern: a pattern of WebDataset, or several joined by `::`.
+        key: its name in messages, e.g. "source".
 
     Raises:
-        UserError: if its braces cannot be read, or name more than `PATTERNS` shards.
+        UserError: if its braces are invalid or name more than `PATTERNS` shards.
     """
     try:
         for one in pattern.split("::"):
@@ -562,7 +565,7 @@ def shard_urls(pattern: str, key: str) -> list[str]:
 
 
 def _count(pattern: str) -> int:
-    """How many names a pattern with braces has at most."""
+    """Upper limit of the number of names that a pattern with braces stands for."""
     counts, changed = [1], 1
     while changed:
         groups = re.findall(r"\{([^{}]*)\}", pattern)
@@ -592,13 +595,13 @@ def _expand(pattern: str) -> list[Path]:
 
 
 def _shards(files: Sequence[tuple[str, str]], found: PictureList, outside: bool) -> PictureList:
-    """The samples of shards: paths, and what messages call them."""
+    """Add the samples of shards, which are given as pairs of path and name in messages."""
     task = f"list the samples of {files[0][0] if files else ''}"
     with JobLog(task, len(files), "shard", shown=_is_first()) as progress:
         for path, name in files:
             if found.outside(path):
-                told = f"it lies outside of {found.root}; {found.key}=true takes it"
-                found.rows.append(Problem("outside", name, told))
+                reason = f"it lies outside of {found.root}; {found.key}=true takes it"
+                found.rows.append(Problem("outside", name, reason))
             elif not os.path.isfile(path):
                 found.rows.append(Problem("unreadable", name, "is a pipe, a device or a link to nothing, no file"))
             else:
@@ -609,19 +612,26 @@ def _shards(files: Sequence[tuple[str, str]], found: PictureList, outside: bool)
 
 @dataclass
 class _Sample:
-    """What a shard holds under one key."""
+    """Files of a shard that have one key.
+
+    Attributes:
+        parts: places of files by ending.
+        dotted: pictures whose name holds a dot: their names by the part after the first dot.
+        doubled: whether an ending came twice.
+    """
 
     parts: dict[str, Part] = field(default_factory=dict)
-    dotted: dict[str, str] = field(default_factory=dict)  # pictures by what follows the first dot: their names
+    dotted: dict[str, str] = field(default_factory=dict)
     doubled: bool = False
 
 
 def _add_shard(found: PictureList, path: str, shard: str, outside: bool) -> None:
-    """Append the samples of a shard: keys by the first dot of a name, as WebDataset has it."""
+    """Append the samples of a shard; keys end at the first dot of a name, as in WebDataset."""
+    # Sort files by key.
     samples: dict[str, _Sample] = {}
     last: list[Problem] = []
     for name, part in _members(path):
-        told = f"{shard}/{printable(name)}"
+        shown = f"{shard}/{printable(name)}"
         key, ending = split_name(name.removeprefix("./"))
         if isinstance(part, str) and not name:
             last.append(Problem("damaged shard", shard, part))
@@ -629,9 +639,9 @@ def _add_shard(found: PictureList, path: str, shard: str, outside: bool) -> None
             found.ignored["hidden or system files"] += 1
         elif isinstance(part, str):
             if ending in (*ENDINGS, "txt", "caption", "json"):
-                last.append(Problem("no file", told, part))
+                last.append(Problem("no file", shown, part))
         elif not outside and (posixpath.isabs(name) or ".." in name.split("/")):
-            last.append(Problem("outside", told, f"its name leaves the shard; {found.key}=true takes it"))
+            last.append(Problem("outside", shown, f"its name leaves the shard; {found.key}=true takes it"))
         else:
             sample = samples.setdefault(key, _Sample())
             if ending in sample.parts:
@@ -639,9 +649,11 @@ def _add_shard(found: PictureList, path: str, shard: str, outside: bool) -> None
             elif ending in ENDINGS or ending in ("txt", "caption", "json"):
                 sample.parts[ending] = part
             elif ending.rpartition(".")[2] in ENDINGS:
-                sample.dotted[ending] = told
+                sample.dotted[ending] = shown
             else:
                 found.ignored[f".{printable(ending)}"] += 1
+
+    # Add the samples, then the problems of the shard.
     for key, sample in samples.items():
         _add_sample(found, shard, printable(key), sample)
     for key, sample in samples.items():
@@ -655,12 +667,12 @@ def _add_sample(found: PictureList, shard: str, key: str, sample: _Sample) -> No
     parts = sample.parts
     pictures = [ending for ending in parts if ending in ENDINGS]
     for ending, name in sample.dotted.items():
-        if pictures:  # a mask, say, beside the picture
+        if pictures:  # e.g. a mask beside the picture
             found.ignored[f".{printable(ending)}"] += 1
         else:
             stem = key.rpartition("/")[2]
-            told = f"its name holds a dot, so its key is {stem!r} by WebDataset's rule; use another sign than the dot"
-            found.rows.append(Problem("dotted name", name, told))
+            reason = f"its name holds a dot, so its key is {stem!r} by WebDataset's rule; use another sign than the dot"
+            found.rows.append(Problem("dotted name", name, reason))
     if not pictures:
         if parts and not sample.dotted:
             found.rows.append(Problem("no picture", f"{shard}/{key}", f"only .{', .'.join(parts)}"))
@@ -674,9 +686,13 @@ def _add_sample(found: PictureList, shard: str, key: str, sample: _Sample) -> No
 
 
 def _members(path: str) -> Iterator[tuple[str, Part | str]]:
-    """Name and place of every file in a shard, or why it is none; at last, if the shard is damaged, "" and why."""
+    """Name of every member of a shard, with the place of the file or the reason why it is no file.
+
+    If the shard is damaged, the last pair is "" and the reason.
+    """
     end = 0
     try:
+        # Compressed shards are recognised by their first bytes.
         size = os.path.getsize(path)
         with open(path, "rb") as stream:
             start = stream.read(8)
@@ -684,13 +700,15 @@ def _members(path: str) -> Iterator[tuple[str, Part | str]]:
         if packed:
             yield "", f"compressed with {packed}, and samples are read from places in the file; unpack it first"
             return
+
+        # Read the headers one by one.
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # otherwise it keeps them all
+                tar.members = []  # type: ignore[attr-defined]  # otherwise memory grows with each member
                 if member.offset_data + member.size > size:
                     yield "", f"cut off in {printable(member.name)}"
                     return
-                if member.size < 0 or member.offset_data < end:  # it would be read for ever
+                if member.size < 0 or member.offset_data < end:  # such a header can make reading endless
                     yield "", f"damaged at byte {end} of {size}"
                     return
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
@@ -699,9 +717,10 @@ def _members(path: str) -> Iterator[tuple[str, Part | str]]:
                 elif not member.isdir():
                     kind = "a link; put the file itself there" if member.islnk() or member.issym() else "no plain file"
                     yield member.name, f"it is {kind}"
-        # tarfile takes a damaged header for the end, and a shard may be cut between two samples.
+
+        # tarfile reads a damaged header, or a cut between two samples, as the end, so check for the real end.
         mark = Part(path, end, tarfile.BLOCKSIZE).read(tarfile.BLOCKSIZE)
-    except Exception as error:  # tarfile meets damaged headers with errors of many types
+    except Exception as error:  # tarfile raises errors of many types for damaged headers
         yield "", printable((str(error).splitlines() or [type(error).__name__])[0][:160])
         return
     if mark != bytes(tarfile.BLOCKSIZE):

@@ -1,8 +1,7 @@
-"""The student as one folder that stock diffusers and peft load, with its schedule and its sampler.
+"""Writes a student as one folder that diffusers and peft load, with its schedule and its sampler.
 
-ComfyUI loads it too, where it has the family.
-
-`swd export run=... to=...` writes it, loads it back both ways, and refuses to finish if any output differs.
+ComfyUI loads it too if it knows the family. `swd export run=... to=...` writes the folder, loads it back with each of
+these libraries, and fails if a prediction differs from the student's.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ SCHEDULER_FILE, ASSET = "scale_wise_scheduler.py", "swd://"
 
 
 def check_target(target: Path) -> None:
-    """Raise UserError unless a folder can be written at `to`; leaves nothing behind."""
+    """Raise UserError unless a folder can be written at `to`. Creates nothing."""
     if target == Path():
         raise UserError("to is empty; name the folder to write")
     try:
@@ -74,10 +73,10 @@ def check_target(target: Path) -> None:
 
 
 def recorded_model(source: Path, cfg: DictConfig) -> Any:
-    """The model that a run was trained with, changed by what the command line sets of it.
+    """Configuration of the model that a run was trained with, with the changes from the command line.
 
-    The configuration's where the command line names a model, or without a run. A run may be somebody else's, so what it
-    says is plain data: see `swd.config.check_recorded`.
+    If the command line names a model, or `source` is not part of a run, it is the model of `cfg`. A run may come from
+    somebody else, so only plain data are read from it, see `swd.config.check_recorded`.
 
     Raises:
         UserError: if the run's configuration is damaged, or holds anything but a model's plain values.
@@ -98,13 +97,13 @@ def recorded_model(source: Path, cfg: DictConfig) -> Any:
 
 
 def build_model(node: dict[str, Any], cfg: DictConfig) -> Pretrained:
-    """The model that `recorded_model` found."""
+    """Build the model from the configuration that `recorded_model` returned."""
     model: Pretrained = build_node({"_target_": PRETRAINED} | node, "model", allowed_here(cfg))
     return model
 
 
 def overrides() -> list[str]:
-    """What the command line sets, as far as there is one."""
+    """Overrides on the command line; empty if the program was not started from one."""
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
@@ -112,8 +111,9 @@ def schedule_of(source: Path, cfg: DictConfig, model: Pretrained) -> ScaleWiseSc
     """The schedule that the command line names, else the one beside a student, else the model's default.
 
     Raises:
-        UserError: if what lies there is damaged, another scheduler, or none for this model.
+        UserError: if the file beside the student is damaged, for another scheduler, or does not fit the model.
     """
+    # Where the schedule is from.
     file = (source if source.is_dir() else source.parent) / SCHEDULER_CONFIG
     chosen = any(re.match(r"\+*schedule[.=@]", override) for override in overrides())
     expected = model.backbone_class.process.prediction_type
@@ -134,6 +134,8 @@ def schedule_of(source: Path, cfg: DictConfig, model: Pretrained) -> ScaleWiseSc
                 UserWarning,
                 stacklevel=2,
             )
+
+    # It must fit the model, and a recorded one must be the file that was written.
     for size in sampler.base_sizes:
         model.limits.check_size(size)
     if not chosen:
@@ -145,7 +147,7 @@ def read_schedule(file: Path) -> ScaleWiseScheduler:
     """The sampler that a `scheduler_config.json` describes.
 
     Raises:
-        UserError: if it is damaged or for another class.
+        UserError: if it is damaged or for another scheduler class.
     """
     config = read_json(file)
     kind = config.get("_class_name")
@@ -205,10 +207,10 @@ def comfy_state(backbone: type[Backbone], state: dict[str, Tensor]) -> dict[str,
 def export(
     student: Student, model: Pretrained, schedule: ScaleWiseScheduler, target: Path, verify: bool = True
 ) -> Path:
-    """Write the folder, load it back, compare, and only then move it to `target`.
+    """Write the folder under a temporary name, load it back, compare, and only then move it to `target`.
 
     Raises:
-        UserError: if what comes back predicts anything else than the student.
+        UserError: if a network that is loaded back predicts anything else than the student.
     """
     content = AdapterContent(student, model) if isinstance(student, Adapter) else NetworkContent(student, model)
 
@@ -222,11 +224,12 @@ def export(
         if verify:
             content.check(new, schedule.base_sizes[0])
 
+    # If anything fails, nothing stays behind.
     made = [parent for parent in target.absolute().parents if not parent.exists()]
     try:
         return write_aside(target, write)
     except BaseException as error:
-        for parent in made:  # created for this export alone; the innermost first
+        for parent in made:  # created by this export; the innermost first
             with suppress(OSError):
                 parent.rmdir()
         if isinstance(error, UserError):
@@ -240,30 +243,31 @@ def export(
 
 
 class Content(Protocol):
-    """What is exported: its files, their check, and what the card says of it."""
+    """The exported student: its files, their check, and its description for the card."""
 
     about: str
     files: str
     tags: str
     loading: str
-    """Lines of the snippet that build `pipe`."""
+    """Lines of the card's snippet that build `pipe`."""
     classes: str
-    """What those lines import from diffusers."""
+    """Names that these lines import from diffusers."""
 
     def write(self, folder: Path) -> None:
-        """Put the weights into a folder."""
+        """Write the weights into a folder."""
 
     def check(self, folder: Path, size: Size) -> None:
-        """Raise UserError unless the weights in a folder are the student's; predicts at a latent size."""
+        """Raise UserError unless the weights in a folder predict, at a latent size, what the student predicts."""
 
 
 class AdapterContent:
-    """An adapter in every layout that has readers."""
+    """An adapter in the layouts of peft, diffusers and ComfyUI."""
 
     tags = "lora, scale-wise-distillation"
 
     def __init__(self, adapter: Adapter, model: Pretrained) -> None:
-        self.adapter, self.model = adapter, model
+        self.adapter = adapter
+        self.model = model
         ranks = sorted(adapter.ranks)
         self.about = f"A LoRA of rank {ranks[0] if len(ranks) == 1 else f'{ranks[0]} to {ranks[-1]}'}"
         self.files = f"`{PEFT_WEIGHTS}` with `{PEFT_CONFIG}` for peft, `{DIFFUSERS_WEIGHTS}` for diffusers"
@@ -276,7 +280,7 @@ class AdapterContent:
         )
 
     def _renamed(self) -> dict[str, Tensor]:
-        """What ComfyUI reads of the adapter, empty where it knows no such family or reads diffusers' own names."""
+        """Weights under ComfyUI's names; empty if it does not know the family or reads diffusers' own names."""
         backbone, state = self.model.backbone_class, self.adapter.state
         comfy = comfy_state(backbone, state) if backbone.comfyui else {}
         return comfy if set(comfy) != {f"{backbone.subfolder}.{key}" for key in state} else {}
@@ -299,7 +303,8 @@ class NetworkContent:
 
     def __init__(self, student: Student, model: Pretrained) -> None:
         assert isinstance(student, FullStudent)
-        self.student, self.model = student, model
+        self.student = student
+        self.model = model
         backbone = model.backbone_class
         part, network = backbone.subfolder, backbone.network_type
         self.about = f"A {network}, trained whole,"
@@ -342,13 +347,13 @@ latents = scheduler.initial_latents({initial}, generator=torch.Generator().manua
 
 
 def base_arguments(model: Pretrained) -> str:
-    """What `from_pretrained` is given for the base: its id on the hub, or BASE, never a folder of this machine."""
+    """Arguments of `from_pretrained` for the base: its id on the hub, or BASE, never a folder of this machine."""
     base = model.path if is_hub_id(model.path) else "BASE"
     return f'"{base}"' + (f', revision="{model.revision}"' if model.revision and is_hub_id(model.path) else "")
 
 
 def placeholders(model: Pretrained) -> str:
-    """What the capitals in the snippet stand for."""
+    """Explanation of the words in capitals in the snippet."""
     text = "`FOLDER` is this folder"
     if is_hub_id(model.path):
         return f"{text}."
@@ -358,7 +363,8 @@ def placeholders(model: Pretrained) -> str:
 
 
 def card(content: Content, model: Pretrained, schedule: ScaleWiseScheduler) -> str:
-    """README of an exported folder: what it is, and a snippet that samples it without `swd` installed."""
+    """README of an exported folder: a description, and a snippet that samples it without `swd` installed."""
+    # The snippet.
     backbone, final = model.backbone_class, schedule.base_sizes[-1]
     pixels = model.pixel_size(final)
     arguments = dict(backbone.sampling_arguments(model.max_text_tokens, model.embedded_guidance))
@@ -377,6 +383,8 @@ def card(content: Content, model: Pretrained, schedule: ScaleWiseScheduler) -> s
         result="frames" if backbone.video else "image",
         output="frames" if backbone.video else "images",
     )
+
+    # The text around it.
     sizes = ", ".join("x".join(map(str, size)) for size in schedule.base_sizes)
     base = f"base_model: {model.path}\n" if is_hub_id(model.path) else ""
     return (

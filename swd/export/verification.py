@@ -1,6 +1,6 @@
-"""An exported folder, loaded back in every way that it is meant for, must predict what its student predicts.
+"""Checks that an exported folder predicts what its student predicts, with every library that can load it.
 
-One network is in memory at a time, in float32, and no text encoder or VAE.
+Only one network is in memory at a time, in float32, and no text encoder or VAE.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from swd.types import Size, UserError
 
 COMFY_WEIGHTS = "comfyui.safetensors"
 SHARE = 1e-3
-"""By how much of the student's update a reloaded network may differ."""
+"""Largest difference of a reloaded network's prediction, relative to the student's update."""
 ROUNDING = 100 * torch.finfo(torch.float32).eps
-"""By how much of the prediction the order of float32 operations may change it."""
+"""Largest difference that the order of float32 operations can explain, relative to the prediction."""
 VISIBLE = 0.1
-"""Size of an update, relative to the weights that it changes, that predictions show clearly."""
+"""Size of an update, relative to the weights that it changes, that is clearly visible in predictions."""
 
 
 @torch.no_grad()
 def check_adapter(folder: Path, adapter: Adapter, model: Pretrained, size: Size) -> None:
-    """Raise UserError unless peft, diffusers and ComfyUI get from `folder` what the adapter's own file means to them.
+    """Raise UserError unless peft, diffusers and ComfyUI load from `folder` the student that `adapter` describes.
 
-    What is expected is what peft or diffusers themselves make of the file that was exported, so that a setting which
-    this package has misread is noticed. A small update is enlarged alike on all sides, so that a loader that loads
-    nothing cannot pass for rounding.
+    The reference is the original adapter file as peft or diffusers themselves read it, so that a setting which this
+    package misreads is noticed. A small update is enlarged by the same factor on all sides: otherwise a loader that
+    loads nothing at all would differ by no more than rounding.
 
     Args:
-        folder: as exported.
-        adapter: what was exported.
+        folder: the exported folder.
+        adapter: the exported adapter.
         model: its base.
         size: latent size to predict at.
     """
@@ -69,28 +69,28 @@ def check_adapter(folder: Path, adapter: Adapter, model: Pretrained, size: Size)
 
 @torch.no_grad()
 def check_network(folder: Path, student: FullStudent, model: Pretrained, size: Size) -> None:
-    """Raise UserError unless diffusers gets the student's network from `folder`."""
+    """Raise UserError unless diffusers loads the student's network from `folder`."""
     expected = predict(student.network(model).float().eval(), model, size)
     actual = predict(FullStudent(folder).network(model).float().eval(), model, size)
     compare("diffusers", actual, expected, torch.zeros(()))
 
 
 def compare(way: str, actual: Tensor, expected: Tensor, update: Tensor, reader: str = "") -> None:
-    """Raise UserError if a prediction differs by more than `SHARE` of the update's norm and more than rounding does.
+    """Raise UserError if a prediction differs by more than `SHARE` of the update's norm and by more than rounding.
 
     Args:
-        way: what loaded the exported network.
-        actual: its prediction.
-        expected: the student's.
-        update: norm of what the student changes in the prediction.
-        reader: what loaded the student, and from where, if that was not this package itself.
+        way: name of the library that loaded the exported network.
+        actual: prediction of that network.
+        expected: prediction of the student.
+        update: norm of the change that the student makes to the base's prediction.
+        reader: the library that loaded the student, and its file, if it was not this package.
     """
     error = (actual - expected).norm()
     if not error <= torch.maximum(SHARE * update, ROUNDING * expected.norm()):
-        told = f" from what {reader}" if reader else ""
+        reference = f" from what {reader}" if reader else ""
         fix = f"{MERGE}, or please report" if reader else "please report"
         raise UserError(
-            f"export refused: the network loaded by {way} differs{told} by {error:.2g} in a prediction of norm "
+            f"export refused: the network loaded by {way} differs{reference} by {error:.2g} in a prediction of norm "
             f"{expected.norm():.2g} that the student changes by {update:.2g}; {fix}"
         )
 
@@ -108,7 +108,7 @@ def predict(network: Any, model: Pretrained, size: Size) -> Tensor:
 
 
 def gain_of(network: Any, adapter: Adapter) -> float:
-    """What makes an adapter's update `VISIBLE`; at least 1, and 1 for an update that is zero."""
+    """Factor by which an adapter's update becomes `VISIBLE`; at least 1, and 1 for an update that is zero."""
     weights = dict(network.named_parameters())
     update = whole = 0.0
     for module in adapter.modules:
@@ -130,7 +130,7 @@ def add(network: Any, state: Mapping[str, Tensor], gain: float = 1.0) -> None:
 
 
 def scaled(network: Any, gain: float) -> Any:
-    """A network with LoRA layers, their updates multiplied by `gain`."""
+    """The network, after its LoRA updates were multiplied by `gain`."""
     for layer in network.modules():
         if isinstance(layer, LoraLayer):
             layer.scaling = {name: gain * scale for name, scale in layer.scaling.items()}
@@ -145,20 +145,21 @@ def _network(model: Pretrained) -> Any:
 
 
 def as_published(network: Any, adapter: Adapter, model: Pretrained, gain: float) -> tuple[str, Any]:
-    """The student as somebody else's loader reads the adapter's own file, its update multiplied by `gain`.
+    """The student as peft or diffusers reads the adapter's original file, with its update multiplied by `gain`.
 
     Args:
         network: the base, which is changed.
-        adapter: what was exported.
+        adapter: the exported adapter.
         model: its base.
-        gain: as of `gain_of`.
+        gain: factor from `gain_of`.
 
     Returns:
-        What loaded it and from where, for messages; empty for an adapter that is in no file. And the network.
+        The reading library and the file, in words for messages, empty for an adapter without a file; and the network.
 
     Raises:
         UserError: if that loader refuses the file.
     """
+    # Which library reads the file depends on its layout.
     file = adapter.source
     if not file.is_file():
         add(network, adapter.state, gain)
@@ -172,11 +173,13 @@ def as_published(network: Any, adapter: Adapter, model: Pretrained, gain: float)
             reader, load = "diffusers", partial(_with_diffusers, network, file, model)
         elif lora.as_diffusers and not lora.prefix:
             reader, load = "diffusers", partial(_with_bare_names, network, file)
+
+    # Errors become one line, and the libraries' own messages are silenced.
     before = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity(logging.CRITICAL)  # what fails is told below
+    diffusers_logging.set_verbosity(logging.CRITICAL)
     try:
         loaded = load()
-    except Exception as error:  # whatever these libraries make of a file that somebody wrote
+    except Exception as error:  # these libraries raise errors of many types for files that they cannot read
         raise UserError(
             f"export refused: {reader} itself cannot load {file} ({one_line(error)[:200]}); {MERGE}"
         ) from None
@@ -199,13 +202,13 @@ def _with_diffusers(network: Any, file: Path, model: Pretrained) -> Any:
 
 
 def _with_bare_names(network: Any, file: Path) -> Any:
-    """What the network's own `save_lora_adapter` writes: names without the part's."""
+    """Load the layout of the network's own `save_lora_adapter`: names without a prefix such as `transformer.`."""
     network.load_lora_adapter(str(file.parent), weight_name=file.name, prefix=None)
     return network.eval()
 
 
 def _with_alphas(network: Any, lora: Lora) -> Any:
-    """kohya's layout, which neither library reads for every family: peft is told the ranks and alphas of the file."""
+    """Load kohya's layout, which neither library reads for every family, with peft and the file's ranks and alphas."""
     ranks = {f"^{re.escape(module)}": weight.shape[0] for module, weight in lora.down.items()}
     alphas = {f"^{re.escape(module)}": lora.alphas.get(module, float(a.shape[0])) for module, a in lora.down.items()}
     config = LoraConfig(target_modules=list(lora.down), rank_pattern=ranks, alpha_pattern=alphas)
@@ -224,7 +227,7 @@ def _with_comfyui(folder: Path, model: Pretrained, adapter: Adapter, gain: float
 
 
 def comfyui_update(tensors: dict[str, Tensor], model: Pretrained, modules: list[str]) -> dict[str, Tensor]:
-    """`lora_A` and `lora_B` by module, as ComfyUI understands a file: kohya's or diffusers' names, alpha / rank.
+    """`lora_A` and `lora_B` of each module as ComfyUI reads them: kohya's or diffusers' names, scaled by alpha / rank.
 
     Raises:
         UserError: if a module is missing, a name is left over, or shapes do not give the module's weight.

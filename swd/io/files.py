@@ -17,7 +17,7 @@ from typing import Any
 from swd.types import UserError
 
 CHECKSUMS = "checksums.json"
-"""What a student's folder holds beside its files: their SHA-256."""
+"""Name of the file with the SHA-256 of every other file of a student's folder."""
 
 try:
     import fcntl
@@ -46,17 +46,18 @@ ADVICE = {
     errno.ENODEV: "the disk is gone; choose another one",
     errno.ENXIO: "the disk is gone; choose another one",
 }
-"""What to do about a failed file operation, by its number. All of them are of the machine, none of the program."""
+"""Advice for a failed file operation, by error number. Only errors of the machine are listed, none of the program."""
 
 
 def failed_operation(error: BaseException, path: Path | str | None = None) -> OSError | None:
-    """The file operation that failed behind an error, with its number and its file; None for errors of other kinds.
+    """The failed file operation that caused an error, with error number and file name; None for errors of other kinds.
 
     Args:
         error: of Python, or of a library that hides the number: safetensors, torch, Pillow, ffmpeg.
-        path: what was being written, where the error does not know.
+        path: the file that was being written, used where the error names none.
     """
-    number, file = getattr(error, "errno", None), getattr(error, "filename", None) or path
+    number = getattr(error, "errno", None)
+    file = getattr(error, "filename", None) or path
     file = None if file is None else str(file)
     if isinstance(error, OSError) and number in ADVICE:
         return OSError(number, os.strerror(number), file)
@@ -95,7 +96,7 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> Path:
         if failed is None:
             raise
         inside = failed.filename is None or str(failed.filename).startswith(str(work))
-        # Under the name that the user knows, not that of the temporary sibling.
+        # The message names the file that the user knows, not the temporary sibling.
         raise OSError(failed.errno, failed.strerror, str(path) if inside else failed.filename) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -104,12 +105,12 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> Path:
 
 @contextmanager
 def in_use(work: Path) -> Iterator[bool]:
-    """Hold the lock on a folder that `write_aside` made, which ends with the process; True if it was to be had."""
+    """Hold the lock on a folder that `write_aside` made; yields whether the lock was free. It ends with the process."""
     handle = os.open(work, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (OSError, AttributeError):  # held by who writes there; or no locks, on this file system or at all
+        except (OSError, AttributeError):  # another process writes there, or this file system or platform has no locks
             yield False
         else:
             yield True
@@ -118,9 +119,10 @@ def in_use(work: Path) -> Iterator[bool]:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what writes that were killed left behind in `folder`; those that still run are left alone.
+    """Remove temporary folders that killed writes left in `folder`; those of writes that still run stay.
 
-    Where the kill came between taking an old folder away and putting the new one in its place, the old one goes back.
+    A write may have been killed between moving the old folder away and moving the new one in; then the old one is put
+    back.
     """
     for work in folder.glob(".*"):
         found = _LEFTOVER.fullmatch(work.name)
@@ -131,7 +133,7 @@ def clear_leftovers(folder: Path) -> None:
             with in_use(work) as ours:
                 if ours and (work / "old").exists() and not (folder / found[1]).exists():
                     os.rename(work / "old", folder / found[1])
-        except OSError:  # gone meanwhile, or not ours to open
+        except OSError:  # removed by another process meanwhile, or owned by another user
             continue
         if ours:
             shutil.rmtree(work, ignore_errors=True)
@@ -164,9 +166,9 @@ def claim_folder(folder: Path, marker: str = "config.yaml", reserve: bool = Fals
     """Create an output folder that no earlier run has used.
 
     Args:
-        folder: what to create.
-        marker: the file that says that a run owns the folder.
-        reserve: create the marker, empty; of two runs that start at once, one is refused.
+        folder: the folder to create.
+        marker: name of the file by which a run marks the folder as its own.
+        reserve: also create an empty marker, so that of two runs that start at once one is refused.
 
     Raises:
         UserError: if it cannot be written, or `marker` shows that another run owns it.
@@ -201,11 +203,11 @@ def write_checksums(folder: Path) -> Path:
 
 
 def check_checksums(folder: Path, names: Iterable[str]) -> None:
-    """Compare files with what was recorded beside them; a folder without a record is taken as it is.
+    """Compare files with the hashes recorded beside them; a folder without a record is not checked.
 
     Args:
         folder: where the files are.
-        names: those that are about to be read.
+        names: the files that are about to be read.
 
     Raises:
         UserError: if a file is not the one that was written, or the record itself is damaged.

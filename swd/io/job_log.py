@@ -1,4 +1,4 @@
-"""How far a long job is: a bar on a terminal, lines in a file."""
+"""Progress of a long job on standard error: a bar on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from tqdm import tqdm
 from swd.io.masking import mask_text
 
 INTERVAL = 30.0
-"""Seconds between two lines where there is no terminal: often enough to see that a job lives, short enough in a log."""
+"""Seconds between two lines where there is no terminal: often enough to see that a job runs, few enough for a log."""
 
 
 class JobLog:
-    """Says on standard error what a job does: when it starts, while it runs, and when it ends.
+    """Reports on standard error that a job starts, how far it is, and that it ended.
 
     On a terminal this is one live bar. Elsewhere it is a line at the start, one about every 30 seconds with place, rate
     and time left, and one at the end. A context manager.
 
     Args:
-        task: what is done, on what and where to, in one line.
+        task: description of the job in one line, with its input and output.
         total: how many units there are.
-        unit: what one is called, e.g. "picture".
+        unit: name of one unit, e.g. "picture".
         done: how many were done before this process started.
-        shown: False says nothing at all (other processes than the first one).
+        shown: False prints nothing (for all processes but the first).
         interval: seconds between two lines.
-        clock: seconds from any moment on; tests give their own.
+        clock: returns seconds since any fixed moment; tests give their own.
     """
 
     def __init__(
@@ -41,14 +41,21 @@ class JobLog:
         interval: float = INTERVAL,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.task, self.total, self.unit, self.shown = task, total, unit, shown
-        self.interval, self._clock = interval, clock
-        self.place = self._first = done
-        self._started = self._told = clock()
+        self.task = task
+        self.total = total
+        self.unit = unit
+        self.shown = shown
+        self.interval = interval
+        self.place = done
+        self._first = done
+        self._clock = clock
+        self._started = clock()
+        self._last_line = self._started
         self._bar: tqdm | None = None
 
     def __enter__(self) -> JobLog:
-        self._started = self._told = self._clock()
+        self._started = self._clock()
+        self._last_line = self._started
         if not self.shown:
             return self
         earlier = f", {self.place} of them done before" if self.place else ""
@@ -58,13 +65,13 @@ class JobLog:
         return self
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Report that `count` more units are done; `note` (the losses, say) goes at the end of the line."""
+        """Report that `count` more units are done; `note`, e.g. the losses, is put at the end of the line."""
         self.place += count
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(count)
-        elif self.shown and self._clock() - self._told >= self.interval:
-            self._told = self._clock()
+        elif self.shown and self._clock() - self._last_line >= self.interval:
+            self._last_line = self._clock()
             say(self.line(note))
 
     def line(self, note: str = "") -> str:

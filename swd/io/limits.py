@@ -1,4 +1,4 @@
-"""Ranges of numbers that a command line gives, checked in one way and refused in one form."""
+"""Valid ranges of numbers on the command line; all are refused with the same kind of message."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import os
 from swd.types import UserError
 
 STEPS = 1000
-"""Steps of a sampler: the noise levels that all these models were trained on; more of them repeat some."""
+"""Steps of a sampler at most: these models were trained on 1,000 noise levels, and more steps would repeat some."""
 GUIDANCE = 100.0
-"""Guidance scale: ten times the largest that any of these models is published with; pictures are burnt long before."""
+"""Guidance scale at most: ten times the largest that any of these models is published with."""
 AT_ONCE = 4096
-"""Pictures or prompts in one batch: more than any device holds of the smallest model."""
+"""Pictures or prompts in one batch at most: more than any device holds of the smallest model."""
 SIDE = 8192
 """Pixels along a side: eight times what these models were trained on."""
 LARGEST_SIDE = 2**14
 """Side of a latent, or a number that latents are divided by: far beyond any model, small enough to compute with."""
 FRAMES = 1000
-"""Frames of a video: ten times what these models were trained on."""
+"""Frames of a video at most: ten times the number that these models were trained on."""
 FPS = 240
-"""Frames a second: what the fastest displays show."""
+"""Frames a second at most: those of the fastest displays."""
 
 
 def whole(key: str, value: int | None, least: int = 1, most: int | None = None, why: str = "") -> None:
-    """Raise UserError unless a whole number is in range; None is let through.
+    """Raise UserError unless a whole number is in range; None is accepted.
 
     Args:
-        key: what the user calls it.
+        key: its name on the command line.
         value: the number.
         least: smallest valid number.
         most: largest one; None: no limit.
@@ -40,23 +40,23 @@ def whole(key: str, value: int | None, least: int = 1, most: int | None = None, 
 
 
 def number(key: str, value: float | None, least: float, most: float, why: str = "") -> None:
-    """Raise UserError unless a number is finite and in range; None is let through."""
+    """Raise UserError unless a number is finite and in range; None is accepted."""
     if value is not None and not (math.isfinite(value) and least <= value <= most):
         raise UserError(f"{key}={value}; use {least:g} to {most:g}" + (f", {why}" if why else ""))
 
 
 def seed(key: str, value: int, stop: int = 2**63) -> None:
-    """Raise UserError unless a seed is from 0 up to but without `stop`."""
+    """Raise UserError unless a seed is at least 0 and below `stop`."""
     if not 0 <= value < stop:
         raise UserError(f"{key}={value}; use 0 or more, below 2^{stop.bit_length() - 1}")
 
 
 def most_workers() -> int:
-    """Loader processes that a machine can use: four a core, and 32 anywhere, since they may wait for a network."""
+    """Largest number of loader processes: four for each core, at least 32 since loaders may wait for a network."""
     return max(32, 4 * (os.cpu_count() or 1))
 
 
 def workers(key: str, value: int) -> None:
-    """Raise UserError unless a number of loader processes is from 0 to what this machine can use."""
+    """Raise UserError unless a number of loader processes is from 0 to `most_workers()`."""
     cores = os.cpu_count() or 1
     whole(key, value, 0, most_workers(), f"each is a process or a thread, and this machine has {cores} cores")

@@ -1,4 +1,4 @@
-"""What must not be written down: passwords, keys and tokens, and values that come from the environment."""
+"""Removes passwords, keys, tokens and secrets of the environment from values and texts before they are written."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _NAMES_A_NUMBER = re.compile(r"key|token")
 
 _URL_USER = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#'\"<>]*@")
 _URL_ODD_PASSWORD = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]*://)[^\s/:@'\"<>]*:(?!\d{1,5}(?:[/?#]|$))[^\s'\"@<>]*@")
-"""As above, where the password itself holds a slash."""
+"""Like `_URL_USER`, for passwords that hold a slash."""
 _URL_QUERY = re.compile(r"([?&;])([^=&;?\s'\"]+)=([^&;\s'\"<>#]+)")
 _ASSIGNED = re.compile(r"([A-Za-z_][\w.@/-]*)(?:['\"]?\s*[:=]\s*)")
 _VALUE = re.compile(r"\"[^\"]*\"?|'[^']*'?|\{[^}]*\}?|\[[^\]]*\]?|(?:Bearer|Basic)\s+\S+|[^\s,;}\]&)'\"]+")
 _LEAST = 8
-"""Characters of a secret in the environment that are looked for in texts: shorter ones occur by chance."""
+"""Shortest secret of the environment that is searched for in texts: shorter strings occur by chance."""
 
 
 def is_secret(key: Any) -> bool:
@@ -38,11 +38,11 @@ def is_secret(key: Any) -> bool:
 
 
 def mask(value: Any, key: Any = "") -> Any:
-    """A copy of plain values without credentials: those under keys that say so, and those inside URLs.
+    """A copy of plain values without credentials: values of secret keys, and credentials inside URLs.
 
     Args:
         value: dicts, lists and plain values.
-        key: what the value is called.
+        key: name of the value.
     """
     if is_secret(key) and _holds_something(value, key):
         return MASK
@@ -57,12 +57,12 @@ def _holds_something(value: Any, key: Any) -> bool:
     if value is None or isinstance(value, bool) or (isinstance(value, str | list | tuple | Mapping) and not value):
         return False
     if isinstance(value, str) and re.fullmatch(r"\$\{[^{}]*\}", value):
-        return False  # says where the value is from, not what it is
+        return False  # a reference to the value, not the value itself
     return not (isinstance(value, int | float) and _NAMES_A_NUMBER.search(str(key).lower()))
 
 
 def mask_url(text: str) -> str:
-    """A text without the user, the password and the signatures of its URLs, and without secrets of the environment."""
+    """A text without users, passwords and signatures in its URLs, and without secrets of the environment."""
     if "://" in text:
         text = _URL_USER.sub(rf"\1{MASK}@", text)
         text = _URL_ODD_PASSWORD.sub(rf"\1{MASK}@", text)
@@ -73,8 +73,10 @@ def mask_url(text: str) -> str:
 
 
 def mask_text(text: str) -> str:
-    """A message or a command line without credentials: `mask_url`, and what stands behind `api_key=` and the like."""
-    text, done, parts = mask_url(text), 0, []
+    """A message or a command line without credentials: `mask_url`, and values behind `api_key=` and similar names."""
+    text = mask_url(text)
+    done = 0
+    parts: list[str] = []
     for found in _ASSIGNED.finditer(text):
         value = _VALUE.match(text, found.end())
         prose = found[1] in ("key", "full_key") or (found[1] == "token" and ":" in found[0])

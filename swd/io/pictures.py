@@ -15,7 +15,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL image as RGB: transparency over white, 16-bit grey scaled to 8 bits, other colours converted.
 
     Raises:
-        ValueError: for floating-point pixels, whose range nothing says.
+        ValueError: for floating-point pixels, because their range is unknown.
     """
     if image.mode == "F":
         raise ValueError("floating-point pixels")
@@ -29,7 +29,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def picture_bytes(image: Image.Image, ending: str, quality: int) -> bytes:
-    """A picture as the bytes of a "png", "jpg" or "webp" file; `quality`, 1 to 100, is of the lossy ones."""
+    """A picture as the bytes of a "png", "jpg" or "webp" file; `quality` (1 to 100) applies to jpg and webp."""
     options: dict[str, dict[str, Any]] = {
         "png": {"format": "PNG"},
         "jpg": {"format": "JPEG", "quality": quality, "subsampling": 0},

@@ -1,7 +1,7 @@
-"""Tables of texts: CSV, TSV, JSON Lines and plain lines, read by one set of rules, whoever asks.
+"""Tables of texts: CSV, TSV, JSON Lines and plain lines. All commands read them by the same rules.
 
-A row that cannot be right (more cells than the header, a quote that nobody closed) is given with its fault and its
-line; whether that ends a command or one row is the caller's affair.
+A faulty row (more cells than the header, a quote that is not closed) is returned with its line number and a description
+of the fault; the caller decides whether it skips the row or stops.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 RECORDS = (".jsonl", ".ndjson")
 """Endings of files with a JSON object a line."""
 OTHERS = (".json", ".parquet", ".arrow", ".feather", ".xlsx", ".xls", ".ods", ".gz", ".zip", ".yaml", ".yml")
-"""Endings of files that hold tables and are no lines of text."""
+"""Endings of files that may hold tables but cannot be read as lines of text."""
 LONGEST = 131_072
 """Characters of a text at most: the limit of Python's reader of CSV files, some 40 times what any model reads."""
 LARGEST = 4 * 2**30
-"""Bytes of a table at most: it is read whole."""
+"""Bytes of a table at most, since it is read into memory as a whole."""
 BREAKS = dict.fromkeys(map(ord, "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"), " ")
-"""Characters beside the newline at which texts are split by some programs, such as Python's `str.splitlines`."""
+"""Characters other than the newline at which some programs, such as Python's `str.splitlines`, split lines."""
 UNSEEN = {"Zs", "Zl", "Zp", "Cc", "Cf", "Cs"}
-"""Unicode's categories of characters that leave no mark: blanks, control and format characters."""
+"""Unicode categories of invisible characters: blanks, control and format characters."""
 
 
 class NoText(ValueError):
-    """A value is no text that can be a prompt; the message continues "the caption ..."."""
+    """A value cannot be used as a prompt; the message is the end of a sentence that begins with "the caption"."""
 
 
 def text_of(value: Any) -> str:
@@ -45,7 +45,7 @@ def text_of(value: Any) -> str:
         value: a text, or the bytes of one in UTF-8.
 
     Raises:
-        NoText: if it is of another type, has nothing that can be seen, is longer than `LONGEST`, or no valid text.
+        NoText: if it is of another type, holds only invisible characters, is longer than `LONGEST` or not valid text.
     """
     if isinstance(value, bytes | bytearray | memoryview):
         try:
@@ -53,7 +53,7 @@ def text_of(value: Any) -> str:
         except UnicodeDecodeError as error:
             raise NoText(f"is not UTF-8 text (byte {error.start})") from None
     if not isinstance(value, str):
-        raise NoText(f"is {_told(value)}, not text")
+        raise NoText(f"is {_type_in_words(value)}, not text")
     if len(value) > LONGEST:
         raise NoText(f"has {len(value):,} characters, more than {LONGEST:,}")
     if "\0" in value:
@@ -65,7 +65,7 @@ def text_of(value: Any) -> str:
     return value.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n").translate(BREAKS)
 
 
-def _told(value: Any) -> str:
+def _type_in_words(value: Any) -> str:
     for kind, name in ((dict, "an object"), (list | tuple, "a list"), (type(None), "null"), (bool, "true or false")):
         if isinstance(value, kind):
             return name
@@ -73,7 +73,7 @@ def _told(value: Any) -> str:
 
 
 def is_blank(text: str) -> bool:
-    """Whether nothing of a text can be seen."""
+    """Whether a text is empty or holds only invisible characters."""
     return not text.strip() or all(unicodedata.category(character) in UNSEEN for character in text)
 
 
@@ -90,9 +90,9 @@ class TableRow:
     """A row of a table.
 
     Attributes:
-        line: on which it starts, from 1.
-        cells: one a column; texts, or of JSON any value, None where a key is missing. Empty if there is a fault.
-        fault: what is wrong with the row and how to mend it, in words; empty if nothing is.
+        line: number of its first line, from 1.
+        cells: one for each column: a text, or any JSON value; None where a key is missing. Empty if there is a fault.
+        fault: description of the fault and of its fix; empty if there is none.
     """
 
     line: int
@@ -106,7 +106,7 @@ class Table:
 
     Attributes:
         file: the file.
-        header: names of the columns as they are written.
+        header: names of the columns as written in the file.
         rows: in order, without blank lines.
     """
 
@@ -120,37 +120,38 @@ class Table:
         return [name.strip().lower() for name in self.header]
 
     def column(self, names: Sequence[str]) -> int | None:
-        """Position of the first of `names` that a column has; None without one."""
+        """Position of the column with one of `names`; the first name that exists counts. None if none does."""
         columns = self.columns
         return next((columns.index(name) for name in names if name in columns), None)
 
     def needed(self, names: Sequence[str], key: str = "") -> int:
-        """Position of the first of `names` that a column has; `key` is put before the file in a message.
+        """Like `column`, but required; `key` is put before the file name in the message.
 
         Raises:
             UserError: if there is none.
         """
         found = self.column(names)
         if found is None:
-            told = ", ".join(self.columns) or "of no name"
-            raise UserError(f"{key}{self.file} has columns {told[:300]}; one must be called {' or '.join(names)}")
+            columns = ", ".join(self.columns) or "of no name"
+            raise UserError(f"{key}{self.file} has columns {columns[:300]}; one must be called {' or '.join(names)}")
         return found
 
 
 def read_table(file: Path, key: str = "", lines_as: str = "prompt") -> Table:
     """Read a table.
 
-    `.csv` and `.tsv` have a header, and cells may be quoted; `.jsonl` and `.ndjson` have an object a line, of which the
-    first one says what the columns are; any other file is one column, a text a line.
+    `.csv` and `.tsv` have a header, and cells may be quoted. `.jsonl` and `.ndjson` have an object in each line; the
+    keys of the first one are the columns. Any other file is one column with a text in each line.
 
     Args:
         file: in UTF-8, with or without a byte order mark.
-        key: put before the file in messages, e.g. "prompts=".
-        lines_as: the name of the column of a file of plain lines.
+        key: text before the file name in messages, e.g. "prompts=".
+        lines_as: name of the column for a file of plain lines.
 
     Raises:
         UserError: if it cannot be read as a whole, its header is faulty, or two columns have one name.
     """
+    # The ending decides how lines are read.
     ending = file.suffix.lower()
     if ending in OTHERS:
         raise UserError(f"{key}{file} is a {ending} file; give the list as .csv, .jsonl or .txt, in UTF-8")
@@ -163,6 +164,8 @@ def read_table(file: Path, key: str = "", lines_as: str = "prompt") -> Table:
         found = ((i + 1, lines.text(i).strip(" \t\r\n\v\f"), lines.fault(i, i + 1)) for i in range(len(lines.raw)))
         header = (lines_as,)
         rows = [TableRow(i, () if fault else (text,), fault) for i, text, fault in found if fault or not is_blank(text)]
+
+    # Names of columns must be distinct.
     table = Table(file, header, rows)
     doubled = [name for name, count in Counter(table.columns).items() if name and count > 1]
     if doubled:
@@ -198,7 +201,7 @@ class _Lines:
         return self.raw[index].decode("utf-8", "surrogateescape")
 
     def fault(self, start: int, stop: int) -> str:
-        """What is wrong with the bytes of some lines."""
+        """Description of the first fault in the bytes of lines `start` to `stop` - 1; empty if there is none."""
         for index in range(start, stop):
             try:
                 self.raw[index].decode("utf-8")
@@ -235,7 +238,7 @@ def _delimited(lines: _Lines, delimiter: str, where: str) -> tuple[tuple[str, ..
 
 
 def _parse(lines: _Lines, delimiter: str) -> Iterator[tuple[int, int, list[str], str]]:
-    """First line, line after the last, cells and fault of every row; the line after a fault begins a row."""
+    """First line, line after the last, cells and fault of every row; after a fault, the next line begins a row."""
     place = start = 0
 
     def feed() -> Iterator[str]:
@@ -251,10 +254,10 @@ def _parse(lines: _Lines, delimiter: str) -> Iterator[tuple[int, int, list[str],
                 yield start, place, cells, ""
                 start = place
         except csv.Error as error:
-            told = "a quote is not closed, or text follows one"
+            fault = "a quote is not closed, or text follows one"
             if "limit" in str(error):
-                told = f"a cell of more than {LONGEST:,} characters"
-            yield start, start + 1, [], f"{told}; check its quotes"
+                fault = f"a cell of more than {LONGEST:,} characters"
+            yield start, start + 1, [], f"{fault}; check its quotes"
             start += 1
 
 
@@ -282,7 +285,7 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     """A JSON object with its keys in lower case and without blanks around them.
 
     Raises:
-        NoText: if it is none, or has a key twice.
+        NoText: if it is not a JSON object, or has a key twice.
     """
     try:
         record = json.loads(text, object_pairs_hook=_Pairs)
@@ -298,7 +301,7 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
 
 
 class _Pairs(dict[str, Any]):
-    """A JSON object that still knows the keys that it has twice."""
+    """A JSON object that keeps all its pairs, also those whose key occurs twice."""
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)

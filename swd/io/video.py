@@ -13,7 +13,7 @@ from swd.types import UserError
 
 
 def check_available() -> None:
-    """Raise UserError if nothing can read and write video files here."""
+    """Raise UserError if the package that reads and writes video files is missing."""
     try:
         import imageio_ffmpeg  # noqa: F401
     except ImportError:
@@ -29,7 +29,7 @@ def write(path: Path, video: Tensor, fps: int, comment: str = "") -> Path:
         path: of the file.
         video: frames of even sides.
         fps: frames a second.
-        comment: goes into the file's metadata.
+        comment: text for the file's metadata.
     """
     import imageio_ffmpeg
 
@@ -55,7 +55,7 @@ def read(path: Path, limit: int | None = None) -> Tensor:
 
     Args:
         path: of the file.
-        limit: how many of the first frames are decoded at most; None: all.
+        limit: decode at most this number of frames from the start; None: all.
 
     Raises:
         UserError: if it cannot be read.

@@ -10,7 +10,7 @@ from swd.types import UserError, check_shape
 
 
 class _Given(nn.Module):
-    """Stands where torchmetrics expects a feature extractor; what it is given are features already.
+    """Takes the place of torchmetrics' feature extractor and returns its input, which already holds features.
 
     Args:
         width: feature width D.
@@ -27,12 +27,12 @@ class _Given(nn.Module):
 def frechet_distance(real: Tensor, drawn: Tensor) -> float:
     """`|mu_r - mu_d|^2 + tr(S_r + S_d - 2 (S_r S_d)^1/2)` of Gaussians fitted to two sets of features, in float64.
 
-    It falls with the number of samples even for two draws of one distribution, so only compare values from
-    equally many samples.
+    It falls with the number of samples even for two draws of one distribution, so compare only values that come from
+    the same number of samples.
 
     Args:
         real: features `[N, D]` of the reference.
-        drawn: features `[M, D]` of what is judged.
+        drawn: features `[M, D]` of the pictures that are judged.
 
     Raises:
         UserError: with fewer than two samples on a side, which have no covariance.

@@ -1,4 +1,4 @@
-"""What a network's forward pass costs, counted on the meta device: no weights, no arithmetic, no time."""
+"""Cost of a network's forward pass, counted on the meta device, without weights or arithmetic."""
 
 from __future__ import annotations
 

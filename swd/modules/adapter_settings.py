@@ -1,7 +1,7 @@
-"""What an adapter's settings mean to peft: those that are understood, and a refusal by name of all others.
+"""Reads an adapter's settings as peft does; settings that are not understood are refused by name.
 
-Settings come from strangers. None of their patterns is ever run as a regular expression: names, and the few signs that
-people use in them, are matched here in bounded time.
+Adapters may come from anybody, and a regular expression can be written so that matching takes forever. Patterns in
+settings are therefore never run as regular expressions: the common part of the syntax is matched here in bounded time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from swd.modules.targets import is_target
 from swd.types import UserError
 
 PEFT_RANK = PEFT_ALPHA = 8
-"""What peft takes where a configuration does not say (peft.LoraConfig)."""
+"""Peft's defaults for rank and alpha (peft.LoraConfig)."""
 WITHOUT_EFFECT = (
     "auto_mapping",
     "base_model_name_or_path",
@@ -30,16 +30,16 @@ WITHOUT_EFFECT = (
     "runtime_config",
     "task_type",
 )
-"""Whatever their value, they change nothing about an adapter that is only read: records, training alone, or options of
-another setting that would itself be refused."""
+"""Settings that do not change how an adapter is read, whatever their value: records, settings of training alone, or
+options of another setting that would itself be refused."""
 ACCEPTED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA", None),
     "bias": ("none", None),
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),  # the others change the base, or may
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),  # the others change or may change the base
     "megatron_core": ("megatron.core", None),
     "use_rslora": (True, False, None),
 }
-"""Settings of which some values are understood. Of any other, only that it is off: null, false, [] or {}."""
+"""Settings for which only these values are understood. Any other setting must be off: null, false, [] or {}."""
 READ = (
     "alpha_pattern",
     "exclude_modules",
@@ -53,26 +53,26 @@ READ = (
 """Settings that `Settings` follows."""
 
 MOST_PATTERNS, MOST_WILD, MOST_SPELLINGS = 1024, 64, 1024
-"""More patterns, patterns with wildcards, or alternatives of one pattern than any real adapter has."""
+"""Limits on patterns, patterns with wildcards, and alternatives of one pattern; real adapters have fewer."""
 
 Token = tuple[str, str]
-"""A letter, "any" or "digit", and how often: "1", "?", "*" or "+"."""
+"""A letter, "any" or "digit", and its repetition: "1", "?", "*" or "+"."""
 
 
 @dataclass(frozen=True)
 class Spelling:
-    """One way to write a name: tokens, and whether it has to begin where the name begins."""
+    """One alternative of a pattern: its tokens, and whether it must match from the beginning of the name."""
 
     tokens: tuple[Token, ...]
     anchored: bool
 
     @property
     def wild(self) -> bool:
-        """Whether names of several lengths fit."""
+        """Whether it matches names of several lengths."""
         return any(times != "1" for _, times in self.tokens)
 
     def fits(self, name: str, starts: Sequence[int]) -> bool:
-        """Whether it fits from one of the places `starts` to the end of a name."""
+        """Whether it matches a name from one of the positions `starts` to the end."""
         if not self.wild:
             start = len(name) - len(self.tokens)
             return start in starts and all(_is(sign, c) for (sign, _), c in zip(self.tokens, name[start:], strict=True))
@@ -87,7 +87,7 @@ def _is(sign: str, character: str) -> bool:
 
 
 def _advance(places: set[int], sign: str, times: str, name: str) -> set[int]:
-    """Where one can stand after a token, from each of `places`."""
+    """Positions that are possible after a token that begins at one of `places`."""
     after = set(places) if times in "?*" else set()
     for place in places:
         while place < len(name) and _is(sign, name[place]):
@@ -100,14 +100,14 @@ def _advance(places: set[int], sign: str, times: str, name: str) -> set[int]:
 
 @dataclass(frozen=True)
 class Pattern:
-    """A name as peft reads it: a regular expression, of which only the harmless part is known.
+    """A name as peft reads it: a regular expression. Only a part of the syntax, which is fast to match, is accepted.
 
-    That is letters, digits, `_`, `-`; `.` for any sign and `\\.` for a dot; `\\d` and `[0-9]`; `*`, `+` and `?` behind
-    these; alternatives `(a|b)`; `^` at the beginning and `$` at the end.
+    That is letters, digits, `_`, `-`; `.` for any character and `\\.` for a dot; `\\d` and `[0-9]`; `*`, `+` and `?`
+    after these; alternatives `(a|b)`; `^` at the beginning and `$` at the end.
 
     Attributes:
-        text: as written.
-        spellings: what it stands for.
+        text: the pattern as written.
+        spellings: its alternatives.
     """
 
     text: str
@@ -115,7 +115,7 @@ class Pattern:
 
     @staticmethod
     def read(text: str) -> Pattern | None:
-        """None for a pattern that holds more than is known, or too much of it."""
+        """The pattern; None if it uses other syntax or is too long."""
         try:
             return Pattern(text, tuple(_Reader(text).spellings()))
         except _Unknown:
@@ -123,30 +123,31 @@ class Pattern:
 
     @property
     def wild(self) -> bool:
-        """Whether names of several lengths fit one of its spellings."""
+        """Whether one of its alternatives matches names of several lengths."""
         return any(spelling.wild for spelling in self.spellings)
 
     def fits_end(self, name: str) -> bool:
-        """Whether it fits a name, or the end of one behind a dot: `re.match(rf"(.*\\.)?({pattern})$", name)`."""
+        """Whether it matches a name, or the end of one after a dot: `re.match(rf"(.*\\.)?({pattern})$", name)`."""
         starts = [0, *(i + 1 for i, character in enumerate(name) if character == ".")]
         return any(spelling.fits(name, [0] if spelling.anchored else starts) for spelling in self.spellings)
 
     def fits_whole(self, name: str) -> bool:
-        """Whether it fits all of a name: `re.fullmatch(pattern, name)`."""
+        """Whether it matches a whole name: `re.fullmatch(pattern, name)`."""
         return any(spelling.fits(name, [0]) for spelling in self.spellings)
 
 
 class _Unknown(Exception):
-    """A sign of regular expressions that is not known here."""
+    """Syntax of regular expressions that is not accepted."""
 
 
 class _Reader:
-    """Reads a pattern from left to right into its spellings."""
+    """Parser that turns a pattern into its alternatives, from left to right."""
 
     def __init__(self, text: str) -> None:
         if len(text) > 2**16:
             raise _Unknown
-        self.text, self.at = text, 0
+        self.text = text
+        self.at = 0
 
     def spellings(self) -> list[Spelling]:
         found = self._alternatives(0)
@@ -173,7 +174,7 @@ class _Reader:
             self.at += 1
 
     def _sequence(self, depth: int) -> list[tuple[Token, ...]]:
-        """Tokens up to `|`, `)` or the end, with every choice of the groups among them."""
+        """Tokens up to `|`, `)` or the end; one sequence for each combination of the alternatives of groups."""
         parts: list[list[tuple[Token, ...]]] = []
         count = 1
         while self.at < len(self.text) and self.text[self.at] not in "|)":
@@ -205,7 +206,7 @@ class _Reader:
         if times == "{" or sign not in ("any", "digit"):
             raise _Unknown
         self.at += 1
-        if self.text[self.at : self.at + 1] == "?":  # as few as possible: the same names fit
+        if self.text[self.at : self.at + 1] == "?":  # a lazy repetition matches the same names
             self.at += 1
         return sign, times
 
@@ -226,16 +227,19 @@ class _Reader:
 
 @dataclass(frozen=True)
 class Settings:
-    """What peft makes of an adapter's configuration.
+    """An adapter's configuration as peft reads it.
 
     Attributes:
-        where: how messages begin.
-        rank, alpha: of modules that no pattern names.
-        ranks, alphas: patterns with their values; the first one that fits a module counts.
+        where: beginning of messages.
+        rank: rank of modules that no pattern matches.
+        alpha: alpha of modules that no pattern matches.
+        ranks: patterns with ranks; the first that matches a module counts.
+        alphas: patterns with alphas; the first that matches a module counts.
         rooted: whether updates are scaled by alpha / sqrt(rank) instead of alpha / rank.
-        targets, excluded: which modules peft adapts: a pattern, names or ends of names, or None for no restriction.
+        targets: modules that peft adapts: a pattern, or names or ends of names; None for all.
+        excluded: modules that peft leaves out, in the same form; None for none.
         layers: numbers of the layers that peft adapts, None for all.
-        lists: names of the lists that `layers` counts in; empty for any.
+        lists: names of the module lists in which `layers` are counted; empty for any list.
     """
 
     where: str
@@ -250,14 +254,14 @@ class Settings:
     lists: tuple[str, ...] = ()
 
     def scale(self, module: str, rank: int) -> float:
-        """What `lora_B @ lora_A` of a module is multiplied by.
+        """Factor by which `lora_B @ lora_A` of a module is multiplied.
 
         Args:
-            module: its path in the network.
-            rank: of its weights.
+            module: path of the module in the network.
+            rank: rank of its weights.
 
         Raises:
-            UserError: if the settings give it another rank, or leave it out: peft would not load the weights.
+            UserError: if the settings give the module another rank or exclude it; peft would not load its weights then.
         """
         said = next((value for pattern, value in self.ranks if pattern.fits_end(module)), self.rank)
         if said != rank:
@@ -291,7 +295,7 @@ def _named(names: Pattern | frozenset[str], module: str) -> bool:
 
 
 def _layer(module: str, lists: Sequence[str]) -> int | None:
-    """The number of the layer that a module lies in, as peft counts: the first number behind a name (of `lists`)."""
+    """Number of a module's layer as peft counts: the first number after a name, or after one of `lists`."""
     parts = module.split(".")
     numbers = [at for at in range(1, len(parts) - 1) if parts[at].isdecimal()]
     if not lists:
@@ -300,18 +304,22 @@ def _layer(module: str, lists: Sequence[str]) -> int | None:
 
 
 def read_settings(config: Mapping[str, Any], where: str) -> Settings:
-    """Follow a peft configuration.
+    """Read a peft configuration.
 
     Args:
-        config: as in `adapter_config.json`, or as diffusers stores it beside the weights, without the part's name.
-        where: how messages begin, e.g. "adapter FOLDER".
+        config: content of `adapter_config.json`, or of the metadata that diffusers stores with weights, without the
+            prefix of the part.
+        where: beginning of messages, e.g. "adapter FOLDER".
 
     Raises:
-        UserError: naming the first setting that is not understood, with its value, or that is damaged.
+        UserError: for the first setting that is not understood or damaged, with its name and value.
     """
+    # Settings that are not understood are refused.
     for key, value in config.items():
         if key not in (*READ, *WITHOUT_EFFECT):
             _check_known(key, value, where)
+
+    # Which layers are adapted.
     rooted = config.get("use_rslora") is True
     layers = config.get("layers_to_transform")
     if layers is not None:

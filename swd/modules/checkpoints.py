@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or not there at all, with a hash of their bytes, and looked at before a run goes on."""
+"""Checkpoint files: written completely or not at all, with a hash of their bytes, and checked before a run resumes."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from swd.modules.finite import all_finite
 from swd.types import UserError
 
 MARK = b"swd-sha256:"
-"""Begins the comment of a checkpoint's zip archive; 64 hexadecimal digits follow."""
+"""Beginning of the comment of a checkpoint's zip archive; 64 hexadecimal digits follow."""
 COMMENT = len(MARK) + 64
 END = 22
-"""Bytes of the record that ends a zip archive; its last two are the length of the comment after it."""
+"""Bytes of the record at the end of a zip archive; its last two are the length of the comment after it."""
 
 NEEDED = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step", "pytorch-lightning_version")
 
 
 class Resumable(Protocol):
-    """What a task says about the checkpoints that it can be resumed from."""
+    """A task that can tell whether it can be resumed from a checkpoint."""
 
     def misfit(self, checkpoint: Mapping[str, Any]) -> str | None:
-        """What is missing of a checkpoint or has another shape, in words; None if it fits. Loads no weights."""
+        """Description of what a checkpoint lacks or has in another shape; None if it fits. Loads no weights."""
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, never through TMPDIR, and renames it once it is complete on the disk."""
+    """Writes a checkpoint under a temporary name in its own folder, and renames it once it is complete on the disk."""
 
     def __init__(self) -> None:
         self._failures: list[str] | None = None
@@ -44,7 +44,7 @@ class CheckpointFiles(TorchCheckpointIO):
         """Write `checkpoint` to `path`, with the hash of its bytes.
 
         Raises:
-            UserError: if it cannot be written; inside `failures` that is noted there instead.
+            UserError: if it cannot be written; inside `failures` the message is collected instead.
         """
         path = Path(path)
         try:
@@ -60,7 +60,7 @@ class CheckpointFiles(TorchCheckpointIO):
 
     @contextmanager
     def failures(self) -> Iterator[list[str]]:
-        """Collect what goes wrong, for a caller who has to tell the other processes first."""
+        """Collect messages of failed writes instead of raising, for a caller that must inform other processes first."""
         found: list[str] = []
         self._failures = found
         try:
@@ -73,7 +73,7 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
     try:
         with open(path, "wb") as stream:
             torch.save(checkpoint, stream)
-    except RuntimeError as error:  # torch's words for a write that failed; the cause is behind it
+    except RuntimeError as error:  # torch hides the operating system's error behind one of its own
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
@@ -81,7 +81,7 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def seal(path: Path) -> None:
-    """Add the SHA-256 of a zip archive without a comment as its comment, so that it stays an archive; flush to disk."""
+    """Append the SHA-256 of a zip archive as its comment, so that it stays a valid archive; flush to the disk."""
     with open(path, "r+b") as stream:
         stream.seek(-2, os.SEEK_END)
         stream.write(COMMENT.to_bytes(2, "little"))
@@ -94,9 +94,9 @@ def seal(path: Path) -> None:
 
 
 def bytes_changed(path: Path) -> str | None:
-    """Why the bytes of a checkpoint are not those that were written, None where they are.
+    """Reason why the bytes of a checkpoint differ from those that were written; None if they are the same.
 
-    A file of version 0.1.0 has no hash; there the checksums of the zip archive are looked at, which cover its contents.
+    A file of version 0.1.0 has no hash; the checksums inside the zip archive, which cover its contents, are used there.
     """
     if path.stat().st_size < COMMENT + END:
         return "it is cut off"
@@ -130,11 +130,11 @@ def _digest(stream: Any, length: int) -> bytes:
 
 
 def damage(path: Path, task: Resumable | None = None) -> str | None:
-    """Why a checkpoint cannot be resumed from, in words; None if it can.
+    """Reason why a checkpoint cannot be resumed from; None if it can.
 
     Args:
         path: the file.
-        task: what is to be resumed; None: the file is looked at alone.
+        task: the task to resume; None: check the file alone.
     """
     try:
         changed = bytes_changed(path)
@@ -149,17 +149,17 @@ def damage(path: Path, task: Resumable | None = None) -> str | None:
         return task.misfit(checkpoint) if task is not None else None
     except UserError:
         raise
-    except Exception as error:  # whatever a file that is no checkpoint makes of the reader
+    except Exception as error:  # reading a file that is no checkpoint raises errors of many types
         return f"it cannot be read: {type(error).__name__}"
 
 
 def iterations(path: str | Path) -> int:
-    """How many iterations a checkpoint has behind it."""
+    """Number of iterations that were done when a checkpoint was written."""
     return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
 
 
 def optimizer_misfit(state: Mapping[str, Any], shapes: list[tuple[int, ...]]) -> str | None:
-    """What is wrong with the stored state of AdamW over parameters of these shapes, in their order; None if nothing.
+    """Description of the first fault in a stored AdamW state for parameters of these shapes, in order; None if it fits.
 
     Parameters that never had a gradient have no state.
     """

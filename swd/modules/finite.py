@@ -1,4 +1,4 @@
-"""Training stops at the first value that is not finite, before weights, checkpoints or a student take it on."""
+"""Stops training at the first value that is not finite, before it reaches weights, checkpoints or a saved student."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from swd.types import Checks, UserError
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:
     """Whether no element of any tensor is infinite or NaN: a boolean scalar, computed where the tensors are."""
     found = [tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point()]
-    # Steps of an optimizer are on the CPU, its moments are not.
+    # An optimizer keeps its step counter on the CPU and its moments on the device.
     return torch.stack([each.to(found[0].device) for each in found]).all() if found else torch.tensor(True)
 
 
@@ -25,16 +25,16 @@ def stop_unless_finite(trainer: Trainer, checks: Checks, place: str, state: str)
 
     Args:
         trainer: of the run.
-        checks: what was looked at; the same names on all processes.
+        checks: by name whether a value is finite; the same names on all processes.
         place: iteration, step of the schedule and update, for the message.
-        state: what has not happened yet, for the message.
+        state: description of the state that is kept, for the message.
 
     Raises:
         UserError: with the place, everything that was not finite, and the last good checkpoint.
     """
     device = trainer.strategy.root_device
     failed = torch.stack([(~check).to(device, torch.float32) for check in checks.values()])
-    # One process alone must not raise: the others would wait for it in the next exchange of gradients.
+    # All processes raise together: if one raised alone, the others would wait for it in the next exchange of gradients.
     failed = trainer.strategy.reduce(failed, reduce_op="max")
     if not failed.any():
         return
@@ -53,10 +53,10 @@ def step_or_stop(
     """One optimizer step, after which the weights must still be finite.
 
     Args:
-        step: makes the step.
+        step: a call that makes the step.
         trainer: of the run.
-        parameters: its weights.
-        name: of the weights, for the message.
+        parameters: the weights that the step changes.
+        name: name of the weights, for the message.
         place: see `stop_unless_finite`.
 
     Raises:
@@ -65,7 +65,7 @@ def step_or_stop(
     overflow = False
     try:
         step()
-    except RuntimeError as error:  # torch's words where a factor of the step exceeds the weights' type
+    except RuntimeError as error:  # torch raises if a factor of the step exceeds the range of the weights' type
         if "without overflow" not in str(error):
             raise
         overflow = True

@@ -1,4 +1,4 @@
-"""Weights to train from scratch."""
+"""Initial weights for training from scratch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def fill(weight: Tensor, std: float, generator: torch.Generator) -> None:
 
 @torch.no_grad()
 def initialise_transformer(transformer: SD3Transformer2DModel, seed: int = 0) -> None:
-    """Fresh weights for training from scratch: adaLN-zero, as in DiT (arXiv 2212.09748, section 3.2)."""
+    """Set initial weights for training from scratch: adaLN-zero, as in DiT (arXiv 2212.09748, section 3.2)."""
     generator = torch.Generator().manual_seed(seed)
     for name, module in transformer.named_modules():
         if isinstance(module, nn.Linear):

@@ -13,9 +13,9 @@ from swd.types import UserError
 
 
 def hidden_matrices(blocks: Iterable[nn.Module]) -> list[nn.Parameter]:
-    """The trainable matrices of transformer blocks, without those that make modulations.
+    """The trainable matrices of transformer blocks, except those that compute modulations.
 
-    Modulations give a scale per channel and are no maps between hidden states.
+    A modulation is one scale for each channel, not a map between hidden states, which is what Muon is made for.
     """
     return [
         parameter
@@ -32,11 +32,11 @@ class MuonAdamW(Optimizer):
     matrix at the same rate. Muon's steps are scaled to the root mean square of AdamW's (arXiv 2502.16982, section 2.2).
 
     Args:
-        network: its trainable weights.
-        matrices: those of them that Muon takes.
+        network: the network whose trainable weights are optimized.
+        matrices: the weights that Muon updates; AdamW updates all others.
         lr: learning rate of AdamW.
         muon_lr: learning rate of Muon.
-        weight_decay: of both.
+        weight_decay: weight decay of both.
 
     Raises:
         UserError: when this PyTorch has no Muon (2.9 brought it).

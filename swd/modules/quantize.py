@@ -1,4 +1,4 @@
-"""A frozen base in 8 bits: weights are stored small and widened layer by layer, forward and backward."""
+"""A frozen base in 8 bits: each layer widens its weights when it uses them, in the forward and the backward pass."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _RANGE = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 
 
 class _Widened(torch.autograd.Function):
-    """`x @ W.T` with W kept in 8 bits for the backward pass too; W gets no gradient."""
+    """`x @ W.T`; W is kept in 8 bits for the backward pass and gets no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -34,8 +34,8 @@ class _Widened(torch.autograd.Function):
 class QuantizedLinear(nn.Linear):
     """A frozen linear layer whose weight is 8-bit with one scale per output channel.
 
-    The largest weight of a channel maps to the largest number of the format, so that int8's error is at most 1/254 of
-    it.
+    The largest weight of a channel is stored as the largest number of the format, so that the error of int8 is at most
+    1/254 of that weight.
     """
 
     def __init__(self, layer: nn.Linear, kind: Quantization) -> None:
@@ -58,15 +58,15 @@ class QuantizedLinear(nn.Linear):
 
 @torch.no_grad()
 def quantize(network: nn.Module, targets: Sequence[str], kind: Quantization) -> int:
-    """Replace a network's linear layers named by `targets` in place; modulations and embeddings stay as they are.
+    """Replace the linear layers that `targets` name by 8-bit ones, in place; other layers stay as they are.
 
     Args:
         network: the base, before adapters are added.
         targets: names as in `Pretrained.targets`.
-        kind: the format.
+        kind: the 8-bit format.
 
     Returns:
-        How many layers were replaced.
+        The number of layers replaced.
     """
     found = [
         name for name, module in network.named_modules() if isinstance(module, nn.Linear) and is_target(name, targets)

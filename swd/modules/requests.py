@@ -1,4 +1,4 @@
-"""A picture or video that is asked for: its prompt and its seed."""
+"""A request for one picture or video: its prompt and its seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sampling with the networks in hand; same operations as the stock pipeline with `ScaleWiseScheduler`."""
+"""Sampling with networks in memory: the same operations as the stock pipeline with `ScaleWiseScheduler`."""
 
 from __future__ import annotations
 
@@ -33,22 +33,26 @@ def sample_latents(
     """Run a diffusers scheduler over one role of the networks.
 
     Args:
-        networks: roles on one base.
-        scheduler: a `ScaleWiseScheduler`, or any diffusers scheduler of the process.
+        networks: the roles, which share one base.
+        scheduler: a `ScaleWiseScheduler`, or any diffusers scheduler for the same diffusion process.
         latents: initial noise `[B, C, *first_size]`.
-        conditioning: B rows; `empty`: one row, needed with guidance.
+        conditioning: B rows.
+        empty: conditioning of the empty prompt, one row; needed with guidance.
         guidance_scale: above 1 switches classifier-free guidance on.
-        role: who predicts.
-        steps: number of steps, for schedulers that do not know it.
+        role: the network that predicts.
+        steps: number of steps, for schedulers that do not define it themselves.
 
     Returns:
         Clean latents `[B, C, *last_size]`.
     """
     scheduler.set_timesteps(steps or scheduler.num_inference_steps, device=latents.device)
+    # With guidance each row is predicted twice, without and with its prompt.
     guided = guidance_scale > 1
     if guided:
         assert empty is not None, "guidance takes an empty conditioning"
         conditioning = Conditioning.cat([empty.expand(len(latents)), conditioning])
+
+    # Predict, then let the scheduler take the step; it may return a larger latent.
     x = latents
     with networks.role(role), networks.autocast():
         for i, timestep in enumerate(scheduler.timesteps):

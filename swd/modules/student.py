@@ -1,4 +1,4 @@
-"""What sampling and export take: an adapter on the base, or a network that was trained whole."""
+"""Trained students for sampling and export: an adapter on the base, or a network that was trained whole."""
 
 from __future__ import annotations
 
@@ -18,20 +18,23 @@ from swd.types import UserError
 
 
 class Student(Protocol):
-    """What a student says about itself, and how it gets into the stock pipeline: an `Adapter`, or a `FullStudent`."""
+    """A trained student, which can be checked against a model and put into the stock pipeline.
+
+    `Adapter` and `FullStudent` implement it.
+    """
 
     @property
     def hash(self) -> str:
-        """Of its weights, for the record: 16 hexadecimal digits."""
+        """Hash of its weights for records: 16 hexadecimal digits."""
 
     def check_fits(self, model: Pretrained) -> None:
-        """Raise UserError, with both names, if it was made for another network."""
+        """Raise UserError, with the names of student and model, if it was made for another network."""
 
     def network(self, model: Pretrained, device: torch.device | str = "cpu") -> Any:
-        """The denoising network that a pipeline is built around, on the CPU, in the model's dtype for `device`."""
+        """The denoising network for a pipeline, on the CPU, in the dtype that the model uses on `device`."""
 
     def load_into(self, pipe: Any, model: Pretrained) -> None:
-        """Put the rest of the student into a pipeline built around `network`."""
+        """Load the rest of the student, such as an adapter, into a pipeline that holds `network`."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class FullStudent:
     """A network that was trained whole (`model.tuning=full`): a diffusers model in a folder of its own.
 
     Attributes:
-        folder: with `config.json` and safetensors weights.
+        folder: folder with `config.json` and safetensors weights.
     """
 
     folder: Path
@@ -75,11 +78,11 @@ class FullStudent:
         )
 
     def load_into(self, pipe: Any, model: Pretrained) -> None:
-        """Nothing is left to load."""
+        """Do nothing: `network` has loaded all of the student."""
 
 
 def load_student(path: Path) -> Student:
-    """Read what `adapters.locate` found.
+    """Read the student at a path that `adapters.locate` returned.
 
     Raises:
         UserError: if it is incomplete or damaged.

@@ -1,4 +1,4 @@
-"""How long prompts are for a model's text encoders: what is beyond their limit is cut without a word."""
+"""Counts prompts that are longer than a model's text encoders read; the encoders cut the rest without a warning."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from swd.modules.pretrained import Pretrained
 AT_ONCE = 1000
 """Prompts given to a tokenizer in one call."""
 MANY = 100_000
-"""Prompts whose counting takes long enough, some seconds, to be reported."""
+"""From this number of prompts on, counting takes some seconds and is reported."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Beyond:
     """Prompts that are longer than a model sees.
 
     Attributes:
-        limit: tokens that it sees, those around the text included.
-        checked: prompts that were counted.
-        count: how many of them are longer.
-        most: tokens beyond the limit, of the longest.
+        limit: tokens that the model sees, including the special ones around the text.
+        checked: number of prompts that were counted.
+        count: number of them that are longer.
+        most: tokens of the longest prompt beyond the limit.
     """
 
     limit: int
@@ -34,8 +34,8 @@ class Beyond:
     count: int = 0
     most: int = 0
 
-    def told(self) -> dict[str, int]:
-        """For a manifest."""
+    def metadata(self) -> dict[str, int]:
+        """Values for a manifest."""
         return {"limit": self.limit, "samples": self.count, "most": self.most}
 
 
@@ -43,7 +43,7 @@ class TextLimit:
     """Counts the tokens of prompts for the text encoder that sees most of them; loads its tokenizer alone.
 
     Args:
-        model: whose encoders.
+        model: the model with the encoders.
 
     Attributes:
         limit: tokens that this encoder sees; None where it has no limit, or its tokenizer cannot be read (loading the
@@ -64,19 +64,19 @@ class TextLimit:
             kind = getattr(transformers, parts[part][1])
             self._tokenizer = kind.from_pretrained(model.folder / part, local_files_only=True)
             self.limit = model.max_text_tokens if self.chosen else int(self._tokenizer.model_max_length)
-        except Exception:  # tokenizers raise whatever the wrong file leads to
+        except Exception:  # a damaged file makes tokenizers raise errors of many types
             return
-        if self.limit > 10**6:  # what transformers gives tokenizers that name no length
+        if self.limit > 10**6:  # transformers stores a huge number for tokenizers without a limit
             self.limit = None
 
     def counts(self, prompts: Sequence[str]) -> list[int]:
-        """Tokens of each prompt, with those that the pipeline puts around it."""
+        """Number of tokens of each prompt, including the special ones that the pipeline adds."""
         cleaned = [self.encoders.cleaned(prompt) for prompt in prompts]
         found = self._tokenizer(cleaned, add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
         return [len(tokens) for tokens in found]
 
     def beyond(self, prompts: Iterable[str]) -> Beyond:
-        """How many of some prompts are longer than the limit, and by how much at most."""
+        """The number of prompts that are longer than the limit, and the largest excess."""
         if self.limit is None:
             return Beyond(0)
         listed = list(prompts)
@@ -100,10 +100,10 @@ def warn_beyond(model: Pretrained, prompts: Sequence[str], what: str = "prompts"
     """Warn once if some prompts are longer than the model sees.
 
     Args:
-        model: that they are for.
-        prompts: the ones to count.
-        what: what they are, for the message.
-        total: how many there are in all, where `prompts` are a sample of them.
+        model: the model that reads the prompts.
+        prompts: the prompts to count.
+        what: name of the prompts in the message, e.g. "captions".
+        total: number of all prompts, if `prompts` are a sample of them.
     """
     limit = TextLimit(model)
     found = limit.beyond(prompts)

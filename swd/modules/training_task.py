@@ -1,4 +1,4 @@
-"""What the training tasks share: weight averages, the learning-rate curve, safe replacement of a model's files."""
+"""Shared parts of the training tasks: weight averages, the learning-rate curve, safe replacement of a model's files."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class WatchedTask(L.LightningModule):
     """A task with one optimizer whose run stops at the first value that is not finite.
 
     Attributes:
-        checks: what the last `training_step` found finite or not, term by term.
-        deed: what is done, for messages.
+        checks: by name of a term, whether it was finite in the last `training_step`.
+        deed: description of the task for messages, e.g. "training the judge".
     """
 
     checks: Checks
@@ -40,17 +40,17 @@ class WatchedTask(L.LightningModule):
         raise NotImplementedError
 
     def export(self) -> None:
-        """Write what was trained."""
+        """Write the trained model."""
         raise NotImplementedError
 
     def older_than(self, checkpoint: Path) -> bool:
-        """Whether what `export` writes is missing, or is from before `checkpoint`."""
+        """Whether the files that `export` writes are missing or older than `checkpoint`."""
         times = [file.stat().st_mtime_ns for file in self.target.glob("*.safetensors")]
         return max(times, default=0) < checkpoint.stat().st_mtime_ns
 
     @property
     def updates(self) -> int:
-        """Batches taken so far: where the data continue when a run is resumed."""
+        """Number of batches used so far; a resumed run goes on with the next one."""
         return int(self.global_step)
 
     @property
@@ -71,7 +71,7 @@ class WatchedTask(L.LightningModule):
         step_or_stop(step, self.trainer, self._trained(optimizer), "weights", self._place)
 
     def misfit(self, checkpoint: Mapping[str, Any]) -> str | None:
-        """What a checkpoint lacks of an optimizer with its moments; None if it fits. Loads no weights."""
+        """Description of what a checkpoint lacks of the optimizer's state; None if it fits. Loads no weights."""
         states = checkpoint["optimizer_states"]
         if len(states) != 1:
             return f"it has {len(states)} optimizers rather than 1"
@@ -91,13 +91,13 @@ class WatchedTask(L.LightningModule):
 
 
 def check_finite(module: nn.Module, what: str) -> None:
-    """Raise UserError if weights about to be written over older ones are not finite, in the type that is written."""
+    """Raise UserError if weights that will replace older files are not finite in the dtype that is written."""
     if not all_finite(module.state_dict().values()):
         raise UserError(f"{what} has weights that are not finite and was not written; try a lower task.lr")
 
 
 def averaged(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of `model`'s parameters that forgets its start: decay is at most (1+n)/(10+n)."""
+    """An exponential moving average of `model`'s parameters; in update n the decay is at most (1 + n) / (10 + n)."""
 
     @torch.no_grad()
     def update(average: Any, current: Any, count: Tensor | int) -> None:
@@ -120,9 +120,9 @@ def warmup_cosine(warmup: int, total: int, floor: float = 0.0) -> Callable[[int]
 
 
 def replace_files(folder: str | Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a fresh folder, then move its files over those in `folder`, each in one atomic step.
+    """Let `write` fill a temporary folder, then move its files over those in `folder`, each in one atomic step.
 
-    A reader therefore finds whole files only, old or new, and a crash while writing leaves the old ones.
+    A reader therefore finds only complete files, old or new, and a crash while writing leaves the old ones.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

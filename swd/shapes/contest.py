@@ -1,6 +1,6 @@
-"""Rows of an evaluation table: pictures are streamed through a judge, kept as small records, and summarised.
+"""Rows of an evaluation table: a judge reads pictures batch by batch, and their features and scores are summarised.
 
-contender -> pictures, a batch at a time -> Judged (features and scores per picture) -> ResultRow
+contender -> batches of pictures -> Judged (features and scores of each picture) -> ResultRow
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from swd.shapes.judge import ATTRIBUTES, Judge, Score, score_pictures, summarise
 from swd.types import UserError
 
 SPLIT = "heldout"
-"""Captions with combinations that training never drew."""
+"""Captions with combinations of colour and shape that training never drew."""
 PROMPT_SEED, REFERENCE_SEED, FLOOR_SEED = 0, 1, 2
-"""Dataset seeds of the prompts, of the rendered pictures that FID compares with, and of a second such set."""
+"""Dataset seeds: of the prompts, of the rendered pictures that FID compares with, and of a second set of those."""
 
 Draw = Callable[[list[str], list[int]], Tensor]
-"""Pictures `[B, 3, H, W]` in [-1, 1] of B prompts, each from its own seed."""
+"""Draws pictures `[B, 3, H, W]` in [-1, 1] from B prompts and B seeds."""
 Advance = Callable[[int], object]
-"""Told how many more pictures are done."""
+"""Called with the number of pictures that were done since the last call."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A model with a way of sampling it: one row of the table to be.
+    """A model with a way of sampling it; it becomes one row of the table.
 
     Attributes:
-        name: of the row.
+        name: name of the row.
         steps: generation steps.
-        nfe: network evaluations per picture; guidance takes two a step.
-        gflop: of the network per picture.
+        nfe: network evaluations per picture; guidance takes two in each step.
+        gflop: cost of the network per picture.
         draw: draws a batch of pictures.
-        ready: what it is timed and judged in.
+        ready: makes a context in which the model is ready to be timed and judged, e.g. with its LoRA merged.
     """
 
     name: str
@@ -65,11 +65,11 @@ class Contender:
 
 @dataclass(frozen=True)
 class Judged:
-    """What is kept of N pictures.
+    """Features and scores of N pictures; the pictures themselves are not kept.
 
     Attributes:
-        features: the judge's `[N, D]` float32.
-        scores: `[N, A, 2]` int64: per attribute how many statements of the caption hold, and how many it makes.
+        features: features of the judge `[N, D]`, float32.
+        scores: `[N, A, 2]` int64: for each attribute, how many statements of the caption hold and how many it makes.
     """
 
     features: Tensor
@@ -97,14 +97,17 @@ class ResultRow:
     """One row of the table.
 
     Attributes:
-        name, steps, nfe, gflop: as in `Contender`.
-        ms_per_image: median over batches of the time for network and VAE, per picture.
+        name: see `Contender`.
+        steps: see `Contender`.
+        nfe: see `Contender`.
+        gflop: see `Contender`.
+        ms_per_image: time of network and VAE per picture, median over batches.
         fid: Fréchet distance of the judge's features to those of rendered pictures.
         prompt_accuracy: mean over attributes, in [0, 1].
-        exact_match: share of pictures of which every statement of the caption holds.
-        attributes: accuracy per attribute.
-        n_pictures: that fid and accuracies were taken over.
-        source: "live", or where stored statistics came from.
+        exact_match: share of pictures for which every statement of the caption holds.
+        attributes: accuracy of each attribute.
+        n_pictures: number of pictures behind fid and accuracies.
+        source: "live", or the origin of stored statistics.
     """
 
     name: str
@@ -126,11 +129,11 @@ class ResultRow:
 
 @dataclass(frozen=True)
 class Timing:
-    """Speed of a contender, and the pictures that were drawn to find it.
+    """Speed of a contender, and the pictures drawn while it was measured.
 
     Attributes:
         ms_per_image: median over batches, milliseconds.
-        pictures: `[N, 3, H, W]` in [-1, 1], of the first N prompts.
+        pictures: `[N, 3, H, W]` in [-1, 1] for the first N prompts.
     """
 
     ms_per_image: float
@@ -165,11 +168,11 @@ def batches(n: int, size: int) -> Iterator[range]:
 
 
 class _Euler(FlowMatchEulerDiscreteScheduler):
-    """Euler steps in float32 whatever the network computes in, at given noise levels if there are any.
+    """Euler steps in float32, whatever dtype the network computes in, at given noise levels or the scheduler's own.
 
     Args:
         levels: noise levels of the steps; None: the scheduler's own.
-        **config: of the diffusers scheduler.
+        **config: configuration of the diffusers scheduler.
     """
 
     def __init__(self, levels: Sequence[float] | None = None, **config: Any) -> None:
@@ -187,14 +190,16 @@ class _Euler(FlowMatchEulerDiscreteScheduler):
 
 
 def contenders(task: Distiller) -> tuple[Contender, Contender, Contender]:
-    """The rows of the demo: the teacher as intended, the teacher at the student's steps, the student.
+    """The rows of the demo: the teacher with all its steps, the teacher with as many steps as the student, the student.
 
-    Both teachers draw at the schedule's last size and with classifier-free guidance; the student needs none.
+    The teacher draws at the schedule's last size with classifier-free guidance; the student needs no guidance.
     """
     model, schedule = task.model, task.schedule
     row = task.encode_prompts([""])
     costs = {size: forward_gflop(model, size, row) for size in set(schedule.sizes)}
-    full, few, many = costs[schedule.sizes[-1]], len(schedule), model.teacher_steps
+    full = costs[schedule.sizes[-1]]
+    few = len(schedule)
+    many = model.teacher_steps
     passes = 2 if model.drawing_guidance_scale > 1 else 1
 
     def teacher(scheduler: Any, steps: int) -> Draw:
@@ -230,7 +235,7 @@ def full_size_gflop(task: Distiller) -> float:
 
 @torch.no_grad()
 def teacher_pictures(task: Distiller, scheduler: Any, steps: int, prompts: list[str], seeds: list[int]) -> Tensor:
-    """Pictures `[B, 3, H, W]` of the frozen teacher at the schedule's last size, guided as the model asks."""
+    """Pictures `[B, 3, H, W]` of the frozen teacher at the schedule's last size, with the model's guidance scale."""
     latents = initial_latents(seeds, task.model.channels, task.schedule.sizes[-1]).to(task.device)
     conditioning = task.encode_prompts(prompts)
     latents = sample_latents(
@@ -241,9 +246,9 @@ def teacher_pictures(task: Distiller, scheduler: Any, steps: int, prompts: list[
 
 @contextmanager
 def merged_student(networks: Networks) -> Iterator[None]:
-    """Inside, the student's LoRA is part of the weights, as in a student put to use; after it, all is as before.
+    """Context in which the student's LoRA is merged into the weights, as in use; afterwards the weights are restored.
 
-    A whole copy has nothing to merge, and 8-bit weights cannot take it.
+    Does nothing for a network that was trained whole, which has no LoRA, and for 8-bit weights, which cannot be merged.
     """
     if not isinstance(networks, SharedBase) or networks.quantized:
         yield
@@ -270,7 +275,7 @@ def judge_pictures(judge: Judge, pixels: Tensor, prompts: Sequence[str]) -> Judg
 
 
 def pack_score(score: Score) -> Tensor:
-    """A score as `[A, 2]` int64; attributes that the caption leaves out are 0 of 0."""
+    """A score as `[A, 2]` int64; attributes that the caption does not mention are (0, 0)."""
     return torch.tensor([score.get(name, (0, 0)) for name in ATTRIBUTES])
 
 
@@ -283,7 +288,7 @@ def unpack_score(row: Tensor) -> Score:
 def judged_batches(
     contender: Contender, judge: Judge, prompts: Sequence[str], start: int = 0, batch: int = 32
 ) -> Iterator[Judged]:
-    """Draw pictures `start`.. of the prompts, picture i from seed i, and judge them a batch at a time."""
+    """Draw and judge pictures from number `start` on, batch by batch; picture i has prompt i and seed i."""
     for chunk in batches(len(prompts) - start, batch):
         wanted = [start + i for i in chunk]
         texts = [prompts[i] for i in wanted]
@@ -293,7 +298,7 @@ def judged_batches(
 def run_contender(
     contender: Contender, judge: Judge, prompts: Sequence[str], batch: int = 32, advance: Advance = lambda n: None
 ) -> Judged:
-    """All pictures of a contender, judged."""
+    """Draw and judge all pictures of a contender."""
     parts = []
     for part in judged_batches(contender, judge, prompts, batch=batch):
         parts.append(part)
@@ -310,19 +315,22 @@ def time_contender(
     least: int = 3,
     advance: Advance = lambda n: None,
 ) -> Timing:
-    """Milliseconds per picture, network and VAE, once the prompts are encoded and everything is warm.
+    """Milliseconds per picture for network and VAE, after the prompts are encoded and a first picture was drawn.
 
     Args:
-        contender: what is timed.
-        prompts: drawn in order, again from the first one when they run out.
+        contender: the model to time.
+        prompts: prompts in order; after the last one it starts again.
         batch: pictures drawn together.
-        repeats: batches timed at most; their median counts.
-        seconds: no further batch is begun after this time, but for the `least` ones.
-        least: batches timed at least.
-        advance: told after every batch.
+        repeats: largest number of batches; the result is their median.
+        seconds: after this time no further batch begins, unless `least` is not reached.
+        least: smallest number of batches.
+        advance: called after every batch.
     """
+    # Warm up, which also encodes the prompts.
     size = min(batch, len(prompts))
     contender.draw(list(prompts[:1]), [0])
+
+    # Time batches, and keep the first picture of every prompt.
     times: list[float] = []
     pictures: list[Tensor] = []
     began = time.perf_counter()
@@ -342,7 +350,7 @@ def time_contender(
 def make_row(
     contender: Contender, judged: Judged, reference: Tensor, ms_per_image: float, source: str = "live"
 ) -> ResultRow:
-    """The row of a contender from what was measured; `reference`: features of rendered pictures `[N, D]`."""
+    """The row of a contender from its measurements; `reference`: features of rendered pictures `[N, D]`."""
     accuracy = judged.accuracy()
     return ResultRow(
         name=contender.name,
@@ -364,14 +372,14 @@ def make_row(
 
 @dataclass(frozen=True)
 class Store:
-    """Judged pictures of a contender that is always the same, kept beside the judge.
+    """Stored features and scores of a contender that does not change, such as the teacher.
 
-    Beside the arrays lies a JSON file that says which weights, prompts and settings made them; statistics of anything
-    else are not used.
+    A JSON file beside the arrays records the weights, prompts and settings that they were made with. Statistics that
+    were made with others are not used.
 
     Attributes:
         path: the `.npz` file.
-        facts: what the statistics depend on.
+        facts: the hashes and settings that the statistics depend on.
     """
 
     path: Path
@@ -383,7 +391,7 @@ class Store:
         return self.path.with_suffix(".json")
 
     def why_not(self, n: int) -> str | None:
-        """Why the first `n` pictures cannot come from here; None if they can."""
+        """Reason why the statistics of the first `n` pictures cannot be taken from here; None if they can."""
         if not self.path.is_file() or not self.about.is_file():
             return f"{self.path.name} is not there"
         known = json.loads(self.about.read_text())
@@ -395,17 +403,17 @@ class Store:
         return None
 
     def load(self) -> Judged:
-        """What is stored."""
+        """The stored features and scores."""
         with np.load(self.path) as arrays:
             return Judged(torch.from_numpy(arrays["features"]), torch.from_numpy(arrays["scores"]).long())
 
     def save(self, judged: Judged, command: str) -> None:
-        """Write the arrays, then what they are; both aside."""
+        """Write the arrays, then their description; both under temporary names that are renamed."""
 
         def write(path: Path) -> None:
             np.savez_compressed(path, features=judged.features.numpy(), scores=judged.scores.to(torch.uint8).numpy())
 
-        self.about.unlink(missing_ok=True)  # so that an interruption leaves no description of other arrays
+        self.about.unlink(missing_ok=True)  # an interruption must not leave a description of other arrays
         write_aside(self.path, write)
         write_json(self.about, self.facts | {"n_pictures": len(judged), "command": command})
 
@@ -419,7 +427,7 @@ def store_statistics(
     batch: int = 32,
     advance: Advance = lambda n: None,
 ) -> Judged:
-    """Judge all pictures of a contender and store the records; continues where an interrupted call stopped."""
+    """Judge all pictures of a contender and store the result; goes on where an interrupted call stopped."""
     begun = Store(store.path.with_name(f"{store.path.stem}.partial.npz"), store.facts)
     parts = [begun.load()] if begun.why_not(1) is None else []
     done = sum(map(len, parts))
@@ -436,7 +444,7 @@ def store_statistics(
 
 
 def teacher_store(task: Distiller, judge_folder: Path) -> Store:
-    """Where the teacher's full-length statistics are kept, and what they depend on."""
+    """The store of the statistics of the teacher with all its steps."""
     model = task.model
     facts = {
         "model_sha256": sha256_of(model.folder),
@@ -451,7 +459,7 @@ def teacher_store(task: Distiller, judge_folder: Path) -> Store:
 
 
 def sha256_of(folder: Path) -> str:
-    """One hash of all weights in a folder: names and bytes of its `.safetensors` files, in order of name."""
+    """Hash of all weights in a folder: names and bytes of its `.safetensors` files, in order of name."""
     digest = hashlib.sha256()
     files = sorted(folder.glob("**/*.safetensors"))
     if not files:

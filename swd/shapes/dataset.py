@@ -14,8 +14,8 @@ so "a red star left of a ring and above a blue heart" says that the star is left
 above the heart. `left of` means the same row and a smaller column, `above` the same column and a smaller row;
 `right of` and `below` are their opposites. A word that a caption leaves out is random in the picture.
 
-Relations settle where the objects are, as they do in most pictures that people caption: a denoiser can then read what
-to draw where from the text at noise levels at which nothing of the picture is left.
+Relations determine where the objects are. At noise levels that hide the whole picture, a denoiser can therefore read
+from the text alone what to draw where.
 
 Some (colour, shape) pairs are never drawn for the splits "train" and "val"; every caption of the split "heldout"
 names at least one of them. The split "all" draws every pair equally often.
@@ -65,12 +65,12 @@ TRAIN_PAIRS = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
 
 _GLUE = ("a", "an", "and", "on", "background", "left", "right", "of", "above", "below")
 WORDS = tuple(dict.fromkeys([*_GLUE, *SIZES, *COLOURS, *SHAPES, *BACKGROUNDS]))
-"""Every word that a caption can hold."""
+"""Every word that can occur in a caption."""
 
 
 @dataclass(frozen=True)
 class Mention:
-    """What a caption says about one object; None where it says nothing."""
+    """One object as a caption describes it; None for a property that the caption leaves out."""
 
     shape: str
     colour: str | None = None
@@ -83,10 +83,10 @@ class Mention:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a caption says about a picture.
+    """The content of a caption.
 
-    `relations` holds one entry per mention after the first, and relates the *first* mention to that one; it is
-    empty when the caption merely lists its objects.
+    `relations` has one entry for each mention after the first: the relation of the *first* mention to that one. It is
+    empty if the caption only lists its objects.
     """
 
     mentions: tuple[Mention, ...]
@@ -105,7 +105,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Object:
-    """One drawn object: what it is, and its place (row and column in 0..PLACES-1)."""
+    """One drawn object with its place (row and column in 0..PLACES-1)."""
 
     shape: str
     colour: str
@@ -116,7 +116,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything a picture shows. `seed` fixes what captions never name: jitter, rotation, shading."""
+    """Everything that a picture shows. `seed` fixes what no caption mentions: jitter, rotation, shading."""
 
     objects: tuple[Object, ...]
     background: str
@@ -124,12 +124,12 @@ class Scene:
     seed: int = 0
 
     def prompt(self) -> Prompt:
-        """The description that leaves nothing out."""
+        """The content of the complete caption."""
         mentions = tuple(Mention(o.shape, o.colour, o.size) for o in self.objects)
         return Prompt(mentions, self.relations, self.background)
 
     def caption(self) -> str:
-        """The caption that leaves nothing out."""
+        """The complete caption, with every property of every object."""
         return self.prompt().caption()
 
 
@@ -144,7 +144,7 @@ def related(relation: str, a: tuple[int, int], b: tuple[int, int]) -> bool:
     raise ValueError(f"unknown relation {relation!r}: use one of {', '.join(RELATIONS)}")
 
 
-# --- captions back to what they say -----------------------------------------------------------------------------
+# --- from a caption to its content - -----------------------------------------------------------------------------
 
 _MENTION = rf"an? (?:({'|'.join(SIZES)}) )?(?:({'|'.join(COLOURS)}) )?({'|'.join(SHAPES)})"
 _RELATION = f"({'|'.join(RELATIONS)})"
@@ -183,12 +183,12 @@ _ARRANGEMENTS: dict[int, tuple[tuple[tuple[int, int], ...], ...]] = {
     2: (((1, 0), (1, 2)), ((0, 1), (2, 1))),
     3: (((0, 0), (0, 2), (2, 0), (2, 2)),),
 }
-"""By number of objects: the sets of places that they are spread over."""
+"""Sets of places over which objects are spread, by number of objects."""
 
 
 @cache
 def _layouts(relations: tuple[str, ...], count: int) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """Every placement of `count` objects that keeps the relations of the first to the others."""
+    """Every placement of `count` objects in which the first one has the given relations to the others."""
     return tuple(
         placed
         for places in _ARRANGEMENTS[count]
@@ -199,7 +199,7 @@ def _layouts(relations: tuple[str, ...], count: int) -> tuple[tuple[tuple[int, i
 
 @cache
 def _possible_relations(count: int) -> tuple[tuple[str, ...], ...]:
-    """Every choice of different relations, of the first of `count` objects to the others, that can be placed."""
+    """Every choice of different relations of the first of `count` objects to the others that can be placed."""
     return tuple(r for r in itertools.permutations(RELATIONS, count - 1) if _layouts(r, count))
 
 
@@ -208,7 +208,7 @@ def _pick(rng: np.random.Generator, options: tuple):  # type: ignore[type-arg, n
 
 
 def _draw_pairs(rng: np.random.Generator, count: int, split: str) -> tuple[list[tuple[str, str]], int | None]:
-    """Different (colour, shape) pairs, and the position of the one that has to be held out, if any."""
+    """Different (colour, shape) pairs, and the position of the held-out pair, if the split needs one."""
     pool = PAIRS if split in ("heldout", "all") else TRAIN_PAIRS
     pairs = [pool[i] for i in rng.choice(len(pool), size=count, replace=False)]
     if split != "heldout":
@@ -220,7 +220,7 @@ def _draw_pairs(rng: np.random.Generator, count: int, split: str) -> tuple[list[
 
 
 def draw_scene(rng: np.random.Generator, split: str = "train") -> tuple[Scene, Prompt]:
-    """A random scene and a caption that leaves some of it out.
+    """A random scene, and a caption that leaves some of its properties out.
 
     Raises:
         ValueError: for an unknown split.
@@ -240,7 +240,7 @@ def draw_scene(rng: np.random.Generator, split: str = "train") -> tuple[Scene, P
     )
     scene = Scene(objects, _pick(rng, tuple(BACKGROUNDS)), relations, int(rng.integers(2**31)))
 
-    named = rng.random((count, 2)) < (0.9, 0.6)  # how often a colour and a size are named
+    named = rng.random((count, 2)) < (0.9, 0.6)  # probability that a colour and a size are named
     mentions = tuple(
         Mention(o.shape, o.colour if named[i, 0] or i == held_out else None, o.size if named[i, 1] else None)
         for i, o in enumerate(objects)
@@ -256,7 +256,7 @@ def _box(x: np.ndarray, y: np.ndarray, half_x: float, half_y: float) -> np.ndarr
 
 
 def _fold(x: np.ndarray, y: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates in one half of one of the `n` equal sectors around the centre; the first axis points up."""
+    """Coordinates folded into half of one of `n` equal sectors around the centre; the first axis points up."""
     radius, angle = np.hypot(x, y), np.arctan2(x, -y)
     sector = 2 * np.pi / n
     angle = np.abs(angle - sector * np.round(angle / sector))
@@ -282,11 +282,12 @@ def _heart(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
 
 
 def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Signed distance to a shape's outline, negative inside, exact near the outline's smooth parts.
+    """Signed distance to a shape's outline: negative inside, exact near smooth parts of the outline.
 
     Args:
         shape: one of `SHAPES`.
-        x, y: coordinates relative to the shape's centre in pixels, y pointing down.
+        x: coordinates relative to the shape's centre in pixels, to the right.
+        y: the same, downwards.
         radius: half of the shape's nominal size in pixels.
     """
     if shape == "circle":
@@ -318,7 +319,7 @@ def _background(rng: np.random.Generator, name: str) -> np.ndarray:
 
 
 def _shading(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """What multiplies an object's colour: a linear gradient, of a fifth to either side at most."""
+    """Factors on an object's colour: a linear gradient from at most -20% to +20%."""
     angle = rng.uniform(0, 2 * np.pi)
     return 1 + rng.uniform(0.05, 0.2) * (x * np.cos(angle) + y * np.sin(angle)) / radius
 
@@ -337,7 +338,7 @@ def _paint(canvas: np.ndarray, rng: np.random.Generator, thing: Object) -> None:
 
     angle = rng.uniform(-0.2, 0.2)
     turned_x, turned_y = xs * np.cos(angle) + ys * np.sin(angle), ys * np.cos(angle) - xs * np.sin(angle)
-    # Coverage of a pixel that a straight edge crosses: half a pixel either side of the outline.
+    # Approximate coverage of a pixel that an edge crosses: from 0 to 1 within half a pixel of the outline.
     cover = np.clip(0.5 - signed_distance(thing.shape, turned_x, turned_y, radius), 0, 1)[..., None]
     colour = (np.array(COLOURS[thing.colour]) + rng.uniform(-0.03, 0.03, 3)).astype(np.float32)
     window = canvas[top:bottom, left:right]
@@ -365,9 +366,9 @@ class ShapesDataset(Dataset[dict[str, object]]):
     An item is `{"pixels": [3, resolution, resolution] in [-1, 1], "prompt": str, "index": int}`.
 
     Args:
-        split: "train", "val" (as train, other pictures), "heldout" (pairs never drawn for those two) or "all".
+        split: "train", "val" (like train, other pictures), "heldout" (with pairs that neither of them has) or "all".
         seed: 0 or more.
-        length: number of items; any, since items are drawn on demand.
+        length: number of items; any number, since items are drawn on demand.
         resolution: side of the pictures in pixels.
     """
 
@@ -380,13 +381,16 @@ class ShapesDataset(Dataset[dict[str, object]]):
             raise ValueError(
                 f"seed must be 0 or more, length and resolution positive: got {seed}, {length}, {resolution}"
             )
-        self.split, self.seed, self.length, self.resolution = split, seed, length, resolution
+        self.split = split
+        self.seed = seed
+        self.length = length
+        self.resolution = resolution
 
     def __len__(self) -> int:
         return self.length
 
     def draw(self, index: int) -> tuple[Scene, Prompt]:
-        """The scene and the caption's content of item `index`.
+        """The scene of item `index`, and the content of its caption.
 
         Raises:
             IndexError: outside [0, length).

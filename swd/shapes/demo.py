@@ -1,4 +1,4 @@
-"""`swd demo`: distil the embedded teacher, sample, evaluate, and report, on whatever machine this is."""
+"""The parts of `swd demo`: compare student and teacher, and report."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from swd.shapes.judge import Judge
 from swd.types import UserError
 
 STORE_COMMAND = "swd demo store_teacher=true"
-"""Makes the stored statistics of the teacher."""
+"""The command that makes the stored statistics of the teacher."""
 BATCH, TIMED_BATCH = 16, 8
-"""Pictures drawn at once, for judging and for timing."""
+"""Pictures drawn in one batch, for judging and for timing."""
 
 
 # Measuring
@@ -42,14 +42,14 @@ BATCH, TIMED_BATCH = 16, 8
 
 @dataclass(frozen=True)
 class Study:
-    """What the comparison found.
+    """Results of the comparison.
 
     Attributes:
-        rows: of the table, the student last.
-        timings: of each row, with pictures of the first prompts.
-        prompts: of the evaluation.
-        fid_floor: between two sets of rendered pictures.
-        full_size_gflop: of the student's number of steps, all at full size.
+        rows: rows of the table, the student last.
+        timings: timing of each row, with pictures of the first prompts.
+        prompts: prompts of the evaluation.
+        fid_floor: FID between two sets of rendered pictures, the lowest that can be expected.
+        full_size_gflop: cost of the student's number of steps if all were at full size.
     """
 
     rows: list[ResultRow]
@@ -86,7 +86,7 @@ def compare(cfg: DictConfig, task: Distiller, judge: Judge, judge_folder: Path, 
 
 
 def measure_speed(cfg: DictConfig, contender: Contender, prompts: Sequence[str]) -> Timing:
-    """Time per picture; at least as many pictures are drawn as the report shows."""
+    """Time per picture; draws at least as many pictures as the report shows."""
     size = min(TIMED_BATCH, len(prompts))
     least = max(min(3, cfg.timing_batches), -(-cfg.shown // size))
     with bar(f"{contender.name}: time", max(cfg.timing_batches, least) * size) as advance:
@@ -96,7 +96,7 @@ def measure_speed(cfg: DictConfig, contender: Contender, prompts: Sequence[str])
 def measure_quality(
     cfg: DictConfig, contender: Contender, judge: Judge, prompts: Sequence[str], store: contest.Store | None
 ) -> tuple[Judged, str]:
-    """Judged pictures of a contender, and where they came from."""
+    """Judged pictures of a contender, and their source: "live" or the command that stored them."""
     if store is not None and not cfg.recompute:
         reason = store.why_not(len(prompts))
         if reason is None:
@@ -107,7 +107,7 @@ def measure_quality(
 
 
 def ratios_of(study: Study) -> dict[str, dict[str, Any]]:
-    """The student against what it is measured by, with what is expected and whether it was met."""
+    """Ratios of the student to the teacher and to full-size sampling, each with its expected range."""
     teacher, student = study.rows[0], study.rows[-1]
     return {
         "gflop_of_full_size_steps": ratio(student.gflop, study.full_size_gflop, at_most=0.56),
@@ -120,7 +120,7 @@ def ratios_of(study: Study) -> dict[str, dict[str, Any]]:
 def ratio(
     a: float, b: float, at_most: float | None = None, at_least: float | None = None
 ) -> dict[str, float | str | bool | None]:
-    """`a / b` beside what is expected of it; all None where b is 0."""
+    """`a / b` with its expected range and whether it lies in there; value and verdict are None if b is 0."""
     value = a / b if b else None
     expected = f"<= {at_most:g}" if at_most is not None else f">= {at_least:g}" if at_least is not None else None
     met = None
@@ -133,7 +133,7 @@ def ratio(
 
 
 def read_losses(path: Path) -> dict[str, list[float]]:
-    """The curve of every loss in a run's `metrics.csv`, one value an iteration."""
+    """The curve of every loss in a run's `metrics.csv`, one value per iteration."""
     curves: dict[str, list[float]] = {}
     if not path.is_file():
         return curves
@@ -146,9 +146,9 @@ def read_losses(path: Path) -> dict[str, list[float]]:
 
 
 def first_and_last(curve: Sequence[float], cycle: int) -> list[float]:
-    """Mean over the first and over the last fifth at most, both whole cycles of the schedule.
+    """Means over the beginning and the end of a curve: at most a fifth of it, and whole cycles of the schedule.
 
-    A loss depends on the step of the schedule that is trained, so that other windows would compare sizes.
+    A loss depends on the step of the schedule, so means over parts of a cycle would not be comparable.
     """
     cycles = max(1, len(curve) // cycle)
     window = cycle * max(1, min(10, cycles // 5))
@@ -160,10 +160,13 @@ def first_and_last(curve: Sequence[float], cycle: int) -> list[float]:
 
 
 def describe(cfg: DictConfig, task: Distiller, judge: Judge, study: Study) -> tuple[dict[str, Any], report.Page]:
-    """Everything measured, as JSON and as what the report shows."""
+    """All measurements, as plain values for `results.json` and as the data of the report."""
+    # The run's own records.
     folder = Path(cfg.folder)
     curves = read_losses(folder / "metrics.csv")
     made = json.loads((folder / "run.json").read_text())
+
+    # Plain values.
     results = {
         "rows": [row.as_dict() for row in study.rows],
         "ratios": ratios_of(study),
@@ -183,6 +186,8 @@ def describe(cfg: DictConfig, task: Distiller, judge: Judge, study: Study) -> tu
         "versions": {"python": made["python"]} | made["versions"],
         "folder": short(Path(stored(cfg)["folder"])),  # no value of the environment
     }
+
+    # The page shows pictures too.
     page = report.Page(
         results=results,
         comparisons=comparisons_of(cfg, judge, study),
@@ -195,7 +200,7 @@ def describe(cfg: DictConfig, task: Distiller, judge: Judge, study: Study) -> tu
 
 
 def comparisons_of(cfg: DictConfig, judge: Judge, study: Study) -> list[report.Comparison]:
-    """The first prompts of the evaluation, with every contender's picture and what the judge says of it."""
+    """The first prompts of the evaluation, with the picture of every contender and the judge's score."""
     prompts = study.prompts[: cfg.shown]
     pictures = {name: t.pictures[: cfg.shown] for name, t in zip(study.names, study.timings, strict=True)}
     marks = {}
@@ -222,7 +227,7 @@ def progressions_of(task: Distiller, prompts: Sequence[str]) -> list[report.Prog
 
 
 def machine(task: Distiller) -> dict[str, Any]:
-    """What the times were measured on."""
+    """The machine that the times were measured on."""
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(task.device) if task.device.type == "cuda" else "CPU",
@@ -232,7 +237,7 @@ def machine(task: Distiller) -> dict[str, Any]:
 
 
 def finish(cfg: DictConfig, results: dict[str, Any], page: report.Page) -> None:
-    """Write results and report into the run's folder and beside it, and print the table."""
+    """Write results and report into the run's folder and into its parent folder, and print the table."""
     html = report.render(page)
     latest = Path(cfg.output) / cfg.name
     for folder in (Path(cfg.folder), latest):
@@ -247,7 +252,7 @@ def finish(cfg: DictConfig, results: dict[str, Any], page: report.Page) -> None:
 
 
 def finite(value: Any) -> Any:
-    """The same with None for numbers that JSON cannot hold."""
+    """A copy in which numbers that JSON cannot hold are None."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -272,7 +277,7 @@ class Clock:
     """Wall time by phase.
 
     Args:
-        setup: seconds spent before this process began, None if nobody measured them.
+        setup: seconds spent on installation before this process began, None if unknown.
     """
 
     def __init__(self, setup: float | None = None) -> None:
@@ -283,19 +288,19 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time what happens inside."""
+        """Add the time that the context takes to a phase."""
         start = time.monotonic()
         yield
         self.phases[name] = self.phases.get(name, 0.0) + time.monotonic() - start
 
     def seconds(self) -> dict[str, float]:
-        """Seconds by phase, and in total until now."""
+        """Seconds of each phase, and in total until now."""
         total = self.before + time.monotonic() - self.began
         return {name: round(value, 2) for name, value in (self.phases | {"total": total}).items()}
 
 
 def setup_seconds() -> float | None:
-    """Seconds that the caller spent on installation, from the environment."""
+    """Seconds that `make` spent on installation, from the environment; None if they are not given."""
     text = os.environ.get("SWD_SETUP_SECONDS", "")
     try:
         return max(0.0, float(text)) if text else None
@@ -304,7 +309,7 @@ def setup_seconds() -> float | None:
 
 
 def _process_seconds() -> float:
-    """Seconds since this process began, 0 where the system does not tell."""
+    """Seconds since this process began; 0 if the system does not report them."""
     try:
         ticks = float(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
         uptime = float(Path("/proc/uptime").read_text().split()[0])
@@ -315,7 +320,7 @@ def _process_seconds() -> float:
 
 @contextmanager
 def bar(title: str, total: int) -> Iterator[Advance]:
-    """A live bar on standard error, or one line at the end where there is no terminal."""
+    """A live bar on standard error; without a terminal, one line at the end."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -340,7 +345,7 @@ def note(text: str) -> None:
 
 
 def short(path: Path) -> str:
-    """A path as seen from the working directory, where it lies below it."""
+    """A path relative to the working directory if it lies inside it, else as it is."""
     try:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:

@@ -1,4 +1,4 @@
-"""Figures of the embedded models, as their model cards give them.
+"""Measures the figures in the model cards of the embedded models.
 
     python -m swd.shapes.figures judge   --pictures 4096
     python -m swd.shapes.figures vae     --pictures 512
@@ -25,11 +25,11 @@ from swd.shapes.judge import Judge, prompt_accuracy
 from swd.shapes.pipeline import TEXT_TOKENS
 
 SEED = 1_000_003
-"""Seed of the pictures that figures are measured on; trainings use small ones."""
+"""Seed of the pictures that figures are measured on; trainings use small seeds, so the pictures differ."""
 
 
 def pictures(split: str, count: int) -> tuple[Tensor, list[str], list[str]]:
-    """Rendered pictures [N, 3, 128, 128], their captions, and captions that leave nothing out."""
+    """Rendered pictures [N, 3, 128, 128], their captions, and their complete captions."""
     dataset = ShapesDataset(split, SEED, count)
     pixels = torch.stack([dataset[i]["pixels"] for i in range(count)])  # type: ignore[misc]
     drawn = [dataset.draw(i) for i in range(count)]
@@ -43,18 +43,18 @@ def in_batches(function: Callable[[Tensor], Tensor], inputs: Tensor, batch: int 
 
 
 def resized(pixels: Tensor, side: int) -> Tensor:
-    """Back at 128x128, for the judge."""
+    """Pictures resized to 128x128, the size that the judge reads."""
     return pixels if side == 128 else F.interpolate(pixels, size=(128, 128), mode="bicubic", align_corners=False)
 
 
 def measure_judge(judge: Judge, split: str, count: int) -> dict[str, object]:
-    """What the judge makes of rendered pictures, with captions that leave nothing out."""
+    """Accuracy of the judge on rendered pictures with complete captions."""
     pixels, _, full = pictures(split, count)
     return dict(prompt_accuracy(judge, pixels, full))
 
 
 def measure_vae(judge: Judge, folder: Path, split: str, count: int, sizes: tuple[int, ...]) -> dict[str, object]:
-    """What the judge makes of reconstructions at each size, and their peak signal-to-noise ratio in dB."""
+    """Accuracy of VAE reconstructions at each size, and their peak signal-to-noise ratio in dB."""
     vae = StableDiffusion3Pipeline.from_pretrained(folder, transformer=None, local_files_only=True).vae
     pixels, _, full = pictures(split, count)
     result: dict[str, object] = {}
@@ -69,7 +69,7 @@ def measure_vae(judge: Judge, folder: Path, split: str, count: int, sizes: tuple
 def measure_teacher(
     judge: Judge, folder: Path, split: str, count: int, sizes: tuple[int, ...], steps: int, guidance: float
 ) -> dict[str, object]:
-    """What the judge makes of pictures that the stock pipeline draws for the captions of a split."""
+    """Accuracy of pictures that the stock pipeline draws for the captions of a split."""
     pipeline = StableDiffusion3Pipeline.from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     dataset = ShapesDataset(split, SEED, count)

@@ -1,4 +1,4 @@
-"""A small classifier that reads pictures of shapes, and how well pictures keep what their captions ask for."""
+"""A small classifier that reads pictures of shapes, and scores for how well pictures follow their captions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ATTRIBUTES = ("shape", "colour", "size", "relation", "background", "count")
 
 @dataclass(frozen=True)
 class Reading:
-    """What the judge sees in one picture."""
+    """Objects and background that the judge sees in one picture."""
 
     objects: tuple[Object, ...]
     background: str
@@ -76,7 +76,7 @@ class Judge(nn.Module):
             _Block(c, features, 1),
         )
         self.outputs = {"shape": NOTHING + 1, "colour": len(COLOURS), "size": len(SIZES)}
-        # Places are half an object's room apart, so a place's window has to know where in it things are.
+        # Windows of neighbouring places overlap, so a window's features must keep positions inside it.
         self.places = nn.Sequential(
             nn.AvgPool2d(2),
             nn.Conv2d(features, 2 * features, 4, stride=2),
@@ -147,10 +147,10 @@ class Judge(nn.Module):
         return judge.eval().requires_grad_(False)
 
 
-# --- how well a picture keeps its caption -----------------------------------------------------------------------
+# --- how well a picture follows its caption ----------------------------------------------------------------------
 
 Score = dict[str, tuple[int, int]]
-"""Per attribute that the caption names: how many of its statements hold, and how many it makes."""
+"""For each attribute in the caption: how many of its statements hold, and how many it makes."""
 
 
 def _object_hits(mention: Mention, thing: Object | None) -> Score:
@@ -186,7 +186,7 @@ def _assignment_score(prompt: Prompt, matched: Sequence[Object | None]) -> Score
 
 
 def score_reading(prompt: Prompt, reading: Reading) -> Score:
-    """Match the caption's mentions to the objects seen, the way that makes most of its statements hold."""
+    """Score of a reading; mentions are matched to the objects seen so that most statements hold."""
     absent = (None,) * max(0, len(prompt.mentions) - len(reading.objects))
     candidates = itertools.permutations((*reading.objects, *absent), len(prompt.mentions))
     scored = (_assignment_score(prompt, matched) for matched in candidates)
@@ -198,7 +198,7 @@ def score_reading(prompt: Prompt, reading: Reading) -> Score:
 
 
 def summarise(scores: Sequence[Score]) -> dict[str, float]:
-    """Accuracy in [0, 1] per attribute that any caption names, their `mean`, and `exact_match`.
+    """Accuracy in [0, 1] of each attribute that a caption names, their `mean`, and `exact_match`.
 
     `exact_match` is the share of pictures in which every statement of the caption holds.
     """
@@ -220,10 +220,10 @@ def score_pictures(judge: Judge, pixels: Tensor, prompts: Sequence[str], batch: 
 
 
 def prompt_accuracy(judge: Judge, pixels: Tensor, prompts: Sequence[str], batch: int = 64) -> dict[str, float]:
-    """How well pictures keep their prompts: accuracy in [0, 1] per attribute, `mean` and `exact_match`.
+    """How well pictures follow their prompts: accuracy in [0, 1] of each attribute, `mean` and `exact_match`.
 
-    Only what a prompt names is scored: shape, colour and size of its objects, relations, background; and `count`, the
-    number of objects, always. Mentions are matched to the objects seen by the best assignment.
+    Attributes are shape, colour and size of the objects, relations, background, each scored only if the prompt names
+    it, and `count`, the number of objects. Mentions are matched to the objects seen by the best assignment.
 
     Args:
         judge: reads the pictures.

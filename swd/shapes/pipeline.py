@@ -1,8 +1,8 @@
 """The embedded teacher's skeleton: a complete, small `StableDiffusion3Pipeline` built without any download.
 
-The tokenizers are real ones over the captions' words. The text encoders are random and frozen: each word gets its own
-code, positions and neighbouring words are mixed in at comparable strength, and the transformer learns to read the
-result. `build_pipeline` gives the skeleton with an untrained VAE and transformer; `swd.shapes.train_vae` and
+The tokenizers know the words of the captions. The text encoders are random and frozen: each word has its own vector,
+positions and neighbouring words are added at comparable strength, and the transformer learns to read the result.
+`build_pipeline` builds the pipeline with an untrained VAE and transformer; `swd.shapes.train_vae` and
 `swd.modules.flow_matching` train those.
 """
 
@@ -44,7 +44,7 @@ _T5_OFFSETS = (-1, -2, -3, -4, 1, 2, 3, 4)
 
 
 def _byte_symbols() -> list[str]:
-    """The printable stand-ins that byte-level BPE uses for the 256 bytes, in byte order (GPT-2's table)."""
+    """The printable characters by which byte-level BPE represents the 256 bytes, in byte order (GPT-2's table)."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     extra = iter(range(256, 512))
     return [chr(b) if b in plain else chr(next(extra)) for b in range(256)]
@@ -67,7 +67,7 @@ def _merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
 
 
 def build_clip_tokenizer() -> CLIPTokenizer:
-    """Byte-level BPE: every word of the captions is one token, and any text tokenizes."""
+    """Byte-level BPE: every word of the captions is one token, and any other text can be tokenized too."""
     merges = _merges(WORDS)
     symbols = _byte_symbols()
     tokens = [*symbols, *(s + "</w>" for s in symbols), *("".join(m) for m in merges)]
@@ -78,7 +78,7 @@ def build_clip_tokenizer() -> CLIPTokenizer:
 
 
 def build_t5_tokenizer() -> T5TokenizerFast:
-    """Unigram: every word of the captions is one piece, other text falls apart into letters."""
+    """Unigram: every word of the captions is one piece; other text is split into letters."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     pieces += [(f"▁{word}", -2.0) for word in WORDS]
     known = {piece for piece, _ in pieces}
@@ -92,7 +92,7 @@ def build_t5_tokenizer() -> T5TokenizerFast:
 
 @torch.no_grad()
 def build_clip_encoder(vocab_size: int, seed: int) -> CLIPTextModelWithProjection:
-    """A random CLIP text tower of width 64: unit-scale words, positions at 0.7, one mixing layer before the last."""
+    """A random CLIP text encoder of width 64 and two layers; words have deviation 1, positions 0.7."""
     config = CLIPTextConfig(
         vocab_size=vocab_size,
         hidden_size=_CLIP_WIDTH,
@@ -122,7 +122,7 @@ def build_clip_encoder(vocab_size: int, seed: int) -> CLIPTextModelWithProjectio
 
 @torch.no_grad()
 def build_t5_encoder(vocab_size: int, seed: int) -> T5EncoderModel:
-    """A random T5 encoder of width 128 whose relative position bias points every head at one neighbour."""
+    """A random T5 encoder of width 128; its relative position bias makes each head attend to one neighbour."""
     heads = len(_T5_OFFSETS)
     config = T5Config(
         vocab_size=vocab_size,
@@ -136,6 +136,8 @@ def build_t5_encoder(vocab_size: int, seed: int) -> T5EncoderModel:
         pad_token_id=0,
         eos_token_id=1,
     )
+
+    # Random weights, apart from the position bias and the norms.
     encoder = T5EncoderModel(config)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in encoder.named_parameters():
@@ -146,7 +148,7 @@ def build_t5_encoder(vocab_size: int, seed: int) -> T5EncoderModel:
         elif "shared" in name or "embed_tokens" in name:
             fill(parameter, 1.0, generator)
         elif parameter.ndim == 2:
-            # T5 does not divide its scores by sqrt(d_kv): the query's scale does.
+            # T5 does not divide attention scores by sqrt(d_kv), so the query's weights are scaled down instead.
             width = parameter.shape[1] * (config.d_kv if name.endswith("q.weight") else 1)
             fill(parameter, width**-0.5, generator)
         else:
@@ -158,8 +160,8 @@ def build_t5_encoder(vocab_size: int, seed: int) -> T5EncoderModel:
 def build_vae(channels: tuple[int, ...] = (16, 32, 64, 80), latent_channels: int = 16, seed: int = 0) -> AutoencoderKL:
     """An untrained 8x autoencoder with the layout of SD3's (no quant convolutions).
 
-    Convolutions keep the variance of their input and residual branches start small: with the library's own
-    initialisation the path from pixels to pixels fades, and training takes several times as long.
+    Weights are chosen so that convolutions keep the variance of their input and residual branches start small. With the
+    library's own initialisation the signal fades on its way through, and training takes several times as long.
     """
     vae = AutoencoderKL(
         in_channels=3,
@@ -204,7 +206,7 @@ def build_transformer(layers: int = 6, heads: int = 4, head_dim: int = 32) -> SD
 
 
 def build_pipeline(seed: int = 0) -> StableDiffusion3Pipeline:
-    """The whole pipeline, VAE and transformer untrained; the same weights for the same seed."""
+    """The whole pipeline with an untrained VAE and transformer; equal seeds give equal weights."""
     clip, t5 = build_clip_tokenizer(), build_t5_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -223,7 +225,7 @@ def build_pipeline(seed: int = 0) -> StableDiffusion3Pipeline:
 
 
 def save_pipeline(pipeline: StableDiffusion3Pipeline, folder: str | Path) -> None:
-    """Write the pipeline with half-precision weights that load as float32 where no dtype is asked for."""
+    """Write the pipeline with half-precision weights that load as float32 by default."""
     folder = Path(folder)
     pipeline.to(torch.float16).save_pretrained(folder)
     for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):

@@ -1,4 +1,4 @@
-"""A self-contained HTML page about one run: it opens from disk and loads nothing."""
+"""A self-contained HTML page about one run, which loads no other file."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from swd.io.pictures import to_pil
 
-# What a page is made of
+# Content of a page
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table: its title, its explanation, and how a row's value reads."""
+    """A column of the table: its title, its explanation, and a function that formats a row's value."""
 
     title: str
     help: str
@@ -44,7 +44,7 @@ RATIOS = {
     "accuracy_of_teacher": "the teacher's prompt accuracy",
     "fid_of_teacher": "the teacher's FID",
 }
-"""What the student's ratios are ratios to."""
+"""Denominators of the student's ratios, in words."""
 
 LOSSES = {
     "loss": "total of the student's losses",
@@ -61,7 +61,7 @@ LOSSES = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """One prompt: the picture `[3, H, W]` in [-1, 1] and the judge's mark of every model, by name of its row."""
+    """One prompt with the picture `[3, H, W]` in [-1, 1] and the judge's score of every model, by name of its row."""
 
     prompt: str
     pictures: Mapping[str, Tensor]
@@ -70,7 +70,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Progression:
-    """One prompt: the student's prediction `[3, H, W]` in [-1, 1] at every step, each with a label."""
+    """One prompt with the student's predictions `[3, H, W]` in [-1, 1] at all steps, each with a label."""
 
     prompt: str
     steps: Sequence[tuple[str, Tensor]]
@@ -78,14 +78,14 @@ class Progression:
 
 @dataclass(frozen=True)
 class Page:
-    """All that a report shows.
+    """All data of a report.
 
     Attributes:
-        results: what `results.json` holds.
-        comparisons: prompts side by side.
-        progressions: the student step by step.
-        curves: every loss, one value an iteration.
-        cycle: iterations after which the schedule repeats; curves are smoothed over it.
+        results: contents of `results.json`.
+        comparisons: pictures of all models, prompt by prompt.
+        progressions: predictions of the student, step by step.
+        curves: every loss, one value per iteration.
+        cycle: iterations after which the schedule repeats; curves are averaged over it.
         config: the resolved configuration.
     """
 
@@ -101,14 +101,14 @@ class Page:
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """A number with that many significant digits and no exponent."""
+    """A number with `digits` significant digits and without an exponent."""
     if not math.isfinite(value) or value == 0:
         return str(value) if value else "0"
     return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
 
 
 def ratio_lines(results: Mapping[str, Any]) -> list[str]:
-    """The ratios, one line each, with what is expected of them."""
+    """One line for each ratio, with its expected range."""
     lines = []
     for key, text in RATIOS.items():
         ratio = results["ratios"][key]
@@ -123,11 +123,11 @@ def ratio_lines(results: Mapping[str, Any]) -> list[str]:
 # The page
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 210, 56, 12, 10, 30
-"""Of a chart, in its own units: outer size and margins."""
+"""Outer size and margins of a chart, in its own units."""
 
 
 def templates() -> Environment:
-    """The templates beside this file. Every value is escaped, and a name that is not given is an error."""
+    """The templates beside this file. All values are escaped, and an undefined name is an error."""
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -176,9 +176,10 @@ class Plot:
 
     Attributes:
         name: of the loss.
-        raw, mean: corners of the line of every value and of the mean over whole cycles, as SVG writes them.
+        raw: corners of the line through all values, in SVG's notation.
+        mean: corners of the line of the mean over whole cycles.
         rows: height and text of every tick of the values.
-        columns: place and text of every tick of the iterations.
+        columns: position and text of every tick of the iterations.
     """
 
     name: str
@@ -189,7 +190,7 @@ class Plot:
 
 
 def plot(values: Sequence[float], cycle: int, name: str) -> Plot | None:
-    """A curve of every value and of its mean over whole cycles; None where no value is finite."""
+    """A curve of all values and of their mean over whole cycles; None if no value is finite."""
     known = [v for v in values if math.isfinite(v)]
     if not known:
         return None
@@ -219,18 +220,18 @@ def plot(values: Sequence[float], cycle: int, name: str) -> Plot | None:
 
 
 def chart(values: Sequence[float], cycle: int, name: str) -> str:
-    """A curve as inline SVG: every value faintly, and its mean over whole cycles on top."""
+    """A curve as inline SVG: all values in a light colour, and their mean over whole cycles on top."""
     macro: Any = templates().get_template("chart.svg.j2").module
     return str(macro.chart(plot(values, cycle, name), frame()))
 
 
 def frame() -> dict[str, int]:
-    """Edges of the area in which curves are drawn, and of the whole chart."""
+    """Edges of the area of the curves, and size of the whole chart."""
     return {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "bottom": HEIGHT - BOTTOM}
 
 
 def rolling_mean(values: Sequence[float], cycle: int) -> list[tuple[float, float]]:
-    """Means of `cycle` neighbours, each with the middle of their iterations (from 1)."""
+    """Means over `cycle` neighbouring values, each with the middle of their iterations (counted from 1)."""
     width = max(1, min(cycle, len(values)))
     return [
         (start + (width + 1) / 2, sum(values[start : start + width]) / width)
@@ -250,7 +251,7 @@ def nice_ticks(low: float, high: float, wanted: int = 4) -> list[float]:
 
 
 def tick_text(tick: float, ticks: Sequence[float]) -> str:
-    """A tick with as many decimals as tell it from its neighbours."""
+    """A tick with as many decimals as it needs to differ from its neighbours."""
     step = abs(ticks[1] - ticks[0])
     if step < 1e-4 or abs(tick) >= 1e5:
         return f"{tick:.1e}" if tick else "0"

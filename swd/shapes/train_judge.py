@@ -18,11 +18,11 @@ from swd.shapes.dataset import BACKGROUNDS, COLOURS, PLACES, RESOLUTION, SHAPES,
 from swd.shapes.judge import NOTHING, Judge
 
 IGNORE = -100
-"""Target of a place that says nothing: colour and size of an empty one."""
+"""Target of colour and size at an empty place, which the loss ignores."""
 
 
 def targets(scene: Scene) -> dict[str, Tensor]:
-    """Class indices of a scene: shape, colour, size [P, P], P being PLACES, and background []."""
+    """Class indices of a scene: shape, colour and size [P, P] with P = PLACES, and background []."""
     shape = torch.full((PLACES, PLACES), NOTHING)
     colour, size = torch.full((PLACES, PLACES), IGNORE), torch.full((PLACES, PLACES), IGNORE)
     for thing in scene.objects:
@@ -46,19 +46,22 @@ class LabelledShapes(ShapesDataset):
 
 
 class JudgeData(L.LightningDataModule):
-    """Drawn pictures with the judge's targets, each seen once, in the order of their indices.
+    """Drawn pictures with the judge's targets, each used once, in the order of their indices.
 
     Args:
-        split: of `ShapesDataset`; "all" holds every pair of colour and shape.
-        batch_size: pictures a batch.
+        split: split of `ShapesDataset`; "all" has every pair of colour and shape.
+        batch_size: pictures in a batch.
         workers: loader processes.
-        seed: of the pictures.
+        seed: seed of the pictures.
     """
 
     def __init__(self, split: str = "all", batch_size: int = 64, workers: int = 0, seed: int = 0) -> None:
         super().__init__()
         check_loading(batch_size, workers, seed)
-        self.split, self.batch_size, self.workers, self.seed = split, batch_size, workers, seed
+        self.split = split
+        self.batch_size = batch_size
+        self.workers = workers
+        self.seed = seed
 
     def train_dataloader(self) -> DataLoader[Any]:
         task, trainer = self.trainer.lightning_module, self.trainer  # type: ignore[union-attr]
@@ -69,7 +72,7 @@ class JudgeData(L.LightningDataModule):
 
 
 def degrade(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """What generated pictures may suffer from: lost resolution, noise, a shift in colour and contrast."""
+    """Degrade pictures as generated ones may be: lost resolution, noise, a shift in colour and contrast."""
 
     def uniform(low: float, high: float) -> float:
         return low + (high - low) * float(torch.rand((), generator=generator))
@@ -87,13 +90,13 @@ def degrade(pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def judge_loss(logits: dict[str, Tensor], wanted: dict[str, Tensor]) -> Tensor:
-    """Sum of the cross entropies of shape, colour, size and background; empty places have no colour and no size."""
+    """Sum of the cross entropies of shape, colour, size and background; empty places count for the shape alone."""
     losses = [F.cross_entropy(logits[name].float(), wanted[name], ignore_index=IGNORE) for name in logits]
     return torch.stack(losses).sum()
 
 
 def judge_accuracy(logits: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
-    """Share of right classes per attribute, over places (pictures for the background)."""
+    """Share of right classes of each attribute: over places, for the background over pictures."""
     result = {}
     for name, values in logits.items():
         named = wanted[name] != IGNORE
@@ -108,12 +111,14 @@ class JudgeTask(WatchedTask):
 
     Args:
         out: folder to write.
-        widths, features: the judge's size.
-        lr, warmup: peak learning rate of AdamW; the steps up to it.
-        weight_decay: of AdamW.
-        ema: decay of the averaged weights, which are what is written.
+        widths: see `Judge`.
+        features: see `Judge`.
+        lr: peak learning rate of AdamW.
+        warmup: steps up to the peak.
+        weight_decay: weight decay of AdamW.
+        ema: decay of the averaged weights; these are written.
         save_every: steps between writes.
-        seed: of the degradations drawn.
+        seed: seed of the degradations.
     """
 
     deed = "training the judge"
@@ -131,7 +136,10 @@ class JudgeTask(WatchedTask):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.out, self.lr, self.warmup, self.weight_decay = Path(out), lr, warmup, weight_decay
+        self.out = Path(out)
+        self.lr = lr
+        self.warmup = warmup
+        self.weight_decay = weight_decay
         self.save_every = save_every
         self.generator = torch.Generator().manual_seed(seed)
         self.judge = Judge(widths, features)

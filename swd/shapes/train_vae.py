@@ -27,8 +27,8 @@ def edges(pixels: Tensor) -> tuple[Tensor, Tensor]:
 def reconstruction_loss(output: Tensor, target: Tensor, square_weight: float, edge_weight: float) -> Tensor:
     """Mean absolute error of the pixels, plus their squared error and the absolute error of neighbours' differences.
 
-    The absolute error alone first learns the background, and objects only much later; the squared error puts the
-    objects, few and far off, first.
+    With the absolute error alone the background is learnt first and the objects only much later. The objects fill few
+    pixels but have large errors, so the squared error makes them count from the start.
     """
     loss = F.l1_loss(output, target) + square_weight * F.mse_loss(output, target)
     for a, b in zip(edges(output), edges(target), strict=True):
@@ -37,23 +37,25 @@ def reconstruction_loss(output: Tensor, target: Tensor, square_weight: float, ed
 
 
 class VAETask(WatchedTask):
-    """Train the VAE of the pipeline in `path` on pictures at several sizes, and write it back with its latents' scale.
+    """Train the VAE of the pipeline in `path` on pictures at several sizes, and write it with the scale of its latents.
 
     `batch.pixels` is [B, 3, H, W] in [-1, 1]; each step shrinks its batch to one of `sizes`.
 
     Args:
-        path: pipeline folder; made with an untrained skeleton if it is missing.
+        path: pipeline folder; if it is missing, an untrained pipeline is written there first.
         sizes: sides in pixels, multiples of 8, at most the pictures' own.
-        lr, warmup: peak learning rate of Adam; the steps up to it.
+        lr: peak learning rate of Adam.
+        warmup: steps up to the peak.
         kl_weight: weight of the mean KL divergence per latent element (nats).
         square_weight: weight of the squared error of the pixels.
-        edge_weight: weight of the error in neighbouring pixels' differences.
-        crop, crop_chance: side of the window, and how often a larger picture is cut to it.
-        ema: decay of the averaged weights, which are what is written.
+        edge_weight: weight of the error in differences of neighbouring pixels.
+        crop: side of the window that larger pictures are cut to.
+        crop_chance: probability of that cut.
+        ema: decay of the averaged weights; these are written.
         save_every: steps between writes.
-        part: "all" starts afresh; "decoder" goes on from the VAE in `path` and leaves its encoder as it is, so that
-            networks trained on its latents stay valid.
-        seed: of every draw, and of the skeleton.
+        part: "all" trains from scratch; "decoder" trains only the decoder of the VAE in `path`, so that networks
+            trained on its latents stay valid.
+        seed: seed of every draw, and of the untrained pipeline.
     """
 
     deed = "training the VAE"
@@ -78,16 +80,23 @@ class VAETask(WatchedTask):
         for size in sizes:
             if size <= 0 or size % 8:
                 raise ValueError(f"VAE sizes must be positive multiples of 8 pixels, got {size}: use e.g. 128")
-        self.path, self.sizes = Path(path), tuple(sizes)
-        self.lr, self.warmup, self.kl_weight = lr, warmup, kl_weight
-        self.square_weight, self.edge_weight = square_weight, edge_weight
-        self.crop, self.crop_chance = crop, crop_chance
-        self.save_every, self.seed = save_every, seed
+        self.path = Path(path)
+        self.sizes = tuple(sizes)
+        self.lr = lr
+        self.warmup = warmup
+        self.kl_weight = kl_weight
+        self.square_weight = square_weight
+        self.edge_weight = edge_weight
+        self.crop = crop
+        self.crop_chance = crop_chance
+        self.save_every = save_every
+        self.seed = seed
         self.pick = torch.Generator().manual_seed(seed)
-        self.part, self.ema = part, ema
+        self.part = part
+        self.ema = ema
         self.vae: AutoencoderKL
         self.average: AveragedModel
-        self.recent: deque[Tensor] = deque(maxlen=16)  # what the latents' scale is measured on
+        self.recent: deque[Tensor] = deque(maxlen=16)  # pictures that the scale of the latents is measured on
 
     def configure_model(self) -> None:
         if hasattr(self, "vae"):
@@ -121,7 +130,10 @@ class VAETask(WatchedTask):
         return loss
 
     def maybe_crop(self, pixels: Tensor) -> Tensor:
-        """Mostly a window of `crop` pixels at a random multiple of 8: cheap, and the network is convolutional."""
+        """With probability `crop_chance`, a window of `crop` pixels at a random multiple of 8.
+
+        That is cheaper, and enough for a convolutional network.
+        """
         if pixels.shape[-1] <= self.crop or torch.rand((), generator=self.pick) >= self.crop_chance:
             return pixels
         places = (pixels.shape[-1] - self.crop) // 8 + 1
@@ -139,7 +151,7 @@ class VAETask(WatchedTask):
 
     @torch.no_grad()
     def measure_latents(self, vae: AutoencoderKL, pixels: Tensor) -> tuple[float, float]:
-        """Mean and deviation of sampled latents, over all sizes, each size counting the same."""
+        """Mean and standard deviation of sampled latents; all sizes have the same weight."""
         means, squares = [], []
         for side in self.sizes:
             small = F.interpolate(pixels, size=(side, side), mode="area")
@@ -154,13 +166,13 @@ class VAETask(WatchedTask):
         return self.path / "vae"
 
     def export(self) -> None:
-        """Write the averaged VAE in half precision, with the shift and the scale that normalise its latents."""
+        """Write the averaged VAE in half precision, with the shift and scale that normalise its latents."""
         if not self.trainer.is_global_zero:
             return
         vae: Any = copy.deepcopy(self.average.module)
         vae.eval()
         if self.part == "all":
-            if not self.recent:  # resumed when nothing was left to train
+            if not self.recent:  # the run was resumed after its last step
                 self.recent.append(cast(Any, self.trainer).datamodule.last(256, 0).pixels.to(self.device))
             mean, deviation = self.measure_latents(vae, torch.cat(list(self.recent)))
             if not math.isfinite(mean + 1 / max(deviation, 1e-30)):
