@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from swd.config import stored
 from swd.io.files import write_json, write_text
+from swd.io.job_log import JobLog
 from swd.io.masking import mask_text
 from swd.metrics.fid import frechet_distance
 from swd.modules.distiller import Distiller
@@ -320,23 +320,9 @@ def _process_seconds() -> float:
 
 @contextmanager
 def bar(title: str, total: int) -> Iterator[Advance]:
-    """A live bar on standard error; without a terminal, one line at the end."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=20),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    start = time.monotonic()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        work = progress.add_task(title, total=total)
-        yield lambda n: progress.advance(work, n)
-        progress.update(work, completed=total)
-    if not console.is_terminal:
-        note(f"{title}, {time.monotonic() - start:.1f} s")
+    """How far a part of the demo is, in pictures: see `JobLog`."""
+    with JobLog(title, total, "picture") as log:
+        yield log.advance
 
 
 def note(text: str) -> None:
