@@ -160,3 +160,10 @@ def test_the_schedules_that_fit_are_named(process: Any, other: str, sizes: list[
         f"schedule.process={process}, but this model's noise levels are of the process {other}; use "
         f"schedule={names}, or sigmas of your own and schedule.process={other}"
     )
+
+
+def test_a_schedule_names_its_keys() -> None:
+    with pytest.raises(UserError, match=r"^schedule\.sigmas is empty"):
+        ScaleSchedule([], [])
+    with pytest.raises(UserError, match=r"^schedule\.sizes must not shrink"):
+        ScaleSchedule([1.0, 0.5], [6, 4])

@@ -39,6 +39,7 @@ class Linear:
         blocks: Sequence[int] = (),
         grad_to_features_only: bool = False,
     ) -> Any:
+        assert len(sigma) == len(conditioning.embeds) == len(x_t)
         self.calls.append((role, "x0"))
         x0 = self.factors[role] * x_t
         return x0, [(block + 1) * tokens(x_t) for block in blocks]
@@ -46,12 +47,14 @@ class Linear:
     def features(
         self, role: str, x_t: Tensor, sigma: Tensor, conditioning: Conditioning, blocks: Sequence[int]
     ) -> list[Tensor]:
+        assert len(sigma) == len(conditioning.embeds) == len(x_t)
         self.calls.append((role, "features"))
         return [(block + 1) * tokens(x_t) for block in blocks]
 
     def guided_x0(
         self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning, empty: Conditioning, guidance: float
     ) -> Tensor:
+        assert len(sigma) == len(conditioning.embeds) == len(x_t) and len(empty.embeds) == 1
         self.calls.append(("teacher", f"guided {guidance:g}"))
         return self.factors["teacher"] * x_t
 
@@ -150,7 +153,10 @@ def test_a_term_by_default_is_that_of_the_paper() -> None:
         (lambda: GAN(weight=-1), "loss.gan.weight=-1"),
         (lambda: GAN(discriminator_weight=-1), "loss.gan.discriminator_weight=-1"),
         (lambda: GAN(blocks=()), "loss.gan.blocks is empty; name at least one feature block"),
-        (lambda: GAN(layers=0), "loss.gan.layers=0; use 1 to 64: widths fall from layer to layer"),
+        (
+            lambda: GAN(layers=0),
+            "loss.gan.layers=0; use 1 to 64: widths fall from layer to layer, and more of them would hardly differ",
+        ),
         (lambda: GAN(layers=65), "loss.gan.layers=65; use 1 to 64"),
         (lambda: MMD(weight=-1), "loss.mmd.weight=-1"),
         (lambda: MMD(c=-1), "loss.mmd.c=-1"),
@@ -169,7 +175,12 @@ def test_zero_weights_and_the_longest_head_are_taken() -> None:
     assert (
         DMD(weight=0, guidance_scale=0).weight == GAN(weight=0, discriminator_weight=0).weight == MMD(weight=0).weight
     )
-    assert MMD(c=0).c == 0 and GAN(layers=1).layers == 1 and GAN(layers=64).layers == 64
+    assert (
+        MMD(c=0).c == 0
+        and MMD(bandwidth=0.5).bandwidth == 0.5
+        and GAN(layers=1).layers == 1
+        and GAN(layers=64).layers == 64
+    )
 
 
 def test_a_head_narrows_evenly_to_one() -> None:
@@ -368,6 +379,7 @@ class Fixed(LossTerm):
         return self.slope * step.x0_hat.sum(), {self.name: torch.tensor(self.slope)}
 
     def critic(self, step: CriticStep) -> Any:
+        assert isinstance(step, CriticStep)
         return torch.tensor(self.slope), {self.critic_name: torch.tensor(self.slope)}
 
 
@@ -397,6 +409,9 @@ def test_a_term_that_is_not_finite_is_named_by_the_checks() -> None:
     checks = {}
     critic_loss(terms, a_step(CriticStep, FakePass()), checks)
     assert {name: bool(value) for name, value in checks.items()} == {"critic of a": True, "critic of b": False}
+    checks = {}
+    generator_gradient({"c": Fixed("c", 1e38)}, step := a_step(GeneratorStep, FakePass()), checks)
+    assert (1e38 * step.x0_hat.sum()).isinf() and not checks["c"], "the loss alone, with a finite gradient"
 
 
 def test_terms_that_read_the_shared_pass_run_first() -> None:
