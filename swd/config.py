@@ -295,16 +295,25 @@ def check(cfg: DictConfig, root: Mapping[str, Any] | None = None, allow: Collect
 
 
 def _check_root(plain: dict[str, Any], root: Mapping[str, Any]) -> None:
-    known = [*root, *NODES, *COLLECTIONS]
-    for key, value in plain.items():
-        if key not in known:
-            raise UserError(_unknown_key(key, key, known))
-        if key in root and not fits(value, root[key]):
-            raise UserError(_bad_value(key, value, root[key]))
-        if key in root and value == "":
-            raise UserError(f"{key} is empty; give {key}=VALUE, or leave it out")
+    _check_values(plain, {**root, **dict.fromkeys((*NODES, *COLLECTIONS), Any)}, "")
     if {"name", "output"} <= set(root):
         check_names(plain.get("name"), plain.get("output"))
+
+
+def _check_values(plain: Any, known: Mapping[str, Any], path: str) -> None:
+    """Plain values by name against their types; a type may be such a table again."""
+    for key, value in plain.items():
+        where, hint = f"{path}{key}", known.get(key)
+        if key not in known:
+            raise UserError(_unknown_key(where, key, list(known)))
+        if isinstance(hint, Mapping):
+            if not isinstance(value, dict):
+                raise UserError(f"{where}={value!r} is not valid; it has the keys {', '.join(hint)}")
+            _check_values(value, hint, f"{where}.")
+        elif not fits(value, hint):
+            raise UserError(_bad_value(where, value, hint))
+        if value == "":
+            raise UserError(f"{where} is empty; give {where}=VALUE, or leave it out")
 
 
 def _check_group(key: str, value: Any) -> None:

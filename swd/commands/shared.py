@@ -6,7 +6,11 @@ import os
 
 import torch
 
+RECIPE = {"batch_size": int, "lr": float, "iterations": int, "checkpointing": bool}
+"""Values that suit a model, which `data`, `task` and `trainer` take over unless they are given others."""
+
 ROOT = {
+    "recipe": RECIPE,
     "seed": int,
     "name": str,
     "output": str,
