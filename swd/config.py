@@ -31,6 +31,8 @@ COLLECTIONS = ("loss", "callbacks")
 """Groups whose option is several constructors by name."""
 OPTIONAL = ("callbacks", "logger")
 """Groups that may be left out: `callbacks=null`."""
+GROUP = Any
+"""Among the types of a command's root keys: one of the groups above, which is checked by what it builds."""
 SPECIAL = {"_target_", "_convert_", "_partial_"}
 """Hydra's own keys that a node may hold; what is nested is built first, and arguments are given by name."""
 
@@ -295,7 +297,7 @@ def check(cfg: DictConfig, root: Mapping[str, Any] | None = None, allow: Collect
 
 
 def _check_root(plain: dict[str, Any], root: Mapping[str, Any]) -> None:
-    _check_values(plain, {**root, **dict.fromkeys((*NODES, *COLLECTIONS), Any)}, "")
+    _check_values(plain, root, "")
     if {"name", "output"} <= set(root):
         check_names(plain.get("name"), plain.get("output"))
 

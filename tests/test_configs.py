@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from shards import make_pictures
 from tiny import CONF, composed
 
-from swd.commands import demo, import_pictures, sample, train
+from swd.commands import demo, encode, export, generate, import_pictures, sample, train
 from swd.config import check
 from swd.diffusion import rectified_flow_table
 from swd.losses import DMD, GAN, MMD
@@ -329,7 +329,9 @@ def included(file: Path) -> set[Path]:
 
 
 def test_every_file_is_reached_by_a_test_above() -> None:
-    primary = {CONF / f"{name}.yaml" for name in ("train", "sample", "demo", "export", "generate", "import", "encode")}
+    primary = {
+        CONF / f"{name}.yaml" for name in ("base", "train", "sample", "demo", "export", "generate", "import", "encode")
+    }
     groups = (*FREE, "model", "recipe", "experiment", "task", "preset")
     reached = primary | {CONF / group / f"{option}.yaml" for group in groups for option in options(group)}
     while more := set().union(*map(included, reached)) - reached:
@@ -346,3 +348,26 @@ def test_every_file_names_only_files_that_exist(file: Path) -> None:
         if option not in (None, "_self_") and "hydra/" not in key and "$" not in str(option):
             named.append(option)
     assert len(included(file)) == len(named)
+
+
+@pytest.mark.parametrize(
+    ("command", "needed", "unread"),
+    [
+        (sample, "folder=x", "+task.lr=1"),
+        (sample, "folder=x", "+resume=auto"),
+        (export, "to=x", "+seed=3"),
+        (generate, "out=x", "schedule=image_4step"),
+        (encode, "out=x", "loss=mmd"),
+    ],
+)
+def test_a_key_that_a_command_does_not_read_is_refused(command: Any, needed: str, unread: str) -> None:
+    name, more = command.__name__.rpartition(".")[2], ["prompts=y"] if command is generate else []
+    check(composed([needed, *more], name), command.ROOT)
+    with pytest.raises(UserError, match="unknown key"):
+        check(composed([needed, *more, unread], name), command.ROOT)
+
+
+@pytest.mark.parametrize("group", ["data", "recipe"])
+def test_encoding_has_one_batch_size(group: str) -> None:
+    with pytest.raises(UserError, match=rf"{group}\.batch_size=4 is of a training; here it is batch_size=NUMBER"):
+        encode.prepare(composed(["out=x", f"{group}.batch_size=4"], "encode"))
