@@ -31,6 +31,8 @@ COLLECTIONS = ("loss", "callbacks")
 """Groups whose option is several constructors by name."""
 OPTIONAL = ("callbacks", "logger")
 """Groups that may be left out: `callbacks=null`."""
+GROUP = Any
+"""Among the types of a command's root keys: one of the groups above, which is checked by what it builds."""
 SPECIAL = {"_target_", "_convert_", "_partial_"}
 """Hydra's own keys that a node may hold; what is nested is built first, and arguments are given by name."""
 
@@ -309,19 +311,28 @@ def check(cfg: DictConfig, root: Mapping[str, Any] | None = None, allow: Collect
 
 
 def _check_root(plain: dict[str, Any], root: Mapping[str, Any]) -> None:
-    known = [*root, *NODES, *COLLECTIONS]
-    for key, value in sorted(plain.items(), key=lambda item: item[0] == "folder"):  # which may repeat `out`
-        if key not in known:
-            raise UserError(_unknown_key(key, key, known))
-        if key in root and not fits(value, root[key]):
-            raise UserError(_bad_value(key, value, root[key]))
-        if key == "seed" and key in root and (problem := RANGES[key].problem(value)):
-            _check_number(value, key)
-            raise UserError(f"{key}={value}; {problem}")
-        if key in root and value == "":
-            raise UserError(f"{key} is empty; give {key}=VALUE")
+    _check_values(dict(sorted(plain.items(), key=lambda item: item[0] == "folder")), root, "")  # it may repeat `out`
     if {"name", "output"} <= set(root):
         check_names(plain.get("name"), plain.get("output"))
+
+
+def _check_values(plain: Any, known: Mapping[str, Any], path: str) -> None:
+    """Plain values by name against their types; a type may be such a table again."""
+    for key, value in plain.items():
+        where, hint = f"{path}{key}", known.get(key)
+        if key not in known:
+            raise UserError(_unknown_key(where, key, list(known)))
+        if isinstance(hint, Mapping):
+            if not isinstance(value, dict):
+                raise UserError(f"{where}={value!r} is not valid; it has the keys {', '.join(hint)}")
+            _check_values(value, hint, f"{where}.")
+        elif not fits(value, hint):
+            raise UserError(_bad_value(where, value, hint))
+        if where == "seed" and (problem := RANGES[key].problem(value)):
+            _check_number(value, key)
+            raise UserError(f"{key}={value}; {problem}")
+        if value == "":
+            raise UserError(f"{where} is empty; give {where}=VALUE")
 
 
 def _check_group(key: str, value: Any) -> None:

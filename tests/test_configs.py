@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,20 @@ from omegaconf import DictConfig, OmegaConf
 from shards import make_pictures
 from tiny import CONF, composed
 
-from swd.commands import demo, import_pictures, sample, train
+from swd.commands import demo, encode, export, generate, import_pictures, sample, train
 from swd.config import check
 from swd.diffusion import rectified_flow_table
 from swd.losses import DMD, GAN, MMD
 from swd.modules import hub
 from swd.modules.distiller import Distiller
+from swd.modules.pretrained import Pretrained
 from swd.scheduler import ScaleWiseScheduler
 from swd.types import UserError
 
 
 def options(group: str) -> list[str]:
-    """The options of a config group."""
-    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+    """The options of a config group; what options have in common is no option."""
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml") if not file.stem.startswith("_"))
 
 
 # Groups that can be combined freely when a model is distilled; what belongs to other tasks comes with its experiment.
@@ -238,6 +240,48 @@ def test_every_task_passes_the_schema(option: str, tmp_path: Path) -> None:
     check(composed(arguments(tmp_path, task=option)), train.ROOT)
 
 
+MADE_FROM = {"flow": ["task.out=trained"], "judge": ["data=judge"], "vae": ["data=shapes"]}
+"""What a task needs beside a model."""
+
+
+@pytest.mark.parametrize("task", options("task"))
+@pytest.mark.parametrize("model", options("model"))
+@pytest.mark.filterwarnings("ignore:DMD is known to fail")
+def test_every_model_goes_with_every_task(model: str, task: str, tmp_path: Path, captioned: Path) -> None:
+    given = [*arguments(tmp_path, model=model, task=task), *MADE_FROM.get(task, []), "trainer.accelerator=cpu"]
+    if DATA.get(model) != ("shapes",) and task in ("distill", "flow"):
+        given.append(f"data.dataset.path={captioned}")
+    cfg = composed(given)
+    check(cfg, train.ROOT)
+    built, data = train.prepare(cfg)
+    assert type(built).__name__ == cfg.task._target_.rpartition(".")[2]
+    assert data.batch_size == cfg.data.batch_size and cfg.trainer.max_steps == cfg.recipe.iterations
+    if task == "distill":
+        assert (built.lr, built.checkpointing) == (cfg.recipe.lr, cfg.recipe.checkpointing)
+    if task == "flow":
+        assert built.lr == 1e-5  # of the task: a recipe is of a distillation
+
+
+@pytest.mark.parametrize("model", options("model"))
+def test_a_model_file_holds_arguments_alone(model: str) -> None:
+    plain = yaml.safe_load((CONF / "model" / f"{model}.yaml").read_text())
+    assert plain.pop("defaults")[::2] == ["_base", "_self_"]
+    base = yaml.safe_load((CONF / "model" / "_base.yaml").read_text())
+    assert set(plain) | set(base) <= {"_target_", *inspect.signature(Pretrained).parameters}
+
+
+def test_a_recipe_gives_way_to_the_command_line(tmp_path: Path) -> None:
+    given = ["recipe.lr=1e-3", "data.batch_size=6", "recipe.iterations=9", "trainer.max_steps=8"]
+    cfg = composed([*arguments(tmp_path, model="sdxl"), *given])
+    assert (cfg.task.lr, cfg.data.batch_size, cfg.recipe.batch_size, cfg.trainer.max_steps) == (1e-3, 6, 64, 8)
+    other = composed([*arguments(tmp_path, experiment="paper_sd35_large", model="sdxl", data="webdataset")])
+    assert (other.task.lr, other.data.batch_size) == (4e-6, 24)  # of the experiment
+    with pytest.raises(UserError, match=r"unknown key recipe\.batch; did you mean 'batch_size'"):
+        check(composed([*arguments(tmp_path), "+recipe.batch=3"]), train.ROOT)
+    with pytest.raises(UserError, match=r"recipe\.iterations=1\.5 is not valid; expected an integer"):
+        check(composed([*arguments(tmp_path), "recipe.iterations=1.5", "trainer.max_steps=1"]), train.ROOT)
+
+
 @pytest.mark.parametrize("option", options("data"))
 def test_every_data_set_instantiates(option: str, tmp_path: Path, captioned: Path) -> None:
     cfg = composed(arguments(tmp_path, data=option))
@@ -279,14 +323,16 @@ def included(file: Path) -> set[Path]:
         key, option = next(iter(entry.items())) if isinstance(entry, dict) else ("", entry)
         group = key.removeprefix("override ").split("@")[0].lstrip("/")
         for folder in (file.parent, CONF):
-            if option and (folder / group / f"{option}.yaml").is_file():
+            if option and "$" not in option and (folder / group / f"{option}.yaml").is_file():
                 found.add(folder / group / f"{option}.yaml")
     return found
 
 
 def test_every_file_is_reached_by_a_test_above() -> None:
-    primary = {CONF / f"{name}.yaml" for name in ("train", "sample", "demo", "export", "generate", "import", "encode")}
-    groups = (*FREE, "model", "experiment", "task", "preset")
+    primary = {
+        CONF / f"{name}.yaml" for name in ("base", "train", "sample", "demo", "export", "generate", "import", "encode")
+    }
+    groups = (*FREE, "model", "recipe", "experiment", "task", "preset")
     reached = primary | {CONF / group / f"{option}.yaml" for group in groups for option in options(group)}
     while more := set().union(*map(included, reached)) - reached:
         reached |= more
@@ -302,3 +348,26 @@ def test_every_file_names_only_files_that_exist(file: Path) -> None:
         if option not in (None, "_self_") and "hydra/" not in key and "$" not in str(option):
             named.append(option)
     assert len(included(file)) == len(named)
+
+
+@pytest.mark.parametrize(
+    ("command", "needed", "unread"),
+    [
+        (sample, "folder=x", "+task.lr=1"),
+        (sample, "folder=x", "+resume=auto"),
+        (export, "to=x", "+seed=3"),
+        (generate, "out=x", "schedule=image_4step"),
+        (encode, "out=x", "loss=mmd"),
+    ],
+)
+def test_a_key_that_a_command_does_not_read_is_refused(command: Any, needed: str, unread: str) -> None:
+    name, more = command.__name__.rpartition(".")[2], ["prompts=y"] if command is generate else []
+    check(composed([needed, *more], name), command.ROOT)
+    with pytest.raises(UserError, match="unknown key"):
+        check(composed([needed, *more, unread], name), command.ROOT)
+
+
+@pytest.mark.parametrize("group", ["data", "recipe"])
+def test_encoding_has_one_batch_size(group: str) -> None:
+    with pytest.raises(UserError, match=rf"{group}\.batch_size=4 is of a training; here it is batch_size=NUMBER"):
+        encode.prepare(composed(["out=x", f"{group}.batch_size=4"], "encode"))

@@ -32,7 +32,7 @@ COMMANDS = {
 }
 """The module whose `run` a command calls, and what it is for."""
 
-NEEDED = ("task", "model", "schedule", "loss", "data", "trainer", "folders", "preset")
+NEEDED = ("task", "model", "recipe", "schedule", "loss", "data", "sheet", "trainer", "preset")
 GROUPS = (*NEEDED, "callbacks", "logger", "experiment")
 """Folders of `conf/`."""
 

@@ -21,7 +21,7 @@ from swd.shapes.demo import BATCH, STORE_COMMAND, Clock, bar, compare, describe,
 from swd.shapes.judge import Judge
 from swd.types import UserError
 
-ROOT = shared.ROOT | {
+ROOT = train.ROOT | {
     "judge": str,
     "n_pictures": int,
     "shown": int,

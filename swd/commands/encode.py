@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from swd import __version__
 from swd.commands import shared
-from swd.config import build, check
+from swd.config import GROUP, build, check, fits
 from swd.data.cache import TEXT, Precision, latents_name, pack_latents, pack_text, relative_error
 from swd.data.datamodule import GuardedLoader, check_pixels
 from swd.data.identity import identity
@@ -38,6 +38,9 @@ from swd.types import SeededDraws, Size, UserError
 Posterior = Literal["keep", "draw", "mean"]
 
 ROOT = shared.ROOT | {
+    "data": GROUP,
+    "recipe": shared.RECIPE,
+    "seed": int,
     "out": str,
     "precision": Precision,
     "posterior": Posterior,
@@ -111,6 +114,17 @@ class EncodingPlan:
     max_bad: float
 
 
+def check_batch_size(cfg: DictConfig) -> None:
+    """Raise UserError for the batch size of a training, which is another one."""
+    plain: Any = OmegaConf.to_container(cfg, resolve=False)
+    for group, taken in (("data", "${recipe.batch_size}"), ("recipe", "${batch_size}")):
+        given = (plain.get(group) or {}).get("batch_size", taken)
+        if given != taken:
+            raise UserError(f"{group}.batch_size={given} is of a training; here it is batch_size=NUMBER")
+    if fits(cfg.batch_size, int):
+        limits.whole("batch_size", cfg.batch_size, 1, limits.AT_ONCE, "no device encodes more at once")
+
+
 def prepare(cfg: DictConfig) -> EncodingPlan:
     """Check everything that can be checked before weights are loaded.
 
@@ -119,8 +133,8 @@ def prepare(cfg: DictConfig) -> EncodingPlan:
     """
     if OmegaConf.is_missing(cfg, "out"):
         raise UserError("out is missing; give out=FOLDER")
+    check_batch_size(cfg)
     check(cfg, ROOT)
-    limits.whole("batch_size", cfg.batch_size, 1, limits.AT_ONCE, "no device encodes more at once")
     limits.whole("shard_size", cfg.shard_size, 1, MOST_IN_A_SHARD, "a shard is kept in memory until it is complete")
     limits.whole("limit", cfg.limit, 1)
     limits.number("max_bad", cfg.max_bad, 0, 1, "a share of the samples")

@@ -14,7 +14,7 @@ from swd.modules.adapters import locate
 from swd.modules.student import load_student
 from swd.types import UserError
 
-ROOT = shared.ROOT | {"run": str, "to": str, "verify": bool}
+ROOT = shared.ROOT | {"run": str, "to": str, "verify": bool, "output": str}
 
 
 def run(cfg: DictConfig) -> None:

@@ -35,7 +35,8 @@ from swd.modules.pretrained import Pretrained
 from swd.modules.tokens import TextLimit, warn_beyond
 from swd.types import Size, UserError
 
-ROOT = shared.ROOT | {
+ROOT = {key: hint for key, hint in shared.ROOT.items() if key != "schedule"} | {
+    "seed": int,
     "prompts": str,
     "out": str,
     "images_per_prompt": int,

@@ -42,6 +42,10 @@ from swd.scheduler import ScaleWiseScheduler
 from swd.types import Size, UserError
 
 ROOT = shared.ROOT | {
+    "seed": int,
+    "name": str,
+    "output": str,
+    "folder": str,
     "prompts": list[str] | str,
     "prompts_file": str | None,
     "images_per_prompt": int,

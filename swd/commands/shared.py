@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
-ROOT = {
-    "seed": int,
-    "name": str,
-    "output": str,
-    "folder": str,
-    "resume": str | None,
-    "sample_prompts": list[str],
-    "allow": list[str],
-}
-"""Keys at the root of every command's configuration, and their types."""
+from swd.config import GROUP
+
+ROOT: dict[str, Any] = {"model": GROUP, "schedule": GROUP, "allow": list[str]}
+"""Keys at the root of the configuration of every command on a model, and their types."""
+RECIPE = {"batch_size": int, "lr": float, "iterations": int, "checkpointing": bool}
+"""Values that suit a model, which `data`, `task` and `trainer` take over unless they are given others."""
 
 
 def use_own_gpu() -> None:

@@ -41,7 +41,8 @@ class CheckSweep(Callback):
         with user_errors():
             for arguments in jobs(config):
                 # What Hydra only knows once a job runs must not be asked for.
-                cfg = compose(command, [*arguments, "hydra.job.num=0", "folder=sweep"], return_hydra_config=True)
+                own = ["folder=sweep"] if "folder" in module.ROOT else []
+                cfg = compose(command, [*arguments, "hydra.job.num=0", *own], return_hydra_config=True)
                 HydraConfig.instance().set_config(cfg)
                 with open_dict(cfg):
                     del cfg["hydra"]

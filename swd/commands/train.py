@@ -28,8 +28,9 @@ from swd import __version__
 from swd.callbacks import Checkpoint, Progress, Samples, SaveAdapter
 from swd.callbacks.checkpoint import clear_runs, find_checkpoint
 from swd.callbacks.fixed_losses import FixedLosses
-from swd.commands.shared import ROOT, quiet
-from swd.config import arguments_of, check, node_of, one_line, stored, to_yaml
+from swd.commands import shared
+from swd.commands.shared import quiet
+from swd.config import GROUP, arguments_of, check, node_of, one_line, stored, to_yaml
 from swd.config import build as build_group
 from swd.io.files import claim_folder, write_json, write_text
 from swd.io.job_log import say
@@ -41,6 +42,21 @@ from swd.modules.training_task import WatchedTask
 from swd.shapes.train_judge import JudgeData, JudgeTask
 from swd.types import UserError
 
+ROOT = shared.ROOT | {
+    "task": GROUP,
+    "loss": GROUP,
+    "data": GROUP,
+    "trainer": GROUP,
+    "callbacks": GROUP,
+    "logger": GROUP,
+    "recipe": shared.RECIPE,
+    "sample_prompts": list[str],
+    "seed": int,
+    "name": str,
+    "output": str,
+    "folder": str,
+    "resume": str | None,
+}
 PACKAGES = ("torch", "lightning", "hydra-core", "diffusers", "peft", "transformers", "torchmetrics")
 
 

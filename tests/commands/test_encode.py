@@ -76,9 +76,7 @@ def config(name: str, model: Pretrained, data: Path, out: Path, **more: Any) -> 
     sizes = str(families.SIZES[name]).replace(" ", "")
     pixels = str(list(model.pixel_size(model.size))).replace(" ", "")
     overrides = [
-        "name=test",
         f"out={out}",
-        f"folder={out}",
         "data=webdataset",
         f"data.path={data}",
         f"data.size={pixels}",
@@ -88,7 +86,7 @@ def config(name: str, model: Pretrained, data: Path, out: Path, **more: Any) -> 
         f"model.size={str(families.SIZES[name][-1]).replace(' ', '')}",
         f"model.max_text_tokens={model.max_text_tokens}",
         f"model.targets=[{','.join(model.targets)}]",
-        f"+model.embedded_guidance={model.embedded_guidance or 'null'}",
+        f"++model.embedded_guidance={model.embedded_guidance or 'null'}",
         f"model.precision={more.pop('model_precision', 'fp32')}",
         f"schedule.sigmas={families.SIGMAS}".replace(" ", ""),
         f"schedule.sizes={sizes}",
@@ -592,7 +590,7 @@ def test_wrong_requests_end_in_one_line(sd3: Pretrained, tmp_path: Path) -> None
         with pytest.raises((UserError, InstantiationException), match=message):
             encode.run(config("sd3", sd3, folder, tmp_path / "cache", **more))
     with pytest.raises(UserError, match="out is missing"):
-        encode.run(composed(["name=test"], "encode"))
+        encode.run(composed([], "encode"))
     with pytest.raises(UserError, match="1000000000 samples, drawn as they are asked for; give limit="):
-        encode.run(composed(["name=test", f"out={tmp_path / 'cache'}", f"folder={tmp_path}"], "encode"))
+        encode.run(composed([f"out={tmp_path / 'cache'}"], "encode"))
     assert not (tmp_path / "cache" / "00000.tar").exists()

@@ -31,7 +31,7 @@ MODEL = {
     "model.alpha": REAL,
     "model.precision": [*TEXT, "fp32", "bf16", "fp16"],
     "model.family": ["x", "sd3", "flux", "sdxl"],
-    "+model.embedded_guidance": REAL,
+    "++model.embedded_guidance": REAL,
 }
 DRAWN = {
     "seed": WHOLE,

@@ -99,7 +99,7 @@ def test_parameters_and_layers(name: str, model: Pretrained) -> None:
     assert int(batch) == cfg.data.batch_size and int(steps.partition(":")[0]) == len(cfg.schedule.sizes)
 
 
-@pytest.mark.parametrize("option", [file.stem for file in (CONF / "model").glob("*.yaml")])
+@pytest.mark.parametrize("option", [file.stem for file in (CONF / "model").glob("[!_]*.yaml")])
 def test_guidance(option: str) -> None:
     model = composed(["folder=x", "name=y", f"model={option}"]).model
     dmd, _, drawing, steps, _ = table(TEXT_OF_DOC, "guidance of")[option]
@@ -175,5 +175,5 @@ def test_commands_build(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_named_configurations_exist() -> None:
     shown = set(table(TEXT_OF_DOC, "`model=`"))
-    assert shown == {file.stem for file in (CONF / "model").glob("*.yaml")}
+    assert shown == {file.stem for file in (CONF / "model").glob("[!_]*.yaml")}
     assert all(yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text()) for name in shown)

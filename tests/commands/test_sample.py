@@ -45,7 +45,7 @@ def made(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory):
 
 
 def config(model: Pretrained, adapter: Path, folder: Path, **more: object):
-    arguments = tiny.overrides(model.folder, folder, model__max_text_tokens=12, adapter=adapter, **more)
+    arguments = tiny.drawing(model.folder, folder, model__max_text_tokens=12, adapter=adapter, **more)
     cfg = tiny.composed(arguments, "sample")
     cfg.prompts = PROMPTS
     return cfg

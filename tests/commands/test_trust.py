@@ -232,7 +232,7 @@ def test_a_received_run_is_plain_data(received: Path, model_node: dict[str, Any]
     assert "\n" not in str(caught.value) and not Path("OWNED").exists()
     assert not {"antigravity", "email.mime.audio"} & (set(sys.modules) - before)
     with pytest.raises(UserError, match=message):
-        export.run(tiny.composed([f"run={received}", "to=out", "folder=f"], "export"))
+        export.run(tiny.composed([f"run={received}", "to=out"], "export"))
     assert not Path("out").exists()
 
 
@@ -371,7 +371,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_holds_no_value_of_the_environment(environment: None, tiny_model: Path, tmp_path: Path) -> None:
-    own = ["+model.revision=v-${oc.env:MY_PLACE}", "name=run-${oc.env:MY_PLACE}", "output=o", "folder=o/${name}/1"]
+    own = ["++model.revision=v-${oc.env:MY_PLACE}", "name=run-${oc.env:MY_PLACE}", "output=o", "folder=o/${name}/1"]
     own += ["logger=wandb", "logger.offline=true", "+logger.settings.api_key=abc123"]
     arguments = [*tiny.overrides(tiny_model, Path("x")), *own]
     cfg = tiny.composed(arguments)
@@ -404,7 +404,7 @@ def test_a_picture_holds_no_value_of_the_environment(
     assert info["prompt"] == "a key is here"
 
 
-@pytest.mark.parametrize("key", ["name", "model.path", "+model.revision", "output"])
+@pytest.mark.parametrize("key", ["name", "model.path", "++model.revision", "output"])
 def test_a_credential_of_the_environment_in_an_ordinary_value_is_refused(key: str, environment: None) -> None:
     cfg = tiny.composed(["folder=x", *(["name=y"] if key != "name" else []), f"{key}=x-${{oc.env:SOME_TOKEN}}"])
     with pytest.raises(UserError, match="holds the value of the environment variable SOME_TOKEN") as caught:

@@ -99,5 +99,5 @@ def test_commands_compose(line: str) -> None:
     command = words[start + 1] if words[start] == "swd" else "train"
     roots = {"generate": generate.ROOT, "import": import_pictures.ROOT, "encode": encode.ROOT}
     arguments = [word for word in words[start + 1 + (command != "train") :] if not word.startswith("-")]
-    given = [] if command == "import" else ["folder=x", "name=y"]
+    given = ["folder=x", "name=y"] if command in ("train", "demo") else []
     check(composed([*arguments, *given], command), roots.get(command))

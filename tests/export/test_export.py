@@ -89,7 +89,7 @@ def test_find_adapter(tmp_path: Path) -> None:
 def test_the_command_exports_the_run_that_it_is_given(tiny_model: Path, tmp_path: Path, capsys) -> None:
     networks = tiny.build_networks()
     run = saved(tmp_path / "run" / "adapter", networks).parent
-    arguments = tiny.overrides(tiny_model, tmp_path / "unused", model__max_text_tokens=12)
+    arguments = tiny.exporting(tiny_model, model__max_text_tokens=12)
     export.run(tiny.composed([*arguments, f"run={run}", f"to={tmp_path / 'made'}"], "export"))
     said = capsys.readouterr()
     assert said.out.split() == [str(tmp_path / "made")]
@@ -232,7 +232,7 @@ def test_a_damaged_schedule_is_one_line(values: dict[str, Any], small: Any, tmp_
 def test_a_changed_schedule_is_noticed(small: Any, tiny_model: Path, tmp_path: Path) -> None:
     adapter, _, schedule = small
     folder = save_adapter(tmp_path / "run" / "adapter", adapter.state, 4, 4, schedule, "tiny", "transformer")
-    arguments = [*tiny.overrides(tiny_model, tmp_path / "x"), f"run={folder}", f"to={tmp_path / 'out'}", "verify=false"]
+    arguments = [*tiny.exporting(tiny_model), f"run={folder}", f"to={tmp_path / 'out'}", "verify=false"]
     file = folder / "scheduler_config.json"
     before = file.read_text()
     file.write_text(before.replace("0.8", "0.7"))

@@ -18,8 +18,8 @@ MODELS = tuple(sorted(file.stem for file in NETWORKS.glob("*.json")))
 
 def options(name: str) -> dict[str, Any]:
     """The model node of a shipped configuration."""
-    node = yaml.safe_load((CONF / f"{name}.yaml").read_text())["model"]
-    return {key: value for key, value in node.items() if key != "_target_"}
+    base, own = (yaml.safe_load((CONF / f"{file}.yaml").read_text()) for file in ("_base", name))
+    return {key: value for key, value in (base | own).items() if key not in ("_target_", "defaults")}
 
 
 def skeleton(name: str, folder: Path) -> Path:

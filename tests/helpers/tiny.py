@@ -136,6 +136,17 @@ def overrides(model: Path, folder: Path, **more: Any) -> list[str]:
     return [f"{key}={'null' if value is None else value}" for key, value in values.items()]
 
 
+def drawing(model: Path, folder: Path, **more: Any) -> list[str]:
+    """`overrides` for commands that do not train: what is of the model, its schedule and the command alone."""
+    training = ("name", "data.", "task.", "trainer.", "callbacks", "loss")
+    return [argument for argument in overrides(model, folder, **more) if not argument.startswith(training)]
+
+
+def exporting(model: Path, **more: Any) -> list[str]:
+    """`drawing` for a command that has no folder of pictures."""
+    return [argument for argument in drawing(model, Path(), **more) if not argument.startswith("folder=")]
+
+
 def composed(arguments: Sequence[str], command: str = "train") -> DictConfig:
     """The configuration that a command line composes to."""
     GlobalHydra.instance().clear()

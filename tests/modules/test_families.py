@@ -570,7 +570,7 @@ def test_sample_writes_files_with_their_origin(name: str, model: Pretrained, tmp
             f"model.size={families.SIZES[name][-1]}".replace(" ", ""),
             f"model.max_text_tokens={model.max_text_tokens}",
             f"model.targets=[{','.join(model.targets)}]",
-            f"+model.embedded_guidance={model.embedded_guidance or 'null'}",
+            f"++model.embedded_guidance={model.embedded_guidance or 'null'}",
             "model.precision=fp32",
             "show_sizes=true",
             "seed=3",
