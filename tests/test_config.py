@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 from omegaconf import OmegaConf
 
-from swd.config import check, describe, fits, one_line
+from swd.config import COLLECTIONS, GROUP, NODES, check, describe, fits, one_line
 from swd.types import UserError
 
 Kernel = Literal["linear", "rbf"]
@@ -82,6 +82,8 @@ def test_types_are_described_in_words(hint: Any, words: str) -> None:
     assert describe(hint) == words
 
 
+GROUPS = dict.fromkeys((*NODES, *COLLECTIONS), GROUP)
+"""The groups that a command reads."""
 OWN = [f"{__name__}.{name}" for name in ("Block", "Open")]
 """What the command line allows here."""
 
@@ -117,7 +119,7 @@ def node(**values: Any) -> dict[str, Any]:
 )
 def test_wrong_configurations_are_refused_in_one_line(config: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
-        check(OmegaConf.create(config), {"seed": int}, OWN)
+        check(OmegaConf.create(config), {"seed": int} | GROUPS, OWN)
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)
@@ -135,7 +137,7 @@ def test_wrong_configurations_are_refused_in_one_line(config: dict[str, Any], wo
     ],
 )
 def test_right_configurations_pass(config: dict[str, Any]) -> None:
-    check(OmegaConf.create(config), {"seed": int, "n": int}, OWN)
+    check(OmegaConf.create(config), {"seed": int, "n": int} | GROUPS, OWN)
 
 
 def test_values_at_the_root_are_only_looked_at_on_request() -> None:

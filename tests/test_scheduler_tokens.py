@@ -153,7 +153,7 @@ def test_sizes_end_where_asked_in_multiples_of_the_divisor() -> None:
     assert scheduler.sizes_ending_at((16, 6)) == [(8, 4), (12, 4), (16, 6)]
     assert scheduler.sizes_ending_at((2, 2)) == [(2, 2), (2, 2), (2, 2)], "a side is at least one divisor"
     for wrong in ((8, 9), (9, 8)):
-        with pytest.raises(ValueError, match=rf"^size {re.escape(str(wrong))}: sides must be multiples of 2$"):
+        with pytest.raises(ValueError, match=rf"^size {re.escape(str(wrong))}: sides must be multiples of 2, above 0$"):
             scheduler.sizes_ending_at(wrong)
     film = ScaleWiseScheduler(sigmas=SIGMAS, sizes=[[3, 4, 4], [5, 6, 6], [9, 8, 8]], divisor=2)
     assert film.sizes_ending_at((7, 16, 8)) == [(2, 8, 4), (4, 12, 6), (7, 16, 8)], "frames are no multiples"

@@ -464,7 +464,7 @@ def test_what_is_not_finite_is_not_stored(sd3: Pretrained, tmp_path: Path, monke
     with pytest.raises(UserError, match=r"[12] of 6 samples cannot be used.*not finite"):
         encode.run(config("sd3", sd3, folder, tmp_path / "strict", batch_size=3, max_bad=0))
     monkeypatch.undo()
-    monkeypatch.setattr(Encoders, "encode_prompts", lambda self, p: families_text(len(p), float("nan")))
+    monkeypatch.setattr(Encoders, "encode_prompts", lambda self, p, size=None: families_text(len(p), float("nan")))
     with pytest.raises(
         UserError, match=r"the text encoders fail on '.*' \(text: embeds0 has values that are not finite"
     ):

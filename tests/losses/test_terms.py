@@ -15,7 +15,7 @@ from swd.diffusion import RectifiedFlow
 from swd.losses import DMD, GAN, MMD, CriticStep, FakePass, GeneratorStep, LossTerm
 from swd.losses import functional as L
 from swd.losses.gan_head import GANHead
-from swd.losses.update import critic_loss, generator_gradient, settle_features, student_x0, trainers, wanted
+from swd.losses.update import critic_loss, generator_gradient, settle, student_x0, trainers, wanted
 from swd.schedule import Interval
 from swd.types import Conditioning, SeededDraws, UserError
 
@@ -141,8 +141,10 @@ def test_a_term_by_default_is_that_of_the_paper() -> None:
     assert (mmd.weight, mmd.c, mmd.bandwidth, mmd.blocks, mmd.indices) == (1.0, 0.001, 100.0, (11,), None)
     assert (mmd.kernel, mmd.distance, mmd.reduce, mmd.noise) == ("linear", "pseudo_huber", "image", "range")
     assert gan.generator_pass == gan.critic_pass == FakePass(blocks=(11,))
-    assert [term.separable for term in (dmd, gan, mmd, MMD(reduce="batch"))] == [True, True, True, False]
-    assert [term.blocks_used() for term in (dmd, gan, mmd)] == [(), (11,), (11,)]
+    for term in (dmd, gan, mmd):
+        term.check_processes("loss.x", 2)
+    with pytest.raises(UserError, match="2 processes cannot share"):
+        MMD(reduce="batch").check_processes("loss.mmd", 2)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +164,7 @@ def test_a_term_by_default_is_that_of_the_paper() -> None:
         (lambda: MMD(c=-1), "loss.mmd.c=-1"),
         (lambda: MMD(bandwidth=0), "loss.mmd.bandwidth=0"),
         (lambda: MMD(blocks=()), "loss.mmd.blocks is empty; name at least one feature block"),
-        (lambda: settle_features({}), "loss is empty; choose at least one term, e.g. loss=mmd or loss=swd"),
+        (lambda: settle({}), "loss is empty; choose at least one term, e.g. loss=mmd or loss=swd"),
     ],
 )
 def test_what_a_term_cannot_use_is_refused_by_its_name(make: Any, message: str) -> None:
@@ -322,16 +324,18 @@ def test_the_fake_network_runs_once_for_a_noised_sample(
     step = a_step(kind, want)
     step.x0_hat = latents(0).requires_grad_()
     sample = step.noise_fake("renoise", (2, 9))
-    x0, features = step.fake_pass(sample)
-    assert step.fake_pass(sample)[1] is features and step.networks.calls == [("fake", call)]
-    assert sorted(features) == list(want.blocks)
-    for block, found in features.items():
-        assert torch.equal(found, (block + 1) * tokens(sample.x_t)) and found.requires_grad
-    if gradient is None:
-        assert x0 is None
-    else:
-        assert torch.equal(x0, 0.75 * sample.x_t) and x0.requires_grad == gradient
-    step.fake_pass(step.noise_fake("other", (2, 9)))
+    for _ in range(2):
+        features = step.fake_features("renoise", (2, 9), want.blocks)
+        for block, found in zip(want.blocks, features, strict=True):
+            assert torch.equal(found, (block + 1) * tokens(sample.x_t)) and found.requires_grad
+        if gradient is None:
+            with pytest.raises(AssertionError, match="prediction=True"):
+                step.fake_x0("renoise", (2, 9))
+        else:
+            x0 = step.fake_x0("renoise", (2, 9))
+            assert torch.equal(x0, 0.75 * sample.x_t) and x0.requires_grad == gradient
+    assert step.networks.calls == [("fake", call)]
+    step.fake_features("other", (2, 9), want.blocks)
     assert step.networks.calls == [("fake", call)] * 2
 
 
@@ -353,7 +357,7 @@ def test_a_feature_that_is_missing_is_an_error(kind: type, prediction: bool) -> 
     step = a_step(kind, FakePass(prediction, (0, 2)))
     step.networks = Forgetful()
     with pytest.raises(ValueError, match="zip"):
-        step.fake_pass(step.noise_fake("renoise", (2, 9)))
+        step.fake_features("renoise", (2, 9), (0, 2))
 
 
 def test_features_of_both_sides_are_compared_one_by_one() -> None:
@@ -439,13 +443,13 @@ def test_the_student_predicts_from_the_upsampled_noised_source() -> None:
 
 def test_features_are_settled_once_for_each_term() -> None:
     terms: dict[str, LossTerm] = {"dmd": DMD(), "first": MMD(features="teacher"), "second": MMD()}
-    settle_features(terms)
+    settle(terms)
     assert [terms[name].features for name in ("first", "second")] == ["teacher", "fake"]
     alone: dict[str, LossTerm] = {"mmd": MMD()}
-    settle_features(alone)
+    settle(alone)
     assert alone["mmd"].features == "teacher"
     with pytest.raises(UserError) as caught:
-        settle_features({"style": MMD(features="fake")})
+        settle({"style": MMD(features="fake")})
     assert str(caught.value) == (
         "loss.style.features=fake, but no term trains a fake network; add dmd or gan, or use features=teacher"
     )

@@ -24,6 +24,7 @@ from swd.losses.gan import GAN
 from swd.losses.mmd import MMD
 from swd.modules.checkpoints import damage
 from swd.modules.distiller import Distiller, check_optimizer
+from swd.modules.inputs import InputBuilder
 from swd.modules.training_task import WatchedTask, check_finite
 from swd.types import Conditioning, UserError
 
@@ -80,9 +81,9 @@ def test_data_that_are_not_finite_are_named(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     if part == "data":
-        spoil(monkeypatch, Distiller, "latents", 2, lambda pair: (pair[0] * INF, pair[1]))
+        spoil(monkeypatch, InputBuilder, "latents", 2, lambda pair: (pair[0] * INF, pair[1]))
     else:
-        spoil(monkeypatch, Distiller, "conditioning", 2, lambda c: c.map(lambda t: t * NAN))
+        spoil(monkeypatch, InputBuilder, "encode_prompts", 3, lambda c: c.map(lambda t: t * NAN))
     name = {"data": "latents of the data", "prompts": "encoded prompts"}[part]
     with pytest.raises(UserError, match=f"iteration 2, .*: not finite: {name}, .*no checkpoint had been written"):
         train(tiny_model, tmp_path, loss="mmd")
