@@ -264,6 +264,8 @@ def resolve_asset(path: str) -> Path:
         return Path(path)
     package = Path(__file__).parents[1]
     relative = path.removeprefix("swd://")
+    if Path(relative).is_absolute() or ".." in Path(relative).parts:
+        raise UserError(f"model.path={path} leads out of the installation; give swd://assets/NAME, or a folder")
     for root in (package.parent, package):  # a checkout, an installed wheel
         if (root / relative).is_dir():
             return root / relative

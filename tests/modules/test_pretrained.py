@@ -459,3 +459,9 @@ def test_two_guidance_scales_or_one_for_both(given: dict[str, float], expected: 
 def test_a_guidance_that_means_nothing_is_refused(given: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Pretrained("sd3", "swd://assets/shapes-sd3", **given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", ["swd://../../x", "swd:///etc", "swd://assets/../../x"])
+def test_an_asset_that_leads_out_of_the_installation_is_refused(path: str) -> None:
+    with pytest.raises(UserError, match="leads out of the installation"):
+        resolve_asset(path)
