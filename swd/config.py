@@ -481,6 +481,11 @@ def for_command(command: str) -> None:
     _command = command
 
 
+def running_command() -> str:
+    """The command that runs in this process."""
+    return _command
+
+
 def called_here(key: str) -> str | None:
     """What a key of another program is called in the command that runs; None if it is no such key."""
     return FOREIGN_TO[_command].get(key)

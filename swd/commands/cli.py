@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import importlib
 import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,9 @@ NOTICES = (
     ".*could be decompression bomb.*",  # pictures have a limit of our own, which says what to do
     ".*with manual optimization and every_n_train_steps.*",  # whole iterations are what a resumed run continues from
 )
+
+LISTED = "--help and --cfg job list what there is"
+"""Where a key is looked up that is like no other."""
 
 
 def main() -> None:
@@ -370,14 +374,48 @@ def _hydra_message(text: str, reason: str = "") -> str:
     if unknown:
         key = unknown.group(1)
         name = called_here(key)
-        hint = f"here it is {name}" if name else "--help and --cfg job list what there is"
+        close = None if name else nearest(key, known_keys())
+        hint = f"here it is {name}" if name else f"did you mean {close}?" if close else LISTED
         return f"unknown key {key}; {hint}"
     group = re.search(
         r"Could not find '([^']+)' Available options in '([^']+)':\s*(.*?)(?:Config search path.*)?$", text
     )
     if group:
-        return f"there is no {group.group(1)}; options of {group.group(2)} are: {', '.join(group.group(3).split())}"
+        options = [option for option in group.group(3).split() if not option.startswith("_")]
+        close = nearest(group.group(1).rpartition("/")[2], options)
+        hint = f"did you mean {close}? " if close else ""
+        return f"there is no {group.group(1)}; {hint}options of {group.group(2)} are: {', '.join(options)}"
     return text
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that is most like a misspelt one; None if none is."""
+    return next(iter(difflib.get_close_matches(word, known, 1, cutoff=0.7)), None)
+
+
+def known_keys() -> list[str]:
+    """Every key of the running command's configuration, dotted; empty where it cannot be composed."""
+    from hydra import compose, initialize_config_dir, initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    from swd.config import running_command
+
+    GlobalHydra.instance().clear()
+    folder = config_path()
+    start = initialize_config_module if folder.startswith("pkg://") else initialize_config_dir
+    try:
+        with start(folder.removeprefix("pkg://"), version_base="1.3"):
+            plain = OmegaConf.to_container(compose(running_command()), resolve=False)
+    except Exception:  # a hint is all that is lost
+        return []
+    return list(_flat(plain, ""))
+
+
+def _flat(value: object, path: str) -> Iterator[str]:
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        yield f"{path}{key}"
+        yield from _flat(inner, f"{path}{key}.")
 
 
 def _fail(message: str) -> None:

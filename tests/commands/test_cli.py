@@ -425,3 +425,21 @@ def test_wandb_without_an_account_is_told_before_a_folder_is_made(
     monkeypatch.setenv("HOME", str(tmp_path))
     assert "logger.offline=true" in refused(*overrides(tiny_model, Path("run")), "logger=wandb")
     assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "argument", "nearest"),
+    [
+        ("train", "data.num_workers=2", "data.workers"),
+        ("train", "trainer.steps=2", "trainer.max_steps"),
+        ("train", "task.critic_update=2", "task.critic_updates"),
+        ("train", "model=sd35_larg", "sd35_large"),
+        ("train", "loss=dmd_mm", "dmd_mmd"),
+        ("sample", "image_per_prompt=2", "images_per_prompt"),
+    ],
+)
+def test_a_misspelt_key_or_option_names_the_nearest(
+    refused: Refused, command: str, argument: str, nearest: str
+) -> None:
+    message = refused(argument, command=command)
+    assert f"did you mean {nearest}" in message and "_base" not in message
