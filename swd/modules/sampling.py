@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from swd.modules.networks import Networks
-from swd.scheduler import ScaleWiseScheduler
 from swd.types import Conditioning, Role, Size
 
 
@@ -65,8 +64,3 @@ def sample_latents(
                 prediction = without + guidance_scale * (text - without)
             x = scheduler.step(prediction, timestep, x, return_dict=False)[0]
     return x
-
-
-def progressive(scheduler: ScaleWiseScheduler) -> list[Tensor]:
-    """The clean predictions of every size from the last run; needs `scheduler.keep_x0 = True` before it."""
-    return scheduler.x0_predictions
