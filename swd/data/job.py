@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -22,9 +21,10 @@ from torch.utils.data import get_worker_info
 from swd.config import first_difference
 from swd.data.read_ahead import read_ahead
 from swd.data.shards import MANIFEST, fault, is_done, read_manifest, shard_name, write_manifest, write_shard
+from swd.io import job_log
 from swd.io.files import claim_folder, file_hash, write_json
 from swd.io.job_log import JobLog
-from swd.io.masking import mask, mask_text
+from swd.io.masking import mask
 from swd.modules.model_folders import read_json
 from swd.types import UserError
 
@@ -98,7 +98,7 @@ def _share(value: Any) -> None:
 def say(text: str) -> None:
     """Print a line on standard error, from the first process only."""
     if is_first():
-        print(mask_text(text), file=sys.stderr, flush=True)
+        job_log.say(text)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from typing import Any
 
 from webdataset.shardlists import expand_urls
 
-from swd.data.job import share
+from swd.data.job import is_first
 from swd.data.shards import split_name
 from swd.io.job_log import JobLog
 from swd.io.tables import LONGEST, NoText, Table, is_blank, parse_object, read_table, text_of
@@ -399,7 +399,7 @@ def _walk(folder: Path, found: PictureList, skip: Path | None = None) -> dict[st
     names: dict[str, str] = {}
     entered = {os.path.realpath(folder)} | ({os.path.realpath(skip)} if skip else set())
     left = [""]
-    with JobLog(f"list the files below {folder}", 1, "folder", shown=_is_first()) as progress:
+    with JobLog(f"list the files below {folder}", 1, "folder", shown=is_first()) as progress:
         while left:
             below = left.pop()
             for name, path, kind, is_link in _entries(folder, below, found):
@@ -443,11 +443,6 @@ def _kind(entry: os.DirEntry[str]) -> str | None:
         return error.strerror or str(error)
 
 
-def _is_first() -> bool:
-    """Whether this process is the one that reports progress."""
-    return share()[0] == 0
-
-
 def _pair(folder: Path, names: Mapping[str, str], endings: Collection[str], found: PictureList) -> None:
     """Add files with their captions, the text files of the same name; a second file of one name is a duplicate."""
     texts: dict[str, str] = {}
@@ -486,7 +481,7 @@ def _list(file: Path, outside: bool, key: str = "outside") -> PictureList:
             return found
         index, name, _ = table.column(INDICES), table.needed(FILES), table.needed(CAPTIONS)
         captions = [table.columns.index(key) for key in CAPTIONS if key in table.columns]
-    with JobLog(f"list the pictures of {file}", len(table.rows), "row", shown=_is_first()) as progress:
+    with JobLog(f"list the pictures of {file}", len(table.rows), "row", shown=is_first()) as progress:
         for row in table.rows:
             where = f"{file.name}, line {row.line}"
             if row.fault:
@@ -597,7 +592,7 @@ def _expand(pattern: str) -> list[Path]:
 def _shards(files: Sequence[tuple[str, str]], found: PictureList, outside: bool) -> PictureList:
     """Add the samples of shards, which are given as pairs of path and name in messages."""
     task = f"list the samples of {files[0][0] if files else ''}"
-    with JobLog(task, len(files), "shard", shown=_is_first()) as progress:
+    with JobLog(task, len(files), "shard", shown=is_first()) as progress:
         for path, name in files:
             if found.outside(path):
                 reason = f"it lies outside of {found.root}; {found.key}=true takes it"

@@ -22,8 +22,7 @@ from rich.table import Table
 
 from swd.config import stored
 from swd.io.files import write_json, write_text
-from swd.io.job_log import JobLog
-from swd.io.masking import mask_text
+from swd.io.job_log import JobLog, say
 from swd.metrics.fid import frechet_distance
 from swd.modules.distiller import Distiller
 from swd.shapes import contest, report
@@ -101,7 +100,7 @@ def measure_quality(
         reason = store.why_not(len(prompts))
         if reason is None:
             return store.load().first(len(prompts)), f"stored: {STORE_COMMAND}"
-        note(f"{contender.name}: drawing every picture now, because {reason}")
+        say(f"{contender.name}: drawing every picture now, because {reason}")
     with bar(f"{contender.name}: judge {len(prompts)} pictures", len(prompts)) as advance:
         return contest.run_contender(contender, judge, prompts, BATCH, advance), "live"
 
@@ -323,11 +322,6 @@ def bar(title: str, total: int) -> Iterator[Advance]:
     """How far a part of the demo is, in pictures: see `JobLog`."""
     with JobLog(title, total, "picture") as log:
         yield log.advance
-
-
-def note(text: str) -> None:
-    """A line for the reader, on standard error, without credentials."""
-    print(mask_text(text), file=sys.stderr, flush=True)
 
 
 def short(path: Path) -> str:

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 from swd.callbacks import progress as callback
 from swd.data import job
+from swd.io import job_log
 from swd.io.job_log import JobLog, duration, rate_text
-from swd.shapes import demo
 
 
 class Clock:
@@ -44,7 +44,7 @@ def test_a_job_tells_no_credentials(monkeypatch: pytest.MonkeyPatch, capfd: pyte
     with JobLog("reading https://me:word@host/a.tar into hf_0123456789", 1, "sample"):
         pass
     job.say("listing s3://id:word@bucket/x")
-    demo.note("from https://host/x?token=word")
+    job_log.say("from https://host/x?token=word")
     assert capfd.readouterr().err.splitlines() == [
         "reading https://***@host/a.tar into ***: 1 sample",
         "done: 0 samples in 0 s",
