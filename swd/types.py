@@ -105,6 +105,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def to(self, *args: Any) -> Batch:
+        """Move or cast every tensor, as `Tensor.to` does."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class PictureBatch(Batch):

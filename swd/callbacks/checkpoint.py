@@ -47,31 +47,44 @@ class Checkpoint(ModelCheckpoint):
         super().__init__(
             filename="iteration-{step}",
             auto_insert_metric_name=False,
-            every_n_train_steps=every,
+            every_n_train_steps=1,  # `on_train_batch_end` decides
             save_top_k=keep,
             monitor="step",
             mode="max",
             save_last=False,
             save_on_train_epoch_end=False,
         )
-        self.every, self.keep = every, keep
+        self.every = every
+        self.keep = keep
         self.files = CheckpointFiles()
+        self._first = 0  # iterations done when this run was started
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
         trainer.strategy.checkpoint_io = self.files
         super().setup(trainer, pl_module, stage)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: a resumed run has a folder of its own."""
+        return {}
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        # Where a resumed run starts there is a checkpoint already; another would lie between two iterations.
-        self._last_global_step_saved = trainer.global_step
+        self._first = trainer.global_step
         self._check_space(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if trainer.global_step % self.every == 0:
+            self._save(trainer, pl_module, *args)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        if trainer.global_step != self._last_global_step_saved:
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._save(trainer, pl_module, None, None, 0)
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Save unless there is a checkpoint of this iteration, in this run or in the one that it goes on from."""
+        if trainer.global_step > self._first:
+            super().on_train_batch_end(trainer, pl_module, *args)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         module = trainer.lightning_module
@@ -130,6 +143,14 @@ class SaveAdapter(Callback):
         return None if all((run / "adapter" / name).is_file() for name in needed) else str(run / "adapter")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.write(trainer, pl_module)
+
+    def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the student.
+
+        Raises:
+            UserError: if it or its predictions are not finite, or there is no room.
+        """
         # Without a single iteration there is no student, only fresh weights.
         if not (isinstance(pl_module, Distiller) and trainer.global_step):
             return

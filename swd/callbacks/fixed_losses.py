@@ -1,8 +1,8 @@
-"""What training did, measured on the same pictures with the same draws."""
+"""Losses before and after training, measured on the same pictures with the same draws."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -31,7 +31,8 @@ class FixedLosses(Callback):
     """
 
     def __init__(self, pictures: int = 32, seed: int = 0) -> None:
-        self.pictures, self.seed = pictures, seed
+        self.pictures = pictures
+        self.seed = seed
         self.losses: dict[str, list[float]] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -47,7 +48,7 @@ class FixedLosses(Callback):
 
     def batches(self, trainer: Trainer, task: Distiller) -> list[PictureBatch | CachedBatch]:
         """The pictures, for each step of the schedule."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = cast(Any, trainer).datamodule
         return [data.last(self.pictures, step) for step in range(len(task.schedule))]
 
     @torch.no_grad()

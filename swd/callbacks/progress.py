@@ -1,4 +1,4 @@
-"""What a training does, while it does it: where it starts, how far it is with each loss, where it ended."""
+"""Lines for a reader while a task trains: where it starts, how far it is with each loss, where it ended."""
 
 from __future__ import annotations
 
@@ -23,14 +23,12 @@ class Progress(Callback):
     def __init__(self, description: str = "iteration") -> None:
         self.description = description
         self.lines: JobLog | None = None
-        self._shown = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.is_global_zero:
             say(f"loading {source(pl_module)} on {trainer.strategy.root_device}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._shown = trainer.global_step  # of a resumed run: known, without losses
         title = f"{describe(pl_module)} into {trainer.default_root_dir}"
         self.lines = JobLog(
             title, trainer.max_steps, self.description, done=trainer.global_step, shown=trainer.is_global_zero
@@ -38,11 +36,8 @@ class Progress(Callback):
         self.lines.__enter__()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        step = trainer.global_step
-        if self.lines is None or step in (0, self._shown):
-            return
-        count, self._shown = step - self._shown, step
-        self.lines.advance(count, losses_text(pl_module))
+        if self.lines is not None:
+            self.lines.advance(trainer.global_step - self.lines.place, losses_text(pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close(None)
@@ -57,13 +52,13 @@ class Progress(Callback):
 
 
 def source(task: LightningModule) -> str:
-    """What a task starts from, for a reader."""
+    """Name of what a task loads, for a reader."""
     model: Any = getattr(task, "model", None)
     return f"model {model.name}" if model is not None else "data and network"
 
 
 def describe(task: LightningModule) -> str:
-    """What is trained: task, model, losses and schedule, in a few words."""
+    """Task, model, losses and schedule in a few words."""
     text = getattr(task, "deed", "training")
     model, terms, schedule = (cast(Any, getattr(task, name, None)) for name in ("model", "terms", "schedule"))
     if model is not None:

@@ -32,31 +32,32 @@ class Samples(Callback):
     def __init__(self, prompts: Sequence[str], every: int = 100, seed: int = 0) -> None:
         if every < 1 or not prompts:
             raise UserError(f"callbacks.samples: every={every} with {len(prompts)} prompts; use at least 1 of each")
-        self.prompts, self.every, self.seed = list(prompts), every, seed
-        self._drawn = -1
+        self.prompts = list(prompts)
+        self.every = every
+        self.seed = seed
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and isinstance(pl_module, Distiller):
             warn_beyond(pl_module.model, self.prompts, "prompts of sample sheets")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if trainer.global_step and trainer.global_step % self.every == 0:
-            self._draw(trainer, pl_module)
+        if trainer.global_step % self.every == 0:
+            self.write(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._draw(trainer, pl_module)
+        if trainer.global_step % self.every:
+            self.write(trainer, pl_module)
 
-    def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        step = trainer.global_step
-        if step == self._drawn or not trainer.is_global_zero or not isinstance(pl_module, Distiller):
+    def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw and write the sheet of the current iteration."""
+        if not trainer.is_global_zero or not isinstance(pl_module, Distiller):
             return
-        self._drawn = step
         try:
-            self._write(trainer, pl_module)
+            self._write_sheet(trainer, pl_module)
         except Exception as error:
-            warnings.warn(f"no samples of iteration {step}: {one_line(error)}", stacklevel=2)
+            warnings.warn(f"no samples of iteration {trainer.global_step}: {one_line(error)}", stacklevel=2)
 
-    def _write(self, trainer: Trainer, task: Distiller) -> None:
+    def _write_sheet(self, trainer: Trainer, task: Distiller) -> None:
         seeds = [self.seed + i for i in range(len(self.prompts))]
         _, sizes = task.sample(self.prompts, seeds, keep_x0=True)
         if not all_finite(sizes):

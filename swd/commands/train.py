@@ -183,9 +183,7 @@ def finish(
     callbacks[:] = [c for c in callbacks if not isinstance(c, ModelCheckpoint)]  # nothing to save
     late = [c for c in callbacks if isinstance(c, SaveAdapter | Samples)]
     missing: dict[str, Callable[[], None]] = {
-        path: partial(c.on_train_end, trainer, task)
-        for c in sorted(late, key=_turn)
-        if (path := c.missing(run, task, done))
+        path: partial(c.write, trainer, task) for c in sorted(late, key=_turn) if (path := c.missing(run, task, done))
     }
     if isinstance(task, WatchedTask) and task.older_than(Path(checkpoint)):
         missing[str(task.target)] = task.export
@@ -313,7 +311,7 @@ FIXED = {
     "default_root_dir": "give folder=FOLDER",
     "callbacks": "add one with +callbacks.NAME._target_=CLASS",
     "logger": "choose one with logger=NAME",
-    "enable_progress_bar": "callbacks.progress counts iterations, and Lightning's bar would count batches",
+    "enable_progress_bar": "callbacks.progress shows how far a training is",
     "use_distributed_sampler": "the data divide themselves over processes",
     "barebones": "it leaves out what writes the student",
     "val_check_interval": "nothing is validated while a task trains",
@@ -334,16 +332,13 @@ def check_trainer(options: dict[str, Any], task: LightningModule) -> None:
         raise UserError(
             f"trainer.max_epochs={epochs} trains nothing; leave it out, trainer.max_steps counts iterations"
         )
-    needed = getattr(task, "updates_per_iteration", 1)
     for key in LIMITS:
         value = options.get(key) or (0 if key == "limit_train_batches" and key in options else None)
         if value is None:
             continue
-        batches = value if isinstance(value, int) else int(value * options["max_steps"] * needed)
-        if batches < needed:
+        if (value if isinstance(value, int) else int(value * options["max_steps"])) < 1:
             raise UserError(
-                f"trainer.{key}={value} is less than one iteration, which takes {needed} batches; leave it out, "
-                "trainer.max_steps counts iterations"
+                f"trainer.{key}={value} is less than one iteration; leave it out, trainer.max_steps counts iterations"
             )
     if not task.automatic_optimization:
         for key, idle, fix in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from swd.data.iterations import Iterations
 from swd.data.job import in_shared_memory, is_first
 from swd.data.read_ahead import read_ahead
 from swd.data.shards import CorruptSample
@@ -44,13 +46,18 @@ class Order:
     def __init__(
         self, ids: Sequence[int] | range | NDArray[Any], key: str, groups: Tensor | None = None, window: int = 1
     ) -> None:
-        self.ids, self.key, self.groups, self.window = ids, key, groups, window
-        self._epoch, self._order = -1, torch.empty(0)
+        self.ids = ids
+        self.key = key
+        self.groups = groups
+        self.window = window
+        self._epoch = -1
+        self._order = torch.empty(0)
 
     def __getitem__(self, g: int) -> int:
         epoch, entry = divmod(g, len(self.ids))
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._shuffled(epoch)
+            self._epoch = epoch
+            self._order = self._shuffled(epoch)
         return int(self.ids[int(self._order[entry])])
 
     def _shuffled(self, epoch: int) -> Tensor:
@@ -95,8 +102,12 @@ class GlobalBatches(Sampler[list[Any]]):
     ) -> None:
         if batch_size < 1 or batch_size % world:
             raise UserError(f"data.batch_size={batch_size} does not divide over {world} processes; use a multiple")
-        self.batch_size, self.seed = batch_size, seed
-        self.start, self.total, self.rank, self.world = start, total, rank, world
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start = start
+        self.total = total
+        self.rank = rank
+        self.world = world
         plain = [] if length is None else [Order(range(length), f"{seed}/order")]
         self.orders = plain if orders is None else list(orders)
 
@@ -122,7 +133,7 @@ class GlobalBatches(Sampler[list[Any]]):
         return int(torch.multinomial(sizes, 1, generator=generator))
 
     def request(self, index: int, batch: int) -> Any:
-        """What the dataset is asked for: an index."""
+        """The argument of the dataset's `__getitem__` for a sample: its index."""
         return index
 
 
@@ -136,10 +147,11 @@ class Guarded(Dataset[Any]):
         collate: samples to a batch.
     """
 
-    def __init__(self, dataset: Dataset[Any], collate: Callable[[list[Any]], Batch]) -> None:
-        self.dataset, self.collate = dataset, collate
+    def __init__(self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any]) -> None:
+        self.dataset = dataset
+        self.collate = collate
 
-    def __getitems__(self, requests: list[Any]) -> Batch | UserError | OSError:
+    def __getitems__(self, requests: list[Any]) -> Any:
         try:
             return in_shared_memory(self.collate([self.dataset[request] for request in requests]))
         except (UserError, OSError) as error:
@@ -175,7 +187,10 @@ class ThreadedLoader:
     """
 
     def __init__(self, read: Callable[[Any], Batch], requests: GlobalBatches, workers: int, prefetch: int = 2) -> None:
-        self.read, self.requests, self.workers, self.prefetch = read, requests, workers, prefetch
+        self.read = read
+        self.requests = requests
+        self.workers = workers
+        self.prefetch = prefetch
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -242,7 +257,52 @@ def warn_long_captions(dataset: Any, model: Pretrained, most: int = LOOKED_AT) -
     warn_beyond(model, captions, "captions", len(dataset))
 
 
-class PairData(LightningDataModule):
+@dataclass(frozen=True)
+class BatchPlan:
+    """The batches that one process of a run is due.
+
+    Attributes:
+        total: number of batches of the whole run.
+        start: the first batch, when a run is resumed.
+        rank, world: this process and the number of processes.
+        per_iteration: number of batches of one iteration.
+    """
+
+    total: int
+    start: int = 0
+    rank: int = 0
+    world: int = 1
+    per_iteration: int = 1
+
+    def batches(self, length: int | None, batch_size: int, seed: int) -> GlobalBatches:
+        """The indices of these batches, for a dataset of `length` samples; None: endless."""
+        return GlobalBatches(length, batch_size, self.start, self.total, seed, self.rank, self.world)
+
+
+class TrainingData(LightningDataModule):
+    """Base of the data that tasks train on; subclasses load batches.
+
+    A task with `batches_per_iteration` loops over iterations (`IterationBatches`), any other one over batches, each of
+    which is an iteration.
+    """
+
+    def batch_loader(self, plan: BatchPlan) -> Any:
+        """A loader of the batches of `plan`, `plan.start` first, whose length is `plan.total`."""
+        raise NotImplementedError
+
+    def train_dataloader(self) -> Any:
+        trainer = self.trainer
+        assert trainer is not None
+        count: int | None = getattr(trainer.lightning_module, "batches_per_iteration", None)
+        each = count or 1
+        plan = BatchPlan(
+            trainer.max_steps * each, trainer.global_step * each, trainer.global_rank, trainer.world_size, each
+        )
+        loader = self.batch_loader(plan)
+        return loader if count is None else Iterations(loader, count)
+
+
+class PairData(TrainingData):
     """Pictures with captions from a map-style dataset.
 
     Args:
@@ -258,13 +318,11 @@ class PairData(LightningDataModule):
     ) -> None:
         super().__init__()
         check_loading(batch_size, workers, seed)
-        self.dataset, self.batch_size, self.workers, self.seed, self.endless = (
-            dataset,
-            batch_size,
-            workers,
-            seed,
-            endless,
-        )
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.workers = workers
+        self.seed = seed
+        self.endless = endless
 
     def check(self, model: Pretrained, schedule: ScaleSchedule) -> None:
         """Raise UserError unless pictures are large enough for the model and the schedule."""
@@ -277,30 +335,18 @@ class PairData(LightningDataModule):
         dataset: Any = self.dataset
         return collate([dataset[len(dataset) - 1 - i] for i in range(count)])
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        trainer, task = self.trainer, self.trainer.lightning_module  # type: ignore[union-attr]
-        total = trainer.max_steps * getattr(task, "updates_per_iteration", 1)  # type: ignore[union-attr]
+    def batch_loader(self, plan: BatchPlan) -> DataLoader[Any]:
         length = _length(self.dataset)
-        if self.endless and length < total * self.batch_size:
+        if self.endless and length < plan.total * self.batch_size:
             raise UserError(
-                f"the dataset has {length} samples, but this run uses {total * self.batch_size} fresh ones; "
+                f"the dataset has {length} samples, but this run uses {plan.total * self.batch_size} fresh ones; "
                 "set data.endless=false to repeat them"
             )
-        sampler = GlobalBatches(
-            None if self.endless else length,
-            self.batch_size,
-            getattr(task, "updates", 0),
-            total,
-            self.seed,
-            trainer.global_rank,  # type: ignore[union-attr]
-            trainer.world_size,  # type: ignore[union-attr]
-        )
         return GuardedLoader(
             Guarded(self.dataset, collate),
-            batch_sampler=sampler,
+            batch_sampler=plan.batches(None if self.endless else length, self.batch_size, self.seed),
             num_workers=self.workers,
             collate_fn=as_it_is,
-            persistent_workers=self.workers > 0,
         )
 
 

@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from lightning import LightningDataModule
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -23,17 +22,20 @@ from swd.data.buckets import bucket_sizes, nearest_bucket
 from swd.data.cache import TEXT, Assembler, latents_name
 from swd.data.datamodule import (
     LOOKED_AT,
+    BatchPlan,
     GlobalBatches,
     Guarded,
     GuardedLoader,
     Order,
     ThreadedLoader,
+    TrainingData,
     as_it_is,
     check_loading,
     check_pixels,
     warn_long_captions,
 )
 from swd.data.identity import difference
+from swd.data.iterations import IterationBatches
 from swd.data.picture_files import MAX_PIXELS, PICTURES, VIDEOS, check_max_pixels, read_picture, read_video
 from swd.data.shards import (
     MANIFEST,
@@ -65,7 +67,7 @@ COUNTED = 1000
 """Samples that must have been read before a share of them says much."""
 
 
-class ShardData(LightningDataModule):
+class ShardData(TrainingData):
     """Samples from shards, in an order that depends on (seed, epoch) alone, exact on resume.
 
     Args:
@@ -164,32 +166,31 @@ class ShardData(LightningDataModule):
         chosen = [int(members[-1 - i % len(members)]) for i in range(count)]
         return self.source.collate([self.source[index, step] for index in chosen])
 
-    def train_dataloader(self) -> Any:
-        trainer, task = self.trainer, self.trainer.lightning_module  # type: ignore[union-attr]
-        per_iteration = getattr(task, "updates_per_iteration", 1)
-        total = trainer.max_steps * per_iteration  # type: ignore[union-attr]
-        start, rank, world = getattr(task, "updates", 0), trainer.global_rank, trainer.world_size  # type: ignore[union-attr]
+    def batch_loader(self, plan: BatchPlan) -> Any:
+        start, total, rank, world = plan.start, plan.total, plan.rank, plan.world
         steps = len(self.schedule) if self.schedule else 1
-        more: dict[str, Any] = {"num_workers": self.workers, "persistent_workers": self.workers > 0}
+        more: dict[str, Any] = {"num_workers": self.workers}
         if self.workers:
             more["prefetch_factor"] = self.prefetch
         if self.stream is not None:
-            self.stream.plan(start, total, rank, world, max(self.workers, 1), per_iteration, steps)
+            self.stream.plan(start, total, rank, world, max(self.workers, 1), plan.per_iteration, steps)
             return GuardedLoader(self.stream, batch_size=None, **more)
         source: Any = self.source
         orders = source.orders(self.seed, self.window)
         sampler = DueBatches(None, self.batch_size, start, total, self.seed, rank, world, orders)
-        sampler.per_iteration, sampler.steps = per_iteration, steps
+        sampler.per_iteration, sampler.steps = plan.per_iteration, steps
         if self.is_cache:
             return ThreadedLoader(source.batch_of, sampler, self.workers, self.prefetch)
         return GuardedLoader(Guarded(source, source.collate), batch_sampler=sampler, collate_fn=as_it_is, **more)
 
-    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Count what could not be read; stop when it is too much of what this process has read.
 
         Raises:
             UserError: beyond `max_bad`, naming the last file.
         """
+        if isinstance(batch, IterationBatches):
+            return batch.map(lambda each: self.on_before_batch_transfer(each, dataloader_idx))
         self.seen += len(batch)
         self.bad += len(batch.skipped)
         for name in batch.skipped:

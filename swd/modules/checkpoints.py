@@ -158,6 +158,21 @@ def iterations(path: str | Path) -> int:
     return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
 
 
+def progress_in_iterations(checkpoint: dict[str, Any], batches_per_iteration: int) -> None:
+    """Let the loop's progress in a checkpoint count iterations, where an earlier version counted their batches.
+
+    Args:
+        checkpoint: changed in place; whole, as `damage` says.
+        batches_per_iteration: of the run that it is of.
+    """
+    loop = checkpoint["loops"]["fit_loop"]
+    progress = loop["epoch_loop.batch_progress"]
+    if progress["total"]["ready"] == checkpoint["global_step"]:
+        return
+    for counts in (progress["total"], progress["current"], loop["epoch_loop.state_dict"]):
+        counts.update({name: count // batches_per_iteration for name, count in counts.items()})
+
+
 def optimizer_misfit(state: Mapping[str, Any], shapes: list[tuple[int, ...]]) -> str | None:
     """Description of the first fault in a stored AdamW state for parameters of these shapes, in order; None if it fits.
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.profilers import Profiler
 from torch import Tensor
 from torch.nn import ModuleDict, Parameter
 from torch.nn.utils import clip_grad_norm_
@@ -17,7 +19,7 @@ from torch.optim import AdamW, Optimizer
 from swd.losses.base import CriticStep, GeneratorStep, LossTerm, Metrics, ModelFacts
 from swd.losses.update import critic_loss, generator_gradient, settle, student_x0, trainers, wanted
 from swd.modules.adapters import check_start, read_adapter
-from swd.modules.checkpoints import optimizer_misfit
+from swd.modules.checkpoints import optimizer_misfit, progress_in_iterations
 from swd.modules.encoders import Encoders
 from swd.modules.finite import all_finite, step_or_stop, stop_unless_finite
 from swd.modules.inputs import InputBuilder, Inputs
@@ -32,8 +34,8 @@ from swd.types import CachedBatch, Checks, Conditioning, PictureBatch, Role, See
 class Distiller(LightningModule):
     """Scale-wise distillation of one pretrained model (SwD paper, section 4.1).
 
-    One call of `training_step` is one update on one fresh batch: `critic_updates` critic updates, then a generator
-    update, make an iteration. Iteration k trains step `k mod N` of the schedule. `global_step` counts iterations.
+    One call of `training_step` is one iteration: `critic_updates` critic updates, then a generator update, each on a
+    fresh batch. Iteration k trains step `k mod N` of the schedule. `global_step` counts iterations.
 
     Args:
         model: the teacher.
@@ -53,7 +55,7 @@ class Distiller(LightningModule):
     """
 
     deed = "distilling"
-    """What this does to the model, for messages."""
+    """Description of the task for messages."""
 
     def __init__(
         self,
@@ -72,7 +74,9 @@ class Distiller(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # checkpoints hold only what is trained
-        self.model, self.schedule, self.seed = model, schedule, seed
+        self.model = model
+        self.schedule = schedule
+        self.seed = seed
         settle(loss)
         check_fit(model, schedule, loss)
         self.terms: Any = ModuleDict(dict(loss))
@@ -80,13 +84,14 @@ class Distiller(LightningModule):
         if critic_updates < 1 and trainers(loss):
             names = " and ".join(trainers(loss))
             raise UserError(f"task.critic_updates={critic_updates}; use 1 or more, since there is a critic for {names}")
-        self.lr, self.critic_lr = lr, lr if critic_lr is None else critic_lr
+        self.lr = lr
+        self.critic_lr = lr if critic_lr is None else critic_lr
         check_optimizer(lr=lr, critic_lr=self.critic_lr, clip=clip, betas=betas, weight_decay=weight_decay)
-        self.betas, self.weight_decay, self.clip = betas, weight_decay, clip
+        self.betas = betas
+        self.weight_decay = weight_decay
+        self.clip = clip
         self.checkpointing = checkpointing
-        self.updates = 0
         self.last_metrics: Metrics = {}
-        self._critic_metrics: list[Metrics] = []
         self._seen: Inputs | None = None  # of the last update, one sample: what is tried before weights are saved
         self.networks: Networks
         self.inputs = InputBuilder(model, schedule)
@@ -94,9 +99,14 @@ class Distiller(LightningModule):
     # Building
 
     @property
-    def updates_per_iteration(self) -> int:
-        """Batches that one iteration uses."""
+    def batches_per_iteration(self) -> int:
+        """Number of batches, one an update, that an item of the loader has (see `swd.data.iterations`)."""
         return self.critic_updates + 1
+
+    @property
+    def updates(self) -> int:
+        """Number of updates done, of critic and generator together."""
+        return self.global_step * self.batches_per_iteration
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -134,7 +144,7 @@ class Distiller(LightningModule):
 
     @property
     def empty(self) -> Conditioning:
-        """What takes the place of a prompt for guidance, for the schedule's own size, one row."""
+        """The conditioning that guidance takes in place of a prompt's, for the schedule's own size, one row."""
         return self.inputs.empty(None, self.device)
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
@@ -148,7 +158,7 @@ class Distiller(LightningModule):
         return [AdamW(parameters, lr=lr, **options) for parameters, lr in zip(trained, rates, strict=False)]
 
     def _trained(self, networks: Networks, terms: ModuleDict) -> list[list[Parameter]]:
-        """What each optimizer trains: the student, and the critic if there is one."""
+        """The parameters of each optimizer: the student's, and the critic's if there is one."""
         student = networks.role_parameters("student")
         return [student, [*networks.role_parameters("fake"), *terms.parameters()]] if self.critic_updates else [student]
 
@@ -160,20 +170,48 @@ class Distiller(LightningModule):
     def on_fit_start(self) -> None:
         self.check_processes(self.trainer.world_size)  # whatever launcher started them
 
-    # One update
+    # One iteration
 
-    def training_step(self, batch: PictureBatch | CachedBatch, batch_idx: int) -> None:
-        iteration, update = divmod(self.updates, self.updates_per_iteration)
-        step = iteration % len(self.schedule)
-        draws = SeededDraws(self.seed, iteration, update, first=self.global_rank * len(batch))
-        inputs = self.inputs.build(batch, step, draws, self._place(iteration, step, update))
-
-        if update < self.critic_updates:
-            self._critic_update(inputs)
-        else:
-            self._generator_update(inputs)
-        self.updates += 1
+    def training_step(self, batches: Iterator[PictureBatch | CachedBatch], batch_idx: int) -> None:
+        critic: list[Metrics] = []
+        for update in range(self.critic_updates):
+            inputs = self._next_inputs(batches, update)
+            with self.phase("critic"):
+                critic.append(self._critic_update(inputs))
+            del inputs  # two of them would lie on the device while the next ones are made
+        inputs = self._next_inputs(batches, self.critic_updates)
+        with self.phase("generator"):
+            generator = self._generator_update(inputs)
+        self._report(generator | mean_metrics(critic), inputs.interval)
         self._seen = inputs.first()
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """A part of an iteration that the trainer's profiler measures: waiting for data, inputs, critic, generator.
+
+        `trainer.profiler=simple` adds up the time of each.
+        """
+        profiler: Profiler = cast(Any, self.trainer).profiler
+        return profiler.profile(f"[Distiller]{name}")
+
+    def _next_inputs(self, batches: Iterator[PictureBatch | CachedBatch], update: int) -> Inputs:
+        """The inputs of an update of this iteration, made of its next batch.
+
+        Raises:
+            UserError: if there is none.
+        """
+        iteration = self.global_step
+        step = iteration % len(self.schedule)
+        place = self._place(iteration, step, update)
+        with self.phase("data"):
+            batch = next(batches, None)
+        if batch is None:  # StopIteration would end the iteration without an error
+            raise UserError(
+                f"{place}: the data have no batch for it; an item of their loader must have "
+                f"{self.batches_per_iteration}, as those of swd.data.iterations.Iterations"
+            )
+        with self.phase("inputs"):
+            draws = SeededDraws(self.seed, iteration, update, first=self.global_rank * len(batch))
+            return self.inputs.build(batch, step, draws, place)
 
     def _place(self, iteration: int, step: int, update: int) -> str:
         """Where an update stands in the run; counts from 0 are shown from 1."""
@@ -181,7 +219,7 @@ class Distiller(LightningModule):
         which = f"critic update {update + 1} of {self.critic_updates}"
         return f"iteration {iteration + 1}, {where}, {which if update < self.critic_updates else 'generator update'}"
 
-    def _critic_update(self, inputs: Inputs) -> None:
+    def _critic_update(self, inputs: Inputs) -> Metrics:
         with torch.no_grad():
             x0_hat = self._student_x0(inputs)
         step = CriticStep(
@@ -197,9 +235,9 @@ class Distiller(LightningModule):
         checks = inputs.finite() | {"the student's prediction": all_finite([x0_hat])}
         loss, metrics = critic_loss(self.terms, step, checks)
         self._descend("fake", loss, checks, inputs.place)
-        self._critic_metrics.append(metrics)
+        return metrics
 
-    def _generator_update(self, inputs: Inputs) -> None:
+    def _generator_update(self, inputs: Inputs) -> Metrics:
         x0_hat = self._student_x0(inputs)
         leaf = x0_hat.detach().requires_grad_()
         step = GeneratorStep(
@@ -216,7 +254,7 @@ class Distiller(LightningModule):
         loss, gradient, metrics = generator_gradient(self.terms, step, checks)
         self._descend("student", (x0_hat * gradient).sum(), checks, inputs.place)
         distance = (leaf.detach() - inputs.target).square().mean()
-        self._report({"loss": loss, "x0_mse": distance} | metrics, inputs.interval)
+        return {"loss": loss, "x0_mse": distance} | metrics
 
     def _descend(self, role: Literal["student", "fake"], loss: Tensor, checks: Checks, place: str) -> None:
         """One optimizer step down the gradient of `loss`, if that and everything in `checks` is finite."""
@@ -264,22 +302,18 @@ class Distiller(LightningModule):
         else:  # the wrapper does the same and counts: `global_step` would be the sum over both optimizers
             self.trainer.strategy.optimizer_step(optimizer.optimizer, lambda: None)
 
-    def _report(self, metrics: Metrics, interval: Interval) -> None:
-        """Log one row an iteration: the generator's metrics and the means of its critic updates'."""
-        critic = {name: torch.stack([m[name] for m in self._critic_metrics]).mean() for name in self._critic_names()}
-        self._critic_metrics.clear()
-        local = metrics | critic
+    def _report(self, local: Metrics, interval: Interval) -> None:
+        """Log the metrics of an iteration, averaged over the processes, as one row, and keep them for callbacks."""
         values = self.trainer.strategy.reduce(torch.stack([v.float() for v in local.values()]), reduce_op="mean")
         self.last_metrics = dict(zip(local, values, strict=True))
-        row = {f"train/{name}": float(value) for name, value in self.last_metrics.items()}
-        row["train/interval"] = float(interval.index)
-        # Not `self.log`: it counts batches, and repeats an iteration's row at every batch of the next one.
+        row = {f"train/{name}": value for name, value in self.last_metrics.items()}
+        row["train/interval"] = torch.tensor(float(interval.index))
+        self.log_dict(row, logger=False)  # into `trainer.callback_metrics`
+        # `self.log` hands a row to the loggers after the callbacks. A run killed while they draw would lose the row of
+        # an iteration whose checkpoint it wrote, and the run that goes on from there does not write it again.
         for logger in self.trainer.loggers:
-            logger.log_metrics(row, step=self.global_step)
+            logger.log_metrics({name: float(value) for name, value in row.items()}, step=self.global_step)
             logger.save()
-
-    def _critic_names(self) -> list[str]:
-        return list(self._critic_metrics[0]) if self._critic_metrics else []
 
     # Sampling
 
@@ -309,14 +343,14 @@ class Distiller(LightningModule):
         checkpoint["swd"] = {"updates": self.updates}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.updates = int(checkpoint["swd"]["updates"])
+        progress_in_iterations(checkpoint, self.batches_per_iteration)
 
     def misfit(self, checkpoint: Mapping[str, Any]) -> str | None:
-        """What a checkpoint lacks, or has in another shape, of what this trains; None if it fits. Loads no weights."""
+        """Description of what a checkpoint lacks or has in another shape; None if it fits. Loads no weights."""
         updates = checkpoint.get("swd", {}).get("updates")
         if not isinstance(checkpoint["global_step"], int):
             return "its global_step is no number"
-        expected = checkpoint["global_step"] * self.updates_per_iteration
+        expected = checkpoint["global_step"] * self.batches_per_iteration
         if updates != expected:
             return f"it counts {updates} updates rather than {expected}, or is not of a distillation with this program"
         trained = self._shapes()
@@ -340,6 +374,11 @@ class Distiller(LightningModule):
         names = {parameter: name for name, parameter in whole.named_parameters()}
         groups = self._trained(networks, terms)
         return [{names[parameter]: tuple(parameter.shape) for parameter in group} for group in groups]
+
+
+def mean_metrics(rows: Sequence[Metrics]) -> Metrics:
+    """The mean of each metric over several updates; empty where there are none."""
+    return {name: torch.stack([row[name] for row in rows]).mean() for name in (rows[0] if rows else {})}
 
 
 def check_fit(model: Pretrained, schedule: ScaleSchedule, terms: Mapping[str, LossTerm]) -> None:

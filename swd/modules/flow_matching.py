@@ -116,15 +116,24 @@ class FlowMatching(WatchedTask):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.model, self.seed = model, seed
+        self.model = model
+        self.seed = seed
         self.sizes: list[Size] = [(s, s) if isinstance(s, int) else tuple(s) for s in sizes]
         self.size_weights = torch.tensor(size_weights or [1.0] * len(self.sizes))
         self.out = Path(out) if out else model.folder
-        self.lr, self.muon_lr, self.warmup, self.weight_decay = lr, muon_lr, warmup, weight_decay
-        self.caption_dropout, self.sigma_shift, self.sigma_spread = caption_dropout, sigma_shift, sigma_spread
-        self.reuse, self.compile_blocks = reuse, compile
-        self.save_every, self.save_dtype = save_every, SAVE_DTYPES[save_dtype]
-        self.from_scratch, self.ema = from_scratch, ema
+        self.lr = lr
+        self.muon_lr = muon_lr
+        self.warmup = warmup
+        self.weight_decay = weight_decay
+        self.caption_dropout = caption_dropout
+        self.sigma_shift = sigma_shift
+        self.sigma_spread = sigma_spread
+        self.reuse = reuse
+        self.compile_blocks = compile
+        self.save_every = save_every
+        self.save_dtype = SAVE_DTYPES[save_dtype]
+        self.from_scratch = from_scratch
+        self.ema = ema
         self._check()
 
         self.memory: deque[Encoded] = deque(maxlen=memory)

@@ -17,12 +17,13 @@ from swd.types import CachedBatch, Checks, Conditioning, PictureBatch, SeededDra
 
 @dataclass(frozen=True)
 class Inputs:
-    """What one update works on.
+    """The data of one update, with its place in the run and in the schedule.
 
     Attributes:
         interval: the step of the schedule that is trained.
         source, target: clean latents of the data at its two sizes.
-        conditioning: B rows; `empty`: what takes the place of a prompt for guidance, one row.
+        conditioning: B rows.
+        empty: the conditioning that guidance takes in place of a prompt's, one row.
         draws: where random numbers come from.
         place: iteration (from 1), step of the schedule (from 1) and update, for messages.
     """
@@ -109,9 +110,10 @@ class InputBuilder:
         return (target if interval.source == interval.target else encode(interval.source)), target
 
     def empty(self, bucket: Size | None, device: torch.device) -> Conditioning:
-        """What takes the place of a prompt for guidance, one row, for finished pictures of `bucket` pixels.
+        """The conditioning that guidance takes in place of a prompt's, one row.
 
-        None: the schedule's own. Caches hold the encoded empty prompt; SDXL's zeros are made of it here.
+        `bucket` is the size of finished pictures in pixels; None: the schedule's own. Caches hold the encoded empty
+        prompt; SDXL's zeros are made of it here.
         """
         if bucket not in self._empty:
             cache = self.cache

@@ -49,11 +49,6 @@ class WatchedTask(L.LightningModule):
         return max(times, default=0) < checkpoint.stat().st_mtime_ns
 
     @property
-    def updates(self) -> int:
-        """Number of batches used so far; a resumed run goes on with the next one."""
-        return int(self.global_step)
-
-    @property
     def _place(self) -> str:
         return f"iteration {self.global_step + 1}"
 

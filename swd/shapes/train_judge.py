@@ -6,13 +6,12 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, default_collate
 
-from swd.data.datamodule import check_loading
+from swd.data.datamodule import BatchPlan, Guarded, GuardedLoader, TrainingData, as_it_is, check_loading
 from swd.modules.training_task import WatchedTask, averaged, check_finite, replace_files, warmup_cosine
 from swd.shapes.dataset import BACKGROUNDS, COLOURS, PLACES, RESOLUTION, SHAPES, SIZES, Scene, ShapesDataset
 from swd.shapes.judge import NOTHING, Judge
@@ -45,12 +44,12 @@ class LabelledShapes(ShapesDataset):
         return super().__getitem__(index) | {"targets": targets(self.draw(index)[0])}
 
 
-class JudgeData(L.LightningDataModule):
+class JudgeData(TrainingData):
     """Drawn pictures with the judge's targets, each used once, in the order of their indices.
 
     Args:
         split: split of `ShapesDataset`; "all" has every pair of colour and shape.
-        batch_size: pictures in a batch.
+        batch_size: pictures in a batch, over all processes.
         workers: loader processes.
         seed: seed of the pictures.
     """
@@ -63,12 +62,13 @@ class JudgeData(L.LightningDataModule):
         self.workers = workers
         self.seed = seed
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        task, trainer = self.trainer.lightning_module, self.trainer  # type: ignore[union-attr]
-        skip = self.batch_size * getattr(task, "updates", 0)
-        pictures = LabelledShapes(self.split, self.seed, self.batch_size * trainer.max_steps)  # type: ignore[union-attr]
-        left = Subset(pictures, range(skip, len(pictures)))
-        return DataLoader(left, batch_size=self.batch_size, num_workers=self.workers)
+    def batch_loader(self, plan: BatchPlan) -> DataLoader[Any]:
+        return GuardedLoader(
+            Guarded(LabelledShapes(self.split, self.seed, plan.total * self.batch_size), default_collate),
+            batch_sampler=plan.batches(None, self.batch_size, self.seed),
+            num_workers=self.workers,
+            collate_fn=as_it_is,
+        )
 
 
 def degrade(pixels: Tensor, generator: torch.Generator) -> Tensor:
@@ -142,8 +142,8 @@ class JudgeTask(WatchedTask):
         self.weight_decay = weight_decay
         self.save_every = save_every
         self.generator = torch.Generator().manual_seed(seed)
-        self.judge = Judge(widths, features)
-        self.judge.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        judge: Any = Judge(widths, features)
+        self.judge: Judge = judge.to(memory_format=torch.channels_last)
         self.average = averaged(self.judge, ema)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:

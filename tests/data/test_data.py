@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import resource
 from collections import Counter
-from itertools import chain
+from dataclasses import replace
+from itertools import chain, islice
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from torch.utils.data import Dataset, get_worker_info
 from swd.commands.cli import user_errors
 from swd.commands.encode import as_shared
 from swd.data.datamodule import GlobalBatches, Guarded, GuardedLoader, PairData, as_it_is, collate
-from swd.types import Batch, UserError
+from swd.data.iterations import Iterations
+from swd.types import Batch, PictureBatch, UserError
 
 
 def global_order(length: int | None, batch_size: int, total: int, start: int = 0, world: int = 1, seed: int = 0):
@@ -84,12 +86,15 @@ def test_pictures_and_captions_stay_together() -> None:
 
 
 class StubTrainer:
-    """What `PairData` asks of a trainer."""
+    """What `PairData` asks of a trainer, for a run of twelve batches."""
 
-    max_steps, global_rank, world_size = 4, 0, 1
+    global_rank, world_size = 0, 1
 
-    def __init__(self, updates: int) -> None:
-        self.lightning_module = type("Task", (), {"updates": updates, "updates_per_iteration": 3})()
+    def __init__(self, iteration: int = 0, batches_per_iteration: int | None = None) -> None:
+        more = {} if batches_per_iteration is None else {"batches_per_iteration": batches_per_iteration}
+        self.lightning_module = type("Task", (), more)()
+        self.max_steps = 12 // (batches_per_iteration or 1)
+        self.global_step = iteration
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -102,6 +107,61 @@ def test_a_resumed_loader_continues_where_it_stopped(workers: int) -> None:
     straight = prompts(0, 0)
     assert len(straight) == 12
     assert prompts(5, workers) == straight[5:]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_item_is_an_iteration_whose_batches_are_fetched_one_at_a_time(workers: int) -> None:
+    def load(iteration: int, each: int | None) -> Any:
+        data = PairData(Numbers(10), batch_size=4, workers=workers, seed=3)
+        data.trainer = StubTrainer(iteration, each)  # type: ignore[assignment]
+        return data.train_dataloader()
+
+    straight = [batch.prompts for batch in load(0, None)]
+    iterations = load(0, 3)
+    assert len(iterations) == 4
+    assert [[batch.prompts for batch in item] for item in iterations] == [straight[i : i + 3] for i in (0, 3, 6, 9)]
+    resumed = [[batch.prompts for batch in item] for item in islice(load(2, 3), 2)]
+    assert resumed == [straight[6:9], straight[9:]]
+    first = [next(item).prompts for item in iterations]  # what an iteration leaves out is passed over
+    assert first == straight[::3]
+
+
+def test_batches_of_an_iteration_are_changed_when_they_are_fetched() -> None:
+    given = [PictureBatch(torch.full((1, 3, 2, 2), float(i)), prompts=[str(i)]) for i in range(6)]
+    fetched: list[str] = []
+
+    def double(batch: Any) -> Any:
+        fetched.extend(batch.prompts)
+        return replace(batch, pixels=2 * batch.pixels)
+
+    means = []
+    for item in Iterations(given, 3):
+        moved = item.map(double).to(torch.float64)
+        means += [(batch.pixels.mean().item(), batch.pixels.dtype, len(fetched)) for batch in moved]
+    assert means == [(2.0 * i, torch.float64, i + 1) for i in range(6)]
+
+
+def test_what_reads_ahead_ends_with_the_iterations() -> None:
+    ended: list[int] = []
+
+    def batches() -> Any:
+        try:
+            yield from range(4)
+        finally:
+            ended.append(1)
+
+    class Loader:
+        def __len__(self) -> int:
+            return 4
+
+        def __iter__(self) -> Any:
+            return batches()
+
+    loader: Any = Loader()
+    items = iter(Iterations(loader, 2))
+    assert list(next(items)) == [0, 1] and not ended
+    del items
+    assert ended == [1]
 
 
 @pytest.mark.parametrize("dataset", [Numbers(0), object()])

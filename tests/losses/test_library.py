@@ -14,8 +14,8 @@ from diffusers import StableDiffusion3Pipeline
 from lightning import Trainer
 from tiny import build_schedule
 from torch import Tensor
-from torch.utils.data import DataLoader
 
+from swd.data.iterations import Iterations
 from swd.losses import DMD, GAN, MMD
 from swd.modules import distiller
 from swd.modules.pretrained import Pretrained
@@ -94,7 +94,7 @@ def losses_of_the_distiller(
         default_root_dir=str(folder),
     )
     items: Any = [PictureBatch(pixels, prompts=PROMPTS) for pixels in batches(12)]
-    trainer.fit(task, DataLoader(items, batch_size=None))
+    trainer.fit(task, Iterations(items, 6))
     return seen
 
 

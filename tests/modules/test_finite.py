@@ -95,11 +95,11 @@ def test_no_weight_changes_in_the_update_that_stops(
     kept: list[Distiller] = []
     update = Distiller._generator_update
 
-    def noted(self: Distiller, inputs: Any) -> None:
+    def noted(self: Distiller, inputs: Any) -> Any:
         before = {key: value.clone() for key, value in self.networks.state_dict().items()}
         kept.append(self)
         try:
-            update(self, inputs)
+            return update(self, inputs)
         except UserError:
             after = self.networks.state_dict()
             assert all(torch.equal(after[key], value) for key, value in before.items())
