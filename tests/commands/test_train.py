@@ -111,6 +111,29 @@ def test_critic_updates_come_first_each_on_a_fresh_batch(
     assert prompts == [dataset[i]["prompt"] for i in range(4 * 3 * 4)]
 
 
+def test_values_logged_and_phases_timed_are_there_for_callbacks(tiny_model: Path, tmp_path: Path) -> None:
+    _, trainer = train(tiny_model, tmp_path, "+trainer.profiler=simple", loss="dmd", trainer__max_steps=2)
+    row = rows(tmp_path)[-1]
+    names = {name for name in row if name != "step"}
+    assert names and names == set(trainer.callback_metrics)
+    for name in names:
+        assert float(row[name]) == trainer.callback_metrics[name].item(), name
+    times: dict[str, list[float]] = trainer.profiler.recorded_durations
+    counts = {name: len(times[f"[Distiller]{name}"]) for name in ("data", "inputs", "critic", "generator")}
+    assert counts == {"data": 6, "inputs": 6, "critic": 4, "generator": 2}
+
+
+def test_an_item_without_enough_batches_is_one_line_and_no_short_iteration(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Distiller, "batches_per_iteration", 2)
+    with pytest.raises(
+        UserError, match=r"iteration 1, step 1 of 3 .*, generator update: the data have no batch"
+    ) as error:
+        train(tiny_model, tmp_path, loss="dmd")
+    assert "\n" not in str(error.value) and not (tmp_path / "metrics.csv").exists()
+
+
 class NormSpy(Callback):
     """Notes the gradient norm that each optimizer step sees."""
 

@@ -20,7 +20,7 @@ from swd.callbacks.fixed_losses import FixedLosses
 from swd.callbacks.sample_sheets import Samples
 from swd.commands.train import build, fit
 from swd.io.files import clear_leftovers, in_use, write_aside
-from swd.modules.checkpoints import CheckpointFiles, damage
+from swd.modules.checkpoints import CheckpointFiles, damage, progress_in_iterations
 from swd.modules.distiller import Distiller
 from swd.shapes.train_judge import JudgeTask
 from swd.types import UserError
@@ -44,6 +44,27 @@ def copied(finished: Path, to: Path) -> Path:
     """A copy whose checkpoints keep their order in time."""
     shutil.copytree(finished, to / "runs" / "run")
     return to / "runs" / "run" / "checkpoints" / "iteration-2.ckpt"
+
+
+@pytest.mark.parametrize(("completed", "expected"), [(5, 1), (6, 2)])  # saved at the end of a batch, or of the run
+def test_progress_counted_in_batches_becomes_progress_in_iterations(completed: int, expected: int) -> None:
+    checkpoint = torch.load(OLD, weights_only=True)
+    loop = checkpoint["loops"]["fit_loop"]
+    for counts in ("total", "current"):
+        loop["epoch_loop.batch_progress"][counts]["completed"] = completed
+    for _ in range(2):  # the second time there is nothing left to do
+        progress_in_iterations(checkpoint, 3)
+        for counts in ("total", "current"):
+            progress = loop["epoch_loop.batch_progress"][counts]
+            assert progress == {"ready": 2, "started": 2, "processed": 2, "completed": expected}
+        assert loop["epoch_loop.state_dict"]["_batches_that_stepped"] == 1
+
+
+def test_a_checkpoint_has_the_progress_that_an_old_one_gets(finished: Path) -> None:
+    for iteration in (1, 2):
+        checkpoint = torch.load(finished / "checkpoints" / f"iteration-{iteration}.ckpt", weights_only=True)
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]
+        assert progress == dict.fromkeys(("ready", "started", "processed"), iteration) | {"completed": iteration - 1}
 
 
 # Damage

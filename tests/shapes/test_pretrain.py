@@ -263,6 +263,29 @@ def test_the_judge_learns(tmp_path: Path) -> None:
     assert set(weights) == set(Judge(widths=(8, 8, 16), features=16).state_dict())
 
 
+def test_a_resumed_judge_sees_the_pictures_that_were_due(tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    class Note(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            seen.append(batch["pixels"].double().sum().item())
+
+    def run(steps: int, checkpoint: Path | None = None) -> list[float]:
+        seen.clear()
+        task = JudgeTask(str(tmp_path), widths=(8, 8, 16), features=16)
+        quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+        trainer = L.Trainer(max_steps=steps, max_epochs=-1, accelerator="cpu", callbacks=[Note()], **quiet)
+        trainer.fit(
+            task, datamodule=JudgeData("all", 2), ckpt_path=checkpoint, weights_only=True if checkpoint else None
+        )
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return list(seen)
+
+    straight = run(7)
+    assert len(set(straight)) == 7
+    assert run(3) == straight[:3] and run(7, tmp_path / "last.ckpt") == straight[3:]
+
+
 def test_targets_mark_empty_cells() -> None:
     scene, _ = ShapesDataset("all", 0, 10).draw(4)
     wanted = targets(scene)
