@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from shards import make_pictures
 from tiny import CONF, composed
 
+from swd import config
 from swd.commands import demo, encode, export, generate, import_pictures, sample, train
 from swd.config import check
 from swd.diffusion import rectified_flow_table
@@ -158,17 +159,49 @@ def test_guidance_of_dmd_and_of_drawing_are_two(model: str, experiment: bool, tm
 
 
 def test_a_run_of_an_earlier_version_still_builds(tmp_path: Path) -> None:
-    """Its config.yaml has one `model.guidance_scale` for both, resolved into the loss."""
+    """Its config.yaml has one `model.guidance_scale` for both, and repeats in the task what the task is given."""
     cfg = OmegaConf.create(OmegaConf.to_container(composed(arguments(tmp_path, model="shapes")), resolve=True))
-    for model in (cfg.model, cfg.task.model):
-        for key in ("dmd_guidance_scale", "drawing_guidance_scale"):
-            del model[key]
-        model.guidance_scale = 3.0
-    cfg.loss.dmd.guidance_scale = cfg.task.loss.dmd.guidance_scale = 3.0
+    for key in ("dmd_guidance_scale", "drawing_guidance_scale"):
+        del cfg.model[key]
+    cfg.model.guidance_scale = 3.0
+    cfg.loss.dmd.guidance_scale = 3.0
+    cfg.task.update({part: cfg[part] for part in ("model", "schedule", "loss")})
     cfg.trainer.accelerator = "cpu"
     task, _ = train.prepare(cfg)
     assert isinstance(task, Distiller) and task.terms["dmd"].guidance_scale == 3.0
     assert (task.model.dmd_guidance_scale, task.model.drawing_guidance_scale) == (3.0, 3.0)
+
+
+@pytest.mark.parametrize("task", options("task"))
+def test_model_schedule_and_loss_appear_once(task: str, tmp_path: Path) -> None:
+    cfg = composed(arguments(tmp_path, task=task))
+    assert not {"model", "schedule", "loss"} & set(cfg.task)
+    assert OmegaConf.to_yaml(cfg, resolve=True).count("swd.modules.pretrained.Pretrained") == 1
+
+
+def test_the_task_is_given_the_objects_of_the_groups(tmp_path: Path) -> None:
+    task, _ = train.prepare(composed([*arguments(tmp_path, loss="mmd"), "model.rank=3", "loss.mmd.weight=0.5"]))
+    assert isinstance(task, Distiller) and list(task.terms) == ["mmd"]
+    assert (task.model.rank, task.terms["mmd"].weight, task.schedule.sizes[0]) == (3, 0.5, (6, 6))
+
+
+@pytest.mark.parametrize("given", ["+task.model=sdxl", "+task.loss.mmd.weight=2", "+task.schedule={}"])
+def test_what_the_task_is_given_is_not_set_in_it(given: str, tmp_path: Path) -> None:
+    part = given.removeprefix("+task.").partition("=")[0].partition(".")[0]
+    for step in (lambda cfg: check(cfg, train.ROOT), train.prepare):
+        with pytest.raises(
+            UserError, match=rf"task\.{part} is not set here.* choose {part}=NAME, or set {part}\.SETTING"
+        ) as e:
+            step(composed([*arguments(tmp_path), given]))
+        assert "\n" not in str(e.value)
+
+
+def test_a_task_without_a_model_says_so(tmp_path: Path) -> None:
+    cfg = composed(arguments(tmp_path))
+    del cfg.model
+    cfg.loss = None
+    with pytest.raises(UserError, match="model is missing; choose one with model=NAME"):
+        config.build(cfg, "task")
 
 
 def test_the_command_line_wins_over_a_models_defaults(tmp_path: Path) -> None:
