@@ -59,7 +59,8 @@ FOREIGN = {
 """What keys of other programs are called here, in commands that train."""
 FOREIGN_TO: Mapping[str, Mapping[str, str]] = {
     "train": FOREIGN | {"prompt": "sample_prompts='[TEXT]'"},
-    "demo": FOREIGN | {"prompt": "sample_prompts='[TEXT]'"},
+    "demo": FOREIGN
+    | {"prompt": "sample_prompts='[TEXT]'", "preset": "experiment=demo_ci or experiment=demo_full, or neither"},
     "sample": {name: FOREIGN[name] for name in ("precision", "output_dir", "out", "prompt")}
     | {"checkpoint": "adapter=RUN", "ckpt_path": "adapter=RUN"},
     "generate": {"precision": FOREIGN["precision"], "prompt": "prompts=FILE", "output_dir": "out=FOLDER"},

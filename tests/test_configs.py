@@ -263,8 +263,9 @@ def test_a_trainer_is_built(trainer: str, option: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", options("experiment"))
 def test_every_experiment_passes_the_schema(option: str, tmp_path: Path) -> None:
-    cfg = composed([f"folder={tmp_path}", f"experiment={option}"])
-    check(cfg, train.ROOT)
+    command = demo if option.startswith("demo_") else train
+    cfg = composed([f"folder={tmp_path}", f"experiment={option}"], command.__name__.rpartition(".")[2])
+    check(cfg, command.ROOT)
     assert cfg.trainer.max_steps > 0
 
 
@@ -325,9 +326,22 @@ def test_every_data_set_instantiates(option: str, tmp_path: Path, captioned: Pat
     assert instantiate(cfg.data, _convert_="all").batch_size >= 1
 
 
-@pytest.mark.parametrize("option", options("preset"))
-def test_every_preset_of_the_demo_passes_the_schema(option: str, tmp_path: Path) -> None:
-    check(composed(arguments(tmp_path, preset=option), "demo"), demo.ROOT)
+@pytest.mark.parametrize(
+    ("given", "numbers"),
+    [
+        ([], (512, 5, 2, 150, 75)),
+        (["experiment=demo_ci"], (64, 3, 1, 40, 40)),
+        (["experiment=demo_full"], (1024, 15, 5, 700, 100)),
+        (["experiment=demo_ci", "trainer.max_steps=9", "n_pictures=3"], (3, 3, 1, 9, 40)),
+    ],
+)
+def test_an_experiment_wins_over_the_demos_own_numbers(
+    given: list[str], numbers: tuple[int, ...], tmp_path: Path
+) -> None:
+    cfg = composed([*arguments(tmp_path), *given], "demo")
+    check(cfg, demo.ROOT)
+    found = (cfg.n_pictures, cfg.timing_batches, cfg.task.critic_updates, cfg.trainer.max_steps)
+    assert (*found, cfg.callbacks.samples.every) == numbers
 
 
 def test_the_import_passes_the_schema() -> None:
@@ -362,10 +376,8 @@ def included(file: Path) -> set[Path]:
 
 
 def test_every_file_is_reached_by_a_test_above() -> None:
-    primary = {
-        CONF / f"{name}.yaml" for name in ("base", "train", "sample", "demo", "export", "generate", "import", "encode")
-    }
-    groups = (*FREE, "model", "recipe", "experiment", "task", "preset")
+    primary = {CONF / f"{name}.yaml" for name in ("train", "sample", "demo", "export", "generate", "import", "encode")}
+    groups = (*FREE, "model", "recipe", "experiment", "task")
     reached = primary | {CONF / group / f"{option}.yaml" for group in groups for option in options(group)}
     while more := set().union(*map(included, reached)) - reached:
         reached |= more
