@@ -17,8 +17,8 @@ from PIL import Image
 from tiny import CONF, composed
 from torch import Tensor
 from torch.testing import assert_close
-from torch.utils.data import DataLoader
 
+from swd.data.iterations import Iterations
 from swd.losses import DMD, GAN, MMD, GeneratorStep
 from swd.losses.update import generator_gradient, settle, wanted
 from swd.modules.distiller import Distiller
@@ -262,7 +262,7 @@ def two_iterations(name: str, model: Pretrained, terms: str, folder: Path) -> tu
         enable_model_summary=False,
         default_root_dir=str(folder),
     )
-    trainer.fit(task, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    trainer.fit(task, Iterations(batches, task.batches_per_iteration))
     assert trainer.global_step == 2
     for metric, value in task.last_metrics.items():
         assert value.isfinite(), metric
