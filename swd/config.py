@@ -33,6 +33,8 @@ OPTIONAL = ("callbacks", "logger")
 """Groups that may be left out: `callbacks=null`."""
 GIVEN: Mapping[str, Sequence[str]] = {"task": ("model", "schedule", "loss")}
 """Groups that are built once and given to what another group names, as far as its constructor has such arguments."""
+REFERRED = ("recipe", "sample_prompts")
+"""Keys at the root that are read only where another one refers to them, as in `lr: ${recipe.lr}`."""
 GROUP = Any
 """Among the types of a command's root keys: one of the groups above, which is checked by what it builds."""
 SPECIAL = {"_target_", "_convert_", "_partial_"}
@@ -313,6 +315,8 @@ def check(cfg: DictConfig, root: Mapping[str, Any] | None = None, allow: Collect
     _check_node({key: plain[key] for key in order}, "", allow)
     for key, value in plain.items() if root is not None else ():
         _check_group(key, value)
+    if root is not None:
+        check_read(cfg, allow)
 
 
 def _check_root(plain: dict[str, Any], root: Mapping[str, Any]) -> None:
@@ -345,6 +349,64 @@ def _check_group(key: str, value: Any) -> None:
         raise UserError(f"{key}={value!r} names no {key}; leave it out for the default, or choose one: {key}=NAME")
     if key in (*COLLECTIONS, *OPTIONAL) and not (value is None or isinstance(value, dict)):
         raise UserError(f"{key}={value!r} is no option of {key}; --help lists them")
+
+
+def check_read(cfg: DictConfig, allow: Collection[str]) -> None:
+    """Raise UserError for a key of the command line that nothing reads in this configuration.
+
+    A group that is built is read whole. `REFERRED`, and what the task is not given, is read where another value refers
+    to it.
+    """
+    raw: Any = OmegaConf.to_container(cfg, resolve=False)
+    indirect = [key for key in REFERRED if key in raw]
+    if isinstance(raw.get("task"), dict):
+        taken = inspect.signature(target_of(raw["task"].get("_target_"), "task", allow)).parameters
+        indirect += [part for part in GIVEN["task"] if part not in taken]
+    read = references({key: value for key, value in raw.items() if key not in indirect}, raw)
+    for key in given_keys():
+        nested = [name for name in read if f"{key}.".startswith(f"{name}.") or f"{name}.".startswith(f"{key}.")]
+        if key.partition(".")[0] in indirect and not nested:
+            raise UserError(
+                f"{key} is read by nothing here: whatever could refer to it has a value of its own; remove it"
+            )
+
+
+def references(value: Any, plain: Any) -> set[str]:
+    """Dotted names that unresolved values refer to, directly or through one another.
+
+    Args:
+        value: where to begin.
+        plain: the whole configuration, unresolved.
+    """
+    found: set[str] = set()
+    waiting = [value]
+    while waiting:
+        names = set(re.findall(r"\$\{([\w.]+)\}", str(waiting.pop()))) - found
+        found |= names
+        for name in names:
+            part = plain
+            for key in name.split("."):
+                part = part.get(key) if isinstance(part, dict) else None
+            waiting.append(part)
+    return found
+
+
+def overrides() -> list[str]:
+    """Arguments of the command line; empty if the program was not started from one."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def given_keys() -> list[str]:
+    """Keys that the command line sets or removes, dotted; choices of a group's option are none."""
+    found = []
+    for argument in overrides():
+        key, sign, _ = argument.partition("=")
+        key = key.lstrip("+~")
+        if not re.search("[@/]", key) and (
+            not sign or key not in (*NODES, *COLLECTIONS, "experiment", "recipe", "sheet")
+        ):
+            found.append(key)
+    return found
 
 
 def check_names(name: Any, output: Any) -> None:

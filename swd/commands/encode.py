@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from swd import __version__
 from swd.commands import shared
-from swd.config import GROUP, build, check, fits
+from swd.config import GROUP, build, check, fits, given_keys
 from swd.data.cache import TEXT, Precision, latents_name, pack_latents, pack_text, relative_error
 from swd.data.datamodule import GuardedLoader, check_pixels
 from swd.data.identity import identity
@@ -50,6 +50,8 @@ ROOT = shared.ROOT | {
     "limit": int | None,
     "max_bad": float,
 }
+UNREAD = ("endless", "prefetch", "window", "max_bad", "seed")
+"""Keys of `data` that say how a training goes through samples."""
 NOTES = "notes"
 """Folder with what each finished shard measured."""
 LOOKED_AT = 1000
@@ -114,13 +116,18 @@ class EncodingPlan:
     max_bad: float
 
 
-def check_batch_size(cfg: DictConfig) -> None:
-    """Raise UserError for the batch size of a training, which is another one."""
+def check_unread(cfg: DictConfig) -> None:
+    """Raise UserError for keys of a training that are not read here, such as its batch size."""
     plain: Any = OmegaConf.to_container(cfg, resolve=False)
     for group, taken in (("data", "${recipe.batch_size}"), ("recipe", "${batch_size}")):
         given = (plain.get(group) or {}).get("batch_size", taken)
         if given != taken:
             raise UserError(f"{group}.batch_size={given} is of a training; here it is batch_size=NUMBER")
+    for key in given_keys():
+        group, _, name = key.partition(".")
+        if group == "data" and name in UNREAD:
+            here = f"; here it is {name}=VALUE" if name in ROOT else "; remove it"
+            raise UserError(f"{key} is of a training{here}")
     if fits(cfg.batch_size, int):
         limits.whole("batch_size", cfg.batch_size, 1, limits.AT_ONCE, "no device encodes more at once")
 
@@ -133,7 +140,7 @@ def prepare(cfg: DictConfig) -> EncodingPlan:
     """
     if OmegaConf.is_missing(cfg, "out"):
         raise UserError("out is missing; give out=FOLDER")
-    check_batch_size(cfg)
+    check_unread(cfg)
     check(cfg, ROOT)
     limits.whole("shard_size", cfg.shard_size, 1, MOST_IN_A_SHARD, "a shard is kept in memory until it is complete")
     limits.whole("limit", cfg.limit, 1)

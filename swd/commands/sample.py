@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from swd import __version__
 from swd.commands import shared
-from swd.config import check, node_of, stored
+from swd.config import check, given_keys, node_of, stored
 from swd.data.buckets import aspect_size
 from swd.data.job import say
 from swd.export.student_folder import build_model, recorded_model, schedule_of
@@ -144,6 +144,8 @@ def prepare(cfg: DictConfig) -> SamplingPlan:
         UserError: naming what is wrong and the fix.
     """
     check(cfg, ROOT)
+    if cfg.adapter is None and (given := [key for key in given_keys() if key.partition(".")[0] == "schedule"]):
+        raise UserError(f"{given[0]} is of a student, and with adapter=null the teacher draws with its own; remove it")
     requests = plan(cfg)
     source = None if cfg.adapter is None else locate(cfg.adapter, Path(cfg.output))
     node = node_of(cfg, "model") if source is None else recorded_model(source, cfg)
