@@ -30,6 +30,7 @@ from swd.data.shards import is_done, shard_name
 from swd.io import limits, video
 from swd.io.files import write_aside
 from swd.io.pictures import picture_bytes, to_pil
+from swd.modules.backbones import known_families, load_family
 from swd.modules.backbones.sdxl_refiner import build_refiner, draw_refined, load_refiner
 from swd.modules.pretrained import Pretrained
 from swd.modules.tokens import TextLimit, warn_beyond
@@ -253,9 +254,10 @@ def refiner_of(cfg: DictConfig, model: Pretrained) -> Pretrained | None:
     """
     if cfg.refiner is None:
         return None
-    if model.family != "sdxl":
+    if not model.backbone_class.has_refiner:
+        families = " and ".join(name for name in known_families() if load_family(name).has_refiner)
         raise UserError(
-            f"refiner={cfg.refiner}, but only sdxl has refiners and this model is {model.family}; leave it out"
+            f"refiner={cfg.refiner}, but only {families} has refiners and this model is {model.family}; leave it out"
         )
     if not 0 < cfg.refiner_start < 1:
         raise UserError(f"refiner_start={cfg.refiner_start}; use a part of the steps between 0 and 1, e.g. 0.8")
