@@ -216,8 +216,8 @@ def buckets_of(dataset: Any, model: Pretrained, schedule: ScaleSchedule) -> tupl
 
 def told_name(dataset: Any) -> str:
     """What people call the data."""
-    told = told_of(dataset)
-    return str(told.get("path", told.get("kind")))
+    source = told_of(dataset)
+    return str(source.get("path", source.get("kind")))
 
 
 def told_of(dataset: Any) -> dict[str, Any]:
@@ -226,10 +226,10 @@ def told_of(dataset: Any) -> dict[str, Any]:
         shards = [str(entry["sha256"]) for entry in dataset.shards.manifest["shards"]]
         size = list(dataset.pixels)
         return {"path": dataset.shards.root, "size": size, "samples": len(dataset), "shards": shards}
-    told: dict[str, Any] = {"kind": type(dataset).__name__, "samples": len(dataset)}
+    source: dict[str, Any] = {"kind": type(dataset).__name__, "samples": len(dataset)}
     if hasattr(dataset, "folder"):
-        return told | {"path": str(dataset.folder), "size": list(dataset.size)}
-    return told | {name: getattr(dataset, name, None) for name in ("seed", "split")}
+        return source | {"path": str(dataset.folder), "size": list(dataset.size)}
+    return source | {name: getattr(dataset, name, None) for name in ("seed", "split")}
 
 
 # Encoding
@@ -287,16 +287,16 @@ class Encoder:
         latents = values * BYTES[plan.precision] * (2 if plan.posterior == "keep" else 1)
         left = job.rows_left
         needed, free = left * (latents + different * text), shutil.disk_usage(job.folder).free
-        told = (
+        estimate = (
             f"{left} samples take about {needed / 1e9:.3g} GB (each {latents / 1e6:.3g} MB of latents at "
             f"{len(plan.schedules[0])} sizes and {text / 1e6:.3g} MB of text; {different:.0%} of the prompts differ)"
         )
         if needed > free:
             raise UserError(
-                f"{told}, but {job.folder} has {free / 1e9:.3g} GB free; use precision=int8 or another out="
+                f"{estimate}, but {job.folder} has {free / 1e9:.3g} GB free; use precision=int8 or another out="
             )
         if share()[0] == 0:
-            print(f"model {plan.model.name}: {told}, in {job.shards} shards at {job.folder}", flush=True)
+            print(f"model {plan.model.name}: {estimate}, in {job.shards} shards at {job.folder}", flush=True)
 
     def samples(self, rows: range, advance: Callable[[int], object]) -> Iterator[Sample]:
         """The samples of a shard, and what was measured on the way as a note beside it."""
@@ -466,11 +466,11 @@ class Encoder:
                 add(sums, name, pair)
         errors = {name: (wrong / max(whole, 1e-30)) ** 0.5 for name, (wrong, whole) in sorted(sums.items())}
         reasons = self._unusable()
-        told: dict[str, Any] = {"relative_error": errors, "unusable": len(reasons), "problems": reasons}
+        summary: dict[str, Any] = {"relative_error": errors, "unusable": len(reasons), "problems": reasons}
         if self.text_limit.limit is not None:
             counts, most = zip(*(note.get("beyond", (0, 0)) for note in notes), strict=True)
-            told["beyond_token_limit"] = {"limit": self.text_limit.limit, "samples": sum(counts), "most": max(most)}
-        return told | {"empty_sha256": self._empty_hashes()}
+            summary["beyond_token_limit"] = {"limit": self.text_limit.limit, "samples": sum(counts), "most": max(most)}
+        return summary | {"empty_sha256": self._empty_hashes()}
 
     def _empty_hashes(self) -> dict[str, str]:
         """SHA-256 of each encoded empty prompt; one that is no longer what it was is made again."""

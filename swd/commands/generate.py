@@ -175,8 +175,8 @@ def run(cfg: DictConfig) -> None:
 def beyond_limit(plan: DrawingPlan) -> dict[str, Any]:
     """For the manifest: how many pictures were drawn of a prompt that the model did not see to its end."""
     found = TextLimit(plan.model).beyond(prompt for prompt, _ in plan.requests.rows)
-    told = found.metadata() | {"samples": found.count * plan.requests.copies}
-    return {"beyond_token_limit": told} if found.limit else {}
+    counts = found.metadata() | {"samples": found.count * plan.requests.copies}
+    return {"beyond_token_limit": counts} if found.limit else {}
 
 
 # What is asked for
@@ -299,13 +299,13 @@ def announce(plan: DrawingPlan) -> None:
     area = torch.Size(pixels).numel()
     left = job.rows_left
     needed, free = left * area * BYTES[plan.ending], shutil.disk_usage(job.folder).free
-    told = f"{left} {job.unit}s of {'x'.join(map(str, reversed(pixels)))} take about {needed / 1e9:.3g} GB"
+    estimate = f"{left} {job.unit}s of {'x'.join(map(str, reversed(pixels)))} take about {needed / 1e9:.3g} GB"
     if needed > free:
-        raise UserError(f"{told}, but {job.folder} has {free / 1e9:.3g} GB free; choose another out= or format=jpg")
+        raise UserError(f"{estimate}, but {job.folder} has {free / 1e9:.3g} GB free; choose another out= or format=jpg")
     rank, world = share()
     if rank == 0:
         processes = f", by {world} processes" if world > 1 else ""
-        print(f"model {plan.model.name}: {told}, in {job.shards} shards at {job.folder}{processes}", flush=True)
+        print(f"model {plan.model.name}: {estimate}, in {job.shards} shards at {job.folder}{processes}", flush=True)
 
 
 # Drawing
@@ -373,11 +373,11 @@ class Painter:
         plan, request = self.plan, self.plan.requests[row]
         *frames, height, width = plan.model.pixel_size(plan.size)
         columns = {"width": width, "height": height} | ({"frames": frames[0]} if frames else {})
-        told = {"index": row, "prompt": request.prompt, "seed": request.seed, **columns}
+        metadata = {"index": row, "prompt": request.prompt, "seed": request.seed, **columns}
         files: Mapping[str, bytes] = {
             plan.ending: data,
             "txt": request.prompt.encode(),
-            "json": json.dumps(told, ensure_ascii=False).encode(),
+            "json": json.dumps(metadata, ensure_ascii=False).encode(),
         }
         return f"{row:08d}", files, columns
 
