@@ -31,7 +31,7 @@ SEED = 1_000_003
 def pictures(split: str, count: int) -> tuple[Tensor, list[str], list[str]]:
     """Rendered pictures [N, 3, 128, 128], their captions, and their complete captions."""
     dataset = ShapesDataset(split, SEED, count)
-    pixels = torch.stack([dataset[i]["pixels"] for i in range(count)])  # type: ignore[misc]
+    pixels = torch.stack([dataset[i]["pixels"] for i in range(count)])
     drawn = [dataset.draw(i) for i in range(count)]
     return pixels, [prompt.caption() for _, prompt in drawn], [scene.caption() for scene, _ in drawn]
 

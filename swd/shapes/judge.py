@@ -103,14 +103,17 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def features(self, pixels: Tensor) -> Tensor:
-        """[B, D] averages of the last layer over the picture, for Frechet distances. `pixels` as in `forward`."""
+        """[B, D] averages of the last layer over the picture, for Fréchet distances. `pixels` as in `forward`."""
         return self._map(pixels).mean((2, 3)).float()
 
     @torch.no_grad()
     def read(self, pixels: Tensor) -> list[Reading]:
         """The most likely reading of each picture. `pixels` as in `forward`."""
         best = {name: logits.argmax(1).cpu() for name, logits in self(pixels).items()}
-        shapes, colours, sizes, backgrounds = SHAPES, tuple(COLOURS), tuple(SIZES), tuple(BACKGROUNDS)
+        shapes = SHAPES
+        colours = tuple(COLOURS)
+        sizes = tuple(SIZES)
+        backgrounds = tuple(BACKGROUNDS)
         readings = []
         for i in range(len(pixels)):
             objects = tuple(
@@ -136,7 +139,8 @@ class Judge(nn.Module):
             ValueError: when the folder does not hold a judge.
         """
         folder = Path(folder)
-        config, weights = folder / "config.json", folder / "model.safetensors"
+        config = folder / "config.json"
+        weights = folder / "model.safetensors"
         if not (config.is_file() and weights.is_file()):
             raise ValueError(
                 f"no judge in {folder}: it needs config.json and model.safetensors; "
