@@ -207,11 +207,10 @@ def check_shape(name: str, tensor: Tensor, expected: Sequence[int | None]) -> No
 
 
 def check_number(key: str, value: float, least: float | None = None, above: float | None = None) -> float:
-    """`value` as a float.
+    """`value` as a float, after a check of its range.
 
     Args:
         key: name of the value in the configuration, for the message.
-        value: the value that was given.
         least: smallest number allowed; None for no such limit.
         above: limit that the number must exceed; None for no such limit.
 

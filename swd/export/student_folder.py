@@ -90,13 +90,17 @@ def recorded_model(source: Path, cfg: DictConfig) -> Any:
     if named or folder.name not in ("adapter", "student") or not file.is_file():
         return node_of(cfg, "model")
     node = read_recorded(file).get("model")
-    given = node_of(cfg, "model")
-    for override in overrides():
-        key = re.split(r"[.=\[]", override.lstrip("+").removeprefix("model."))[0]
-        if override.lstrip("+").startswith("model.") and key in given and isinstance(node, dict):
-            node[key] = given[key]
+    if isinstance(node, dict):
+        node |= _changed_here(node_of(cfg, "model"))
     check_recorded(node, "model", PRETRAINED, file)
     return node
+
+
+def _changed_here(given: dict[str, Any]) -> dict[str, Any]:
+    """The values of a model that the command line changes, by key."""
+    changed = [override.lstrip("+") for override in overrides()]
+    keys = [re.split(r"[.=\[]", each.removeprefix("model."))[0] for each in changed if each.startswith("model.")]
+    return {key: given[key] for key in keys if key in given}
 
 
 def build_model(node: dict[str, Any], cfg: DictConfig) -> Pretrained:

@@ -78,6 +78,13 @@ def pseudo_huber(d: Tensor, c: float) -> Tensor:
     return (d.square() + c * c).clamp(min=1e-10).sqrt() - c
 
 
+def _gaussian_complement(a: Tensor, b: Tensor, bandwidth: float) -> Tensor:
+    """`1 - exp(-|a_i - b_j|^2 / (2 bandwidth^2))` `[B, L, M]` of tokens `[B, L, D]` and `[B, M, D]`."""
+    squares = a.square().sum(-1).unsqueeze(2) + b.square().sum(-1).unsqueeze(1)
+    squared = (squares - 2 * a @ b.transpose(1, 2)).clamp(min=0)
+    return -torch.expm1(-squared / (2 * bandwidth**2))
+
+
 def _rbf_mmd(real: Tensor, fake: Tensor, bandwidth: float) -> Tensor:
     """Unbiased squared MMD with a Gaussian kernel: per set `[B, L, D]`, then the mean over B."""
     n = real.shape[1]
@@ -89,17 +96,12 @@ def _rbf_mmd(real: Tensor, fake: Tensor, bandwidth: float) -> Tensor:
     real = real - centre
     fake = fake - centre
 
-    # 1 - k instead of k: the ones cancel in xx + yy - 2 xy, and float32 keeps the small numbers that remain.
-    def complement(a: Tensor, b: Tensor) -> Tensor:
-        squares = a.square().sum(-1).unsqueeze(2) + b.square().sum(-1).unsqueeze(1)
-        squared = (squares - 2 * a @ b.transpose(1, 2)).clamp(min=0)
-        return -torch.expm1(-squared / (2 * bandwidth**2))
-
+    # With 1 - k instead of k the ones cancel in xx + yy - 2 xy, and float32 keeps the small numbers that remain.
     def within(a: Tensor) -> Tensor:
-        pairs = complement(a, a)
+        pairs = _gaussian_complement(a, a, bandwidth)
         return (pairs.sum((1, 2)) - pairs.diagonal(dim1=1, dim2=2).sum(1)) / (n * (n - 1))
 
-    between = complement(real, fake).mean((1, 2))
+    between = _gaussian_complement(real, fake, bandwidth).mean((1, 2))
     return (2 * between - within(real) - within(fake)).mean()
 
 

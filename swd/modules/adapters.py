@@ -496,9 +496,14 @@ def write_layouts(folder: Path, state: dict[str, Tensor], base: str, part: str) 
     save_file({f"base_model.model.{k}": v for k, v in state.items()}, folder / PEFT_WEIGHTS)
     save_file({f"{part}.{k}": v for k, v in state.items()}, folder / DIFFUSERS_WEIGHTS)
     ranks = {k.removesuffix(".lora_A.weight"): v.shape[0] for k, v in state.items() if k.endswith("lora_A.weight")}
+    write_json(folder / PEFT_CONFIG, _peft_config(ranks, base))
+
+
+def _peft_config(ranks: dict[str, int], base: str) -> dict[str, Any]:
+    """The peft configuration of an adapter whose scale is folded in, from the ranks of its modules."""
     rank = max(ranks.values())
     others = {module: r for module, r in sorted(ranks.items()) if r != rank}
-    config = {
+    return {
         "peft_type": "LORA",
         "base_model_name_or_path": base,
         "r": rank,
@@ -511,4 +516,3 @@ def write_layouts(folder: Path, state: dict[str, Tensor], base: str, part: str) 
         "init_lora_weights": "gaussian",
         "inference_mode": True,
     }
-    write_json(folder / PEFT_CONFIG, config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from swd.modules import hub
 from swd.modules.backbones import load_family
 from swd.modules.backbones.base import Limits
 from swd.modules.encoders import pixel_size
-from swd.modules.model_folders import LARGEST_WIDTH, MOST_LAYERS, check_scaling
+from swd.modules.model_folders import LARGEST_WIDTH, MOST_LAYERS, check_scaling, check_shift
 from swd.modules.pipeline_folder import PipelineFolder, reason_of
 from swd.types import Conditioning, Size, UserError
 
@@ -151,11 +150,7 @@ class FamilyFolder:
                 f"{file} has num_train_timesteps={config['num_train_timesteps']}, but models of model.family="
                 f"{self.family} are fed noise levels as timesteps from 0 to {STEPS}; download it again"
             )
-        for key in ("shift", "flow_shift"):
-            shift = config.get(key, 1.0)
-            is_number = isinstance(shift, int | float) and not isinstance(shift, bool)
-            if shift is not None and not (is_number and 0 < shift < math.inf):
-                raise UserError(f"{file} is damaged: {key} is {shift!r}, not a number above 0; download it again")
+        check_shift(config, file)
         config = {**expected, **config}
         for key, value in expected.items():
             if config[key] != value:

@@ -15,9 +15,8 @@ def guidance_scales(dmd: float | None, drawing: float | None, both: float | None
     """The guidance scales of the teacher in DMD and when it draws.
 
     Args:
-        dmd: `model.dmd_guidance_scale`; None: not given.
-        drawing: `model.drawing_guidance_scale`; None: not given.
-        both: `model.guidance_scale` of runs of earlier versions, used for a scale that is not given; None: not given.
+        dmd, drawing: `model.dmd_guidance_scale` and `model.drawing_guidance_scale`, None where not given.
+        both: `model.guidance_scale` of runs of earlier versions, used for a scale that is not given.
 
     Raises:
         UserError: for a scale that cannot be used, or all three at once.

@@ -132,6 +132,15 @@ def check_scaling(config: Mapping[str, Any], file: Path) -> None:
             raise UserError(f"{file} is damaged: {key} is {_shown(value)}; download it again")
 
 
+def check_shift(config: Mapping[str, Any], file: Path) -> None:
+    """Raise UserError if a scheduler's configuration shifts its noise levels by anything but a number above 0."""
+    for key in ("shift", "flow_shift"):
+        shift = config.get(key, 1.0)
+        is_number = isinstance(shift, int | float) and not isinstance(shift, bool)
+        if shift is not None and not (is_number and 0 < shift < math.inf):
+            raise UserError(f"{file} is damaged: {key} is {shift!r}, not a number above 0; download it again")
+
+
 def weight_files(folder: Path) -> tuple[str | None, list[Path]]:
     """The safetensors files that a part's weights are read from.
 

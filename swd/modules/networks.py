@@ -148,11 +148,7 @@ class SharedBase(Networks):
     ) -> None:
         super().__init__(backbone, roles)
         check_targets(backbone.network, targets)
-        # Drawn on the CPU, whatever the default device is, so that initial weights are the same on every device.
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            for number, name in enumerate(self.roles):
-                torch.manual_seed(2 * seed + number)
-                self._add_adapter(name, rank, alpha, targets)
+        self._add_adapters(rank, alpha, targets, seed)
         self._layers: list[LoraLayer] = [m for m in self.backbone.network.modules() if isinstance(m, LoraLayer)]
         for layer in self._layers:
             # Without this, peft casts bf16 input to float32 for the LoRA weights, and autocast casts it back to bf16.
@@ -161,6 +157,14 @@ class SharedBase(Networks):
             pass
         self._unfreeze_adapters()
         self._self_test()
+
+    def _add_adapters(self, rank: int, alpha: float | None, targets: Sequence[str], seed: int) -> None:
+        """Add an adapter for each trainable role."""
+        # Drawn on the CPU, whatever the default device is, so that initial weights are the same on every device.
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            for number, name in enumerate(self.roles):
+                torch.manual_seed(2 * seed + number)
+                self._add_adapter(name, rank, alpha, targets)
 
     def _add_adapter(self, name: str, rank: int, alpha: float | None, targets: Sequence[str]) -> None:
         """Add a float32 adapter called `name`, with fresh weights, to the base."""
@@ -172,7 +176,7 @@ class SharedBase(Networks):
         )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*Already found a `peft_config`.*")  # a second adapter is intended
-            self.backbone.model.add_adapter(config, adapter_name=name)
+            self.backbone.diffusers_model.add_adapter(config, adapter_name=name)
         for key, parameter in self.backbone.network.named_parameters():
             if f".{name}." in key:
                 parameter.data = parameter.data.float()
@@ -218,7 +222,7 @@ class SharedBase(Networks):
 
             return checkpoint(module.__call__, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
-        self.backbone.model.enable_gradient_checkpointing(in_role)
+        self.backbone.diffusers_model.enable_gradient_checkpointing(in_role)
 
     # Weights
 
@@ -281,4 +285,4 @@ class SeparateCopies(Networks):
     def enable_checkpointing(self) -> None:
         roles: tuple[Role, ...] = ("teacher", *self.roles)
         for role in roles:
-            self.backbone_of(role).model.enable_gradient_checkpointing()
+            self.backbone_of(role).diffusers_model.enable_gradient_checkpointing()

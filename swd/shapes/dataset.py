@@ -333,6 +333,11 @@ def _shading(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, radius: flo
     return 1 + rng.uniform(0.05, 0.2) * (x * np.cos(angle) + y * np.sin(angle)) / radius
 
 
+def _pixels_around(centre: float, reach: float) -> slice:
+    """The pixels of one axis of the canvas that are at most `reach` from `centre`."""
+    return slice(max(0, int(centre - reach)), min(RESOLUTION, int(centre + reach) + 1))
+
+
 def _paint(canvas: np.ndarray, rng: np.random.Generator, thing: Object) -> None:
     """Blend one object into the [128, 128, 3] canvas, in place, touching only a window around it."""
     radius = SIZES[thing.size] / 2 * rng.uniform(0.95, 1.05)
@@ -340,11 +345,9 @@ def _paint(canvas: np.ndarray, rng: np.random.Generator, thing: Object) -> None:
     centre_x = (thing.column + 1) * step + rng.uniform(-2, 2)
     centre_y = (thing.row + 1) * step + rng.uniform(-2, 2)
     reach = 1.15 * radius + 2
-    top = max(0, int(centre_y - reach))
-    bottom = min(RESOLUTION, int(centre_y + reach) + 1)
-    left = max(0, int(centre_x - reach))
-    right = min(RESOLUTION, int(centre_x + reach) + 1)
-    ys, xs = np.mgrid[top:bottom, left:right].astype(np.float32) + 0.5
+    rows = _pixels_around(centre_y, reach)
+    columns = _pixels_around(centre_x, reach)
+    ys, xs = np.mgrid[rows, columns].astype(np.float32) + 0.5
     xs = xs - centre_x
     ys = ys - centre_y
 
@@ -354,7 +357,7 @@ def _paint(canvas: np.ndarray, rng: np.random.Generator, thing: Object) -> None:
     # Approximate coverage of a pixel that an edge crosses: from 0 to 1 within half a pixel of the outline.
     cover = np.clip(0.5 - signed_distance(thing.shape, turned_x, turned_y, radius), 0, 1)[..., None]
     colour = (np.array(COLOURS[thing.colour]) + rng.uniform(-0.03, 0.03, 3)).astype(np.float32)
-    window = canvas[top:bottom, left:right]
+    window = canvas[rows, columns]
     window += cover * (colour * _shading(rng, xs, ys, radius)[..., None] - window)
 
 

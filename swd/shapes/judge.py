@@ -54,6 +54,17 @@ class _Block(nn.Module):
         return x + y if self.skip else y
 
 
+def _reader_of_places(features: int, outputs: int) -> nn.Sequential:
+    """Logits `[B, outputs, P, P]` at the places, from the features of the whole picture."""
+    # Windows of neighbouring places overlap, so a window's features must keep positions inside it.
+    return nn.Sequential(
+        nn.AvgPool2d(2),
+        nn.Conv2d(features, 2 * features, 4, stride=2),
+        nn.SiLU(),
+        nn.Conv2d(2 * features, outputs, 1),
+    )
+
+
 class Judge(nn.Module):
     """Reads shape (or nothing), colour and size at each of the places, and the background.
 
@@ -76,13 +87,7 @@ class Judge(nn.Module):
             _Block(c, features, 1),
         )
         self.outputs = {"shape": NOTHING + 1, "colour": len(COLOURS), "size": len(SIZES)}
-        # Windows of neighbouring places overlap, so a window's features must keep positions inside it.
-        self.places = nn.Sequential(
-            nn.AvgPool2d(2),
-            nn.Conv2d(features, 2 * features, 4, stride=2),
-            nn.SiLU(),
-            nn.Conv2d(2 * features, sum(self.outputs.values()), 1),
-        )
+        self.places = _reader_of_places(features, sum(self.outputs.values()))
         self.background = nn.Linear(features, len(BACKGROUNDS))
 
     def _map(self, pixels: Tensor) -> Tensor:

@@ -148,22 +148,19 @@ def render(page: Page) -> str:
     results = page.results
     rows = results["rows"]
     order = [*(name for name in LOSSES if name in page.curves), *(name for name in page.curves if name not in LOSSES)]
-    return (
-        templates()
-        .get_template("report.html.j2")
-        .render(
-            page=page,
-            results=results,
-            rows=rows,
-            columns=COLUMNS,
-            attributes=list(dict.fromkeys(name for row in rows for name in row["attributes"])),
-            stored=[row["name"] for row in rows if row["source"] != "live"],
-            ratios={text: results["ratios"][key] for key, text in RATIOS.items()},
-            losses={name: LOSSES.get(name, "") for name in order},
-            frame=frame(),
-            phases=[[name, f"{seconds:.1f}"] for name, seconds in results["wall_seconds"].items()],
-            charts={name: plot(page.curves[name], page.cycle, name) for name in order},
-        )
+    template = templates().get_template("report.html.j2")
+    return template.render(
+        page=page,
+        results=results,
+        rows=rows,
+        columns=COLUMNS,
+        attributes=list(dict.fromkeys(name for row in rows for name in row["attributes"])),
+        stored=[row["name"] for row in rows if row["source"] != "live"],
+        ratios={text: results["ratios"][key] for key, text in RATIOS.items()},
+        losses={name: LOSSES.get(name, "") for name in order},
+        frame=frame(),
+        phases=[[name, f"{seconds:.1f}"] for name, seconds in results["wall_seconds"].items()],
+        charts={name: plot(page.curves[name], page.cycle, name) for name in order},
     )
 
 

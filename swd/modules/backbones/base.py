@@ -59,17 +59,21 @@ class Limits:
             if not 1 <= side <= LARGEST_SIDE:
                 raise UserError(f"size {size}: {side} is no side of a latent; use 1 to {LARGEST_SIDE}")
         for side in size[-2:]:
-            if side % self.divisor:
-                lower = side - side % self.divisor
-                valid = sorted({lower or self.divisor, lower + self.divisor})
-                raise UserError(
-                    f"size {size}: {side} is not divisible by {self.divisor}, as this network needs; "
-                    f"use {' or '.join(map(str, valid))}"
-                )
-            if self.max_side and side > self.max_side:
-                raise UserError(f"size {size}: {side} is beyond the positional limit {self.max_side} of this model")
+            self._check_side(side, size)
         if self.max_frames and size[0] > self.max_frames:
             raise UserError(f"size {size}: {size[0]} frames are beyond the positional limit {self.max_frames}")
+
+    def _check_side(self, side: int, size: Size) -> None:
+        """Raise UserError for a height or width of `size` that the network cannot take."""
+        if side % self.divisor:
+            lower = side - side % self.divisor
+            valid = sorted({lower or self.divisor, lower + self.divisor})
+            raise UserError(
+                f"size {size}: {side} is not divisible by {self.divisor}, as this network needs; "
+                f"use {' or '.join(map(str, valid))}"
+            )
+        if self.max_side and side > self.max_side:
+            raise UserError(f"size {size}: {side} is beyond the positional limit {self.max_side} of this model")
 
     def check_block(self, block: int) -> None:
         """Raise UserError for a feature block that does not exist."""
@@ -228,7 +232,7 @@ class Backbone(nn.Module, ABC):
         return tensor
 
     @property
-    def model(self) -> DiffusersModel:
+    def diffusers_model(self) -> DiffusersModel:
         """The network again, typed as the diffusers model that it is."""
         return cast(DiffusersModel, self.network)
 
@@ -241,7 +245,7 @@ class Backbone(nn.Module, ABC):
     @property
     def limits(self) -> Limits:
         """Limits of this network."""
-        return self.limits_of(dict(self.model.config))
+        return self.limits_of(dict(self.diffusers_model.config))
 
     @property
     def dtype(self) -> torch.dtype:

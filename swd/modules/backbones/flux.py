@@ -86,7 +86,7 @@ class FluxBackbone(Backbone):
         # As in the stock pipeline, the timestep is rounded to the network's dtype on the scale of 1000, then divided.
         timestep = self.timestep(x_t, sigma).to(dtype) / 1000
         guidance = None
-        if self.model.config["guidance_embeds"]:
+        if self.diffusers_model.config["guidance_embeds"]:
             assert self.guidance is not None  # checked with the configuration
             guidance = torch.full((len(x_t),), self.guidance, device=x_t.device, dtype=torch.float32)
         tokens: Tensor = self.network(

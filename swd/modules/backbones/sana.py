@@ -91,7 +91,7 @@ class SanaBackbone(Backbone):
             x_t.to(self.dtype),
             encoder_hidden_states=conditioning.embeds.to(self.dtype),
             encoder_attention_mask=conditioning.mask,
-            timestep=timestep * self.model.config["timestep_scale"],
+            timestep=timestep * self.diffusers_model.config["timestep_scale"],
             return_dict=False,
         )[0]
         return prediction.float()
