@@ -20,13 +20,13 @@ IndexRange = tuple[int, int]
 
 
 class Process(Protocol):
-    """What a diffusion process offers.
+    """Interface of a diffusion process.
 
     Attributes:
         ranges: table indices that each loss draws from, inclusive at both ends.
-        prediction_type: what networks predict: "flow" or "epsilon".
-        trained_on: what the scheduler of a model has to be configured with, where its file says so, for its noise
-            levels to be this process's.
+        prediction_type: "flow" where networks predict the velocity, "epsilon" where they predict the noise.
+        trained_on: settings of a model's scheduler that give this process's noise levels; settings that the scheduler's
+            file leaves out are not compared.
     """
 
     ranges: ClassVar[dict[str, IndexRange]]
@@ -38,7 +38,7 @@ class Process(Protocol):
         ...
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        """What networks are fed for `sigma`, on a scale of 0 to 1000."""
+        """The networks' timestep input for `sigma`, on a scale of 0 to 1000."""
         ...
 
     def add_noise(self, x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:

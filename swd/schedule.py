@@ -47,8 +47,8 @@ class ScaleSchedule:
     Args:
         sigmas: N noise levels in (0, 1], strictly decreasing.
         sizes: N latent side lengths, (H, W) or (F, H, W); sides never shrink.
-        process: what the levels are of: "flow", rectified flow, or "epsilon", SDXL's variance-preserving process, where
-            the same level holds another share of noise. None: not said, and not checked.
+        process: diffusion process of the levels: "flow", rectified flow, or "epsilon", SDXL's variance-preserving
+            process, in which the same level has another share of noise. None: unknown, and not checked.
 
     Raises:
         UserError: if a rule above is broken.
@@ -76,7 +76,7 @@ class ScaleSchedule:
         return Interval(i, self.sigmas[i], self.sizes[max(i - 1, 0)], self.sizes[i])
 
     def stretched(self, final: Size, divisor: int = 1) -> ScaleSchedule:
-        """This schedule in another aspect ratio or resolution, by the sampler's own rule.
+        """This schedule in another aspect ratio or resolution, with the sizes of `ScaleWiseScheduler.sizes_ending_at`.
 
         Args:
             final: latent size of finished pictures.
@@ -84,7 +84,7 @@ class ScaleSchedule:
         """
         if final == self.sizes[-1]:
             return self
-        scheduler = self.scheduler(divisor, self.process or "flow")  # which process makes no difference to sizes
+        scheduler = self.scheduler(divisor, self.process or "flow")  # sizes do not depend on the process
         return ScaleSchedule(self.sigmas, scheduler.sizes_ending_at(final), self.process)
 
     def check_process(self, prediction_type: str) -> None:
@@ -116,16 +116,17 @@ class ScaleSchedule:
 def downscale(pixels: Tensor, size: Sequence[int]) -> Tensor:
     """Area-downscale pictures or videos to a size in pixels, from full size directly (SwD paper, section 4.1).
 
-    A video loses frames first: those at `linspace(0, F - 1, n)`, blended linearly from their neighbours.
+    A video is resampled in time first: n frames at `linspace(0, F - 1, n)`, each a linear blend of its neighbours.
 
     Args:
         pixels: `[B, C, H, W]` or `[B, C, F, H, W]`.
         size: (H, W) or (F, H, W).
 
     Raises:
-        UserError: if the pictures are smaller than that, or of other axes.
+        UserError: if the pictures are smaller than `size`, or have another number of axes.
     """
-    size, have = tuple(size), tuple(pixels.shape[2:])
+    size = tuple(size)
+    have = tuple(pixels.shape[2:])
     if len(size) != len(have):
         raise UserError(
             f"data of {have} pixels do not fit sizes of {size}: give pictures for (H, W), videos for (F, H, W)"

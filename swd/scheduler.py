@@ -9,7 +9,7 @@ This file stands alone: it needs torch and diffusers only, so that an exported m
 
 Without `latents`, a pipeline draws the noise itself: call it with `height` and `width` (Wan: `num_frames` too) of the
 *first* size; the picture comes out at the last one. SANA then needs `use_resolution_binning=False` as well, and SDXL
-`original_size` and `target_size` of the last size, which its network is told at every step. FLUX needs `latents`.
+`original_size` and `target_size` of the last size, an input of its network at every step. FLUX needs `latents`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from torch import Tensor
 
 INTERPOLATION = "bicubic"
 REMEMBERED = 20_000
-"""For how many latents of `initial_latents` (each counts twice: two layouts) a scheduler remembers the sizes."""
+"""Largest number of first latents whose sizes a scheduler remembers; each counts twice, as a map and as tokens."""
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
-"""Of the variance-preserving process, as Stable Diffusion's published schedulers name them."""
+"""First and last beta of the variance-preserving process, under the keys of Stable Diffusion's schedulers."""
 
 
 def upsample(x0: Tensor, size: Sequence[int]) -> Tensor:
@@ -60,11 +60,11 @@ def upsample(x0: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def blend_frames(video: Tensor, frames: int) -> Tensor:
-    """Another number of frames, each blended linearly from its neighbours; the first and the last stay.
+    """Resample a video in time: each frame is a linear blend of its neighbours, the first and the last are kept.
 
     Args:
         video: `[B, C, F, H, W]`.
-        frames: how many are wanted.
+        frames: the new number of frames.
     """
     count = video.shape[2]
     if count == frames:
@@ -73,21 +73,22 @@ def blend_frames(video: Tensor, frames: int) -> Tensor:
     left = place.floor().long().clamp(max=max(count - 2, 0))
     share = (place - left).to(torch.float32).to(video.device).view(1, 1, -1, 1, 1)
     right = (left + 1).clamp(max=count - 1)
-    left, right = left.to(video.device), right.to(video.device)
+    left = left.to(video.device)
+    right = right.to(video.device)
     return ((1 - share) * video.index_select(2, left) + share * video.index_select(2, right)).to(video.dtype)
 
 
 @cache
 def signal_levels() -> Tensor:
-    """`abar` of Stable Diffusion's 1000 steps, float32: betas between those of `BETAS`, linear in their roots."""
+    """`abar` of Stable Diffusion's 1000 steps, float32: the roots of the betas rise linearly from first to last."""
     roots = torch.linspace(BETAS["beta_start"] ** 0.5, BETAS["beta_end"] ** 0.5, 1000, dtype=torch.float32)
     return torch.cumprod(1 - roots.square(), 0)
 
 
 def vp_scales(timestep: Tensor) -> tuple[Tensor, Tensor]:
-    """What signal and noise are multiplied by at steps of the variance-preserving process, float32 on the CPU.
+    """Factors of signal and noise at steps of the variance-preserving process, float32 on the CPU.
 
-    `x_t = sqrt(abar) x0 + sqrt(1 - abar) eps`, the two factors in this order.
+    In `x_t = sqrt(abar) x0 + sqrt(1 - abar) eps`, the two factors in this order.
     """
     abar = signal_levels()[timestep.cpu()]
     return abar.sqrt(), (1 - abar).sqrt()
@@ -101,13 +102,13 @@ def vp_timestep(sigma: Tensor) -> Tensor:
 def check_schedule(
     sigmas: Any, sizes: Any, divisor: Any = 1, where: str = ""
 ) -> tuple[tuple[float, ...], tuple[tuple[int, ...], ...]]:
-    """The noise levels and latent sizes of a schedule, checked.
+    """Check the noise levels and latent sizes of a schedule.
 
     Args:
         sigmas: N noise levels in (0, 1], strictly decreasing.
         sizes: N latent side lengths, (H, W) or (F, H, W), all of one kind; sides never shrink.
-        divisor: what heights and widths are multiples of.
-        where: what messages put before "sigmas" and "sizes".
+        divisor: heights and widths must be multiples of this.
+        where: text before "sigmas" and "sizes" in messages.
 
     Returns:
         The levels as floats, and the sizes as tuples.
@@ -115,11 +116,14 @@ def check_schedule(
     Raises:
         ValueError: if a rule above is broken.
     """
+    # Each list by itself, then their lengths.
     levels = _noise_levels(sigmas, f"{where}sigmas")
     shapes = tuple(_size(size, f"{where}sizes") for size in _listed(sizes, f"{where}sizes"))
     if len(levels) != len(shapes):
         counts = f"{len(levels)} sigmas but {len(shapes)} sizes"
         raise ValueError(f"{where}sigmas and {where}sizes differ in number: {counts}; give one size per sigma")
+
+    # Sizes against the divisor and against each other.
     _check_count(divisor, f"{where}divisor")
     for size in shapes:
         if len(size) != len(shapes[0]):
@@ -221,10 +225,10 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         sigmas: noise level of every step, strictly decreasing, the first at most 1, all above 0.
         sizes: latent side length, (H, W) or (F, H, W) of every step, all of one kind, never decreasing. Heights and
             widths are multiples of `divisor`.
-        num_train_timesteps: what the network's timestep is at sigma 1.
+        num_train_timesteps: the network's timestep at sigma 1.
         divisor: latent side lengths are rounded to a multiple of this when the call's aspect ratio differs.
         interpolation: how clean predictions are upsampled; only "bicubic" is known.
-        prediction_type: what the network predicts: "flow", the velocity of rectified flow, or "epsilon", the noise of
+        prediction_type: the network's prediction: "flow", the velocity of rectified flow, or "epsilon", the noise of
             the variance-preserving process (SDXL).
 
     Raises:
@@ -259,7 +263,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As diffusers' own; the configuration must name a schedule.
+        """Build a scheduler as diffusers does, from a configuration that holds a schedule.
 
         Raises:
             ValueError: for another scheduler's configuration, which holds no `sigmas` and `sizes`.
@@ -282,7 +286,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         """Number of timesteps that the network was trained on, as of diffusers' schedulers."""
         return int(self.config.num_train_timesteps)
 
-    # What pipelines call before the loop
+    # Methods that pipelines call before the loop
 
     def set_timesteps(
         self,
@@ -291,7 +295,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
     ) -> None:
-        """Start a new sample; nothing of an earlier one remains.
+        """Prepare for a new sample; everything about an earlier one is forgotten.
 
         Args:
             num_inference_steps: must be the schedule's number of steps.
@@ -299,6 +303,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
             sigmas: accepted when they are this schedule's, or evenly spaced ones that a pipeline fills in by itself.
             mu: ignored (resolution-dependent shift of other schedulers).
         """
+        # Refuse steps of another schedule.
         own = list(self._levels)
         steps = len(sigmas) if sigmas is not None else num_inference_steps
         if steps is not None and steps != len(own):
@@ -308,19 +313,24 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
             )
         if sigmas is not None and not self._known(sigmas):
             raise ValueError(f"sigmas={list(sigmas)} differ from this model's schedule {own}; leave sigmas out")
+
+        # Levels and timesteps, as pipelines read them.
         self.sigmas = torch.tensor([*own, 0.0], dtype=torch.float32, device=device)
         self.timesteps = self.config.num_train_timesteps * self.sigmas[:-1]
         if self.config.prediction_type == "epsilon":
             self.timesteps = vp_timestep(self.sigmas[:-1])
         self.num_inference_steps = len(own)
+
+        # State of one sample.
         self.sizes = list(self.base_sizes)
         self.x0_predictions: list[Tensor] = []
         self._step_index = 0
-        self._in_call = True  # whether a pipeline samples, and its network is not just called by itself
+        self._in_call = True  # whether a pipeline is sampling; other calls of its network are left alone
         self._started = False  # whether this sample's sizes are known
         self._seeds: list[int] = []
 
     def _known(self, sigmas: Sequence[float]) -> bool:
+        """Whether noise levels are this schedule's own, or the evenly spaced ones that a pipeline fills in."""
         given = torch.as_tensor(list(sigmas), dtype=torch.float64)
         n = len(given)
         own = torch.tensor(self._levels, dtype=torch.float64)
@@ -340,19 +350,20 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         return self._begin_index
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor | float) -> Tensor:
-        """Clean latents at a noise level, as in training: `(1 - sigma) x0 + sigma eps` with `sigma = timestep / 1000`.
+        """Noise clean latents as in training: `(1 - sigma) x0 + sigma eps` with `sigma = timestep / 1000`.
 
-        The variance-preserving process ("epsilon"): `sqrt(abar) x0 + sqrt(1 - abar) eps` with `abar` of the timestep.
+        The variance-preserving process ("epsilon") has `sqrt(abar) x0 + sqrt(1 - abar) eps`, `abar` of the timestep.
 
         Args:
             original_samples: `[B, C, *size]`, any size.
             noise: standard Gaussian noise of the same shape.
-            timesteps: one for all samples, or one each `[B]`; from 0 to `num_train_timesteps`, for "epsilon" to 999.
+            timesteps: one for all samples, or `[B]`; from 0 to `num_train_timesteps`, for "epsilon" to 999.
 
         Raises:
             ValueError: for timesteps out of range, or if latents of another size than the current one are noised in the
                 middle of a call, as inpainting pipelines do: sizes grow here, and the two would not fit.
         """
+        # Refuse what does not fit the schedule.
         size = tuple(original_samples.shape[2:])
         if 0 < self._step_index < self.num_inference_steps and size != self.sizes[self._step_index]:
             raise ValueError(
@@ -363,16 +374,20 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         last = self.config.num_train_timesteps if self.config.prediction_type == "flow" else len(signal_levels()) - 1
         if time.numel() not in (1, len(original_samples)) or not bool(((time >= 0) & (time <= last)).all()):
             raise ValueError(f"timesteps={time.tolist()}; give one, or one a sample, from 0 to {last}")
+
+        # Noise in float32.
         if self.config.prediction_type == "flow":
-            signal, level = 1 - time / last, time / last
+            signal = 1 - time / last
+            level = time / last
         else:
             signal, level = vp_scales(time.round().long())
-        x0, axes = original_samples.float(), [1] * (original_samples.ndim - 1)
+        x0 = original_samples.float()
+        axes = [1] * (original_samples.ndim - 1)
         signal, level = (scale.to(x0).view(-1, *axes) for scale in (signal, level))
         return (signal * x0 + level * noise.to(x0)).to(original_samples.dtype)
 
     def scale_noise(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Image-to-image pipelines call this; a scale-wise model starts from pure noise only."""
+        """Raise ValueError: image-to-image pipelines call this, but a scale-wise model starts from pure noise."""
         raise ValueError("a scale-wise model starts from pure noise: use the text-to-image pipeline, without strength")
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
@@ -399,22 +414,25 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         Args:
             batch: number of samples.
             channels: latent channels.
-            height, width, frames: *final* latent size; the schedule's own by default. The first size follows.
-            generator: one, or one a sample.
+            height, width, frames: *final* latent size, from which the first one follows; None: the schedule's own.
+            generator: one for all samples, or one for each.
             packed: as FLUX's tokens `[B, L, 4 C]`.
 
         Returns:
-            `[B, C, *first_size]` float32, or tokens. They may be moved, cast, split or put together with others for the
-            same final size; once their values change they are like any latent that a pipeline drew itself.
+            `[B, C, *first_size]` float32, or tokens. They keep their final size when they are moved, cast, split, or
+            put together with others for the same final size. Latents with changed values count as the pipeline's own.
 
         Raises:
             ValueError: if there are not as many generators as samples, or a side is no multiple of `divisor`.
         """
+        # The sizes of all steps, from the last one.
         final = self.base_sizes[-1]
         sides = (final[-2] if height is None else height, final[-1] if width is None else width)
         wanted: tuple[int, ...] = sides if len(final) == 2 else (final[0] if frames is None else frames, *sides)
         plan = self.sizes_ending_at(wanted)
         first = plan[0]
+
+        # Noise of the first size.
         if isinstance(generator, Sequence):
             if len(generator) != batch:
                 raise ValueError(f"{len(generator)} generators for {batch} samples; give one each")
@@ -426,10 +444,10 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         return pack(noise) if packed else noise
 
     def _remember(self, noise: Tensor, plan: list[tuple[int, ...]]) -> Tensor:
-        """Bind the sizes of a call to its first latents, which alone are sure to be of that call.
+        """Remember the sizes of a call by the values of its first latents, and return these latents.
 
-        Where the first size alone would lead to other sizes, the latents are marked: the signs of a few values, chosen
-        by the final size, are turned. Noise it is all the same, but no longer what a pipeline draws from that seed.
+        If the first size alone would lead to other sizes, the latents are marked: the signs of a few values, chosen by
+        the final size, are flipped. The result is still Gaussian noise, but not what a pipeline draws from that seed.
         """
         first = plan[0]
         if plan != self._sizes_for(first) or self._is_too_large(first):
@@ -437,7 +455,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         even = noise.ndim == 4 and not any(side % 2 for side in noise.shape[2:])
         for row in [*noise, *(pack(noise) if even else [])]:  # as a map and as FLUX's tokens
             key = _key(row)
-            self._plans.pop(key, None)  # to the end, should it be there
+            self._plans.pop(key, None)  # a known key moves to the end, among the newest
             self._plans[key] = plan
         while len(self._plans) > REMEMBERED:
             self._plans.popitem(last=False)
@@ -446,18 +464,19 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
     def attach(self, pipe: Any) -> Any:
         """Make a diffusers pipeline sample with this schedule; returns the pipeline.
 
-        FLUX's position ids are made once for the final size; its transformer gets those of each step's own size.
+        FLUX's pipeline makes position ids once, for the final size; a hook replaces them by those of each step's size.
         """
         pipe.scheduler = self
         network = getattr(pipe, "transformer", None)
         if network is not None and hasattr(network.config, "axes_dims_rope"):
             for handle in getattr(network, "_scale_wise_hooks", []):
-                handle.remove()  # an earlier schedule's
+                handle.remove()  # the hook of an earlier schedule
             hook = network.register_forward_pre_hook(self._refresh_ids, with_kwargs=True)
             network._scale_wise_hooks = [hook]
         return pipe
 
     def _refresh_ids(self, network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Give FLUX's transformer the position ids of the current step's size."""
         if not self._in_call:
             return args, kwargs
         ids = kwargs["img_ids"]
@@ -467,9 +486,10 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         return args, kwargs | {"img_ids": position_ids(size, ids.device, ids.dtype)}
 
     def _start_from_ids(self, tokens: Tensor, ids: Tensor) -> None:
-        """The sizes of a FLUX call, which ends at its `height` and `width`: the pipeline's ids are of those."""
+        """Set the sizes of a FLUX call. It ends at its `height` and `width`, for which the pipeline made its ids."""
         final = tuple(2 * (int(ids[..., axis].max()) + 1) for axis in (1, 2))
-        self.sizes, self._started = self.sizes_ending_at(final), True
+        self.sizes = self.sizes_ending_at(final)
+        self._started = True
         first = self.sizes[0]
         if 4 * tokens.shape[1] != first[0] * first[1]:
             raise ValueError(
@@ -506,10 +526,10 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         """One step: clean prediction at this size, upsampled, noised to the next level.
 
         Args:
-            model_output: what the network predicts, of the shape of `sample`.
+            model_output: the network's prediction, of the shape of `sample`.
             timestep: ignored; steps are counted.
             sample: noised latent `[B, C, *size]`, or FLUX's tokens `[B, L, 4 C]`.
-            return_dict: an output object instead of a tuple.
+            return_dict: whether to return an output object instead of a tuple.
             noise: fresh noise for the next step `[B, C, *next_size]` instead of the one derived from the first latent.
 
         Returns:
@@ -518,29 +538,42 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         i = self._step_index
         if i >= self.num_inference_steps:
             raise ValueError(f"step called more than {self.num_inference_steps} times; call set_timesteps first")
-        packed, dtype = sample.ndim == 3, sample.dtype
+
+        # FLUX's tokens become a map; the first step sets the seeds and sizes of the sample.
+        packed = sample.ndim == 3
+        dtype = sample.dtype
         if packed:
-            if not self._started:  # no network was attached that would have seen FLUX's position ids
-                self.sizes = self._planned([_key(row) for row in sample]) or self.sizes
-            size = self._token_size(sample)
-            sample, model_output = unpack(sample, size), unpack(model_output, size)
+            sample, model_output = self._unpacked(sample, model_output)
         if i == 0:
             self._seeds = [_latent_seed(row) for row in sample]
             self.sizes = self.sizes if packed else self._start(tuple(sample.shape[2:]))
             self._started = True
+
+        # Predict clean, then upsample and noise for the next step.
         x0 = self._to_x0(sample.float(), model_output.float(), i)
         if self.keep_x0:
             self.x0_predictions.append(x0.to(dtype))
         self._step_index = i + 1
         self._in_call = i + 1 < self.num_inference_steps
         prev = x0 if i + 1 == self.num_inference_steps else self._renoise(x0, i + 1, noise)
+
+        # Back to the layout and dtype of the input.
         if packed:
-            prev, x0 = pack(prev), pack(x0)
-        prev, x0 = prev.to(dtype), x0.to(dtype)
+            prev = pack(prev)
+            x0 = pack(x0)
+        prev = prev.to(dtype)
+        x0 = x0.to(dtype)
         return ScaleWiseSchedulerOutput(prev_sample=prev, pred_original_sample=x0) if return_dict else (prev, x0)
 
+    def _unpacked(self, sample: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:
+        """A sample and a prediction as maps of the current step's size, from FLUX's tokens."""
+        if not self._started:  # without an attached network, FLUX's position ids are unknown here
+            self.sizes = self._planned([_key(row) for row in sample]) or self.sizes
+        size = self._token_size(sample)
+        return unpack(sample, size), unpack(model_output, size)
+
     def _scales(self, i: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """What signal and noise are multiplied by at step `i`."""
+        """Factors of signal and noise at step `i`."""
         sigma = self.sigmas[i]
         if self.config.prediction_type == "flow":
             return (1 - sigma).to(like.device), sigma.to(like.device)
@@ -576,7 +609,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         return [*(self._stretched(size, final, base[-1]) for size in base[:-1]), final]
 
     def _stretched(self, size: tuple[int, ...], wanted: tuple[int, ...], base: tuple[int, ...]) -> tuple[int, ...]:
-        """`size` times wanted / base along each axis, rounded to what the network takes."""
+        """`size` times wanted / base along each axis; heights and widths are rounded to multiples of the divisor."""
         stretched = []
         for axis, (side, new, old) in enumerate(zip(size, wanted, base, strict=True)):
             unit = 1 if len(size) == 3 and axis == 0 else self.config.divisor
@@ -587,7 +620,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         """The sizes of a call from its first latents.
 
         Raises:
-            ValueError: if they can be no first latents of this schedule.
+            ValueError: if this schedule cannot start from latents of this size.
         """
         planned = self._planned([(seed, *first) for seed in self._seeds])
         if planned is not None:
@@ -617,12 +650,14 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         return next(iter(plans.values()), None)
 
     def _is_too_large(self, first: tuple[int, ...]) -> bool:
-        """Whether a size cannot be the schedule's first one in any aspect ratio, but for rounding to the divisor.
+        """Whether a latent size is too large for the schedule's first size in every aspect ratio.
 
-        Aspect ratios share an area (and a number of frames). Rounding adds half a unit to a side of the last size,
-        which counts by the ratio of first to last, and another half to the first.
+        First sizes of all aspect ratios have the same area (and number of frames), up to rounding to the divisor.
+        Rounding adds at most half a divisor to a side of the last size, which is then scaled by the ratio of first to
+        last size, and another half to the side of the first size.
         """
-        start, end = self.base_sizes[0], self.base_sizes[-1]
+        start = self.base_sizes[0]
+        end = self.base_sizes[-1]
         if start == end:
             return False  # one size throughout: the call ends where it starts
         if all(side >= last for side, last in zip(first, end, strict=True)):
@@ -647,7 +682,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
 
 
 def _mark(final: tuple[int, ...], count: int) -> Tensor:
-    """`count` factors 1 or -1, float32, of which 1 to 32 are -1: which ones says a size."""
+    """`count` factors 1 or -1, float32; 1 to 32 of them are -1, at places that depend on the final size."""
     digest = int.from_bytes(hashlib.blake2b(repr(final).encode(), digest_size=4).digest(), "little")
     factors = torch.ones(count)
     for place in range(min(32, count)):
@@ -656,7 +691,7 @@ def _mark(final: tuple[int, ...], count: int) -> Tensor:
 
 
 def _key(row: Tensor) -> tuple[int, ...]:
-    """What a latent `[C, *size]`, or its tokens `[L, 4 C]`, is known by: its seed and its shape."""
+    """Key of a latent `[C, *size]`, or of its tokens `[L, 4 C]`, among remembered ones: its seed and its shape."""
     return (_latent_seed(row), *(row.shape[1:] if row.ndim > 2 else row.shape[:1]))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol
 
@@ -18,22 +18,22 @@ Role = Literal["student", "fake", "teacher"]
 """A part that the network plays: the few-step student, the fake score (fake network), the frozen teacher."""
 
 Checks = dict[str, Tensor]
-"""Whether something is finite, a boolean scalar each, by the name that a user is told; causes before effects."""
+"""Boolean scalars: whether a value is finite, by the value's name in messages; a cause stands before its effects."""
 
 
 class UserError(ValueError):
-    """Wrong input: the message is one line with what was wrong, the value, and the fix (exit code 2)."""
+    """Wrong input. The message is one line with the mistake, the value and the fix; the exit code is 2."""
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a network is told besides the noised latent.
+    """Input of a network besides the noised latent and its level: the encoded text and what goes with it.
 
     Attributes:
         embeds: text token embeddings `[B, L, D]`.
         pooled: pooled text embedding `[B, P]`, or None for families without one.
         time_ids: SDXL's micro-conditioning in pixels `[B, 6]`: original size, crop, target size; None elsewhere.
-        mask: which text tokens count `[B, L]`, 1 or 0; None where the network sees all of them.
+        mask: 1 for text tokens that the network attends to, 0 for padding `[B, L]`; None where it attends to all.
     """
 
     embeds: Tensor
@@ -44,10 +44,14 @@ class Conditioning:
     def __len__(self) -> int:
         return self.embeds.shape[0]
 
-    def map(self, function) -> Conditioning:  # type: ignore[no-untyped-def]
+    def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
         """Apply `function` to every tensor."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: function(v) for k, v in values.items() if v is not None})
+
+    def rows(self, index: slice | list[int]) -> Conditioning:
+        """Some of the B rows: a view of them for a slice, a copy for a list of their numbers."""
+        return self.map(lambda tensor: tensor[index])
 
     def to(self, *args: Any) -> Conditioning:
         """Move or cast every tensor, as `Tensor.to` does."""
@@ -71,11 +75,12 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Cached:
-    """What the encoders made of a batch, read back from a cache.
+    """Outputs of the encoders for a batch, read back from a cache.
 
     Attributes:
         conditioning: B rows.
-        posteriors: mean and deviation `[B, C, *size]` of the network's latents, for the sizes that are due.
+        posteriors: mean and standard deviation `[B, C, *size]` of the network's latents, by latent size; only the sizes
+            that the iteration needs.
     """
 
     conditioning: Conditioning
@@ -89,13 +94,13 @@ class Cached:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One batch of training data, of a kind that the classes below it say.
+    """Base of the two kinds of training batches, `PictureBatch` and `CachedBatch`.
 
     Attributes:
         prompts: B captions.
         bucket: size in pixels (H, W) of finished pictures where data come in several aspect ratios; None: the
             schedule's own.
-        skipped: names of samples that could not be read, whose places others took.
+        skipped: names of samples that could not be read and were replaced by others.
     """
 
     prompts: list[str]
@@ -112,7 +117,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class PictureBatch(Batch):
-    """A batch that has yet to be encoded.
+    """A batch whose pictures and prompts have yet to be encoded.
 
     Attributes:
         pixels: full-resolution images `[B, 3, H, W]` or videos `[B, 3, F, H, W]` in [-1, 1].
@@ -206,21 +211,21 @@ def check_shape(name: str, tensor: Tensor, expected: Sequence[int | None]) -> No
 
 
 def check_number(key: str, value: float, least: float | None = None, above: float | None = None) -> float:
-    """`value` as a float.
+    """`value` as a float, after a check of its range.
 
     Args:
-        key: of the configuration, for the message.
-        value: what was given.
-        least, above: lower limit, itself allowed or not; None: any finite number.
+        key: name of the value in the configuration, for the message.
+        least: smallest number allowed; None for no such limit.
+        above: limit that the number must exceed; None for no such limit.
 
     Raises:
-        UserError: if it is infinite, NaN, or below the limit.
+        UserError: if it is infinite, NaN, or outside the limits.
     """
     limit = f" of {least:g} or more" if least is not None else f" above {above:g}" if above is not None else ""
     wrong = UserError(f"{key}={value}; use a finite number{limit}")
     try:
         number = float(value)
-    except OverflowError:  # an integer that no float holds
+    except OverflowError:  # an integer larger than any float
         raise wrong from None
     in_range = (least is None or number >= least) and (above is None or number > above)
     if not (math.isfinite(number) and in_range):

@@ -55,7 +55,10 @@ from swd.schedule import ScaleSchedule
 from swd.scheduler import ScaleWiseScheduler
 from swd.types import Size, UserError
 
-SCHEDULER_FILE, ASSET = "scale_wise_scheduler.py", "swd://"
+SCHEDULER_FILE = "scale_wise_scheduler.py"
+"""Name of the sampler's source in the exported folder."""
+ASSET = "swd://"
+"""Beginning of the paths of models that ship with the package."""
 
 
 def check_target(target: Path) -> None:
@@ -87,13 +90,17 @@ def recorded_model(source: Path, cfg: DictConfig) -> Any:
     if named or folder.name not in ("adapter", "student") or not file.is_file():
         return node_of(cfg, "model")
     node = read_recorded(file).get("model")
-    given = node_of(cfg, "model")
-    for override in overrides():
-        key = re.split(r"[.=\[]", override.lstrip("+").removeprefix("model."))[0]
-        if override.lstrip("+").startswith("model.") and key in given and isinstance(node, dict):
-            node[key] = given[key]
+    if isinstance(node, dict):
+        node |= _changed_here(node_of(cfg, "model"))
     check_recorded(node, "model", PRETRAINED, file)
     return node
+
+
+def _changed_here(given: dict[str, Any]) -> dict[str, Any]:
+    """The values of a model that the command line changes, by key."""
+    changed = [override.lstrip("+") for override in overrides()]
+    keys = [re.split(r"[.=\[]", each.removeprefix("model."))[0] for each in changed if each.startswith("model.")]
+    return {key: given[key] for key in keys if key in given}
 
 
 def build_model(node: dict[str, Any], cfg: DictConfig) -> Pretrained:
@@ -162,8 +169,8 @@ def check_numbers(config: Mapping[str, Any]) -> None:
     """Check the numbers of a sampler's configuration, before it computes with them.
 
     Raises:
-        ValueError, LookupError or TypeError: for the first one that is missing or cannot be, or for a setting that is
-            not known: what it changes would be left out.
+        ValueError, LookupError or TypeError: for the first one that is missing or out of range, or for an unknown
+            setting, whose effect would be lost.
     """
     missing = [key for key in ("sigmas", "sizes") if key not in config]
     if missing:
@@ -207,6 +214,7 @@ def export(
     Raises:
         UserError: if a network that is loaded back predicts anything else than the student.
     """
+    # Everything that the folder holds.
     content = AdapterContent(student, model) if isinstance(student, Adapter) else NetworkContent(student, model)
 
     def write(new: Path) -> None:
@@ -276,7 +284,8 @@ class AdapterContent:
 
     def _renamed(self) -> dict[str, Tensor]:
         """Weights under ComfyUI's names; empty if it does not know the family or reads diffusers' own names."""
-        backbone, state = self.model.backbone_class, self.adapter.state
+        backbone = self.model.backbone_class
+        state = self.adapter.state
         comfy = comfy_state(backbone, state) if backbone.comfyui else {}
         return comfy if set(comfy) != {f"{backbone.subfolder}.{key}" for key in state} else {}
 
@@ -301,7 +310,8 @@ class NetworkContent:
         self.student = student
         self.model = model
         backbone = model.backbone_class
-        part, network = backbone.subfolder, backbone.network_type
+        part = backbone.subfolder
+        network = backbone.network_type
         self.about = f"A {network}, trained whole,"
         self.classes = f"{network}, {backbone.pipeline_type}"
         self.loading = (
@@ -360,7 +370,8 @@ def placeholders(model: Pretrained) -> str:
 def card(content: Content, model: Pretrained, schedule: ScaleWiseScheduler) -> str:
     """README of an exported folder: a description, and a snippet that samples it without `swd` installed."""
     # The snippet.
-    backbone, final = model.backbone_class, schedule.base_sizes[-1]
+    backbone = model.backbone_class
+    final = schedule.base_sizes[-1]
     pixels = model.pixel_size(final)
     arguments = dict(backbone.sampling_arguments(model.max_text_tokens, model.embedded_guidance))
     arguments |= {"height": pixels[-2], "width": pixels[-1]}

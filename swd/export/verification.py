@@ -51,7 +51,8 @@ def check_adapter(folder: Path, adapter: Adapter, model: Pretrained, size: Size)
         size: latent size to predict at.
     """
     network = _network(model)
-    base, gain = predict(network, model, size), gain_of(network, adapter)
+    base = predict(network, model, size)
+    gain = gain_of(network, adapter)
     reader, network = as_published(network, adapter, model, gain)
     expected = predict(network, model, size)
     del network
@@ -159,20 +160,11 @@ def as_published(network: Any, adapter: Adapter, model: Pretrained, gain: float)
     Raises:
         UserError: if that loader refuses the file.
     """
-    # Which library reads the file depends on its layout.
     file = adapter.source
     if not file.is_file():
         add(network, adapter.state, gain)
         return "", network
-    if file.name == PEFT_WEIGHTS:
-        reader, load = "peft", partial(_with_peft, network, file.parent)
-    else:
-        lora = read_lora(file)
-        reader, load = "peft", partial(_with_alphas, network, lora)
-        if lora.as_diffusers and lora.prefix == model.backbone_class.subfolder:
-            reader, load = "diffusers", partial(_with_diffusers, network, file, model)
-        elif lora.as_diffusers and not lora.prefix:
-            reader, load = "diffusers", partial(_with_bare_names, network, file)
+    reader, load = _reader_of(file, network, model)
 
     # Errors become one line, and the libraries' own messages are silenced.
     before = diffusers_logging.get_verbosity()
@@ -186,6 +178,18 @@ def as_published(network: Any, adapter: Adapter, model: Pretrained, gain: float)
     finally:
         diffusers_logging.set_verbosity(before)
     return f"{reader} makes of {file}", scaled(loaded, gain)
+
+
+def _reader_of(file: Path, network: Any, model: Pretrained) -> tuple[str, Callable[[], Any]]:
+    """Name of the library that reads an adapter's file, which depends on its layout, and a call that loads it."""
+    if file.name == PEFT_WEIGHTS:
+        return "peft", partial(_with_peft, network, file.parent)
+    lora = read_lora(file)
+    if lora.as_diffusers and lora.prefix == model.backbone_class.subfolder:
+        return "diffusers", partial(_with_diffusers, network, file, model)
+    if lora.as_diffusers and not lora.prefix:
+        return "diffusers", partial(_with_bare_names, network, file)
+    return "peft", partial(_with_alphas, network, lora)
 
 
 def _with_peft(network: Any, folder: Path) -> Any:
@@ -235,7 +239,8 @@ def comfyui_update(tensors: dict[str, Tensor], model: Pretrained, modules: list[
     with torch.device("meta"):
         network = model.network_class.from_config(model.network_config)
     shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
-    left, state = dict(tensors), {}
+    left = dict(tensors)
+    state = {}
     for module in modules:
         name = model.backbone_class.comfy_key(module)
         kohya = f"{name}.lora_up.weight" in left

@@ -14,11 +14,16 @@ from swd.schedule import ScaleSchedule
 from swd.types import Conditioning, Draws, Noised, Role, UserError
 
 FeatureSource = Literal["teacher", "fake"]
+"""Role whose features MMD compares."""
 Metrics = dict[str, Tensor]
+"""Detached scalars by name, for the log."""
 
 
 class Predictors(Protocol):
-    """The networks as terms use them; `swd.modules.networks` has two implementations, and others may be passed."""
+    """The networks in their three roles, as loss terms use them.
+
+    `swd.modules.networks.Networks` and its two kinds implement this; any other object with these methods may be passed.
+    """
 
     process: Process
 
@@ -33,7 +38,8 @@ class Predictors(Protocol):
     ) -> tuple[Tensor, list[Tensor]]:
         """Clean prediction `[B, C, *size]` float32, and features `[B, L, D]` of `blocks`.
 
-        `grad_to_features_only`: run what lies behind the last of the blocks without a graph.
+        With `grad_to_features_only`, blocks after the last of `blocks` run without a graph, and the prediction carries
+        no gradient.
         """
         ...
 
@@ -51,7 +57,7 @@ class Predictors(Protocol):
 
 
 class BlockLimits(Protocol):
-    """Which feature blocks a network has; `swd.modules.backbones.base.Limits` is one."""
+    """The feature blocks that a network has; `swd.modules.backbones.base.Limits` implements it."""
 
     def check_block(self, block: int) -> None:
         """Raise UserError for a feature block that does not exist."""
@@ -65,7 +71,7 @@ class ModelFacts:
     Attributes:
         family: name of the model's family.
         process: the diffusion process.
-        limits: which blocks features can be read from.
+        limits: the blocks that features can be read from.
         poor_at_low_resolution: whether the teacher draws poorly at sizes below its native one.
     """
 
@@ -75,7 +81,7 @@ class ModelFacts:
     poor_at_low_resolution: bool = False
 
     def check_blocks(self, key: str, blocks: Sequence[int]) -> None:
-        """Raise UserError for a feature block that does not exist; `key` is the configuration's, for the message."""
+        """Raise UserError for a feature block that does not exist; `key` names the option in the message."""
         for block in blocks:
             try:
                 self.limits.check_block(block)
@@ -92,7 +98,12 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class FakePass:
-    """What a term wants of the fake network's forward on the noised `x0_hat`."""
+    """Outputs that a term needs from the fake network's forward pass on the noised `x0_hat`.
+
+    Attributes:
+        prediction: whether it needs the clean prediction.
+        blocks: the blocks whose features it needs.
+    """
 
     prediction: bool = False
     blocks: tuple[int, ...] = ()
@@ -106,7 +117,7 @@ class FakeOutput:
     """Results of one forward of the fake network.
 
     Attributes:
-        prediction: clean prediction; None if no term wants it.
+        prediction: clean prediction; None if no term needs it.
         features: `[B, L, D]` by block.
     """
 
@@ -116,19 +127,20 @@ class FakeOutput:
 
 @dataclass
 class Step:
-    """One update's inputs, and what terms share on it: noised fakes and the fake network's forward on them.
+    """One update's inputs, and the results that terms share: noised samples and the fake network's outputs on them.
 
-    A noised sample goes by its name, a purpose and a range of indices: terms that give the same one share it.
+    A noised sample is identified by a purpose and a range of indices: terms that ask for the same pair share it.
 
     Attributes:
         networks: the three roles.
-        conditioning: B rows; `empty`: the encoded empty prompt, one row.
+        conditioning: of the B prompts.
+        empty: conditioning of the empty prompt, one row.
         x0_hat: student's clean prediction `[B, C, *size]`; a leaf that requires a gradient in generator updates.
         x0_real: target latents of the same shape.
         draws: where random numbers come from.
-        wanted: union of what the terms want of the fake network.
-        shares: over how many processes the global batch is split; their gradients are averaged, so that a loss that
-            is a sum over the batch must be multiplied by this.
+        wanted: union of the outputs that the terms need from the fake network.
+        shares: number of processes that the global batch is split over. Gradients are averaged over processes, so a
+            loss that is a sum over the batch must be multiplied by this.
     """
 
     networks: Predictors
@@ -152,13 +164,13 @@ class Step:
         return Noised(self.networks.process.add_noise(self.x0_real, eps, noised.sigma), noised.sigma)
 
     def fake_x0(self, purpose: str, indices: IndexRange) -> Tensor:
-        """The fake network's clean prediction on `noise_fake` of that name; the term's pass has `prediction`."""
+        """The fake network's clean prediction on `noise_fake(purpose, indices)`; needs `FakePass.prediction`."""
         prediction = self._fake_output(purpose, indices).prediction
         assert prediction is not None, "a term that reads fake_x0 says so: generator_pass = FakePass(prediction=True)"
         return prediction
 
     def fake_features(self, purpose: str, indices: IndexRange, blocks: Sequence[int]) -> list[Tensor]:
-        """The fake network's features on `noise_fake` of that name; the term's pass names the blocks."""
+        """The fake network's features on `noise_fake(purpose, indices)`; `FakePass.blocks` must name the blocks."""
         features = self._fake_output(purpose, indices).features
         return [features[block] for block in blocks]
 
@@ -173,24 +185,25 @@ class Step:
         return self._noised[key]
 
     def _fake_output(self, purpose: str, indices: IndexRange) -> FakeOutput:
-        """The fake network's one forward on a sample, whichever term asks first."""
+        """Output of the fake network on a noised sample; the network runs once, when the first term asks."""
         key = _name(purpose, indices)
         if key not in self._fake:
             self._fake[key] = self._run_fake(self.noise_fake(purpose, indices))
         return self._fake[key]
 
     def _run_fake(self, noised: Noised) -> FakeOutput:
+        """Run the fake network on a noised sample."""
         raise NotImplementedError
 
     def _run_fake_features(self, noised: Noised) -> FakeOutput:
-        """The forward where features alone are wanted: it ends after the last block."""
+        """Run the fake network for features alone; it stops after the last block."""
         blocks = self.wanted.blocks
         features = self.networks.features("fake", noised.x_t, noised.sigma, self.conditioning, blocks)
         return FakeOutput(None, dict(zip(blocks, features, strict=True)))
 
 
 def _name(purpose: str, indices: IndexRange) -> tuple[str, IndexRange]:
-    """The key of a noised sample; a range out of a configuration may be a list."""
+    """Key of a noised sample; a range from a configuration may be a list, so it is made a tuple."""
     return purpose, (indices[0], indices[1])
 
 
@@ -211,7 +224,7 @@ class GeneratorStep(Step):
 
 
 class CriticStep(Step):
-    """A critic update: `x0_hat` carries no gradient, everything flows to the fake network and the head."""
+    """A critic update: `x0_hat` carries no gradient, gradients flow to the fake network and the head."""
 
     def _run_fake(self, noised: Noised) -> FakeOutput:
         if not self.wanted.prediction:
@@ -230,8 +243,9 @@ class LossTerm(nn.Module):
 
     Attributes:
         trains_fake: whether the term has a `critic` that trains the fake network.
-        critic_name: of the critic's loss, in messages.
-        generator_pass, critic_pass: what the term wants of the fake network's forward on the noised `x0_hat`.
+        critic_name: name of the critic's loss in messages.
+        generator_pass: outputs that `generator` needs from the fake network on the noised `x0_hat`.
+        critic_pass: the same for `critic`.
     """
 
     trains_fake: bool = False
@@ -243,8 +257,8 @@ class LossTerm(nn.Module):
         """Choose options that depend on the other terms.
 
         Args:
-            key: the term's in the configuration, for messages: "loss.mmd".
-            has_fake: whether any term of the loss trains the fake network, so that there is one.
+            key: the term's key in the configuration, e.g. "loss.mmd", for messages.
+            has_fake: whether there is a fake network, that is, whether any term of the loss trains one.
 
         Raises:
             UserError: if an option asks for a fake network and there is none.
@@ -254,9 +268,9 @@ class LossTerm(nn.Module):
         """Raise UserError if the term's options do not fit the model or the schedule; nothing is loaded yet."""
 
     def check_processes(self, key: str, processes: int) -> None:
-        """Raise UserError if so many processes cannot share a batch.
+        """Raise UserError if a batch cannot be split over this number of processes.
 
-        They can if the gradient of a batch is the mean of the gradients of its parts, or `Step.shares` makes it so.
+        It can be if its gradient is the mean of the gradients of its parts, by itself or with a factor `Step.shares`.
         """
 
     def build(self, width: int) -> None:

@@ -19,11 +19,11 @@ class DMD(LossTerm):
     """DMD (SwD paper, section 4.1, after DMD2): the student follows fake minus real score on its own noised output.
 
     Args:
-        weight: of the generator's loss.
+        weight: factor of the generator's loss in the total.
         guidance_scale: classifier-free guidance of the teacher; 1 turns it off. The default is that of the released
             script for Stable Diffusion 3.5 Medium.
         indices: noise-level indices of the generator's draw, both ends included; None: the process' own (12..27).
-        critic_indices: of the critic's draw; None: the whole table.
+        critic_indices: noise-level indices of the critic's draw; None: the whole table.
     """
 
     trains_fake = True

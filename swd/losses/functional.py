@@ -23,13 +23,15 @@ def dmd_direction(x0_hat: Tensor, x0_real: Tensor, x0_fake: Tensor) -> Tensor:
         x0_fake: fake-score network's clean prediction on the same.
 
     Returns:
-        `(fake - real) / mean|x0_hat - real|`, the mean per sample; 0 where the denominator is exactly 0. A prediction
-        that is not finite stays so, for the caller to notice.
+        `(fake - real) / mean|x0_hat - real|`, the mean per sample; 0 where the denominator is exactly 0. Values that
+        are not finite are passed on, so that the caller can notice them.
     """
-    x0_hat, x0_real, x0_fake = x0_hat.float(), x0_real.float(), x0_fake.float()
+    x0_hat = x0_hat.float()
+    x0_real = x0_real.float()
+    x0_fake = x0_fake.float()
     scale = (x0_hat - x0_real).abs().flatten(1).mean(1).reshape(-1, *[1] * (x0_hat.ndim - 1))
     undefined = scale == 0
-    # Times 0 rather than set to 0: NaN and infinity of a network survive it.
+    # Multiplied by 0 rather than set to 0, so that NaN and infinity in a prediction remain.
     return (x0_fake - x0_real) / scale.masked_fill(undefined, 1.0) * (~undefined)
 
 
@@ -59,9 +61,11 @@ def mmd_loss(
         bandwidth: sigma of the rbf kernel.
         reduce: compare each image with its own counterpart, or the whole batch as one set of tokens.
     """
-    real, fake = real.float(), fake.float()
+    real = real.float()
+    fake = fake.float()
     if reduce == "batch":
-        real, fake = real.flatten(0, 1).unsqueeze(0), fake.flatten(0, 1).unsqueeze(0)
+        real = real.flatten(0, 1).unsqueeze(0)
+        fake = fake.flatten(0, 1).unsqueeze(0)
     if kernel == "rbf":
         return _rbf_mmd(real, fake, bandwidth)
     difference = real.mean(1) - fake.mean(1)
@@ -74,6 +78,13 @@ def pseudo_huber(d: Tensor, c: float) -> Tensor:
     return (d.square() + c * c).clamp(min=1e-10).sqrt() - c
 
 
+def _gaussian_complement(a: Tensor, b: Tensor, bandwidth: float) -> Tensor:
+    """`1 - exp(-|a_i - b_j|^2 / (2 bandwidth^2))` `[B, L, M]` of tokens `[B, L, D]` and `[B, M, D]`."""
+    squares = a.square().sum(-1).unsqueeze(2) + b.square().sum(-1).unsqueeze(1)
+    squared = (squares - 2 * a @ b.transpose(1, 2)).clamp(min=0)
+    return -torch.expm1(-squared / (2 * bandwidth**2))
+
+
 def _rbf_mmd(real: Tensor, fake: Tensor, bandwidth: float) -> Tensor:
     """Unbiased squared MMD with a Gaussian kernel: per set `[B, L, D]`, then the mean over B."""
     n = real.shape[1]
@@ -82,19 +93,15 @@ def _rbf_mmd(real: Tensor, fake: Tensor, bandwidth: float) -> Tensor:
 
     # Distances do not change under a shift, and centred features lose fewer digits to cancellation.
     centre = torch.cat([real, fake], 1).mean(1, keepdim=True).detach()
-    real, fake = real - centre, fake - centre
+    real = real - centre
+    fake = fake - centre
 
-    # 1 - k instead of k: the ones cancel in xx + yy - 2 xy, and float32 keeps the small numbers that remain.
-    def complement(a: Tensor, b: Tensor) -> Tensor:
-        squares = a.square().sum(-1).unsqueeze(2) + b.square().sum(-1).unsqueeze(1)
-        squared = (squares - 2 * a @ b.transpose(1, 2)).clamp(min=0)
-        return -torch.expm1(-squared / (2 * bandwidth**2))
-
+    # With 1 - k instead of k the ones cancel in xx + yy - 2 xy, and float32 keeps the small numbers that remain.
     def within(a: Tensor) -> Tensor:
-        pairs = complement(a, a)
+        pairs = _gaussian_complement(a, a, bandwidth)
         return (pairs.sum((1, 2)) - pairs.diagonal(dim1=1, dim2=2).sum(1)) / (n * (n - 1))
 
-    between = complement(real, fake).mean((1, 2))
+    between = _gaussian_complement(real, fake, bandwidth).mean((1, 2))
     return (2 * between - within(real) - within(fake)).mean()
 
 

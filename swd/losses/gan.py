@@ -19,15 +19,15 @@ from swd.types import UserError, check_number
 class GAN(LossTerm):
     """GAN (SwD paper, appendix A, after DMD2): the discriminator reads the fake network's features of noised latents.
 
-    With DMD it judges the same noised sample that DMD draws, in the same forward; without, its own draw.
+    Together with DMD it reads the noised sample that DMD draws, in the same forward pass; alone it draws its own.
 
     Args:
-        weight: of the generator's loss.
-        discriminator_weight: of the discriminator's loss.
-        blocks: whose features the head reads; one head for all, logits averaged.
-        layers: stages of the head.
+        weight: factor of the generator's loss in the total.
+        discriminator_weight: factor of the discriminator's loss in the critic's total.
+        blocks: blocks whose features the head reads; one head serves all of them, and its logits are averaged.
+        layers: number of stages of the head.
         indices: noise-level indices of the generator's draw, both ends included; None: the process' own (12..27).
-        critic_indices: of the critic's draw; None: the whole table.
+        critic_indices: noise-level indices of the critic's draw; None: the whole table.
     """
 
     trains_fake = True
@@ -65,7 +65,7 @@ class GAN(LossTerm):
         model.check_indices(f"{key}.critic_indices", self.critic_indices)
 
     def build(self, width: int) -> None:
-        # On the CPU, whatever device is the default now: its first weights are then the same everywhere.
+        # Built on the CPU, whatever the default device is, so that its initial weights are the same everywhere.
         with torch.device("cpu"):
             self.head = GANHead(width, self.layers)
 

@@ -18,16 +18,17 @@ class MMD(LossTerm):
     """MMD (SwD paper, section 4.2, eq. 2) on features of the teacher or the fake network.
 
     Args:
-        weight: of the loss.
-        blocks: whose features are compared; the loss is their mean.
+        weight: factor of the loss in the total.
+        blocks: blocks whose features are compared; the loss is the mean over them.
         features: network that the features come from; None: the fake where one is trained, else the teacher.
         kernel: "linear" compares token means, "rbf" all pairs of tokens.
         distance: "pseudo_huber" or "squared" (eq. 2, summed over the global batch), for the linear kernel.
         c: pseudo-Huber constant.
         bandwidth: sigma of the rbf kernel.
-        reduce: compare per image, or the batch as one set (on one process only: sets of parts of a batch are not the
-            batch's).
-        noise: "range" noises both sides alike; "none" compares clean latents (ablation).
+        reduce: "image" compares each image with its own target, "batch" all tokens of the batch as one set. The latter
+            takes a single process, since the MMD of a batch does not follow from that of its parts.
+        noise: "range" compares noised latents, both at the same level with the same noise; "none" compares clean ones
+            (ablation).
         indices: noise-level indices, both ends included; None: the process' own (18..27).
     """
 
@@ -88,11 +89,11 @@ class MMD(LossTerm):
         ]
         loss = torch.stack(losses).mean()
         if self.kernel == "linear" and self.distance == "squared":
-            loss = loss * step.shares  # a sum over the images, where every other choice is a mean
+            loss = loss * step.shares  # this distance is summed over the images, all others are averaged
         return self.weight * loss, {"mmd": loss.detach()}
 
     def _noised(self, step: GeneratorStep) -> tuple[Noised, Noised]:
-        """Fake and real latents at the same level with the same noise; its own draw, not DMD's."""
+        """Fake and real latents at the same level with the same noise; the draw is independent of DMD's."""
         if self.noise == "none":
             sigma = torch.zeros(len(step.x0_hat), device=step.x0_hat.device)
             return Noised(step.x0_hat, sigma), Noised(step.x0_real, sigma)

@@ -40,13 +40,13 @@ def generator_gradient(
 ) -> tuple[Tensor, Tensor, Metrics]:
     """Total generator loss, its gradient with respect to `step.x0_hat` (a leaf), and metrics.
 
-    Terms are differentiated one after the other, so that one feature graph is alive at a time, and with
-    `autograd.grad`, so that nothing leaks into the fake network's gradients.
+    Terms are differentiated one after the other, so that only one feature graph is in memory at a time. They are
+    differentiated with `autograd.grad`, so that no gradient is added to the fake network's parameters.
 
     Args:
         terms: by name.
         step: the update.
-        checks: is told, by the term's name, whether its weighted loss and its gradient are finite.
+        checks: filled in, by the term's name, with whether its weighted loss and its gradient are finite.
     """
     total = torch.zeros((), device=step.x0_hat.device)
     gradient = torch.zeros_like(step.x0_hat)
@@ -55,7 +55,7 @@ def generator_gradient(
     readers = [name for name in order if terms[name].generator_pass.blocks]
     for name in order:
         loss, values = terms[name].generator(step)
-        # All but the last reader of the fake network's features leave their graph to the next one.
+        # Terms that read the fake network's features share their graph, so all but the last one must retain it.
         own = torch.autograd.grad(loss, step.x0_hat, retain_graph=name in readers[:-1])[0]
         if checks is not None:
             checks[name] = loss.detach().isfinite() & own.isfinite().all()
@@ -67,7 +67,7 @@ def generator_gradient(
 
 
 def _shared_pass_first(terms: Mapping[str, LossTerm]) -> Callable[[str], tuple[bool, bool, str]]:
-    """Order terms so that those reading the shared fake pass run next to each other."""
+    """Sorting key by which the terms that read the shared fake pass run next to each other."""
     return lambda name: (not terms[name].generator_pass.blocks, not terms[name].generator_pass.prediction, name)
 
 
@@ -76,7 +76,7 @@ def critic_loss(
 ) -> tuple[Tensor, Metrics]:
     """Total critic loss and metrics of the terms that train the fake network.
 
-    `checks` is told, by the name of the critic's loss, whether it is finite.
+    `checks` is filled in, by the name of the critic's loss, with whether it is finite.
     """
     losses: list[Tensor] = []
     metrics: Metrics = {}
@@ -95,7 +95,7 @@ def trainers(terms: Mapping[str, LossTerm]) -> dict[str, LossTerm]:
 
 
 def wanted(terms: Mapping[str, LossTerm], attribute: str) -> FakePass:
-    """Union of what terms want of the fake pass; `attribute` is "generator_pass" or "critic_pass"."""
+    """Union of the outputs that terms need from the fake pass; `attribute` is "generator_pass" or "critic_pass"."""
     passes: Sequence[FakePass] = [getattr(term, attribute) for term in terms.values()]
     return reduce(or_, passes, FakePass())
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar
 
 from swd.modules.targets import is_target
 from swd.types import UserError
@@ -52,8 +52,14 @@ READ = (
 )
 """Settings that `Settings` follows."""
 
-MOST_PATTERNS, MOST_WILD, MOST_SPELLINGS = 1024, 64, 1024
-"""Limits on patterns, patterns with wildcards, and alternatives of one pattern; real adapters have fewer."""
+MOST_PATTERNS = 1024
+"""Largest number of patterns in one setting; real adapters have fewer."""
+MOST_WILD = 64
+"""Largest number of patterns with wildcards among them."""
+MOST_SPELLINGS = 1024
+"""Largest number of alternatives of one pattern."""
+
+_Number = TypeVar("_Number", int, float)
 
 Token = tuple[str, str]
 """A letter, "any" or "digit", and its repetition: "1", "?", "*" or "+"."""
@@ -211,6 +217,7 @@ class _Reader:
         return sign, times
 
     def _sign(self) -> tuple[str, int]:
+        """The sign at the current position, and the number of characters that write it."""
         rest = self.text[self.at : self.at + 5]
         if rest.startswith("[0-9]"):
             return "digit", 5
@@ -345,6 +352,7 @@ def read_settings(config: Mapping[str, Any], where: str) -> Settings:
 
 
 def _check_known(key: str, value: Any, where: str) -> None:
+    """Raise UserError unless a setting is off or has one of the values in `ACCEPTED`."""
     off = value is None or value is False or value in ([], {})
     accepted = ACCEPTED.get(key)
     known = (
@@ -382,7 +390,10 @@ def _whole(value: Any, key: str, where: str) -> int:
     raise UserError(_damaged(where, key, value, "a whole number above 0"))
 
 
-def _patterns(config: Mapping[str, Any], key: str, where: str, read: Any) -> tuple[tuple[Pattern, Any], ...]:
+def _patterns(
+    config: Mapping[str, Any], key: str, where: str, read: Callable[[Any, str, str], _Number]
+) -> tuple[tuple[Pattern, _Number], ...]:
+    """The patterns of a setting with their numbers, each read by `read`."""
     given = config.get(key) or {}
     if not isinstance(given, dict):
         raise UserError(_damaged(where, key, given, "an object with names and numbers"))

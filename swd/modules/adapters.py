@@ -1,4 +1,4 @@
-"""LoRA adapters in every layout that people have: a run, an export, a published PEFT folder, a diffusers LoRA file."""
+"""Reads LoRA adapters in all their layouts (run, export, PEFT folder, diffusers LoRA file), and writes them."""
 
 from __future__ import annotations
 
@@ -24,19 +24,21 @@ from swd.modules.targets import is_target, targets_of
 from swd.scheduler import ScaleWiseScheduler
 from swd.types import UserError
 
-PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-DIFFUSERS_WEIGHTS, SCHEDULER_CONFIG = "pytorch_lora_weights.safetensors", "scheduler_config.json"
+PEFT_WEIGHTS = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+SCHEDULER_CONFIG = "scheduler_config.json"
 NETWORK_CONFIG = "config.json"
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""What a LoRA can adapt."""
+"""Types of the layers that a LoRA can adapt."""
 
 MERGE = "merge it into the base (pipe.fuse_lora, pipe.save_pretrained) and give that folder as model.path"
-"""What to do with an adapter that has no place in the student's."""
+"""Advice in messages about an adapter that cannot become the student's."""
 
 _PARTS = ("transformer.", "unet.")
 _PREFIXES = ("base_model.model.", *_PARTS, "diffusion_model.")
-_ROLES = {
+_ENDINGS = {
     ".lora_A.weight": "down",
     ".lora_B.weight": "up",
     ".lora_down.weight": "down",
@@ -45,7 +47,7 @@ _ROLES = {
     ".lora.up.weight": "up",
     ".alpha": "alpha",
 }
-"""What the keys of a plain LoRA end with: peft's and diffusers' names, kohya's, and diffusers' old ones."""
+"""Endings of a plain LoRA's keys, and the part that each names: those of peft, of kohya, old ones of diffusers."""
 _NOT_THE_NETWORK = {
     "text_encoder": "a weight of a text encoder",
     "lora_te": "a weight of a text encoder",
@@ -57,6 +59,7 @@ _NOT_THE_NETWORK = {
     "vae.": "a weight of a VAE",
     "first_stage_model.": "a weight of a VAE",
 }
+"""Beginnings of the keys of other parts than the denoising network, and descriptions of them."""
 _OTHER_KINDS = {
     r"lokr_": "a weight of LoKr",
     r"hada_": "a weight of LoHa",
@@ -72,7 +75,7 @@ _OTHER_KINDS = {
     r"norm": "a normalization that was trained whole",
     r"\.diff$|\.set_weight$|\.weight$": "a weight that was trained whole, no LoRA weight",
 }
-"""What else LoRA files hold, by a sign in the key."""
+"""Other content of LoRA files: a pattern in the key, and a description."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Adapter:
         state: `MODULE.lora_A.weight` `[r, in]` and `MODULE.lora_B.weight` `[out, r]`, float32; the update of a module
             is `lora_B @ lora_A`, nothing else.
         source: the file that they came from.
-        base: the model that the adapter says it was trained on, if it does.
+        base: name of the model that it was trained on, if the adapter records one.
     """
 
     state: dict[str, Tensor]
@@ -102,7 +105,7 @@ class Adapter:
 
     @property
     def hash(self) -> str:
-        """Of the file, for the record: SHA-256, the first 16 digits."""
+        """First 16 digits of the SHA-256 of its file, for records."""
         return file_hash(self.source)[:16]
 
     def check_fits(self, model: Pretrained) -> None:
@@ -117,18 +120,18 @@ class Adapter:
         """Put the adapter on the network of a stock pipeline."""
         part = model.backbone_class.subfolder
         dtype = model.backbone_class(getattr(pipe, part)).dtype
-        # The scale is folded in, and diffusers takes alpha = rank without any.
+        # The scale is folded in: without an alpha, diffusers takes alpha = rank.
         pipe.load_lora_weights({f"{part}.{key}": value.to(dtype) for key, value in self.state.items()})
 
 
 def locate(path: str, outputs: Path, key: str = "adapter") -> Path:
-    """The folder or file behind what a user names.
+    """Find the folder or file of an adapter, or of a network that was trained whole, that a user names.
 
     Args:
         path: an adapter folder, the folder of a network that was trained whole, a run folder, a `.safetensors` file, a
             repository on the hub, or "latest" for the newest run under `outputs`.
-        outputs: where runs are.
-        key: what the user calls it, for messages.
+        outputs: folder of the runs.
+        key: name of the option in messages.
 
     Raises:
         UserError: if there is none.
@@ -157,7 +160,7 @@ def is_network(folder: Path) -> bool:
 
 
 def load(path: Path) -> Adapter:
-    """Read what `locate` found.
+    """Read the adapter at a path that `locate` returned.
 
     Raises:
         UserError: if weights are missing or damaged, or are no LoRA that can be folded.
@@ -176,6 +179,7 @@ def load(path: Path) -> Adapter:
 
 
 def _from_peft(folder: Path) -> Adapter:
+    """Read an adapter in peft's layout."""
     file = folder / PEFT_WEIGHTS
     if not file.is_file():
         raise UserError(f"adapter {folder} is incomplete: {PEFT_WEIGHTS} is missing")
@@ -185,8 +189,9 @@ def _from_peft(folder: Path) -> Adapter:
         kind = "DoRA" if config.get("use_dora") else shown(config.get("peft_type"))
         raise UserError(f"adapter {folder} is {kind}; only LoRA is known")
     settings = read_settings(config, f"adapter {folder}")
-    base, lora = config.get("base_model_name_or_path"), read_lora(file)
-    for module, alpha in lora.alphas.items():  # which peft does not look at
+    base = config.get("base_model_name_or_path")
+    lora = read_lora(file)
+    for module, alpha in lora.alphas.items():  # kohya's alphas, which peft ignores
         rank = lora.down[module].shape[0]
         if not math.isclose(alpha / rank, settings.scale(module, rank), rel_tol=1e-3):
             raise UserError(
@@ -197,8 +202,10 @@ def _from_peft(folder: Path) -> Adapter:
 
 
 def _from_diffusers(file: Path) -> Adapter:
+    """Read an adapter in the layout of diffusers or of kohya, which is one file."""
     check_checksums(file.parent, (file.name,))
-    lora, stored = read_lora(file), _metadata(file)
+    lora = read_lora(file)
+    stored = _metadata(file)
     if not stored:
         return _fold(lora, None, file)
     if lora.alphas:
@@ -220,8 +227,8 @@ class Lora:
         down: `lora_A` by module, `[r, in]` or `[r, in, *kernel]`.
         up: `lora_B` by module, `[out, r]` or `[out, r, 1, ...]`.
         alphas: kohya's alpha tensors by module.
-        as_diffusers: whether names are those that diffusers itself writes and reads.
-        prefix: what all keys begin with, without the dot; empty for nothing.
+        as_diffusers: whether the names are those that diffusers writes and reads.
+        prefix: common beginning of all keys, without the dot; empty if they have none.
     """
 
     down: dict[str, Tensor]
@@ -235,40 +242,48 @@ def read_lora(file: Path) -> Lora:
     """Read a file with a LoRA's weights, in any layout.
 
     Raises:
-        UserError: naming the first key that is no part of a plain LoRA of the denoising network, or what is damaged.
+        UserError: for the first key that is damaged, or is no part of a plain LoRA of the denoising network.
     """
-    down: dict[str, Tensor] = {}
-    up: dict[str, Tensor] = {}
+    weights: dict[str, dict[str, Tensor]] = {"down": {}, "up": {}}
     alphas: dict[str, float] = {}
-    prefixes, kinds = set(), set()
+    prefixes: set[str] = set()
+    endings: set[str] = set()
     tensors = _read(file)
-    if not any(key.endswith(tuple(_ROLES)) for key in tensors):
+    if not any(key.endswith(tuple(_ENDINGS)) for key in tensors):
         only = f": {min(tensors)} is {_other_kind(min(tensors))}" if tensors else ""
         raise UserError(f"adapter {file} holds no LoRA weights{only}")
+
+    # Sort the tensors by module.
     for key, value in tensors.items():
         prefix = next((p for p in _PREFIXES if key.startswith(p)), "")
-        module, kind = _split(key, prefix, file)
+        module, ending = _split(key, prefix, file)
         prefixes.add(prefix)
-        kinds.add(kind)
-        role = _ROLES[kind]
-        found: dict[str, Any] = down if role == "down" else up if role == "up" else alphas  # type: ignore[assignment]
-        if module in found:
+        endings.add(ending)
+        part = _ENDINGS[ending]
+        if module in (alphas if part == "alpha" else weights[part]):
             raise UserError(f"adapter {file} holds two keys for {module}, the second is {key}; remove one")
-        found[module] = _alpha(value, key, file) if role == "alpha" else _weight(value, key, file)
+        if part == "alpha":
+            alphas[module] = _alpha(value, key, file)
+        else:
+            weights[part][module] = _weight(value, key, file)
+
+    # Each module has both factors, and they fit each other.
+    down = weights["down"]
+    up = weights["up"]
     for module in sorted({*down, *up, *alphas}):
         _check_pair(module, down.get(module), up.get(module), file)
-    native = kinds <= {".lora_A.weight", ".lora_B.weight"} and len(prefixes) == 1
+    native = endings <= {".lora_A.weight", ".lora_B.weight"} and len(prefixes) == 1
     return Lora(down, up, alphas, native, prefixes.pop().removesuffix(".") if len(prefixes) == 1 else "")
 
 
 def _split(key: str, prefix: str, file: Path) -> tuple[str, str]:
-    """The module that a key is of, and what ends the key.
+    """Split a key into the path of its module and its ending.
 
     Raises:
         UserError: for anything that is no part of a plain LoRA of the denoising network.
     """
     plain = key.removeprefix(prefix)
-    for other in _PREFIXES:  # of a network inside a peft model
+    for other in _PREFIXES:  # a further prefix, as peft models write it
         plain = plain.removeprefix(other)
     plain = plain.replace(".default.", ".")
     for start, kind in _NOT_THE_NETWORK.items():
@@ -276,14 +291,14 @@ def _split(key: str, prefix: str, file: Path) -> tuple[str, str]:
             raise UserError(
                 f"adapter {file} holds {key}, {kind}; only LoRA of the denoising network is known, so {MERGE}"
             )
-    for end in _ROLES:
+    for end in _ENDINGS:
         if plain.endswith(end) and plain != end:
             return plain.removesuffix(end), end
     raise UserError(f"adapter {file} holds {key}, {_other_kind(plain)}; only plain LoRA is known, so {MERGE}")
 
 
 def _other_kind(key: str) -> str:
-    """What a key is of that is no part of a plain LoRA."""
+    """Description of a key that is no part of a plain LoRA."""
     return next((kind for sign, kind in _OTHER_KINDS.items() if re.search(sign, key)), "no LoRA weight")
 
 
@@ -299,8 +314,8 @@ def _weight(value: Tensor, key: str, file: Path) -> Tensor:
 def _alpha(value: Tensor, key: str, file: Path) -> float:
     alpha = float(value) if value.numel() == 1 else math.nan
     if not 0 < alpha < math.inf:
-        told = f"{alpha:g}" if value.numel() == 1 else f"a tensor of shape {tuple(value.shape)}"
-        raise UserError(f"adapter {file} is damaged: {key} is {told}, not a finite number above 0; copy it again")
+        given = f"{alpha:g}" if value.numel() == 1 else f"a tensor of shape {tuple(value.shape)}"
+        raise UserError(f"adapter {file} is damaged: {key} is {given}, not a finite number above 0; copy it again")
     return alpha
 
 
@@ -387,7 +402,8 @@ def check_start(model: Pretrained) -> None:
     assert model.init_adapter is not None
     adapter = load(locate(model.init_adapter, Path("outputs"), "model.init_adapter"))
     check_fits(adapter, model)
-    where, ranks = f"model.init_adapter={model.init_adapter}", sorted(adapter.ranks)
+    where = f"model.init_adapter={model.init_adapter}"
+    ranks = sorted(adapter.ranks)
     if len(ranks) > 1:
         raise UserError(
             f"{where} has modules of rank {', '.join(map(str, ranks))}, but the student's have one rank, "
@@ -401,22 +417,24 @@ def check_start(model: Pretrained) -> None:
 
 
 def read_adapter(model: Pretrained) -> dict[str, Tensor]:
-    """The weights that the student starts from, as `SharedBase.load_adapter` takes them; `model` lets go of them.
+    """The weights that the student starts from, for `SharedBase.load_adapter`; `model` keeps no reference to them.
 
     Raises:
         UserError: as `check_start`, if that was not called before.
     """
     if model.initial is None:
         check_start(model)
-    state, model.initial = model.initial, None
-    assert state is not None
+    state = model.initial
+    model.initial = None
+    assert state is not None  # `check_start` sets it or raises
     return state
 
 
 def check_modules(adapter: Adapter, model: Pretrained) -> None:
     """Raise UserError unless an adapter has weights for the layers that `model.targets` names, and for no others."""
     layers = [name for name, layer in model.meta_network.named_modules() if isinstance(layer, _LAYERS)]
-    ours, theirs = {name for name in layers if is_target(name, model.targets)}, set(adapter.modules)
+    ours = {name for name in layers if is_target(name, model.targets)}
+    theirs = set(adapter.modules)
     if ours == theirs:
         return
     only = (
@@ -438,16 +456,16 @@ def check_modules(adapter: Adapter, model: Pretrained) -> None:
 def save_adapter(
     folder: Path, state: dict[str, Tensor], rank: int, alpha: float, scheduler: ScaleWiseScheduler, base: str, part: str
 ) -> Path:
-    """Write the adapter of a run: for `PeftModel.from_pretrained` and `pipe.load_lora_weights`, with its schedule.
+    """Write the adapter of a run, for `PeftModel.from_pretrained` and `pipe.load_lora_weights`, and its schedule.
 
     Args:
         folder: replaced as a whole once the new one is complete.
         state: LoRA weights in peft's layout without a prefix, `MODULE.lora_A.weight` `[r, in]`, `MODULE.lora_B.weight`
             `[out, r]`.
         rank: r.
-        alpha: folded into `lora_B` as alpha / rank, since loaders disagree about where to look for it.
-        scheduler: the sampler.
-        base: what the adapter was trained on, for the record.
+        alpha: folded into `lora_B` as alpha / rank, because loaders look for it in different places.
+        scheduler: the sampler, saved as the schedule.
+        base: name of the model that the adapter was trained on, for the record.
         part: the pipeline's name of the network, "transformer" or "unet".
     """
     folded = {k: v * (alpha / rank) if ".lora_B." in k else v for k, v in state.items()}
@@ -473,14 +491,19 @@ def save_student(folder: Path, network: Any, scheduler: ScaleWiseScheduler) -> P
 
 
 def write_layouts(folder: Path, state: dict[str, Tensor], base: str, part: str) -> None:
-    """peft's and diffusers' files of an adapter whose scale is folded in."""
+    """Write an adapter, its scale folded in, in the layouts of peft and of diffusers."""
     state = {key: value.contiguous() for key, value in state.items()}
     save_file({f"base_model.model.{k}": v for k, v in state.items()}, folder / PEFT_WEIGHTS)
     save_file({f"{part}.{k}": v for k, v in state.items()}, folder / DIFFUSERS_WEIGHTS)
     ranks = {k.removesuffix(".lora_A.weight"): v.shape[0] for k, v in state.items() if k.endswith("lora_A.weight")}
+    write_json(folder / PEFT_CONFIG, _peft_config(ranks, base))
+
+
+def _peft_config(ranks: dict[str, int], base: str) -> dict[str, Any]:
+    """The peft configuration of an adapter whose scale is folded in, from the ranks of its modules."""
     rank = max(ranks.values())
     others = {module: r for module, r in sorted(ranks.items()) if r != rank}
-    config = {
+    return {
         "peft_type": "LORA",
         "base_model_name_or_path": base,
         "r": rank,
@@ -493,4 +516,3 @@ def write_layouts(folder: Path, state: dict[str, Tensor], base: str, part: str) 
         "init_lora_weights": "gaussian",
         "inference_mode": True,
     }
-    write_json(folder / PEFT_CONFIG, config)

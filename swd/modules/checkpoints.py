@@ -108,6 +108,11 @@ def bytes_changed(path: Path) -> str | None:
             return (
                 None if _digest(stream, path.stat().st_size - COMMENT) == comment[len(MARK) :] else "its hash differs"
             )
+    return _archive_changed(path)
+
+
+def _archive_changed(path: Path) -> str | None:
+    """Reason why a zip archive differs from its own checksums; None if it does not."""
     try:
         with zipfile.ZipFile(path) as archive:
             wrong = archive.testzip()
@@ -141,16 +146,22 @@ def damage(path: Path, task: Resumable | None = None) -> str | None:
         if changed:
             return changed
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = [key for key in NEEDED if key not in checkpoint]
-        if missing:
-            return f"it has no {missing[0]}"
-        if not all_finite(tensors([checkpoint["state_dict"], checkpoint["optimizer_states"]])):
-            return "it holds values that are not finite"
-        return task.misfit(checkpoint) if task is not None else None
+        wrong = _content_damage(checkpoint)
+        return task.misfit(checkpoint) if task is not None and wrong is None else wrong
     except UserError:
         raise
     except Exception as error:  # reading a file that is no checkpoint raises errors of many types
         return f"it cannot be read: {type(error).__name__}"
+
+
+def _content_damage(checkpoint: Mapping[str, Any]) -> str | None:
+    """Reason why no task can be resumed from the content of a checkpoint; None if one may."""
+    missing = [key for key in NEEDED if key not in checkpoint]
+    if missing:
+        return f"it has no {missing[0]}"
+    if not all_finite(tensors([checkpoint["state_dict"], checkpoint["optimizer_states"]])):
+        return "it holds values that are not finite"
+    return None
 
 
 def iterations(path: str | Path) -> int:

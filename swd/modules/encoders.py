@@ -1,4 +1,4 @@
-"""Prompts to conditioning, pixels to latents and back."""
+"""Encodes prompts to conditioning and pixels to latents, and decodes latents."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from swd.types import Conditioning, Draws, Size
 
 
 class Encoders(nn.Module):
-    """Text encoders and VAE of a stock pipeline, frozen. Families implement `text`, and `shift_and_scale` if they must.
+    """Text encoders and VAE of a stock pipeline, frozen. Families implement `text`; some also replace `posterior`
+    and `shift_and_scale`.
 
     Args:
         pipeline: the pipeline; its denoising network may be None.
-        max_text_tokens: text tokens that reach the network, where the pipeline lets one choose.
+        max_text_tokens: number of text tokens for the network, in pipelines that take it as an argument.
         cache: how many encoded lists of prompts are kept in memory.
 
     Attributes:
-        longest: tokenizers by how much of a prompt they may see, most first: the part of the pipeline, and whether
-            `max_text_tokens` is its limit (else the tokenizer's own). The first one that is there decides.
-        most_text_tokens: largest `max_text_tokens` that the pipeline takes, or eight times what models are trained on.
+        longest: tokenizers, the one with the highest limit first: the part's name, and whether its limit is
+            `max_text_tokens` (else the tokenizer's own). The first that a pipeline has limits the length of prompts.
+        most_text_tokens: largest `max_text_tokens`: the pipeline's limit, or eight times the number in training.
         optional: parts of the pipeline that it can do without; zeros stand for the text of a missing encoder.
-        vae_dtype: what the VAE is kept in whatever the base's dtype; None: the base's.
-        at_once: pixels that the VAE gets in one call, but never less than one row: 8 pictures of 1024x1024.
+        vae_dtype: dtype of the VAE; None: that of the base.
+        at_once: largest number of pixels in one call of the VAE, 8 pictures of 1024x1024; a larger sample has a call of
+            its own.
     """
 
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -40,7 +42,8 @@ class Encoders(nn.Module):
     def __init__(self, pipeline: Any, max_text_tokens: int = 256, cache: int = 8) -> None:
         super().__init__()
         self.pipeline = pipeline
-        self.max_text_tokens, self.cache_size = max_text_tokens, cache
+        self.max_text_tokens = max_text_tokens
+        self.cache_size = cache
         self.vae = pipeline.vae.requires_grad_(False).eval()
         found = (getattr(pipeline, name, None) for name in self.text_encoders)
         self.text_models = nn.ModuleList(
@@ -61,10 +64,10 @@ class Encoders(nn.Module):
         """The dtype that the VAE computes in.
 
         Args:
-            config: the VAE's.
+            config: the VAE's configuration.
             base: the base's dtype.
-            kept: whether what it encodes or decodes is kept, as training data is: float32 then where the VAE's
-                configuration says `force_upcast`. Samples to look at go without.
+            kept: whether the VAE's output is training data; only then does `force_upcast` in the VAE's configuration
+                mean float32. Samples for viewing are computed faster.
         """
         if kept and config.get("force_upcast"):
             return torch.float32
@@ -72,7 +75,7 @@ class Encoders(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the encoders live."""
+        """The device of the encoders."""
         device: torch.device = self.vae.device
         return device
 
@@ -80,34 +83,34 @@ class Encoders(nn.Module):
 
     @staticmethod
     def cleaned(prompt: str) -> str:
-        """What the stock pipeline makes of a prompt before it is tokenized."""
+        """The prompt after the stock pipeline's own cleaning, which precedes the tokenizer."""
         return prompt
 
     def text(self, prompts: Sequence[str]) -> Conditioning:
-        """The text's part of the conditioning of B prompts, as the stock pipeline computes it."""
+        """Conditioning of B prompts as the stock pipeline computes it, without sizes."""
         raise NotImplementedError
 
     def with_size(self, conditioning: Conditioning, final_size: Size | None) -> Conditioning:
-        """The conditioning with the size of finished pictures, for families that name it; others leave it as it is."""
+        """The conditioning with the size of finished pictures, in families that have it there; unchanged in others."""
         return conditioning
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], final_size: Size | None = None) -> Conditioning:
-        """Conditioning of B prompts; the text of known lists comes from memory.
+        """Conditioning of B prompts; the last few lists of prompts are remembered.
 
-        Whole lists, not single prompts: how many prompts are encoded together changes the last bits, and a resumed run
-        has another history than the one it continues.
+        Whole lists are remembered rather than single prompts: the last bits of a result depend on how many prompts are
+        encoded together, and must not depend on which lists came before, which differs after a run is resumed.
 
         Args:
             prompts: B texts.
-            final_size: latent size of finished pictures, for families whose conditioning names it; None: the size
+            final_size: latent size of finished pictures, for families whose conditioning holds it; None: the size
                 that the family was trained for.
         """
         key = tuple(prompts)
         if key not in self._known:
             different = list(dict.fromkeys(prompts))
             rows = [different.index(prompt) for prompt in prompts]
-            self._known[key] = self.text(different).map(lambda tensor: tensor[rows])
+            self._known[key] = self.text(different).rows(rows)
         self._known.move_to_end(key)
         while len(self._known) > self.cache_size:
             self._known.popitem(last=False)
@@ -117,12 +120,12 @@ class Encoders(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, draws: Draws) -> Tensor:
-        """Latents `[B, C, *size]` of pictures or videos `[B, 3, *pixels]` in [-1, 1]: a draw of their distribution."""
+        """Latents `[B, C, *size]` of pictures or videos `[B, 3, *pixels]` in [-1, 1], drawn from `distribution`."""
         return draw_latents(*self.distribution(pixels), draws)
 
     @torch.no_grad()
     def distribution(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation `[B, C, *size]` of the network's latents of pictures or videos `[B, 3, *pixels]`."""
+        """Mean and standard deviation `[B, C, *size]` of the network's latents, for pixels `[B, 3, *pixels]`."""
         rows = self._rows(pixels.shape[2:])
         parts = [self.posterior(part) for part in pixels.split(rows)]
         mean, std = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
@@ -130,7 +133,7 @@ class Encoders(nn.Module):
         return (mean - shift) * scale, std * scale
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the VAE's own latents, float32."""
+        """Mean and standard deviation of the VAE's own latents, float32."""
         distribution = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         return distribution.mean.float(), distribution.std.float()
 
@@ -144,11 +147,11 @@ class Encoders(nn.Module):
         return torch.cat(parts).clamp(-1, 1)
 
     def _rows(self, pixels: Size) -> int:
-        """How many pictures or videos of a size in pixels the VAE gets in one call."""
+        """Number of pictures or videos of a size in pixels in one call of the VAE."""
         return max(1, self.at_once // math.prod(pixels))
 
     def shift_and_scale(self, latents: Tensor) -> tuple[Any, Any]:
-        """What turns the VAE's latents into the network's: `(latents - shift) * scale`."""
+        """Shift and scale that turn the VAE's latents into the network's: `(latents - shift) * scale`."""
         return self.vae.config.shift_factor or 0.0, self.vae.config.scaling_factor
 
     def pixel_size(self, size: Size) -> Size:

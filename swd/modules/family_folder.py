@@ -1,9 +1,8 @@
-"""What the configuration files of a pipeline say to a family of networks: sizes, channels, blocks."""
+"""Configuration files of a pipeline, read for one family of networks: sizes, channels, blocks."""
 
 from __future__ import annotations
 
 import inspect
-import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from swd.modules import hub
 from swd.modules.backbones import load_family
 from swd.modules.backbones.base import Limits
 from swd.modules.encoders import pixel_size
-from swd.modules.model_folders import LARGEST_WIDTH, MOST_LAYERS, check_scaling
+from swd.modules.model_folders import LARGEST_WIDTH, MOST_LAYERS, check_scaling, check_shift
 from swd.modules.pipeline_folder import PipelineFolder, reason_of
 from swd.types import Conditioning, Size, UserError
 
@@ -67,8 +66,13 @@ class FamilyFolder:
     # Checks
 
     def _check_family(self) -> None:
-        """Variants for other tasks share the network's class: the pipeline must be the family's, and have no more."""
-        backbone, part, index = self.backbone_class, self.backbone_class.subfolder, self.files.index
+        """Check that network and pipeline are the family's, with no further parts.
+
+        Variants of a model for other tasks have the same class of network.
+        """
+        backbone = self.backbone_class
+        part = backbone.subfolder
+        index = self.files.index
         actual = self.files.parts.get(part, ("", "nothing"))[1]
         if actual != backbone.network_type:
             raise UserError(
@@ -92,7 +96,7 @@ class FamilyFolder:
                 )
 
     def check_parts(self, absent: set[str]) -> None:
-        """Parts may be left out only where the family can do without, and a text encoder only with its tokenizer."""
+        """Raise UserError if a part is absent that the family needs, or a tokenizer whose text encoder is there."""
         backbone = self.backbone_class
         encoders = (name for name in self._known_parts if name.startswith(("text_encoder", "tokenizer")))
         needed = {"vae", "scheduler", *encoders}
@@ -105,8 +109,9 @@ class FamilyFolder:
                 )
 
     def _check_numbers(self) -> None:
-        """Sizes and widths that limits are made of, before anything is computed from them."""
-        limits, factors = self.limits, self._factors
+        """Check the sizes and widths of the limits, before anything is computed from them."""
+        limits = self.limits
+        factors = self._factors
         sides = [*limits.native, *(side for side in (limits.max_side, limits.max_frames) if side is not None)]
         ranges = {
             "divisor": ([limits.divisor], LARGEST_SIDE),
@@ -125,7 +130,7 @@ class FamilyFolder:
             raise UserError(f"{file} is damaged: by how much it shrinks pictures cannot be; download it again")
 
     def _check_channels(self) -> None:
-        """Networks for inpainting, control or a first frame take more channels than the VAE's latents have."""
+        """Refuse networks for inpainting, control or a first frame: they take more channels than latents have."""
         latent = self.vae_config.get("latent_channels", self.vae_config.get("z_dim"))
         if latent not in (None, self.channels):
             raise UserError(
@@ -134,8 +139,9 @@ class FamilyFolder:
             )
 
     def _check_process(self) -> None:
-        """The model must have been trained on the noise levels of its family's process."""
-        file, expected = self.folder / "scheduler" / "scheduler_config.json", self.backbone_class.process.trained_on
+        """Check that the model was trained on the noise levels of its family's process."""
+        file = self.folder / "scheduler" / "scheduler_config.json"
+        expected = self.backbone_class.process.trained_on
         if not file.is_file():
             return
         config = self.files.config("scheduler", file.name)
@@ -144,11 +150,7 @@ class FamilyFolder:
                 f"{file} has num_train_timesteps={config['num_train_timesteps']}, but models of model.family="
                 f"{self.family} are fed noise levels as timesteps from 0 to {STEPS}; download it again"
             )
-        for key in ("shift", "flow_shift"):
-            shift = config.get(key, 1.0)
-            is_number = isinstance(shift, int | float) and not isinstance(shift, bool)
-            if shift is not None and not (is_number and 0 < shift < math.inf):
-                raise UserError(f"{file} is damaged: {key} is {shift!r}, not a number above 0; download it again")
+        check_shift(config, file)
         config = {**expected, **config}
         for key, value in expected.items():
             if config[key] != value:
@@ -156,11 +158,11 @@ class FamilyFolder:
                     f"model.path={self.folder}: its scheduler has {key}={config[key]}, only {value} is known"
                 )
 
-    # What it is
+    # Properties
 
     @property
     def name(self) -> str:
-        """What people call it: the id on the hub, or the folder's name."""
+        """Name for messages and records: the id on the hub, or the folder's name."""
         return self.path if hub.is_hub_id(self.path) else self.folder.name
 
     @cached_property
@@ -169,7 +171,7 @@ class FamilyFolder:
         try:
             with torch.device("meta"):
                 network: nn.Module = self.network_class.from_config(self.network_config).eval()
-        except Exception as error:  # whatever a wrong value leads to inside the class
+        except Exception as error:  # the class raises errors of any type for wrong values
             file = self.folder / self.backbone_class.subfolder / "config.json"
             raise UserError(
                 f"{file} is damaged: no {self.backbone_class.network_type} can be built of it ({reason_of(error)}); "
@@ -237,7 +239,7 @@ class FamilyFolder:
         """Latent size of a size in pixels.
 
         Raises:
-            UserError: if the VAE would cut it.
+            UserError: if the VAE would crop pictures of this size.
         """
         sides = tuple(side // self.factor for side in pixels[-2:])
         size = sides if len(pixels) == 2 else ((pixels[0] - 1) // self.frame_factor + 1, *sides)
@@ -250,7 +252,7 @@ class FamilyFolder:
         return size
 
     def unconditional(self, empty: Conditioning) -> Conditioning:
-        """What takes the place of a prompt for classifier-free guidance, as the stock pipeline has it.
+        """Conditioning in place of a prompt, for classifier-free guidance as in the stock pipeline.
 
         Args:
             empty: the encoded empty prompt, from the encoders or a cache.

@@ -222,8 +222,7 @@ class FlowMatching(WatchedTask):
         latents = {size: self.encode(batch.pixels, size, generator) for size in dict.fromkeys(self.sizes)}
         conditioning = self.encode_prompts(batch.prompts)
         return [
-            Encoded({size: x0[i] for size, x0 in latents.items()}, conditioning.map(lambda t, i=i: t[[i]]))
-            for i in range(len(batch))
+            Encoded({size: x0[i] for size, x0 in latents.items()}, conditioning.rows([i])) for i in range(len(batch))
         ]
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:

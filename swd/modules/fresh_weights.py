@@ -19,7 +19,8 @@ def initialise_transformer(transformer: SD3Transformer2DModel, seed: int = 0) ->
     for name, module in transformer.named_modules():
         if isinstance(module, nn.Linear):
             modulation = ".norm1" in name or name.startswith("norm_out")
-            fan_in, fan_out = module.in_features, module.out_features
+            fan_in = module.in_features
+            fan_out = module.out_features
             std = 0.02 if "embedder" in name and "context" not in name else (2 / (fan_in + fan_out)) ** 0.5
             zero = (modulation and name.endswith("linear")) or name == "proj_out"
             fill(module.weight, 0.0 if zero else std, generator)

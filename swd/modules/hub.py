@@ -21,7 +21,7 @@ from swd.modules.model_folders import parts_of, read_json
 from swd.types import UserError
 
 CONFIGURATION = ("*.json", "*.txt", "*.model")
-"""Files that say what a pipeline is, and its tokenizers."""
+"""Configuration files and tokenizers of a pipeline."""
 NEVER = (
     "*.bin",
     "*.pt",
@@ -34,9 +34,9 @@ NEVER = (
     "*.fp16*",
     "*.bf16*",
 )
-"""Formats that can run code or belong to other frameworks, and second copies of the weights."""
+"""Formats that can run code or belong to other frameworks, and further copies of the weights."""
 HTTP_LIBRARIES = ("httpx", "httpx2", "requests", "urllib3")
-"""What releases of huggingface_hub speak to the hub with; most of their errors are no OSError."""
+"""Libraries by which releases of huggingface_hub reach the hub; most of their errors are no OSError."""
 
 
 def is_hub_id(path: str) -> bool:
@@ -45,7 +45,7 @@ def is_hub_id(path: str) -> bool:
 
 
 def configuration(repository: str, revision: str | None = None, key: str = "model.path") -> Path:
-    """A folder with a repository's configuration files; `key` is what the user calls it.
+    """A folder with a repository's configuration files; `key` names the option in messages.
 
     Raises:
         UserError: if the repository is missing, gated or out of reach.
@@ -61,7 +61,7 @@ def weights(repository: str, revision: str | None = None) -> Path:
     """
     parts = parts_of(read_json(configuration(repository, revision) / "model_index.json"))
     folder = _download(repository, revision, [*CONFIGURATION, *(f"{part}/*.safetensors" for part in parts)])
-    # Only where there are no plain weights, their variant.
+    # Parts without plain weights are downloaded in their fp16 variant.
     bare = [p for p in parts if (folder / p / "config.json").is_file() and not any((folder / p).glob("*.safetensors"))]
     if bare:
         wanted = [f"{part}/*.fp16*.{ending}" for part in bare for ending in ("safetensors", "json")]
@@ -70,7 +70,7 @@ def weights(repository: str, revision: str | None = None) -> Path:
 
 
 def adapter(repository: str, key: str = "adapter") -> Path:
-    """A folder with a published adapter; `key` is what the user calls it.
+    """A folder with a published adapter; `key` names the option in messages.
 
     Raises:
         UserError: if the repository is missing, gated or out of reach.
@@ -94,11 +94,13 @@ def _download(
     key: str = "model.path",
     never: Sequence[str] = NEVER,
 ) -> Path:
+    """Download files of a repository, and turn the errors of the hub and of this machine into one line each."""
     where = f"{key}={repository}"
     try:
         return Path(
             snapshot_download(repository, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(never))
         )
+    # The repository is refused, or not there.
     except GatedRepoError:
         raise UserError(
             f"{where} is gated: accept its licence at https://huggingface.co/{repository}, then run `hf auth login`; "
@@ -115,6 +117,7 @@ def _download(
         ) from None
     except HFValidationError:
         raise UserError(f"{where} is no name that the hub allows; check its spelling, or give {key}=FOLDER") from None
+    # This machine cannot store it, or cannot reach the hub.
     except Exception as error:
         if is_local(error):
             raise UserError(f"{where} cannot be stored: {describe(error)}; free space, or set HF_HOME=FOLDER") from None
@@ -127,12 +130,12 @@ def _download(
 
 
 def is_local(error: Exception) -> bool:
-    """Whether an error is of this machine's files (a full disk, a forbidden folder), not of the network."""
+    """Whether an error comes from this machine's files (a full disk, a forbidden folder), not from the network."""
     if not isinstance(error, OSError) or isinstance(
         error, ConnectionError | TimeoutError | socket.gaierror | ssl.SSLError
     ):
         return False
-    # The hub's own errors carry no number.
+    # Errors that the hub itself reports have no error number.
     return error.errno is not None and error.errno not in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN)
 
 

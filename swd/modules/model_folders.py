@@ -1,4 +1,4 @@
-"""What a pipeline's folder may say of its parts: classes of known libraries, numbers that can be, weight files."""
+"""Checks of a pipeline's folder: the classes of its parts, the numbers in their configurations, their weight files."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from torch import nn
 from swd.types import UserError
 
 LIBRARIES = ("diffusers", "transformers")
-"""Where parts may come from; anything else would be code of the folder's own."""
+"""Libraries of the classes that parts may have; a class from elsewhere would be code that the folder brings along."""
 
 LARGEST = 2**24
-"""No number in a configuration is larger: the largest vocabulary has 2^18 entries."""
-MOST_LAYERS, MOST_IN_ALL = 512, 1024
-"""Layers that one entry may ask for (the deepest known network has 60), and the product of all such entries (FLUX's
-is 722)."""
+"""Largest number that a configuration may hold; the largest known vocabulary has 2^18 entries."""
+MOST_LAYERS = 512
+"""Largest number of layers or blocks in one entry; the deepest known network has 60."""
+MOST_IN_ALL = 1024
+"""Largest product of all such entries of a configuration; FLUX's is 722."""
 LARGEST_WIDTH = 2**16
-"""Of latents and of features; the largest known are 1536 and 5120."""
+"""Largest number of channels of latents, and of features; the largest known are 1536 and 5120."""
 
 VARIANTS = ("fp32", "fp16", "bf16")
-"""Which of several variants is read where there are no plain weights: the first one that is there."""
+"""Variants of weights in order of preference, for parts without plain weights."""
 
 
 def check_index(index: Mapping[str, Any], where: str) -> None:
@@ -35,7 +36,7 @@ def check_index(index: Mapping[str, Any], where: str) -> None:
 
     Args:
         index: the file's content.
-        where: how messages begin.
+        where: beginning of messages.
 
     Raises:
         UserError: for an entry that is damaged, a part with code of its own, or an unknown class.
@@ -62,7 +63,7 @@ def check_index(index: Mapping[str, Any], where: str) -> None:
 
 
 def parts_of(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Library and class of every part that `model_index.json` names; parts that it names as null are none."""
+    """Library and class of every part that `model_index.json` names; entries that are null are left out."""
     entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and not name.startswith("_")}
     return {name: (entry[0], entry[1]) for name, entry in entries.items() if len(entry) == 2 and entry[0] is not None}
 
@@ -71,7 +72,7 @@ def class_of(library: str, name: str) -> Any:
     """A class of a known library by its name; None if there is none."""
     try:
         found = getattr(importlib.import_module(library), name, None)
-    except Exception:  # lazy modules raise whatever their submodules do
+    except Exception:  # a lazy module raises any error of its submodules
         return None
     return found if isinstance(found, type) else None
 
@@ -80,7 +81,7 @@ def check_part(config: Mapping[str, Any], file: Path) -> None:
     """Check a part's configuration before anything is built from it.
 
     Raises:
-        UserError: for code of its own, or numbers that no such part has: building it would not end.
+        UserError: for code of its own, or a number so large that building the part would not end.
     """
     if config.get("auto_map"):
         raise UserError(f"{file} names code of its own (auto_map), which is never run; give a model without it")
@@ -92,7 +93,7 @@ def check_part(config: Mapping[str, Any], file: Path) -> None:
         if not re.search("layers|blocks", key):
             continue
         counts = [number for number in _numbers(value) if isinstance(number, int)]
-        of_blocks = key.endswith("_per_block")  # other lists may name blocks; these count what each of them holds
+        of_blocks = key.endswith("_per_block")  # a list of counts; other lists hold names or numbers of blocks
         most = max([len(counts), sum(counts) if of_blocks else 0, *counts])
         if most > MOST_LAYERS:
             raise UserError(_absurd(file, key, most, MOST_LAYERS))
@@ -106,7 +107,7 @@ def _absurd(file: Path, key: str, number: int, most: int) -> str:
 
 
 def _numbers(value: Any, depth: int = 0) -> Iterator[float]:
-    """Numbers in a value, in lists too; truth values are none."""
+    """Numbers in a value and in the lists in it; booleans are left out."""
     if isinstance(value, list) and depth < 8:
         for each in value:
             yield from _numbers(each, depth + 1)
@@ -122,7 +123,7 @@ def _shown(value: Any) -> str:
 
 
 def check_scaling(config: Mapping[str, Any], file: Path) -> None:
-    """Raise UserError unless a VAE's configuration has numbers where latents are scaled by them."""
+    """Raise UserError if a value by which a VAE's latents are shifted or scaled is not finite, or a scale is 0."""
     for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
         value = config.get(key)
         numbers = list(_numbers(value))
@@ -131,11 +132,20 @@ def check_scaling(config: Mapping[str, Any], file: Path) -> None:
             raise UserError(f"{file} is damaged: {key} is {_shown(value)}; download it again")
 
 
+def check_shift(config: Mapping[str, Any], file: Path) -> None:
+    """Raise UserError if a scheduler's configuration shifts its noise levels by anything but a number above 0."""
+    for key in ("shift", "flow_shift"):
+        shift = config.get(key, 1.0)
+        is_number = isinstance(shift, int | float) and not isinstance(shift, bool)
+        if shift is not None and not (is_number and 0 < shift < math.inf):
+            raise UserError(f"{file} is damaged: {key} is {shift!r}, not a number above 0; download it again")
+
+
 def weight_files(folder: Path) -> tuple[str | None, list[Path]]:
     """The safetensors files that a part's weights are read from.
 
     Returns:
-        The variant, such as "fp16", None for plain weights, which come first; and its files, all shards of them.
+        The variant, such as "fp16", or None for plain weights, which are preferred; and all of its files.
     """
     found: dict[str | None, list[Path]] = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -161,7 +171,7 @@ def check_model_folder(folder: Path, where: str | None = None) -> None:
 
     Args:
         folder: in diffusers layout.
-        where: how messages begin; None: as for a part of the pipeline at `model.path`.
+        where: beginning of messages; None: that for a part of the pipeline at `model.path`.
     """
     where = where or f"model.path={folder.parent} is incomplete: {folder.name!r}"
     if not (folder / "config.json").is_file():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -61,9 +61,15 @@ class MuonAdamW(Optimizer):
         super().__init__([{"params": [*matrices, *others]}], {})
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step of both."""
-        loss = None
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step of Muon and of AdamW."""
+        loss: float | None = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()

@@ -23,7 +23,7 @@ from swd.types import Conditioning, Role, UserError
 
 
 class Networks(nn.Module, ABC):
-    """The three roles, whatever they are made of.
+    """Student, fake score and teacher as one object; implements `swd.losses.Predictors`.
 
     Args:
         backbone: the teacher.
@@ -37,7 +37,7 @@ class Networks(nn.Module, ABC):
         self.roles = tuple(roles)
         self._current: Role = "teacher"
 
-    # What a kind of networks has to say
+    # Implemented by the two kinds of networks
 
     @abstractmethod
     def backbone_of(self, role: Role) -> Backbone:
@@ -52,13 +52,14 @@ class Networks(nn.Module, ABC):
         """Recompute activations in the backward pass, block by block, in the role of the forward pass."""
 
     def _set(self, role: Role) -> None:
+        """Make `role` the current one."""
         if role != "teacher" and role not in self.roles:
             raise UserError(f"role {role!r} does not exist here; trainable roles are {list(self.roles)}")
         self._current = role
 
     @contextmanager
     def role(self, role: Role) -> Iterator[None]:
-        """Play `role` inside the context."""
+        """Context in which the networks play `role`; afterwards they play the same role as before."""
         before = self._current
         self._set(role)
         try:
@@ -67,13 +68,13 @@ class Networks(nn.Module, ABC):
             self._set(before)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bf16 arithmetic over a bf16 base; trained weights are cast on the way in and stay float32."""
+        """Context of bf16 arithmetic for a bf16 base; trained weights stay float32 and are cast when they are used."""
         dtype = self.backbone.dtype
         if dtype == torch.float32:
             return nullcontext()
         return torch.autocast(next(self.backbone.parameters()).device.type, dtype)
 
-    # What losses and samplers ask
+    # Predictions, for losses and samplers
 
     def x0(
         self,
@@ -109,7 +110,7 @@ class Networks(nn.Module, ABC):
             x_t: noised latent `[B, C, *size]`.
             sigma: noise levels `[B]`.
             conditioning: B rows.
-            empty: what takes the place of a prompt, one row (`Pretrained.unconditional`).
+            empty: conditioning in place of a prompt, one row (`Pretrained.unconditional`).
             guidance: 1 for none: one pass instead of two.
         """
         if guidance == 1.0:
@@ -125,7 +126,7 @@ class SharedBase(Networks):
 
     The student and the fake score are LoRA adapters on it; the teacher is the base with both off, bit for bit.
     Adapters are switched by `role`, which sets peft's per-layer state directly: peft's own switches flip
-    `requires_grad`, and between a forward and its backward that loses gradients without a word.
+    `requires_grad`, which loses gradients without an error if it happens between a forward pass and its backward pass.
 
     Args:
         backbone: the base, frozen here.
@@ -147,30 +148,35 @@ class SharedBase(Networks):
     ) -> None:
         super().__init__(backbone, roles)
         check_targets(backbone.network, targets)
-        # Drawn on the CPU, whatever device is the default now, and then moved: the same first weights on every device.
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            for number, name in enumerate(self.roles):
-                torch.manual_seed(2 * seed + number)
-                self._add_adapter(name, rank, alpha, targets)
-        self._layers = [m for m in self.backbone.network.modules() if isinstance(m, LoraLayer)]
+        self._add_adapters(rank, alpha, targets, seed)
+        self._layers: list[LoraLayer] = [m for m in self.backbone.network.modules() if isinstance(m, LoraLayer)]
         for layer in self._layers:
-            # peft would cast bf16 input up to the float32 LoRA weights, only for autocast to cast it down again.
-            layer.cast_input_dtype_enabled = self.backbone.dtype == torch.float32  # type: ignore[assignment]
+            # Without this, peft casts bf16 input to float32 for the LoRA weights, and autocast casts it back to bf16.
+            layer.cast_input_dtype_enabled = self.backbone.dtype == torch.float32
         with self.role("teacher"):
             pass
         self._unfreeze_adapters()
         self._self_test()
 
+    def _add_adapters(self, rank: int, alpha: float | None, targets: Sequence[str], seed: int) -> None:
+        """Add an adapter for each trainable role."""
+        # Drawn on the CPU, whatever the default device is, so that initial weights are the same on every device.
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            for number, name in enumerate(self.roles):
+                torch.manual_seed(2 * seed + number)
+                self._add_adapter(name, rank, alpha, targets)
+
     def _add_adapter(self, name: str, rank: int, alpha: float | None, targets: Sequence[str]) -> None:
+        """Add a float32 adapter called `name`, with fresh weights, to the base."""
         config = LoraConfig(
             r=rank,
-            lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
+            lora_alpha=rank if alpha is None else alpha,
             init_lora_weights="gaussian",
             target_modules=list(targets),
         )
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*Already found a `peft_config`.*")  # the second adapter is wanted
-            self.backbone.network.add_adapter(config, adapter_name=name)  # type: ignore[operator]
+            warnings.filterwarnings("ignore", ".*Already found a `peft_config`.*")  # a second adapter is intended
+            self.backbone.diffusers_model.add_adapter(config, adapter_name=name)
         for key, parameter in self.backbone.network.named_parameters():
             if f".{name}." in key:
                 parameter.data = parameter.data.float()
@@ -182,7 +188,7 @@ class SharedBase(Networks):
                 parameter.requires_grad_(True)
 
     def _self_test(self) -> None:
-        """Private peft attributes drive `role`: fail at start-up, not silently, should they change."""
+        """Raise RuntimeError unless peft follows the private attributes that `_set` writes; they may change."""
         layer = self._layers[0]
         with self.role(self.roles[0]):
             if list(layer.active_adapters) != [self.roles[0]] or layer.disable_adapters:
@@ -216,7 +222,7 @@ class SharedBase(Networks):
 
             return checkpoint(module.__call__, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
-        self.backbone.network.enable_gradient_checkpointing(in_role)  # type: ignore[operator]
+        self.backbone.diffusers_model.enable_gradient_checkpointing(in_role)
 
     # Weights
 
@@ -267,11 +273,16 @@ class SeparateCopies(Networks):
             self.copies[name] = copied
 
     def backbone_of(self, role: Role) -> Backbone:
-        return self.backbone if role == "teacher" else self.copies[role]  # type: ignore[return-value]
+        if role == "teacher":
+            return self.backbone
+        copied = self.copies[role]
+        assert isinstance(copied, Backbone)  # `__init__` puts nothing else there
+        return copied
 
     def role_parameters(self, role: Role) -> list[nn.Parameter]:
         return list(self.copies[role].parameters())
 
     def enable_checkpointing(self) -> None:
-        for role in ("teacher", *self.roles):
-            self.backbone_of(role).network.enable_gradient_checkpointing()  # type: ignore[operator,arg-type]
+        roles: tuple[Role, ...] = ("teacher", *self.roles)
+        for role in roles:
+            self.backbone_of(role).diffusers_model.enable_gradient_checkpointing()

@@ -22,7 +22,7 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.mo
 """A tokenizer folder has at least one of them."""
 
 LOADING_FAILS = Exception
-"""What diffusers and transformers raise for files that do not fit."""
+"""Type of the errors that diffusers and transformers raise for files that do not fit; it varies."""
 
 
 class PipelineFolder:
@@ -30,7 +30,7 @@ class PipelineFolder:
 
     Args:
         path: the folder.
-        weights: whether weights should be there already.
+        weights: whether weights must be there.
 
     Attributes:
         index: the content of `model_index.json`.
@@ -57,6 +57,7 @@ class PipelineFolder:
             self._check(name, weights)
 
     def _check(self, name: str, weights: bool) -> None:
+        """Check that a part is complete, and that its configuration can be built from."""
         folder = self.path / name
         if not folder.is_dir() or not any(folder.iterdir()):
             raise UserError(f"model.path={self.path} is incomplete: subfolder {name!r} is missing; download it again")
@@ -85,7 +86,7 @@ class PipelineFolder:
         return self._configs[name]
 
     def has_variant(self, part: str) -> bool:
-        """Whether a part's weights are there in a variant, such as fp16, alone."""
+        """Whether a part has weights only in a variant, such as fp16."""
         return weight_files(self.path / part)[0] is not None
 
     def class_of(self, part: str) -> Any:
@@ -116,10 +117,11 @@ class PipelineFolder:
                 self._check_tokenizer(name)
 
     def _check_tokenizer(self, name: str) -> None:
+        """Load a tokenizer, and compare the number of its entries with its text encoder's."""
         where = f"model.path={self.path}: {name!r}"
         try:
             entries = len(self.class_of(name).from_pretrained(self.path / name, local_files_only=True))
-        except Exception as error:  # tokenizers raise whatever the wrong file leads to
+        except Exception as error:  # tokenizers raise errors of many types for wrong files
             kind = self.parts[name][1]
             raise UserError(f"{where} cannot be read as {kind} ({reason_of(error)}); download it again") from None
         encoder = name.replace("tokenizer", "text_encoder")
@@ -133,9 +135,9 @@ class PipelineFolder:
 
 
 def reason_of(error: Exception) -> str:
-    """What an error says, on one short line."""
+    """Message of an error on one short line."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    if "ignore_mismatched_sizes" in text:  # transformers refers to a table that it has logged
+    if "ignore_mismatched_sizes" in text:  # this message only refers to a table in the log
         return "its weights have other shapes than its config.json says"
-    # Libraries advise to run a folder's own code, which this package never does.
+    # Libraries advise users to let a folder's own code run, which this package never does.
     return "it has code of its own, which is never run" if "trust_remote_code" in text else text[:160]

@@ -1,4 +1,4 @@
-"""A pretrained model as configuration names it: where it is, what it can take, and how it is loaded."""
+"""A pretrained model that a configuration names: its folder, its limits, and how it is loaded."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from swd.modules.encoders import Encoders
 from swd.modules.family_folder import FamilyFolder
 from swd.modules.guidance import guidance_scales
 from swd.modules.model_folders import first_misfit
-from swd.modules.networks import Networks, Role
+from swd.modules.networks import Networks
 from swd.modules.pipeline_folder import LOADING_FAILS, PipelineFolder, reason_of
 from swd.modules.quantize import Quantization
 from swd.modules.targets import check_targets
 from swd.modules.tuning import Tuning
-from swd.types import Size, UserError
+from swd.types import Role, Size, UserError
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -34,7 +34,7 @@ class Pretrained(FamilyFolder):
     """A diffusers pipeline and how the project uses it. Building one reads configuration files only.
 
     Args:
-        family: which backbone: a module of `swd.modules.backbones`, or the dotted name of any other.
+        family: the backbone's module: a name in `swd.modules.backbones`, or the dotted name of any other.
         path: folder in diffusers layout, id of a repository on the Hugging Face hub, or `swd://assets/...` for the
             embedded ones.
         revision: branch, tag or commit of a repository on the hub.
@@ -50,17 +50,16 @@ class Pretrained(FamilyFolder):
             released script for Stable Diffusion 3.5 Medium.
         drawing_guidance_scale: classifier-free guidance of the teacher when it draws: its training set, samples, the
             rows of an evaluation; 1 for none. The default is the paper's for Stable Diffusion 3.5 (appendix A).
-        embedded_guidance: guidance that a guidance-distilled network (FLUX.1-dev) is fed, in all roles.
+        embedded_guidance: guidance scale that a guidance-distilled network (FLUX.1-dev) takes as input, in all roles.
         feature_blocks: blocks that MMD and GAN read by default.
         max_text_tokens: length that the pipeline's T5 prompt is padded to.
         teacher_steps: steps of the teacher's own sampler, 1 to 1000.
         init_adapter: folder of an adapter to start the student from: a run, an export, or a published PEFT folder.
-        guidance_scale: what runs of earlier versions have instead of the two scales above: one for both. A scale of its
-            own wins over it.
+        guidance_scale: single scale in runs of earlier versions, for both of the scales above unless they are given.
 
     Attributes:
         tuned: `tuning`, `rank`, `alpha`, `targets`, `init_adapter` and `quantization` together.
-        initial: what `init_adapter` holds, from when it was checked until the student has it.
+        initial: weights of `init_adapter`, after they were checked and until the student takes them; None otherwise.
 
     Raises:
         UserError: if the folder is missing or incomplete, or settings contradict each other.
@@ -95,7 +94,7 @@ class Pretrained(FamilyFolder):
                 raise UserError(
                     f"model.{key} is empty; give model.{key}=VALUE" + (", or null" if key != "path" else "")
                 )
-        # Settings first: a mistake in them is no reason to ask the hub.
+        # Settings are checked first, so that a mistake in them is reported without asking the hub.
         most_tokens = load_family(family).encoders_type.most_text_tokens
         self.tuned = Tuning(tuning, rank, alpha, tuple(targets), init_adapter, quantization)
         self.precision = precision
@@ -109,13 +108,15 @@ class Pretrained(FamilyFolder):
         limits.whole("model.max_text_tokens", max_text_tokens, 1, most_tokens, f"all that {family}'s pipeline takes")
         limits.whole("model.teacher_steps", teacher_steps, 1, limits.STEPS)
         limits.number("model.embedded_guidance", embedded_guidance, 0, limits.GUIDANCE)
+
+        # Then the folder, and the settings that depend on it.
         super().__init__(family, path, revision)
         self._check_fit()
         self.size: Size = self.limits.native if size is None else (size, size) if isinstance(size, int) else tuple(size)
         self.limits.check_size(self.size)
 
     def _check_fit(self) -> None:
-        """Settings that depend on the network."""
+        """Check settings that depend on the network."""
         self.tuned.check_width(self.limits.width)
         if self.network_config.get("guidance_embeds") and self.embedded_guidance is None:
             raise UserError(
@@ -124,7 +125,7 @@ class Pretrained(FamilyFolder):
 
     @property
     def tuning(self) -> Literal["lora", "full"]:
-        """What is trained: adapters, or whole copies."""
+        """ "lora" where adapters are trained, "full" where whole copies are."""
         return self.tuned.tuning
 
     @property
@@ -144,12 +145,12 @@ class Pretrained(FamilyFolder):
 
     @property
     def init_adapter(self) -> str | None:
-        """The adapter that the student starts from."""
+        """The adapter that the student starts from; None for a fresh one."""
         return self.tuned.init_adapter
 
     @property
     def quantization(self) -> Quantization | None:
-        """8-bit format of the frozen base."""
+        """8-bit format of the frozen base; None for none."""
         return self.tuned.quantization
 
     def check_targets(self) -> None:
@@ -157,7 +158,7 @@ class Pretrained(FamilyFolder):
         check_targets(self.meta_network, self.targets)
 
     def latent_dtype(self, pipe: Any) -> torch.dtype:
-        """What the stock pipeline carries latents in."""
+        """The dtype of latents in the stock pipeline."""
         if self.backbone_class.float_latents:
             return torch.float32
         dtype: torch.dtype = getattr(pipe, self.backbone_class.subfolder).dtype
@@ -178,7 +179,7 @@ class Pretrained(FamilyFolder):
         return self._complete().path
 
     def _complete(self) -> PipelineFolder:
-        """The folder with all weights; a repository on the hub is asked each time, tokenizers are loaded once."""
+        """The folder with all weights; each call asks the hub for a repository, tokenizers are checked once."""
         files = PipelineFolder(hub.weights(self.path, self.revision)) if hub.is_hub_id(self.path) else self.files
         if not self._tokenizers_checked:
             self.check_parts({*self.files.absent, *(name for name in self._known_parts if name not in files.index)})
@@ -192,7 +193,8 @@ class Pretrained(FamilyFolder):
         Raises:
             UserError: if its configuration and its weights disagree.
         """
-        files, part = self._complete(), self.backbone_class.subfolder
+        files = self._complete()
+        part = self.backbone_class.subfolder
         misfit = first_misfit(files.path / part, self.meta_network)
         if misfit:
             raise UserError(f"model.path={files.path}: {part!r} has weights of another configuration: {misfit}")
@@ -203,7 +205,7 @@ class Pretrained(FamilyFolder):
         return self.tuned.networks(self.network(device), roles, seed)
 
     def untrained_networks(self, roles: Sequence[Role]) -> Networks:
-        """`networks` without weights, on the meta device: names and shapes of what is trained."""
+        """`networks` on the meta device, without weights, for the names and shapes of trained parameters."""
         with torch.device("meta"):
             backbone = self.backbone_class(copy.deepcopy(self.meta_network), self.embedded_guidance)
             return self.tuned.networks(backbone, roles, stored=False)
@@ -212,16 +214,16 @@ class Pretrained(FamilyFolder):
         """The stock pipeline; `transformer=None` (or `unet=None`) leaves the network out.
 
         Args:
-            dtype: of its weights.
-            kept: whether what its VAE makes is kept, as of `Encoders.vae_precision`.
-            overrides: of the pipeline's parts.
+            dtype: dtype of the weights.
+            kept: whether the VAE's output is training data, see `Encoders.vae_precision`.
+            overrides: parts to use instead of those in the folder.
         """
         pipeline_class = getattr(diffusers, self.backbone_class.pipeline_type)
         vae_dtype = self.backbone_class.encoders_type.vae_precision(self.vae_config, dtype, kept)
         files = self._complete()
-        parts: dict[str, Any] = dict.fromkeys(self._absent)  # the pipeline wants these named
+        parts: dict[str, Any] = dict.fromkeys(self._absent)  # the pipeline requires an argument for each
         for name in self.files.parts:
-            # The pipeline would take a variant of every part that has one, beside plain weights too.
+            # A `variant` for the pipeline would also replace plain weights, so parts without those are loaded here.
             if name not in overrides and files.has_variant(name):
                 parts[name] = files.load(name, vae_dtype if name == "vae" else dtype)
         try:
@@ -239,7 +241,7 @@ class Pretrained(FamilyFolder):
 
     @property
     def _absent(self) -> list[str]:
-        """Parts that the index names as null, or not at all where optional: the pipeline wants to be told."""
+        """Parts for which the pipeline must be given None: null in the index, or optional and not in the index."""
         optional = self.backbone_class.encoders_type.optional
         return [*self.files.absent, *(name for name in optional if name not in self.files.index)]
 
@@ -248,7 +250,7 @@ class Pretrained(FamilyFolder):
         backbone = self.backbone_class
         pipeline = self.pipeline(self.dtype(device), kept=True, **{backbone.subfolder: None})
         if self._absent:
-            # A pipeline makes zeros in place of a missing encoder's text, as wide as its network says.
+            # In place of a missing encoder's text the pipeline puts zeros, and reads their width from its network.
             network = SimpleNamespace(config=SimpleNamespace(**self.network_config))
             object.__setattr__(pipeline, backbone.subfolder, network)
         return backbone.encoders_type(pipeline, self.max_text_tokens)

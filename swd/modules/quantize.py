@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 from swd.modules.targets import is_target
 
@@ -16,19 +15,32 @@ Quantization = Literal["int8", "fp8"]
 _RANGE = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 
 
+class _Context(Protocol):
+    """Store between the forward and the backward pass of `_Widened`."""
+
+    saved_tensors: tuple[Tensor, Tensor]
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        """Keep tensors for the backward pass."""
+
+
 class _Widened(torch.autograd.Function):
     """`x @ W.T`; W is kept in 8 bits for the backward pass and gets no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(weight, scale)
         return x @ (weight.to(x.dtype) * scale.to(x.dtype)).t()
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None]:
-        weight, scale = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor, None, None]:
+        weight, scale = ctx.saved_tensors
         grad = grads[0]
         return grad @ (weight.to(grad.dtype) * scale.to(grad.dtype)), None, None
+
+
+_widened: Callable[[Tensor, Tensor, Tensor], Tensor] = _Widened.apply
+"""`_Widened` of input, weight and scale."""
 
 
 class QuantizedLinear(nn.Linear):
@@ -36,7 +48,12 @@ class QuantizedLinear(nn.Linear):
 
     The largest weight of a channel is stored as the largest number of the format, so that the error of int8 is at most
     1/254 of that weight.
+
+    Attributes:
+        scale: factors `[out, 1]`, float32, by which the stored weight's rows are multiplied.
     """
+
+    scale: Tensor
 
     def __init__(self, layer: nn.Linear, kind: Quantization) -> None:
         super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
@@ -47,12 +64,13 @@ class QuantizedLinear(nn.Linear):
         small = small.round() if kind == "int8" else small
         self.weight = nn.Parameter(small.clamp(-largest, largest).to(dtype), requires_grad=False)
         self.register_buffer("scale", scale)
-        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)  # type: ignore[assignment]
+        if layer.bias is not None:
+            self.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))
-        output: Tensor = _Widened.apply(input, self.weight, self.scale)  # type: ignore[no-untyped-call]
+        output = _widened(input, self.weight, self.scale)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
 
@@ -63,15 +81,18 @@ def quantize(network: nn.Module, targets: Sequence[str], kind: Quantization) -> 
     Args:
         network: the base, before adapters are added.
         targets: names as in `Pretrained.targets`.
-        kind: the 8-bit format.
+        kind: the 8-bit format of the stored weights.
 
     Returns:
         The number of layers replaced.
     """
+    # Names, not layers: a list of the layers would keep the weights of those already replaced in memory.
     found = [
         name for name, module in network.named_modules() if isinstance(module, nn.Linear) and is_target(name, targets)
     ]
     for name in found:
         parent, _, child = name.rpartition(".")
-        setattr(network.get_submodule(parent), child, QuantizedLinear(network.get_submodule(name), kind))  # type: ignore[arg-type]
+        layer = network.get_submodule(name)
+        assert isinstance(layer, nn.Linear)  # `found` names nothing else
+        setattr(network.get_submodule(parent), child, QuantizedLinear(layer, kind))
     return len(found)

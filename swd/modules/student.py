@@ -60,7 +60,8 @@ class FullStudent:
 
     def check_fits(self, model: Pretrained) -> None:
         where = f"student {self.folder} does not fit model {model.name}"
-        kind, expected = read_json(self.folder / NETWORK_CONFIG).get("_class_name"), model.backbone_class.network_type
+        kind = read_json(self.folder / NETWORK_CONFIG).get("_class_name")
+        expected = model.backbone_class.network_type
         if kind != expected:
             raise UserError(f"{where}: it is a {kind}, that takes a {expected}")
         misfit = first_misfit(self.folder, model.meta_network)

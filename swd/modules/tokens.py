@@ -69,6 +69,14 @@ class TextLimit:
         if self.limit > 10**6:  # transformers stores a huge number for tokenizers without a limit
             self.limit = None
 
+    @property
+    def fix(self) -> str:
+        """Advice for prompts that are too long."""
+        most = self.encoders.most_text_tokens
+        if self.limit is None or not self.chosen or self.limit >= most:
+            return "shorten them"
+        return f"shorten them, or raise it (up to {most}; the model was trained on its own number)"
+
     def counts(self, prompts: Sequence[str]) -> list[int]:
         """Number of tokens of each prompt, including the special ones that the pipeline adds."""
         cleaned = [self.encoders.cleaned(prompt) for prompt in prompts]
@@ -111,12 +119,9 @@ def warn_beyond(model: Pretrained, prompts: Sequence[str], what: str = "prompts"
         sampled = f" that were looked at (there are {total})" if total is not None and total > found.checked else ""
         name = f"model.max_text_tokens={found.limit}"
         allowed = name if limit.chosen else f"the {found.limit} tokens of this model's text encoder"
-        fix = "shorten them"
-        if limit.chosen and found.limit < limit.encoders.most_text_tokens:
-            fix += f", or raise it (up to {limit.encoders.most_text_tokens}; the model was trained on its own number)"
         warnings.warn(
             f"{found.count} of {found.checked} {what}{sampled} are longer than {allowed}, by up to {found.most} "
-            f"tokens; what is beyond is cut off: {fix}",
+            f"tokens; what is beyond is cut off: {limit.fix}",
             stacklevel=2,
         )
     return found

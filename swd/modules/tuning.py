@@ -8,20 +8,21 @@ from typing import Literal, get_args
 
 from swd.io import limits
 from swd.modules.backbones.base import TARGETS, Backbone
-from swd.modules.networks import Networks, Role, SeparateCopies, SharedBase
+from swd.modules.networks import Networks, SeparateCopies, SharedBase
 from swd.modules.quantize import Quantization, quantize
-from swd.types import UserError
+from swd.types import Role, UserError
 
 LARGEST_RANK = 256
-"""LoRA rank that is always allowed, twice the largest of the paper (appendix A); else up to the network's width."""
+"""LoRA ranks up to this are always allowed, larger ones up to the network's width; the SwD paper has up to 128
+(appendix A)."""
 
 ALPHAS = 1e-3, 1e6
-"""LoRA alpha: alphas in use are within ten times the rank; far below it updates vanish in float32."""
+"""Range of LoRA alpha. Alphas in use are within ten times the rank; with far smaller ones updates vanish in float32."""
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What is trained of a network, and how; the defaults are those of `Pretrained`.
+    """How a network is trained: with adapters or whole. The defaults are those of `Pretrained`.
 
     Attributes:
         tuning: "lora" trains adapters on one frozen base; "full" trains whole copies of it.
@@ -32,7 +33,7 @@ class Tuning:
         quantization: 8-bit format of the frozen base's linear layers; None: the base's dtype.
 
     Raises:
-        UserError: for values that contradict each other or cannot be.
+        UserError: for values that contradict each other or are out of range.
     """
 
     tuning: Literal["lora", "full"] = "lora"
@@ -71,9 +72,9 @@ class Tuning:
 
         Args:
             backbone: the base, which is changed.
-            roles: the trainable ones.
+            roles: the trainable roles.
             seed: of the adapters' initial weights.
-            stored: whether the base has weights, which 8-bit formats are made of.
+            stored: whether the base has weights; without them it cannot be quantized.
         """
         if self.tuning == "full":
             return SeparateCopies(backbone, roles)

@@ -33,8 +33,12 @@ from swd.types import UserError
 
 SPLIT = "heldout"
 """Captions with combinations of colour and shape that training never drew."""
-PROMPT_SEED, REFERENCE_SEED, FLOOR_SEED = 0, 1, 2
-"""Dataset seeds: of the prompts, of the rendered pictures that FID compares with, and of a second set of those."""
+PROMPT_SEED = 0
+"""Seed of the prompts' data set."""
+REFERENCE_SEED = 1
+"""Seed of the rendered pictures that FID compares with."""
+FLOOR_SEED = 2
+"""Seed of a second set of rendered pictures, whose FID is the lowest that can be expected."""
 
 Draw = Callable[[list[str], list[int]], Tensor]
 """Draws pictures `[B, 3, H, W]` in [-1, 1] from B prompts and B seeds."""
@@ -154,7 +158,7 @@ def reference_features(judge: Judge, n: int, seed: int, device: torch.device, ba
     dataset = ShapesDataset(SPLIT, seed, length=n)
     parts = []
     for chunk in batches(n, batch):
-        pixels = torch.stack([torch.as_tensor(dataset[i]["pixels"]) for i in chunk])
+        pixels = torch.stack([dataset[i]["pixels"] for i in chunk])
         parts.append(judge.features(pixels.to(device)).cpu())
     return torch.cat(parts)
 
@@ -194,7 +198,9 @@ def contenders(task: Distiller) -> tuple[Contender, Contender, Contender]:
 
     The teacher draws at the schedule's last size with classifier-free guidance; the student needs no guidance.
     """
-    model, schedule = task.model, task.schedule
+    # Costs of the steps.
+    model = task.model
+    schedule = task.schedule
     row = task.encode_prompts([""])
     costs = {size: forward_gflop(model, size, row) for size in set(schedule.sizes)}
     full = costs[schedule.sizes[-1]]
@@ -202,6 +208,7 @@ def contenders(task: Distiller) -> tuple[Contender, Contender, Contender]:
     many = model.teacher_steps
     passes = 2 if model.drawing_guidance_scale > 1 else 1
 
+    # One row for each way of drawing.
     def teacher(scheduler: Any, steps: int) -> Draw:
         return lambda prompts, seeds: teacher_pictures(task, scheduler, steps, prompts, seeds)
 
@@ -253,11 +260,12 @@ def merged_student(networks: Networks) -> Iterator[None]:
     if not isinstance(networks, SharedBase) or networks.quantized:
         yield
         return
-    layers = [m for m in networks.backbone.network.modules() if isinstance(m, LoraLayer)]
+    modules = networks.backbone.network.modules()
+    layers: list[LoraLayer] = [module for module in modules if isinstance(module, LoraLayer)]
     kept = [layer.get_base_layer().weight.detach().clone() for layer in layers]
     try:
         for layer in layers:
-            layer.merge(adapter_names=["student"])  # type: ignore[operator]
+            layer.merge(adapter_names=["student"])
         yield
     finally:
         for layer, weight in zip(layers, kept, strict=True):

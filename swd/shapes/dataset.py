@@ -25,8 +25,10 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -66,6 +68,9 @@ TRAIN_PAIRS = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
 _GLUE = ("a", "an", "and", "on", "background", "left", "right", "of", "above", "below")
 WORDS = tuple(dict.fromkeys([*_GLUE, *SIZES, *COLOURS, *SHAPES, *BACKGROUNDS]))
 """Every word that can occur in a caption."""
+
+
+_Option = TypeVar("_Option")
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,7 @@ def related(relation: str, a: tuple[int, int], b: tuple[int, int]) -> bool:
     raise ValueError(f"unknown relation {relation!r}: use one of {', '.join(RELATIONS)}")
 
 
-# --- from a caption to its content - -----------------------------------------------------------------------------
+# --- from a caption to its content -------------------------------------------------------------------------------
 
 _MENTION = rf"an? (?:({'|'.join(SIZES)}) )?(?:({'|'.join(COLOURS)}) )?({'|'.join(SHAPES)})"
 _RELATION = f"({'|'.join(RELATIONS)})"
@@ -203,7 +208,8 @@ def _possible_relations(count: int) -> tuple[tuple[str, ...], ...]:
     return tuple(r for r in itertools.permutations(RELATIONS, count - 1) if _layouts(r, count))
 
 
-def _pick(rng: np.random.Generator, options: tuple):  # type: ignore[type-arg, no-untyped-def]
+def _pick(rng: np.random.Generator, options: Sequence[_Option]) -> _Option:
+    """One of the options, all equally likely."""
     return options[int(rng.integers(len(options)))]
 
 
@@ -257,7 +263,8 @@ def _box(x: np.ndarray, y: np.ndarray, half_x: float, half_y: float) -> np.ndarr
 
 def _fold(x: np.ndarray, y: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Coordinates folded into half of one of `n` equal sectors around the centre; the first axis points up."""
-    radius, angle = np.hypot(x, y), np.arctan2(x, -y)
+    radius = np.hypot(x, y)
+    angle = np.arctan2(x, -y)
     sector = 2 * np.pi / n
     angle = np.abs(angle - sector * np.round(angle / sector))
     return radius * np.cos(angle), radius * np.sin(angle)
@@ -266,7 +273,8 @@ def _fold(x: np.ndarray, y: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]
 def _star(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
     # In a folded sector the outline is the segment from the tip to the notch; its line's normal gives the distance.
     along, across = _fold(x, y, 5)
-    notch_x, notch_y = 0.46 * radius * np.cos(np.pi / 5), 0.46 * radius * np.sin(np.pi / 5)
+    notch_x = 0.46 * radius * np.cos(np.pi / 5)
+    notch_y = 0.46 * radius * np.sin(np.pi / 5)
     normal = np.array([notch_y, radius - notch_x]) / np.hypot(notch_y, radius - notch_x)
     return (along - radius) * normal[0] + across * normal[1]
 
@@ -312,7 +320,8 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> 
 def _background(rng: np.random.Generator, name: str) -> np.ndarray:
     """[128, 128, 3] in about [0, 1]: the named colour under a linear gradient."""
     line = np.linspace(-1, 1, RESOLUTION, dtype=np.float32)
-    angle, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0.02, 0.10)
+    angle = rng.uniform(0, 2 * np.pi)
+    strength = rng.uniform(0.02, 0.10)
     light = np.float32(strength * np.sin(angle)) * line[:, None] + np.float32(strength * np.cos(angle)) * line[None]
     tint = rng.uniform(-0.02, 0.02, 3)
     return light[..., None] + (np.array(BACKGROUNDS[name]) + tint).astype(np.float32)
@@ -324,6 +333,11 @@ def _shading(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, radius: flo
     return 1 + rng.uniform(0.05, 0.2) * (x * np.cos(angle) + y * np.sin(angle)) / radius
 
 
+def _pixels_around(centre: float, reach: float) -> slice:
+    """The pixels of one axis of the canvas that are at most `reach` from `centre`."""
+    return slice(max(0, int(centre - reach)), min(RESOLUTION, int(centre + reach) + 1))
+
+
 def _paint(canvas: np.ndarray, rng: np.random.Generator, thing: Object) -> None:
     """Blend one object into the [128, 128, 3] canvas, in place, touching only a window around it."""
     radius = SIZES[thing.size] / 2 * rng.uniform(0.95, 1.05)
@@ -331,17 +345,19 @@ def _paint(canvas: np.ndarray, rng: np.random.Generator, thing: Object) -> None:
     centre_x = (thing.column + 1) * step + rng.uniform(-2, 2)
     centre_y = (thing.row + 1) * step + rng.uniform(-2, 2)
     reach = 1.15 * radius + 2
-    top, bottom = max(0, int(centre_y - reach)), min(RESOLUTION, int(centre_y + reach) + 1)
-    left, right = max(0, int(centre_x - reach)), min(RESOLUTION, int(centre_x + reach) + 1)
-    ys, xs = np.mgrid[top:bottom, left:right].astype(np.float32) + 0.5
-    xs, ys = xs - centre_x, ys - centre_y
+    rows = _pixels_around(centre_y, reach)
+    columns = _pixels_around(centre_x, reach)
+    ys, xs = np.mgrid[rows, columns].astype(np.float32) + 0.5
+    xs = xs - centre_x
+    ys = ys - centre_y
 
     angle = rng.uniform(-0.2, 0.2)
-    turned_x, turned_y = xs * np.cos(angle) + ys * np.sin(angle), ys * np.cos(angle) - xs * np.sin(angle)
+    turned_x = xs * np.cos(angle) + ys * np.sin(angle)
+    turned_y = ys * np.cos(angle) - xs * np.sin(angle)
     # Approximate coverage of a pixel that an edge crosses: from 0 to 1 within half a pixel of the outline.
     cover = np.clip(0.5 - signed_distance(thing.shape, turned_x, turned_y, radius), 0, 1)[..., None]
     colour = (np.array(COLOURS[thing.colour]) + rng.uniform(-0.03, 0.03, 3)).astype(np.float32)
-    window = canvas[top:bottom, left:right]
+    window = canvas[rows, columns]
     window += cover * (colour * _shading(rng, xs, ys, radius)[..., None] - window)
 
 
@@ -360,10 +376,22 @@ def render(scene: Scene, size: int = RESOLUTION) -> Tensor:
     return pixels
 
 
-class ShapesDataset(Dataset[dict[str, object]]):
-    """Pictures and captions by index; item i depends on (seed, split, i) alone.
+class Item(TypedDict):
+    """An item of `ShapesDataset`.
 
-    An item is `{"pixels": [3, resolution, resolution] in [-1, 1], "prompt": str, "index": int}`.
+    Attributes:
+        pixels: the picture `[3, resolution, resolution]` in [-1, 1].
+        prompt: its caption.
+        index: its number in the data set.
+    """
+
+    pixels: Tensor
+    prompt: str
+    index: int
+
+
+class ShapesDataset(Dataset[Item]):
+    """Pictures and captions by index; item i depends on (seed, split, i) alone.
 
     Args:
         split: "train", "val" (like train, other pictures), "heldout" (with pairs that neither of them has) or "all".
@@ -403,6 +431,6 @@ class ShapesDataset(Dataset[dict[str, object]]):
         """The caption of an item, without drawing it."""
         return self.draw(index)[1].caption()
 
-    def __getitem__(self, index: int) -> dict[str, object]:
+    def __getitem__(self, index: int) -> Item:
         scene, prompt = self.draw(index)
         return {"pixels": render(scene, self.resolution), "prompt": prompt.caption(), "index": index}

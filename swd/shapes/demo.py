@@ -32,8 +32,10 @@ from swd.types import UserError
 
 STORE_COMMAND = "swd demo store_teacher=true"
 """The command that makes the stored statistics of the teacher."""
-BATCH, TIMED_BATCH = 16, 8
-"""Pictures drawn in one batch, for judging and for timing."""
+BATCH = 16
+"""Pictures drawn in one batch for judging."""
+TIMED_BATCH = 8
+"""Pictures drawn in one batch for timing."""
 
 
 # Measuring
@@ -65,7 +67,8 @@ class Study:
 
 def compare(cfg: DictConfig, task: Distiller, judge: Judge, judge_folder: Path, clock: Clock) -> Study:
     """Time and judge every contender on the same prompts."""
-    n, device = cfg.n_pictures, task.device
+    n = cfg.n_pictures
+    device = task.device
     prompts = contest.prompts_of(n)
     with clock.phase("reference"), bar("render reference pictures", 2 * n) as advance:
         reference = contest.reference_features(judge, n, contest.REFERENCE_SEED, device)
@@ -73,7 +76,8 @@ def compare(cfg: DictConfig, task: Distiller, judge: Judge, judge_folder: Path, 
         floor = contest.reference_features(judge, n, contest.FLOOR_SEED, device)
         advance(n)
     store = contest.teacher_store(task, judge_folder)
-    rows, timings = [], []
+    rows = []
+    timings = []
     for number, contender in enumerate(contest.contenders(task)):
         with clock.phase(contender.name):
             with contender.ready():
@@ -107,7 +111,8 @@ def measure_quality(
 
 def ratios_of(study: Study) -> dict[str, dict[str, Any]]:
     """Ratios of the student to the teacher and to full-size sampling, each with its expected range."""
-    teacher, student = study.rows[0], study.rows[-1]
+    teacher = study.rows[0]
+    student = study.rows[-1]
     return {
         "gflop_of_full_size_steps": ratio(student.gflop, study.full_size_gflop, at_most=0.56),
         "accuracy_of_teacher": ratio(student.prompt_accuracy, teacher.prompt_accuracy, at_least=0.95),
@@ -151,7 +156,8 @@ def first_and_last(curve: Sequence[float], cycle: int) -> list[float]:
     """
     cycles = max(1, len(curve) // cycle)
     window = cycle * max(1, min(10, cycles // 5))
-    first, last = curve[:window], curve[-window:]
+    first = curve[:window]
+    last = curve[-window:]
     return [sum(first) / len(first), sum(last) / len(last)]
 
 
@@ -319,7 +325,7 @@ def _process_seconds() -> float:
 
 @contextmanager
 def bar(title: str, total: int) -> Iterator[Advance]:
-    """How far a part of the demo is, in pictures: see `JobLog`."""
+    """Report the progress of a part of the demo, in pictures; see `JobLog`."""
     with JobLog(title, total, "picture") as log:
         yield log.advance
 

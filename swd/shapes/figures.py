@@ -31,7 +31,7 @@ SEED = 1_000_003
 def pictures(split: str, count: int) -> tuple[Tensor, list[str], list[str]]:
     """Rendered pictures [N, 3, 128, 128], their captions, and their complete captions."""
     dataset = ShapesDataset(split, SEED, count)
-    pixels = torch.stack([dataset[i]["pixels"] for i in range(count)])  # type: ignore[misc]
+    pixels = torch.stack([dataset[i]["pixels"] for i in range(count)])
     drawn = [dataset.draw(i) for i in range(count)]
     return pixels, [prompt.caption() for _, prompt in drawn], [scene.caption() for scene, _ in drawn]
 
@@ -96,8 +96,8 @@ def measure_teacher(
     return result
 
 
-def main() -> None:
-    """Command line; see the module's description."""
+def command_line() -> argparse.ArgumentParser:
+    """The arguments of this module's command."""
     parser = argparse.ArgumentParser(description="figures of the embedded models")
     parser.add_argument("what", choices=("judge", "vae", "teacher"))
     parser.add_argument("--split", choices=SPLITS, default="heldout")
@@ -107,7 +107,12 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--pipeline", type=Path, help="default: the embedded teacher")
     parser.add_argument("--judge", type=Path, help="default: the embedded judge")
-    a = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Measure one kind of figures; see the module's description."""
+    a = command_line().parse_args()
     folder = a.pipeline or resolve_asset("swd://assets/shapes-sd3")
     judge = Judge.from_pretrained(a.judge or resolve_asset("swd://assets/shapes-judge"))
     sizes = tuple(a.sizes)

@@ -54,6 +54,17 @@ class _Block(nn.Module):
         return x + y if self.skip else y
 
 
+def _reader_of_places(features: int, outputs: int) -> nn.Sequential:
+    """Logits `[B, outputs, P, P]` at the places, from the features of the whole picture."""
+    # Windows of neighbouring places overlap, so a window's features must keep positions inside it.
+    return nn.Sequential(
+        nn.AvgPool2d(2),
+        nn.Conv2d(features, 2 * features, 4, stride=2),
+        nn.SiLU(),
+        nn.Conv2d(2 * features, outputs, 1),
+    )
+
+
 class Judge(nn.Module):
     """Reads shape (or nothing), colour and size at each of the places, and the background.
 
@@ -76,13 +87,7 @@ class Judge(nn.Module):
             _Block(c, features, 1),
         )
         self.outputs = {"shape": NOTHING + 1, "colour": len(COLOURS), "size": len(SIZES)}
-        # Windows of neighbouring places overlap, so a window's features must keep positions inside it.
-        self.places = nn.Sequential(
-            nn.AvgPool2d(2),
-            nn.Conv2d(features, 2 * features, 4, stride=2),
-            nn.SiLU(),
-            nn.Conv2d(2 * features, sum(self.outputs.values()), 1),
-        )
+        self.places = _reader_of_places(features, sum(self.outputs.values()))
         self.background = nn.Linear(features, len(BACKGROUNDS))
 
     def _map(self, pixels: Tensor) -> Tensor:
@@ -103,14 +108,17 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def features(self, pixels: Tensor) -> Tensor:
-        """[B, D] averages of the last layer over the picture, for Frechet distances. `pixels` as in `forward`."""
+        """[B, D] averages of the last layer over the picture, for Fréchet distances. `pixels` as in `forward`."""
         return self._map(pixels).mean((2, 3)).float()
 
     @torch.no_grad()
     def read(self, pixels: Tensor) -> list[Reading]:
         """The most likely reading of each picture. `pixels` as in `forward`."""
         best = {name: logits.argmax(1).cpu() for name, logits in self(pixels).items()}
-        shapes, colours, sizes, backgrounds = SHAPES, tuple(COLOURS), tuple(SIZES), tuple(BACKGROUNDS)
+        shapes = SHAPES
+        colours = tuple(COLOURS)
+        sizes = tuple(SIZES)
+        backgrounds = tuple(BACKGROUNDS)
         readings = []
         for i in range(len(pixels)):
             objects = tuple(
@@ -136,7 +144,8 @@ class Judge(nn.Module):
             ValueError: when the folder does not hold a judge.
         """
         folder = Path(folder)
-        config, weights = folder / "config.json", folder / "model.safetensors"
+        config = folder / "config.json"
+        weights = folder / "model.safetensors"
         if not (config.is_file() and weights.is_file()):
             raise ValueError(
                 f"no judge in {folder}: it needs config.json and model.safetensors; "

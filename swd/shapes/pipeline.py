@@ -35,7 +35,8 @@ from swd.shapes.dataset import WORDS
 
 TEXT_TOKENS = 24
 """Length of each of the two token sequences (CLIP's and T5's); the longest caption needs 23 and 22."""
-_CLIP_WIDTH, _T5_WIDTH = 64, 128
+_CLIP_WIDTH = 64
+_T5_WIDTH = 128
 _T5_OFFSETS = (-1, -2, -3, -4, 1, 2, 3, 4)
 """The neighbour that each T5 head looks at, in tokens."""
 
@@ -183,7 +184,8 @@ def build_vae(channels: tuple[int, ...] = (16, 32, 64, 80), latent_channels: int
     for name, module in vae.named_modules():
         if isinstance(module, nn.Conv2d):
             fill(module.weight, (0.1 if name.endswith("conv2") else 1.0) / module.weight[0].numel() ** 0.5, generator)
-            module.bias.zero_()  # type: ignore[union-attr]
+            assert module.bias is not None  # each convolution of `AutoencoderKL` has one
+            module.bias.zero_()
     return vae
 
 
@@ -207,10 +209,12 @@ def build_transformer(layers: int = 6, heads: int = 4, head_dim: int = 32) -> SD
 
 def build_pipeline(seed: int = 0) -> StableDiffusion3Pipeline:
     """The whole pipeline with an untrained VAE and transformer; equal seeds give equal weights."""
-    clip, t5 = build_clip_tokenizer(), build_t5_tokenizer()
+    clip = build_clip_tokenizer()
+    t5 = build_t5_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vae, transformer = build_vae(seed=seed), build_transformer()
+        vae = build_vae(seed=seed)
+        transformer = build_transformer()
     return StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0),

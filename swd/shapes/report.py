@@ -122,8 +122,15 @@ def ratio_lines(results: Mapping[str, Any]) -> list[str]:
 
 # The page
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 210, 56, 12, 10, 30
-"""Outer size and margins of a chart, in its own units."""
+WIDTH = 460
+"""Outer width of a chart, in the units of its SVG, as all lengths below."""
+HEIGHT = 210
+"""Outer height of a chart."""
+LEFT = 56
+"""Left margin of a chart, which holds the numbers of the ticks."""
+RIGHT = 12
+TOP = 10
+BOTTOM = 30
 
 
 def templates() -> Environment:
@@ -141,22 +148,19 @@ def render(page: Page) -> str:
     results = page.results
     rows = results["rows"]
     order = [*(name for name in LOSSES if name in page.curves), *(name for name in page.curves if name not in LOSSES)]
-    return (
-        templates()
-        .get_template("report.html.j2")
-        .render(
-            page=page,
-            results=results,
-            rows=rows,
-            columns=COLUMNS,
-            attributes=list(dict.fromkeys(name for row in rows for name in row["attributes"])),
-            stored=[row["name"] for row in rows if row["source"] != "live"],
-            ratios={text: results["ratios"][key] for key, text in RATIOS.items()},
-            losses={name: LOSSES.get(name, "") for name in order},
-            frame=frame(),
-            phases=[[name, f"{seconds:.1f}"] for name, seconds in results["wall_seconds"].items()],
-            charts={name: plot(page.curves[name], page.cycle, name) for name in order},
-        )
+    template = templates().get_template("report.html.j2")
+    return template.render(
+        page=page,
+        results=results,
+        rows=rows,
+        columns=COLUMNS,
+        attributes=list(dict.fromkeys(name for row in rows for name in row["attributes"])),
+        stored=[row["name"] for row in rows if row["source"] != "live"],
+        ratios={text: results["ratios"][key] for key, text in RATIOS.items()},
+        losses={name: LOSSES.get(name, "") for name in order},
+        frame=frame(),
+        phases=[[name, f"{seconds:.1f}"] for name, seconds in results["wall_seconds"].items()],
+        charts={name: plot(page.curves[name], page.cycle, name) for name in order},
     )
 
 
@@ -195,7 +199,8 @@ def plot(values: Sequence[float], cycle: int, name: str) -> Plot | None:
     if not known:
         return None
     ticks = nice_ticks(min(known), max(known))
-    low, high = min(*ticks, *known), max(*ticks, *known)
+    low = min(*ticks, *known)
+    high = max(*ticks, *known)
     last = max(len(values), 2)
 
     def x(iteration: float) -> float:
@@ -242,11 +247,13 @@ def rolling_mean(values: Sequence[float], cycle: int) -> list[tuple[float, float
 def nice_ticks(low: float, high: float, wanted: int = 4) -> list[float]:
     """Round numbers, 1, 2 or 5 times a power of ten apart, that span `low`..`high`."""
     if high <= low:
-        low, high = low - (abs(low) or 1.0) / 2, high + (abs(high) or 1.0) / 2
+        low = low - (abs(low) or 1.0) / 2
+        high = high + (abs(high) or 1.0) / 2
     raw = (high - low) / wanted
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
     return [i * step for i in range(first, last + 1)]
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from swd.data.datamodule import BatchPlan, Guarded, GuardedLoader, TrainingData, as_it_is, check_loading
 from swd.modules.training_task import WatchedTask, averaged, check_finite, replace_files, warmup_cosine
-from swd.shapes.dataset import BACKGROUNDS, COLOURS, PLACES, RESOLUTION, SHAPES, SIZES, Scene, ShapesDataset
+from swd.shapes.dataset import BACKGROUNDS, COLOURS, PLACES, RESOLUTION, SHAPES, SIZES, Item, Scene, ShapesDataset
 from swd.shapes.judge import NOTHING, Judge
 
 IGNORE = -100
@@ -37,11 +37,17 @@ def targets(scene: Scene) -> dict[str, Tensor]:
     }
 
 
+class LabelledItem(Item):
+    """An item of `LabelledShapes`: what `targets` returns is under "targets"."""
+
+    targets: dict[str, Tensor]
+
+
 class LabelledShapes(ShapesDataset):
     """`ShapesDataset` whose items also hold the judge's targets under "targets"."""
 
-    def __getitem__(self, index: int) -> dict[str, object]:
-        return super().__getitem__(index) | {"targets": targets(self.draw(index)[0])}
+    def __getitem__(self, index: int) -> LabelledItem:
+        return {**super().__getitem__(index), "targets": targets(self.draw(index)[0])}
 
 
 class JudgeData(TrainingData):

@@ -14,10 +14,10 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from swd.modules.backbones.sd3 import SD3Backbone
-from swd.modules.networks import Role, SharedBase
+from swd.modules.networks import SharedBase
 from swd.schedule import ScaleSchedule
 from swd.shapes.pipeline import build_clip_encoder, build_clip_tokenizer, build_t5_encoder, build_t5_tokenizer
-from swd.types import Conditioning
+from swd.types import Conditioning, Role
 
 CONF = Path(__file__).parents[2] / "conf"
 CHANNELS, WIDTH, BLOCKS = 4, 16, 3

@@ -23,11 +23,11 @@ from swd.losses import DMD, GAN, MMD, GeneratorStep
 from swd.losses.update import generator_gradient, settle, wanted
 from swd.modules.distiller import Distiller
 from swd.modules.encoders import Encoders
-from swd.modules.networks import Networks, Role, SharedBase
+from swd.modules.networks import Networks, SharedBase
 from swd.modules.pretrained import Pretrained
 from swd.modules.sampling import sample_latents
 from swd.schedule import ScaleSchedule
-from swd.types import Conditioning, PictureBatch, SeededDraws, UserError
+from swd.types import Conditioning, PictureBatch, Role, SeededDraws, UserError
 
 PROMPTS = ["a red star", "a large blue ring above a small heart"]
 

@@ -15,8 +15,8 @@ from torch.testing import assert_close
 from swd.losses.gan import GAN
 from swd.modules.backbones.base import TARGETS
 from swd.modules.backbones.sd3 import SD3Backbone
-from swd.modules.networks import Role, SharedBase
-from swd.types import UserError
+from swd.modules.networks import SharedBase
+from swd.types import Role, UserError
 
 SIGMA = torch.tensor([0.9, 0.4])
 

@@ -11,7 +11,7 @@ from swd.modules.backbones.base import Backbone
 from swd.types import UserError
 
 _NO_FAMILIES = ("base", "sdxl_refiner")
-"""The contract, and a part of SDXL's that only draws training sets."""
+"""Modules of this package that are no families: the contract, and SDXL's refiner, which only draws training sets."""
 
 
 def known_families() -> list[str]:
@@ -24,12 +24,13 @@ def load_family(name: str) -> type[Backbone]:
 
     Args:
         name: a module of this package, or the dotted name of a module that is imported already and defines one
-            `Backbone`. A name is never imported because it stands in a file: `allow='[my_package.my_family]'` on the
-            command line does that.
+            `Backbone`. Names in files are not trusted, so nothing is imported here: `allow='[my_package.my_family]'` on
+            the command line does that.
 
     Raises:
         UserError: if there is no such module, or it does not define exactly one backbone.
     """
+    # The module.
     if name in known_families():
         module = importlib.import_module(f"{__name__}.{name}")
     elif "." in name and name in sys.modules:
@@ -39,6 +40,8 @@ def load_family(name: str) -> type[Backbone]:
             f"model.family={name} is not known; use one of {', '.join(known_families())}, or a module of your own that "
             "the command line allows: allow='[my_package.my_family]'"
         )
+
+    # The one backbone that it defines itself.
     found = [
         value
         for value in vars(module).values()

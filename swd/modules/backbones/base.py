@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,15 @@ from swd.modules.encoders import Encoders
 from swd.types import Conditioning, Size, UserError
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
-"""Linear layers that get LoRA: attention and MLP (SwD paper, appendix A). All five families call them so."""
+"""Linear layers that get LoRA: attention and MLP (SwD paper, appendix A). All five families use these names."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a network's own configuration says about valid input.
+    """Valid input of a network, by its own configuration.
 
     Attributes:
-        divisor: latent sides must be multiples of this: what the patches or the UNet's halvings divide by.
+        divisor: latent sides must be multiples of this, because of the patches or the UNet's halvings.
         max_side: largest latent side that the positional embedding covers, None without a limit.
         blocks: number of blocks that features can be read from.
         width: feature width D.
@@ -44,13 +44,13 @@ class Limits:
 
     @property
     def axes(self) -> int:
-        """Of a latent size: 2 for (H, W), 3 for (F, H, W)."""
+        """Number of axes of a latent size: 2 for (H, W), 3 for (F, H, W)."""
         return len(self.native)
 
     def check_size(self, size: Size) -> None:
-        """Raise UserError for a latent size that the network would truncate or cannot place.
+        """Raise UserError for a latent size that the network cannot take.
 
-        Networks whose positions are computed have no `max_side`; for them `LARGEST_SIDE` counts.
+        Networks that compute their positions have no `max_side`; their sides are limited by `LARGEST_SIDE`.
         """
         if len(size) != self.axes:
             expected = "(H, W)" if self.axes == 2 else "(F, H, W)"
@@ -59,22 +59,42 @@ class Limits:
             if not 1 <= side <= LARGEST_SIDE:
                 raise UserError(f"size {size}: {side} is no side of a latent; use 1 to {LARGEST_SIDE}")
         for side in size[-2:]:
-            if side % self.divisor:
-                lower = side - side % self.divisor
-                valid = sorted({lower or self.divisor, lower + self.divisor})
-                raise UserError(
-                    f"size {size}: {side} is not divisible by {self.divisor}, as this network needs; "
-                    f"use {' or '.join(map(str, valid))}"
-                )
-            if self.max_side and side > self.max_side:
-                raise UserError(f"size {size}: {side} is beyond the positional limit {self.max_side} of this model")
+            self._check_side(side, size)
         if self.max_frames and size[0] > self.max_frames:
             raise UserError(f"size {size}: {size[0]} frames are beyond the positional limit {self.max_frames}")
+
+    def _check_side(self, side: int, size: Size) -> None:
+        """Raise UserError for a height or width of `size` that the network cannot take."""
+        if side % self.divisor:
+            lower = side - side % self.divisor
+            valid = sorted({lower or self.divisor, lower + self.divisor})
+            raise UserError(
+                f"size {size}: {side} is not divisible by {self.divisor}, as this network needs; "
+                f"use {' or '.join(map(str, valid))}"
+            )
+        if self.max_side and side > self.max_side:
+            raise UserError(f"size {size}: {side} is beyond the positional limit {self.max_side} of this model")
 
     def check_block(self, block: int) -> None:
         """Raise UserError for a feature block that does not exist."""
         if not 0 <= block < self.blocks:
             raise UserError(f"feature block {block} does not exist; this model has blocks 0 to {self.blocks - 1}")
+
+
+class DiffusersModel(Protocol):
+    """Members of diffusers' models that this package uses and `nn.Module` does not declare.
+
+    Attributes:
+        config: the content of `config.json`, with the defaults of what it leaves out.
+    """
+
+    config: Mapping[str, Any]
+
+    def add_adapter(self, adapter_config: Any, adapter_name: str) -> None:
+        """Put a LoRA on the layers that a `peft.LoraConfig` names."""
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
+        """Recompute activations in the backward pass, block by block, with the given function or PyTorch's own."""
 
 
 class _Done(Exception):
@@ -84,28 +104,28 @@ class _Done(Exception):
 class Backbone(nn.Module, ABC):
     """A denoising network under one contract.
 
-    Everything outside speaks of `x_t`, `sigma` and `Conditioning`; packing, position ids, timestep units and guidance
-    inputs stay inside. A new family implements `limits_of`, `block_list`, `call` and, where a block does not return its
+    Code outside passes `x_t`, `sigma` and `Conditioning`; packing, position ids, timestep units and guidance inputs are
+    known only here. A new family implements `limits_of`, `block_list`, `call` and, where a block does not return its
     image stream alone, `image_stream`; and it names its encoders and its pipeline.
 
     Args:
         network: the diffusers model, of the class named `network_type`.
-        guidance: guidance scale that a guidance-distilled network is fed; others ignore it.
+        guidance: guidance scale, an input of guidance-distilled networks; others ignore it.
 
     Attributes:
         process: the diffusion process.
         subfolder: the network's name in the pipeline.
         network_type: its diffusers class.
         pipeline_type: the diffusers pipeline that it is part of.
-        pipeline_aliases: pipelines of the same parts, for other uses of the same weights.
+        pipeline_aliases: pipelines that use the same weights for other tasks.
         encoders_type: text encoders and VAE of that pipeline.
         video: whether it draws videos.
         has_refiner: whether there are refiners, networks of their own that take over for the last steps.
         packed: whether its pipeline carries latents as tokens.
         float_latents: whether its pipeline carries latents in float32 whatever the network's dtype.
-        unknown_settings: of the pipeline's `model_index.json`, those of variants that work otherwise.
-        trains_from_scratch: whether `task.from_scratch` knows first weights of this network.
-        comfyui: whether ComfyUI has this family, and loads a LoRA of it by the names of `comfy_key`.
+        unknown_settings: settings of `model_index.json` that mark variants which this backbone does not support.
+        trains_from_scratch: whether `task.from_scratch` has initial weights for this network.
+        comfyui: whether ComfyUI supports this family and loads its LoRA under the names of `comfy_key`.
         poor_at_low_resolution: whether the teacher draws poorly at sizes below its native one.
     """
 
@@ -126,7 +146,8 @@ class Backbone(nn.Module, ABC):
 
     def __init__(self, network: nn.Module, guidance: float | None = None) -> None:
         super().__init__()
-        self.network, self.guidance = network, guidance
+        self.network = network
+        self.guidance = guidance
         self._dtype: torch.dtype | None = None
 
     @staticmethod
@@ -141,7 +162,7 @@ class Backbone(nn.Module, ABC):
 
     @classmethod
     def random_conditioning(cls, config: dict[str, Any], batch: int, tokens: int, seed: int = 0) -> Conditioning:
-        """Conditioning of the right shape and no meaning, to run a network without its encoders."""
+        """Random conditioning of the right shape, to run a network without its encoders."""
         generator = torch.Generator().manual_seed(seed)
         width, pooled = cls.conditioning_widths(config)
         embeds = torch.randn(batch, tokens, width, generator=generator)
@@ -149,17 +170,17 @@ class Backbone(nn.Module, ABC):
 
     @staticmethod
     def sampling_arguments(max_text_tokens: int, guidance: float | None) -> dict[str, Any]:
-        """What the stock pipeline is called with to draw with a distilled student, beside prompt, size and steps."""
+        """Arguments with which the stock pipeline samples a distilled student, besides prompt, size and steps."""
         return {"guidance_scale": 1.0, "max_sequence_length": max_text_tokens}
 
     @staticmethod
     def guidance_arguments(scale: float) -> dict[str, Any]:
-        """What the stock pipeline is called with for classifier-free guidance with an empty prompt."""
+        """Arguments of the stock pipeline for classifier-free guidance with an empty prompt."""
         return {"guidance_scale": scale}
 
     @staticmethod
     def unconditional(empty: Conditioning, pipeline_config: Mapping[str, Any]) -> Conditioning:
-        """What the stock pipeline feeds in place of a prompt for classifier-free guidance: the encoded empty prompt.
+        """Conditioning in place of a prompt, for classifier-free guidance as in the stock pipeline: the empty prompt's.
 
         Args:
             empty: the encoded empty prompt.
@@ -169,7 +190,7 @@ class Backbone(nn.Module, ABC):
 
     @staticmethod
     def to_pipeline(latents: Tensor) -> Tensor:
-        """Latents as the stock pipeline carries them."""
+        """Latents in the layout that the stock pipeline uses."""
         return latents
 
     @staticmethod
@@ -179,15 +200,15 @@ class Backbone(nn.Module, ABC):
 
     @staticmethod
     def comfy_key(module: str) -> str:
-        """ComfyUI's name of a LoRA module where it knows the family; `module` is its path in the diffusers network."""
+        """ComfyUI's name of a LoRA module; `module` is the module's path in the diffusers network."""
         return f"transformer.{module}"
 
     @classmethod
     def comfy_weights(cls, module: str, down: Tensor, up: Tensor) -> dict[str, Tensor]:
-        """A module's LoRA, scaled by 1, under the keys that ComfyUI reads for this family: peft's names of the weights.
+        """LoRA weights of a module, with scale 1, under the keys that ComfyUI reads for this family: peft's by default.
 
         Args:
-            module: its path in the diffusers network.
+            module: the module's path in the diffusers network.
             down: `lora_A` `[r, in]`.
             up: `lora_B` `[out, r]`.
         """
@@ -204,7 +225,7 @@ class Backbone(nn.Module, ABC):
         """The network's prediction `[B, C, *size]`, in the network's own dtype."""
 
     def timestep(self, x_t: Tensor, sigma: Tensor) -> Tensor:
-        """What the network is fed for `sigma`, one value a sample `[B]`, on a scale of 0 to 1000."""
+        """The network's timestep input for `sigma`, one value a sample `[B]`, on a scale of 0 to 1000."""
         return self.process.timestep(expand(sigma, x_t.new_empty(1)).expand(len(x_t)))
 
     def image_stream(self, output: Any) -> Tensor:
@@ -213,9 +234,20 @@ class Backbone(nn.Module, ABC):
         return tensor
 
     @property
+    def diffusers_model(self) -> DiffusersModel:
+        """The network again, typed as the diffusers model that it is."""
+        return cast(DiffusersModel, self.network)
+
+    def module_list(self, name: str) -> list[nn.Module]:
+        """The modules of one of the network's lists, in order."""
+        modules = self.network.get_submodule(name)
+        assert isinstance(modules, nn.ModuleList), f"{name} of {self.network_type} is no list of modules"
+        return list(modules)
+
+    @property
     def limits(self) -> Limits:
         """Limits of this network."""
-        return self.limits_of(dict(self.network.config))  # type: ignore[arg-type]
+        return self.limits_of(dict(self.diffusers_model.config))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -239,8 +271,8 @@ class Backbone(nn.Module, ABC):
             x_t: noised latent `[B, C, *size]`.
             sigma: noise levels `[B]` or a scalar.
             conditioning: B rows.
-            blocks: whose features are wanted.
-            grad_to_features_only: blocks behind the last one asked for run without a graph (the prediction is
+            blocks: blocks whose features are returned.
+            grad_to_features_only: blocks after the last one asked for run without a graph (the prediction is
                 detached), which saves their activations.
 
         Returns:
@@ -250,6 +282,7 @@ class Backbone(nn.Module, ABC):
 
         def keep(block: int, tensor: Tensor) -> None:
             found[block] = tensor
+            # The blocks after this one run without a graph.
             if grad_to_features_only and block == max(blocks):
                 torch.set_grad_enabled(False)
 

@@ -56,7 +56,7 @@ class FluxBackbone(Backbone):
 
     @staticmethod
     def guidance_arguments(scale: float) -> dict[str, Any]:
-        """`guidance_scale` is what the network is fed; guidance between two passes comes on top."""
+        """FLUX's `guidance_scale` is an input of its network; guidance between two passes has arguments of its own."""
         return {"true_cfg_scale": scale, "negative_prompt": ""}
 
     @staticmethod
@@ -73,18 +73,20 @@ class FluxBackbone(Backbone):
 
     @property
     def block_list(self) -> Sequence[nn.Module]:
-        return self.network.transformer_blocks  # type: ignore[return-value]
+        return self.module_list("transformer_blocks")
 
     def image_stream(self, output: Any) -> Tensor:
         tensor: Tensor = output[1]  # (text tokens, image tokens)
         return tensor
 
     def call(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        size, dtype = x_t.shape[2:], self.dtype
-        # The stock pipeline rounds the timestep to the network's dtype on its scale of 1000, and divides then.
+        assert conditioning.pooled is not None  # this family's encoders always return one
+        size = x_t.shape[2:]
+        dtype = self.dtype
+        # As in the stock pipeline, the timestep is rounded to the network's dtype on the scale of 1000, then divided.
         timestep = self.timestep(x_t, sigma).to(dtype) / 1000
         guidance = None
-        if self.network.config.guidance_embeds:  # type: ignore[union-attr]
+        if self.diffusers_model.config["guidance_embeds"]:
             assert self.guidance is not None  # checked with the configuration
             guidance = torch.full((len(x_t),), self.guidance, device=x_t.device, dtype=torch.float32)
         tokens: Tensor = self.network(
@@ -92,7 +94,7 @@ class FluxBackbone(Backbone):
             timestep=timestep,
             guidance=guidance,
             encoder_hidden_states=conditioning.embeds.to(dtype),
-            pooled_projections=conditioning.pooled.to(dtype),  # type: ignore[union-attr]
+            pooled_projections=conditioning.pooled.to(dtype),
             txt_ids=torch.zeros(conditioning.embeds.shape[1], 3, device=x_t.device, dtype=dtype),
             img_ids=position_ids(size, x_t.device, dtype),
             return_dict=False,

@@ -83,7 +83,7 @@ class SanaBackbone(Backbone):
 
     @property
     def block_list(self) -> Sequence[nn.Module]:
-        return self.network.transformer_blocks  # type: ignore[return-value]
+        return self.module_list("transformer_blocks")
 
     def call(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         timestep = self.timestep(x_t, sigma)
@@ -91,7 +91,7 @@ class SanaBackbone(Backbone):
             x_t.to(self.dtype),
             encoder_hidden_states=conditioning.embeds.to(self.dtype),
             encoder_attention_mask=conditioning.mask,
-            timestep=timestep * self.network.config.timestep_scale,  # type: ignore[union-attr,operator]
+            timestep=timestep * self.diffusers_model.config["timestep_scale"],
             return_dict=False,
         )[0]
         return prediction.float()

@@ -61,19 +61,20 @@ class SD3Backbone(Backbone):
 
     @property
     def block_list(self) -> Sequence[nn.Module]:
-        return self.network.transformer_blocks  # type: ignore[return-value]
+        return self.module_list("transformer_blocks")
 
     def image_stream(self, output: Any) -> Tensor:
         tensor: Tensor = output[1]  # (text tokens, image tokens)
         return tensor
 
     def call(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        assert conditioning.pooled is not None  # this family's encoders always return one
         timestep = self.timestep(x_t, sigma)
         prediction: Tensor = self.network(
             hidden_states=x_t.to(self.dtype),
             timestep=timestep,
             encoder_hidden_states=conditioning.embeds.to(self.dtype),
-            pooled_projections=conditioning.pooled.to(self.dtype),  # type: ignore[union-attr]
+            pooled_projections=conditioning.pooled.to(self.dtype),
             return_dict=False,
         )[0]
         return prediction

@@ -16,7 +16,7 @@ from swd.types import Conditioning, Size
 
 
 class SDXLEncoders(Encoders):
-    """Two CLIP encoders; 8x VAE of 4 channels. The conditioning names the *final* size in pixels at every step."""
+    """Two CLIP encoders; 8x VAE of 4 channels. The conditioning holds the *final* size in pixels at every step."""
 
     longest: ClassVar[tuple[tuple[str, bool], ...]] = (("tokenizer", False), ("tokenizer_2", False))
     vae_dtype: ClassVar[torch.dtype | None] = torch.float32  # it overflows in half precision
@@ -41,7 +41,7 @@ class SDXLBackbone(Backbone):
     subfolder: ClassVar[str] = "unet"
     network_type: ClassVar[str] = "UNet2DConditionModel"
     pipeline_type: ClassVar[str] = "StableDiffusionXLPipeline"
-    # Not the one for img2img: the refiner is published as that, and takes other text and size inputs.
+    # The img2img pipeline is not listed: the refiner is published under its name, with other text and size inputs.
     pipeline_aliases: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPAGPipeline",)
     encoders_type: ClassVar[type[Encoders]] = SDXLEncoders
     comfyui: ClassVar[bool] = True
@@ -68,28 +68,29 @@ class SDXLBackbone(Backbone):
     def unconditional(empty: Conditioning, pipeline_config: Mapping[str, Any]) -> Conditioning:
         """Zeros instead of an encoded empty prompt, where the pipeline says `force_zeros_for_empty_prompt`.
 
-        SDXL's base was trained so: dropped captions were zeros behind the text encoders. It is published with that
-        setting, which is also the pipeline's default. The micro-conditioning stays.
+        SDXL's base was trained with zeros in place of the text embeddings of dropped captions. It is published with
+        this setting, which is also the pipeline's default. The micro-conditioning is kept.
         """
         if not pipeline_config.get("force_zeros_for_empty_prompt", True):
             return empty
-        assert empty.pooled is not None
+        assert empty.pooled is not None  # this family's encoders always return one
         return replace(empty, embeds=torch.zeros_like(empty.embeds), pooled=torch.zeros_like(empty.pooled))
 
     @staticmethod
     def comfy_key(module: str) -> str:
-        """kohya's names."""
+        """The module's name in kohya's layout."""
         return f"lora_unet_{module.replace('.', '_')}"
 
     @classmethod
     def comfy_weights(cls, module: str, down: Tensor, up: Tensor) -> dict[str, Tensor]:
-        """kohya's layout, which says alpha beside the weights: the rank, for a scale of 1."""
-        name, alpha = cls.comfy_key(module), torch.tensor(float(down.shape[0]))
+        """LoRA weights of a module in kohya's layout, which stores alpha beside them: the rank, for a scale of 1."""
+        name = cls.comfy_key(module)
+        alpha = torch.tensor(float(down.shape[0]))
         return {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
 
     @staticmethod
     def conditioning_widths(config: dict[str, Any]) -> tuple[int, int | None]:
-        # The rest of what `add_embedding` takes are the six time ids.
+        # `add_embedding` takes the pooled text and the embeddings of six time ids.
         rest = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
         return config["cross_attention_dim"], rest
 
@@ -100,20 +101,21 @@ class SDXLBackbone(Backbone):
 
     @property
     def block_list(self) -> Sequence[nn.Module]:
-        return [self.network.mid_block]  # type: ignore[list-item]
+        return [self.network.get_submodule("mid_block")]
 
     def image_stream(self, output: Any) -> Tensor:
         tokens: Tensor = output.flatten(2).transpose(1, 2)  # [B, D, H, W] to [B, H * W, D]
         return tokens
 
     def call(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        assert conditioning.pooled is not None  # this family's encoders always return one
         timestep = self.timestep(x_t, sigma)
         prediction: Tensor = self.network(
             x_t.to(self.dtype),
             timestep,
             encoder_hidden_states=conditioning.embeds.to(self.dtype),
             added_cond_kwargs={
-                "text_embeds": conditioning.pooled.to(self.dtype),  # type: ignore[union-attr]
+                "text_embeds": conditioning.pooled.to(self.dtype),
                 "time_ids": conditioning.time_ids,
             },
             return_dict=False,

@@ -34,13 +34,13 @@ def load_refiner(path: str, model: Pretrained) -> Pretrained:
     """The refiner in a folder or on the hub, of the base's precision; reads configuration files only.
 
     Raises:
-        UserError: if it is none.
+        UserError: if the model there is no refiner.
     """
     try:
         return Pretrained(__name__, path, precision=model.precision)
     except UserError as error:
-        told = str(error).replace("model.path", "refiner").replace(f"model.family={__name__}", "a refiner")
-        raise UserError(told) from None
+        message = str(error).replace("model.path", "refiner").replace(f"model.family={__name__}", "a refiner")
+        raise UserError(message) from None
 
 
 def build_refiner(refiner: Pretrained, pipe: Any) -> Any:

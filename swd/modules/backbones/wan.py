@@ -86,7 +86,7 @@ class WanBackbone(Backbone):
 
     @property
     def block_list(self) -> Sequence[nn.Module]:
-        return self.network.blocks  # type: ignore[return-value]
+        return self.module_list("blocks")
 
     def call(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         prediction: Tensor = self.network(
