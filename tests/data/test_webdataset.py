@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import pickle
 import subprocess
 import sys
 import tarfile
@@ -19,7 +20,7 @@ from shards import make_pictures, picture
 
 from swd.data.datamodule import Order
 from swd.data.shards import CorruptSample, ShardSet
-from swd.data.streamed import read_shard
+from swd.data.streamed import BrokenShard, read_shard
 from swd.data.webdataset import ShardData
 from swd.types import Batch, UserError
 
@@ -134,6 +135,20 @@ def test_every_bucket_is_seen_in_proportion(tmp_path: Path) -> None:
     count = Counter(batch.bucket for batch in loader(data, total=200))
     wide = next(n for bucket, n in count.items() if bucket[0] != bucket[1])
     assert 20 < wide < 65  # a fifth of 200
+
+
+# Copies and repairs
+
+
+def test_a_copy_in_another_process_reads_the_same(folder: Path) -> None:
+    """Loader processes that are not forked get a pickled copy."""
+    source: Any = shard_data(folder, size=64).source
+    source.batch_of([(0, 0), (1, 0)])  # opens files and takes memory, which no copy can share
+    copy = pickle.loads(pickle.dumps(source))
+    batches = [reader.batch_of([(2, 0), (5, 0), (2, 0)]) for reader in (source, copy)]
+    assert batches[0].prompts == batches[1].prompts == [source.caption(i) for i in (2, 5, 2)]
+    assert torch.equal(batches[0].pixels, batches[1].pixels)
+    assert torch.equal(batches[0].pixels, source.collate([source[i] for i in (2, 5, 2)]).pixels)
 
 
 # Damage
@@ -292,7 +307,7 @@ def test_a_stream_names_the_shard_that_breaks_off(tmp_path: Path, place: str) ->
     for url in (f"pipe:cat {folder}/00001.tar", f"{folder}/00001.tar", f"file://{folder}/00001.tar"):
         *good, last = read_shard(url)
         assert [sample["__key__"] for sample in good] == ["00000004", "00000005"][: len(good)] and good
-        assert last["bad"].startswith(f"{url}: unexpected end of data; it breaks off after {len(good)} sample")
+        assert last.reason.startswith(f"{url}: unexpected end of data; it breaks off after {len(good)} sample")
     data = shard_data(pipe(folder), max_bad=1.0)
     with pytest.warns(
         UserWarning, match=r"skipped a sample \(1 so far\): pipe:cat .*00001\.tar: unexpected end of data"
@@ -314,7 +329,7 @@ def test_whole_streams_are_whole(tmp_path: Path) -> None:
     zipped.write_bytes(gzip.compress(file.read_bytes()))
     for url in (file, bare, zipped):
         found = list(read_shard(f"pipe:cat {url}"))
-        assert len(found) == count and not any("bad" in sample for sample in found), url
+        assert len(found) == count and not any(isinstance(sample, BrokenShard) for sample in found), url
 
 
 def test_a_passing_fault_of_a_remote_read_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
