@@ -25,7 +25,8 @@ from swd.data.decoders import PictureDecoder, empty_name
 from swd.data.identity import identity
 from swd.data.indexed import IndexedShards
 from swd.data.job import MOST_IN_A_SHARD, MOST_ROWS, Job, Sample, in_shared_memory, is_first, say, share
-from swd.data.shards import CorruptSample, is_done, shard_name
+from swd.data.shard_writer import is_done, shard_name
+from swd.data.shards import CorruptSample
 from swd.io import limits
 from swd.io.files import file_hash, write_aside, write_json
 from swd.io.job_log import JobLog

@@ -32,7 +32,8 @@ from swd.data.picture_files import (
     open_picture,
 )
 from swd.data.read_ahead import read_ahead
-from swd.data.shards import ShardSet, shard_name
+from swd.data.shard_writer import shard_name
+from swd.data.shards import ShardSet
 from swd.data.sources import ENDINGS, PictureList, PictureRow, Problem, list_source, printable
 from swd.io.files import write_json
 from swd.io.masking import mask

@@ -23,10 +23,12 @@ from swd.data.buckets import nearest_bucket
 from swd.data.cache import TEXT, Assembler, latents_name
 from swd.data.datamodule import check_pixels
 from swd.data.identity import difference
+from swd.data.manifest import MANIFEST, check_inside, is_count
 from swd.data.picture_files import MAX_PIXELS, PICTURES, VIDEOS, read_picture, read_video
 from swd.data.samples import CachedSample, PictureSample, Sample, SampleFiles
-from swd.data.shards import MANIFEST, CorruptSample, ShardSet, check_inside, fetch, first_line, is_count
+from swd.data.shards import CorruptSample, ShardSet
 from swd.data.sources import ENDINGS, caption_of
+from swd.io.storage import fetch, first_line
 from swd.io.tables import NoText
 from swd.modules.pretrained import Pretrained
 from swd.schedule import ScaleSchedule

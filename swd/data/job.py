@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from swd.config import first_difference
+from swd.data.manifest import MANIFEST, read_manifest
 from swd.data.read_ahead import read_ahead
-from swd.data.shards import MANIFEST, fault, is_done, read_manifest, shard_name, write_manifest, write_shard
+from swd.data.shard_writer import fault, is_done, shard_name, write_manifest, write_shard
 from swd.io import job_log
 from swd.io.files import claim_folder, file_hash, write_json
 from swd.io.job_log import JobLog
@@ -107,7 +108,7 @@ class Job:
 
     Attributes:
         folder: folder of the shards.
-        kind: their content, one of `swd.data.shards.KINDS`, for the manifest.
+        kind: their content, one of `swd.data.manifest.KINDS`, for the manifest.
         rows: number of rows.
         shard_size: rows in a shard.
         settings: everything that the content of the shards depends on; plain values, for the manifest.

@@ -7,7 +7,6 @@ of this machine; by default, files outside of the source's folder are left out.
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import os
 import posixpath
@@ -25,6 +24,7 @@ from webdataset.shardlists import expand_urls
 
 from swd.data.job import is_first
 from swd.data.shards import split_name
+from swd.io.files import joint_hash
 from swd.io.job_log import JobLog
 from swd.io.tables import LONGEST, NoText, Table, is_blank, parse_object, read_table, text_of
 from swd.types import UserError
@@ -214,14 +214,7 @@ class PictureList:
     @property
     def hash(self) -> str:
         """SHA-256 of names, captions and places, hexadecimal."""
-        digest = hashlib.sha256()
-        for row in self.rows:
-            entry: list[Any] = [row.kind, row.file, row.reason] if isinstance(row, Problem) else [row.file, row.index]
-            if isinstance(row, PictureRow):
-                for part in (row.picture, row.caption, row.meta):
-                    entry.append([part.offset, part.size] if isinstance(part, Part) else part)
-            digest.update(json.dumps(entry).encode() + b"\n")
-        return digest.hexdigest()
+        return joint_hash(json.dumps(_entry(row)).encode() + b"\n" for row in self.rows)
 
     def add(self, row: PictureRow, identity: str, where: str) -> None:
         """Append a row, or a problem if one is known before the picture is read."""
@@ -247,6 +240,14 @@ class PictureList:
             self.real[folder] = os.path.realpath(folder)
         real = os.path.join(self.real[folder], name)
         return not _within(os.path.realpath(real) if os.path.islink(real) else real, self.root)
+
+
+def _entry(row: PictureRow | Problem) -> list[Any]:
+    """Values of a row that the hash of its list covers."""
+    if isinstance(row, Problem):
+        return [row.kind, row.file, row.reason]
+    parts = (row.picture, row.caption, row.meta)
+    return [row.file, row.index, *([part.offset, part.size] if isinstance(part, Part) else part for part in parts)]
 
 
 def _within(path: str, root: str) -> bool:
@@ -680,6 +681,12 @@ def _add_sample(found: PictureList, shard: str, key: str, sample: _Sample) -> No
     )
 
 
+class _Headers(tarfile.TarFile):
+    """A tar file with an attribute of its base class that type checkers do not know: the members read so far."""
+
+    members: list[tarfile.TarInfo]
+
+
 def _members(path: str) -> Iterator[tuple[str, Part | str]]:
     """Name of every member of a shard, with the place of the file or the reason why it is no file.
 
@@ -697,9 +704,9 @@ def _members(path: str) -> Iterator[tuple[str, Part | str]]:
             return
 
         # Read the headers one by one.
-        with tarfile.open(path, "r:") as tar:
+        with _Headers.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # otherwise memory grows with each member
+                tar.members = []  # otherwise memory grows with each member
                 if member.offset_data + member.size > size:
                     yield "", f"cut off in {printable(member.name)}"
                     return

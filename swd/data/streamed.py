@@ -22,8 +22,9 @@ from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from swd.data.decoders import Decoder, S
 from swd.data.job import in_shared_memory
-from swd.data.shards import CorruptSample, first_line
+from swd.data.shards import CorruptSample
 from swd.data.sources import passed_over, shard_urls
+from swd.io.storage import first_line
 from swd.types import Batch, UserError, stable_hash
 
 BUFFER = 1000

@@ -21,10 +21,12 @@ from swd.data.datamodule import (
 )
 from swd.data.decoders import CacheDecoder, Decoder, PictureDecoder
 from swd.data.indexed import IndexedShards
+from swd.data.manifest import read_manifest
 from swd.data.picture_files import MAX_PIXELS, check_max_pixels
-from swd.data.shards import ShardSet, is_url, read_manifest
+from swd.data.shards import ShardSet
 from swd.data.streamed import StreamDataset, is_stream
 from swd.io import limits
+from swd.io.storage import is_url
 from swd.modules.pretrained import Pretrained
 from swd.schedule import ScaleSchedule
 from swd.types import Batch, Conditioning, Size, UserError

@@ -21,7 +21,10 @@ from swd.commands import encode
 from swd.data.cache import TEXT
 from swd.data.decoders import CacheDecoder
 from swd.data.indexed import IndexedShards
-from swd.data.shards import ShardSet, read_manifest, write_index, write_manifest, xxh3
+from swd.data.manifest import read_manifest
+from swd.data.shard_index import write_index, xxh3
+from swd.data.shard_writer import write_manifest
+from swd.data.shards import ShardSet
 from swd.data.webdataset import ShardData
 from swd.io.files import file_hash
 from swd.losses import DMD, GAN, MMD

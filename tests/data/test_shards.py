@@ -22,7 +22,10 @@ from fsspec.implementations.local import LocalFileSystem
 from shards import make_pictures
 
 from swd.data.job import Job, Sample, share
-from swd.data.shards import CHECKSUMS, MANIFEST, CorruptSample, ShardSet, fault, read_manifest, split_name
+from swd.data.manifest import MANIFEST, read_manifest
+from swd.data.shard_index import CHECKSUMS
+from swd.data.shard_writer import fault
+from swd.data.shards import CorruptSample, ShardSet, split_name
 from swd.data.streamed import BrokenShard, read_shard
 from swd.io.files import file_hash
 from swd.types import UserError
