@@ -25,9 +25,9 @@ from swd.data.datamodule import check_pixels
 from swd.data.identity import difference
 from swd.data.manifest import MANIFEST, check_inside, is_count
 from swd.data.picture_files import MAX_PIXELS, PICTURES, VIDEOS, read_picture, read_video
+from swd.data.picture_list import ENDINGS, caption_of
 from swd.data.samples import CachedSample, PictureSample, Sample, SampleFiles
 from swd.data.shards import CorruptSample, ShardSet
-from swd.data.sources import ENDINGS, caption_of
 from swd.io.storage import fetch, first_line
 from swd.io.tables import NoText
 from swd.modules.pretrained import Pretrained
@@ -117,6 +117,19 @@ class Decoder(ABC, Generic[S]):
     @abstractmethod
     def builder(self, rows: int) -> BatchBuilder[S]:
         """An empty batch of `rows` samples."""
+
+    def decode_into(self, builder: BatchBuilder[S], row: int, files: SampleFiles, bucket: int, step: int) -> S:
+        """Decode a sample and put it into a row of a batch.
+
+        Raises:
+            CorruptSample: if it cannot be used, or does not fit the other rows; names the sample.
+        """
+        sample = self.decode(files, bucket, step)
+        try:
+            builder.put(row, sample)
+        except CorruptSample as error:
+            raise CorruptSample(f"{files.name}: {error}") from None
+        return sample
 
     def collate(self, samples: Sequence[S]) -> Batch:
         """The batch of samples of one bucket."""

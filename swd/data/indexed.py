@@ -104,18 +104,13 @@ class IndexedShards(Dataset[S], Generic[S]):
         """
         return self.decoder.caption(IndexedFiles(self.shards, index))
 
-    def read(self, index: int, step: int, scratch: Scratch | None = None) -> S:
+    def read(self, index: int, step: int) -> S:
         """One sample, for a step of the schedule.
-
-        Args:
-            index: its number.
-            step: number of the step.
-            scratch: memory to read into; None: new memory.
 
         Raises:
             CorruptSample: if it cannot be read.
         """
-        return self.decoder.decode(IndexedFiles(self.shards, index, scratch), int(self.bucket_of[index]), step)
+        return self.decoder.decode(IndexedFiles(self.shards, index), int(self.bucket_of[index]), step)
 
     def __getitem__(self, request: tuple[int, int] | int) -> S:
         index, step = request if isinstance(request, tuple) else (request, 0)
@@ -144,9 +139,8 @@ class IndexedShards(Dataset[S], Generic[S]):
 
         def read(index: int) -> S:
             scratch.clear()
-            sample = self.read(index, step, scratch)
-            builder.put(row, sample)
-            return sample
+            files = IndexedFiles(self.shards, index, scratch)
+            return self.decoder.decode_into(builder, row, files, int(self.bucket_of[index]), step)
 
         return read
 

@@ -76,11 +76,11 @@ def in_shared_memory(value: Any) -> Any:
     try:
         _share(value)
     except (RuntimeError, OSError) as error:
-        told = next((word for word in ("No space left on device", "File too large") if word in str(error)), None)
-        if told is None:
+        fault = next((words for words in ("No space left on device", "File too large") if words in str(error)), None)
+        if fault is None:
             raise
         raise UserError(
-            f"loader processes have no room in shared memory ({told}); make /dev/shm larger (docker: --shm-size), or "
+            f"loader processes have no room in shared memory ({fault}); make /dev/shm larger (docker: --shm-size), or "
             "use data.workers=0"
         ) from None
     return value
@@ -224,7 +224,8 @@ class Job:
         self._remove_strays(mine)
         self._remove_damaged(mine)
         left = [shard for shard in mine if not is_done(self.folder, shard)]
-        total, todo = (sum(len(self.rows_of(shard)) for shard in shards) for shards in (mine, left))
+        total = sum(len(self.rows_of(shard)) for shard in mine)
+        todo = sum(len(self.rows_of(shard)) for shard in left)
 
         # Make the shards.
         description = task or f"making {self.kind} in {self.folder}"

@@ -71,7 +71,8 @@ class Index:
 
     def check_places(self, size: int, where: str) -> None:
         """Raise UserError unless all files lie within a shard of `size` bytes; `where` is its name in messages."""
-        offset, length = self.table[0], self.table[1]
+        offset = self.table[0]
+        length = self.table[1]
         bad = (offset < -1) | (offset > size) | ((offset >= 0) & ((length < 0) | (length > size - offset)))
         if bad.any():
             row, column = np.argwhere(bad)[0].tolist()

@@ -4,6 +4,8 @@
     FOLDER/00000.tar         samples one after the other: KEY.png, KEY.txt, KEY.json, ...
     FOLDER/00000.idx         the place of each file of each sample (safetensors), so that one read gets any sample
 
+`swd.data.shard_writer` writes them, `ShardSet` reads any sample of them.
+
 A shard gets its name only when it is complete. Shards may come from somebody else: nothing in a shard is ever
 unpickled, and nothing outside of its folder is read.
 """
@@ -233,7 +235,8 @@ class ShardSet:
             return
         places = {ending: self.place(index, ending) for ending in endings if self.has(index, ending)}
         for run in _runs(places):
-            first, last = places[run[0]], places[run[-1]]
+            first = places[run[0]]
+            last = places[run[-1]]
             with suppress(OSError):
                 file = self._local(first.shard)
                 length = last.offset + last.size - first.offset

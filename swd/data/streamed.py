@@ -22,8 +22,9 @@ from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from swd.data.decoders import Decoder, S
 from swd.data.job import in_shared_memory
+from swd.data.picture_list import passed_over
 from swd.data.shards import CorruptSample
-from swd.data.sources import passed_over, shard_urls
+from swd.data.source_shards import shard_urls
 from swd.io.storage import first_line
 from swd.types import Batch, UserError, stable_hash
 
@@ -132,7 +133,7 @@ class StreamDataset(IterableDataset[Batch | UserError], Generic[S]):
             for batch in self._batches():
                 yield in_shared_memory(batch)
         except UserError as error:
-            yield error  # as a value, for a loader process would wrap it
+            yield error  # as a value, since a loader process would put its traceback into the message
 
     def _batches(self) -> Iterator[Batch]:
         info = get_worker_info()
@@ -159,12 +160,9 @@ class StreamDataset(IterableDataset[Batch | UserError], Generic[S]):
         good: list[S] = []
         for raw in raws:
             try:
-                sample = self.decoder.decode(StreamedFiles(raw), 0, step)
-                builder.put(len(good), sample)
+                good.append(self.decoder.decode_into(builder, len(good), StreamedFiles(raw), 0, step))
             except CorruptSample as error:
                 skipped.append(str(error))
-            else:
-                good.append(sample)
         if not good:
             raise UserError(f"none of the {len(raws)} samples of a batch can be read, the last one: {skipped[-1]}")
         for row in range(len(good), len(raws)):

@@ -32,11 +32,11 @@ from swd.schedule import ScaleSchedule
 from swd.types import Batch, Conditioning, Size, UserError
 
 MOST_AHEAD = 100
-"""Batches that one loader may have ready: more than any training waits for."""
+"""Batches that one loader may have ready at most: they lie in memory, and a few are enough to bridge a slow read."""
 LOOKED_AT_REMOTE = 50
 """Captions whose length is looked at where each one is a request of its own."""
 COUNTED = 1000
-"""Samples that must have been read before a share of them says much."""
+"""The share of unreadable samples is taken of at least this many, so that one early fault does not stop a run."""
 
 
 class ShardData(LightningDataModule):
@@ -78,6 +78,7 @@ class ShardData(LightningDataModule):
         manifest: str | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
+        # Check what can be checked without looking at the shards.
         super().__init__()
         if path is None:
             raise UserError("data.path is missing; give a folder of shards, made by swd generate, import or encode")
@@ -94,6 +95,8 @@ class ShardData(LightningDataModule):
         self.seed = seed
         self.window = window
         self.max_bad = max_bad
+
+        # Choose how the shards are read, and how their samples are decoded.
         self.source: IndexedShards[Any] | StreamDataset[Any]
         if is_stream(path):
             if buckets is not None:
@@ -104,6 +107,8 @@ class ShardData(LightningDataModule):
                 raise UserError(f"data.manifest={manifest} is for streamed shards, but data.path={path}; leave it out")
             shards = ShardSet(path)
             self.source = IndexedShards(shards, indexed_decoder(shards, size, buckets, multiple, max_pixels))
+
+        # Known or counted later.
         self.schedule: ScaleSchedule | None = None
         self.seen = 0
         self.bad = 0

@@ -29,8 +29,10 @@ from swd.data.decoders import PictureDecoder
 from swd.data.indexed import IndexedShards
 from swd.data.job import Job
 from swd.data.picture_files import FolderDataset
+from swd.data.picture_list import ENDINGS
 from swd.data.shards import ShardSet, split_name
-from swd.data.sources import ENDINGS, list_source, shard_urls
+from swd.data.source_shards import shard_urls
+from swd.data.sources import list_source
 from swd.data.streamed import StreamedFiles, is_stream, read_shard
 from swd.data.webdataset import ShardData
 from swd.types import UserError

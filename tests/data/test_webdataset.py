@@ -5,10 +5,13 @@ from __future__ import annotations
 import gzip
 import os
 import pickle
+import re
+import struct
 import subprocess
 import sys
 import tarfile
 from collections import Counter
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,11 +21,13 @@ import pytest
 import torch
 from shards import make_pictures, picture
 
+from swd.data.cache import TEXT, latents_name, pack_latents, pack_text
 from swd.data.datamodule import Order
+from swd.data.job import Job, Sample
 from swd.data.shards import CorruptSample, ShardSet
 from swd.data.streamed import BrokenShard, read_shard
 from swd.data.webdataset import ShardData
-from swd.types import Batch, UserError
+from swd.types import Batch, Conditioning, UserError
 
 
 class StubTrainer:
@@ -152,6 +157,46 @@ def test_a_copy_in_another_process_reads_the_same(folder: Path) -> None:
 
 
 # Damage
+
+
+def cached_data(folder: Path, broken: int) -> ShardData:
+    """A streamed cache of four samples with one latent each; the text of one of them holds a value that is not finite,
+    under a checksum that fits."""
+    sizes = [[2, 2]]
+
+    def make(rows: range, advance: Callable[[int], object]) -> Iterator[Sample]:
+        for row in rows:
+            text = pack_text(Conditioning(torch.full((1, 2, 3), float(row + 1))), "fp32")
+            if row == broken:
+                text = text.replace(struct.pack("<f", row + 1.0), struct.pack("<f", float("nan")))
+            latents = pack_latents(torch.full((1, 2, 2), float(row)), None, "fp32")
+            files = {"txt": b"number %d" % row, TEXT: text, latents_name((2, 2)): latents}
+            yield f"{row}", files, {"usable": 1, "bucket": 0, "text": row}
+
+    settings = {"buckets": [{"pixels": [16, 16], "sizes": sizes}], "identity": {}, "deduplicate": False}
+    job = Job(folder, "cache", 4, 4, settings)
+    job.claim()
+    assert job.run(make) is not None
+    return ShardData(f"pipe:cat {folder}/00000.tar", batch_size=4, manifest=str(folder))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_cached_sample_with_damaged_values_is_replaced_and_named(
+    tmp_path: Path, workers: int, streamed: bool
+) -> None:
+    data = cached_data(tmp_path / "cache", broken=2)
+    if not streamed:
+        data = ShardData(str(tmp_path / "cache"), batch_size=4)
+    data.workers = workers
+    (batch,) = loader(data, total=1)
+    rows = [int(prompt.rsplit(" ", 1)[1]) for prompt in batch.prompts]
+    assert len(rows) == 4 and set(rows) == {0, 1, 3}
+    assert batch.cached.conditioning.embeds[:, 0, 0].tolist() == [row + 1.0 for row in rows]
+    assert batch.cached.posteriors[(2, 2)][0][:, 0, 0, 0].tolist() == [float(row) for row in rows]
+    (reason,) = batch.skipped
+    name = r"00000\.tar, 2: " if streamed else r"00000\.tar, sample 2: "
+    assert re.search(name + "embeds0 has values that are not finite$", reason)
 
 
 def damage(folder: Path, row: int, keep: int = 10) -> str:
