@@ -25,10 +25,12 @@ from PIL import Image
 
 from swd.data.cache import TEXT, latents_name, pack_latents, pack_text
 from swd.data.datamodule import ThreadedLoader
+from swd.data.decoders import CacheDecoder
+from swd.data.indexed import IndexedShards
 from swd.data.job import Job, Sample
 from swd.data.picture_files import cover_and_crop, decode, read_picture
 from swd.data.shards import ShardSet
-from swd.data.webdataset import CachedShards, DueBatches
+from swd.data.webdataset import DueBatches
 from swd.types import Conditioning
 
 SIZES = ((64, 64), (80, 80), (96, 96), (128, 128))
@@ -73,7 +75,8 @@ def make_cache(folder: Path, rows: int, shard_size: int, samples: Callable[[int]
 
 def loader(folder: Path, batch_size: int, total: int, workers: int) -> ThreadedLoader:
     """The loader of `data=webdataset` for a training with one update in each iteration."""
-    source = CachedShards(ShardSet(str(folder)))
+    shards = ShardSet(str(folder))
+    source = IndexedShards(shards, CacheDecoder(shards.manifest, shards.root))
     requests = DueBatches(None, batch_size, 0, total, 0, orders=source.orders(0, None))
     requests.steps = len(SIZES)
     return ThreadedLoader(source.batch_of, requests, workers)

@@ -21,10 +21,12 @@ from swd.commands import shared
 from swd.config import GROUP, build, check, fits, given_keys
 from swd.data.cache import TEXT, Precision, latents_name, pack_latents, pack_text, relative_error
 from swd.data.datamodule import GuardedLoader, check_pixels
+from swd.data.decoders import PictureDecoder, empty_name
 from swd.data.identity import identity
+from swd.data.indexed import IndexedShards
 from swd.data.job import MOST_IN_A_SHARD, MOST_ROWS, Job, Sample, in_shared_memory, is_first, say, share
-from swd.data.shards import CorruptSample, is_done, shard_name
-from swd.data.webdataset import PictureShards, empty_name
+from swd.data.shard_writer import is_done, shard_name
+from swd.data.shards import CorruptSample
 from swd.io import limits
 from swd.io.files import file_hash, write_aside, write_json
 from swd.io.job_log import JobLog
@@ -149,7 +151,7 @@ def prepare(cfg: DictConfig) -> EncodingPlan:
     schedule: ScaleSchedule = build(cfg, "schedule")
     data = build(cfg, "data")
     dataset = getattr(data, "source", None) or getattr(data, "dataset", None)
-    if not hasattr(dataset, "caption"):
+    if not hasattr(dataset, "caption") or getattr(data, "is_cache", False):
         raise UserError("data is no set of captioned pictures that can be encoded; use data=images or data=webdataset")
     rows = rows_of(dataset, cfg.limit)
     buckets, bucket_of = buckets_of(dataset, model, schedule)
@@ -205,13 +207,20 @@ def rows_of(dataset: Any, limit: int | None) -> int:
 
 def buckets_of(dataset: Any, model: Pretrained, schedule: ScaleSchedule) -> tuple[list[Size], Callable[[int], int]]:
     """Sizes in pixels of finished pictures, and which one a row is for."""
-    if isinstance(dataset, PictureShards):
-        dataset.check(model, schedule)
-        if dataset.buckets is not None:
-            return [tuple(size) for size in dataset.buckets], lambda row: int(dataset.bucket_of[row])
+    if isinstance(dataset, IndexedShards):
+        decoder = picture_decoder(dataset)
+        decoder.check(model, schedule)
+        if decoder.buckets is not None:
+            return [tuple(size) for size in decoder.buckets], lambda row: int(dataset.bucket_of[row])
     elif hasattr(dataset, "size"):
         check_pixels(tuple(dataset.size), model, schedule, key="data.dataset.size")
     return [model.pixel_size(schedule.sizes[-1])], lambda row: 0
+
+
+def picture_decoder(dataset: IndexedShards[Any]) -> PictureDecoder:
+    """The decoder of shards that are to be encoded."""
+    assert isinstance(dataset.decoder, PictureDecoder), "prepare refuses caches"
+    return dataset.decoder
 
 
 def told_name(dataset: Any) -> str:
@@ -222,9 +231,9 @@ def told_name(dataset: Any) -> str:
 
 def told_of(dataset: Any) -> dict[str, Any]:
     """Where the data come from, for the manifest: what must be the same when a stopped job goes on."""
-    if isinstance(dataset, PictureShards):
+    if isinstance(dataset, IndexedShards):
         shards = [str(entry["sha256"]) for entry in dataset.shards.manifest["shards"]]
-        size = list(dataset.pixels)
+        size = list(picture_decoder(dataset).pixels)
         return {"path": dataset.shards.root, "size": size, "samples": len(dataset), "shards": shards}
     source: dict[str, Any] = {"kind": type(dataset).__name__, "samples": len(dataset)}
     if hasattr(dataset, "folder"):
@@ -491,7 +500,10 @@ class Rows(Dataset[dict[str, Any]]):
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         try:
-            item = self.dataset.read(row, 0) if isinstance(self.dataset, PictureShards) else self.dataset[row]
+            if isinstance(self.dataset, IndexedShards):
+                sample = self.dataset.read(row, 0)
+                return {"row": row, "pixels": sample.pixels, "prompt": sample.prompt}
+            item = self.dataset[row]
         except (CorruptSample, UserError) as error:
             return {"row": row, "bad": str(error)}
         return {"row": row, "pixels": item["pixels"], "prompt": item["prompt"]}

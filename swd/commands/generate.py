@@ -26,7 +26,7 @@ from swd.commands.sample import Request, build_pipeline, draw, final_size, read_
 from swd.config import build, check, to_plain
 from swd.data.identity import whole_fingerprint
 from swd.data.job import MOST_IN_A_SHARD, MOST_ROWS, PARTIAL, Job, Sample, is_first, say, share
-from swd.data.shards import is_done, shard_name
+from swd.data.shard_writer import is_done, shard_name
 from swd.io import limits, video
 from swd.io.files import write_aside
 from swd.io.pictures import picture_bytes, to_pil

@@ -31,9 +31,11 @@ from swd.data.picture_files import (
     decode,
     open_picture,
 )
+from swd.data.picture_list import ENDINGS, PictureList, PictureRow, Problem, printable
 from swd.data.read_ahead import read_ahead
-from swd.data.shards import ShardSet, shard_name
-from swd.data.sources import ENDINGS, PictureList, PictureRow, Problem, list_source, printable
+from swd.data.shard_writer import shard_name
+from swd.data.shards import ShardSet
+from swd.data.sources import list_source
 from swd.io.files import write_json
 from swd.io.masking import mask
 from swd.io.pictures import picture_bytes

@@ -67,7 +67,8 @@ def store(name: str, values: Tensor, precision: Precision) -> dict[str, Tensor]:
 
 def restore(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
     """The inverse of `store`, in the stored dtype; in float32 if that is 8 bits."""
-    values, scale = tensors[name], tensors.get(f"{name}_scale")
+    values = tensors[name]
+    scale = tensors.get(f"{name}_scale")
     return values if scale is None else values.float() * scale.view(-1, *([1] * (values.ndim - 1)))
 
 
@@ -120,11 +121,11 @@ def pack_latents(mean: Tensor, std: Tensor | None, precision: Precision) -> byte
     return _packed(tensors, f"latents of {'x'.join(map(str, mean.shape[1:]))}")
 
 
-def _packed(tensors: dict[str, Tensor], what: str) -> bytes:
+def _packed(tensors: dict[str, Tensor], kind: str) -> bytes:
     """The bytes of a safetensors file; values that are not finite are refused, since they would ruin a training."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise CorruptSample(f"{what}: {name} has values that are not finite")
+            raise CorruptSample(f"{kind}: {name} has values that are not finite")
     return bytes(save(tensors))
 
 
@@ -157,7 +158,8 @@ class Assembler:
         """
         tensors = view(data)
         try:
-            shape, first = tensors["shape"].tolist(), tensors["embeds0"].dtype
+            shape = tensors["shape"].tolist()
+            first = tensors["embeds0"].dtype
             runs = tensors["runs"].tolist()
             whole = all(count >= 0 and 0 <= columns <= shape[1] for count, columns in runs)
             if not whole or sum(count for count, _ in runs) != shape[0] or not 0 < math.prod(shape) <= MOST_VALUES:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from swd.config import first_difference
+from swd.io.files import joint_hash
 from swd.modules.hub import is_hub_id
 from swd.modules.pretrained import Pretrained
 from swd.schedule import ScaleSchedule
@@ -78,11 +78,8 @@ def whole_fingerprint(model: Pretrained) -> str:
     return _hash([json.dumps(parts, sort_keys=True).encode()])
 
 
-def _hash(parts: Any) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:16]
+def _hash(parts: Iterable[bytes]) -> str:
+    return joint_hash(parts)[:16]
 
 
 def _samples(file: Path) -> bytes:

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from swd.config import first_difference
+from swd.data.manifest import MANIFEST, read_manifest
 from swd.data.read_ahead import read_ahead
-from swd.data.shards import MANIFEST, fault, is_done, read_manifest, shard_name, write_manifest, write_shard
+from swd.data.shard_writer import fault, is_done, shard_name, write_manifest, write_shard
 from swd.io import job_log
 from swd.io.files import claim_folder, file_hash, write_json
 from swd.io.job_log import JobLog
@@ -75,11 +76,11 @@ def in_shared_memory(value: Any) -> Any:
     try:
         _share(value)
     except (RuntimeError, OSError) as error:
-        told = next((word for word in ("No space left on device", "File too large") if word in str(error)), None)
-        if told is None:
+        fault = next((words for words in ("No space left on device", "File too large") if words in str(error)), None)
+        if fault is None:
             raise
         raise UserError(
-            f"loader processes have no room in shared memory ({told}); make /dev/shm larger (docker: --shm-size), or "
+            f"loader processes have no room in shared memory ({fault}); make /dev/shm larger (docker: --shm-size), or "
             "use data.workers=0"
         ) from None
     return value
@@ -107,7 +108,7 @@ class Job:
 
     Attributes:
         folder: folder of the shards.
-        kind: their content, one of `swd.data.shards.KINDS`, for the manifest.
+        kind: their content, one of `swd.data.manifest.KINDS`, for the manifest.
         rows: number of rows.
         shard_size: rows in a shard.
         settings: everything that the content of the shards depends on; plain values, for the manifest.
@@ -223,7 +224,8 @@ class Job:
         self._remove_strays(mine)
         self._remove_damaged(mine)
         left = [shard for shard in mine if not is_done(self.folder, shard)]
-        total, todo = (sum(len(self.rows_of(shard)) for shard in shards) for shards in (mine, left))
+        total = sum(len(self.rows_of(shard)) for shard in mine)
+        todo = sum(len(self.rows_of(shard)) for shard in left)
 
         # Make the shards.
         description = task or f"making {self.kind} in {self.folder}"

@@ -18,7 +18,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from swd.data.sources import ENDINGS, LIST, Part, PictureList, PictureRow, Problem, list_folder, list_in
+from swd.data.picture_list import ENDINGS, Part, PictureList, PictureRow, Problem
+from swd.data.source_lists import LIST
+from swd.data.sources import list_folder, list_in
 from swd.io import video
 from swd.io.pictures import to_rgb
 from swd.io.tables import NoText
@@ -268,8 +270,10 @@ def _without_long_texts(data: bytes) -> bytes:
     total = 0
     kept = [(0, 8)]
     while place < len(data):
-        kind, stop = data[place + 4 : place + 8], place + 12 + int.from_bytes(data[place : place + 4])
-        is_text, size = kind in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"), 0
+        kind = data[place + 4 : place + 8]
+        stop = place + 12 + int.from_bytes(data[place : place + 4])
+        is_text = kind in (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+        size = 0
         if is_text and total <= 16 * TEXT_BYTES:
             size = _text_size(kind, data[place + 8 : stop - 4])
             total += min(size, TEXT_BYTES)

@@ -7,26 +7,32 @@ stays the same. Samples are mixed within a buffer, since a pipe cannot go back.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from tarfile import BLOCKSIZE
-from typing import Any
+from typing import Any, Generic
 
 import fsspec
+import numpy as np
 import torch
 import webdataset as wds
+from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
+from swd.data.decoders import Decoder, S
 from swd.data.job import in_shared_memory
-from swd.data.shards import CorruptSample, first_line
-from swd.data.sources import passed_over, shard_urls
+from swd.data.picture_list import passed_over
+from swd.data.shards import CorruptSample
+from swd.data.source_shards import shard_urls
+from swd.io.storage import first_line
 from swd.types import Batch, UserError, stable_hash
 
 BUFFER = 1000
 """Samples that are mixed at a time."""
 
-RawSample = dict[str, Any]
-
+RawSample = Mapping[str, Any]
+"""A sample as WebDataset reads it: contents of its files by ending, its name in `__key__`, its shard in `__url__`."""
 
 STREAMED = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 """Endings of shards that can be read from front to back, as tarfile unpacks them."""
@@ -37,17 +43,53 @@ def is_stream(path: str) -> bool:
     return path.startswith("pipe:") or path.split("?")[0].lower().endswith(STREAMED)
 
 
-class StreamDataset(IterableDataset[Batch | UserError]):
+@dataclass(frozen=True, slots=True)
+class BrokenShard:
+    """Stands where a shard could not be read any further; `reason` names the shard."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StreamedFiles:
+    """The files of one streamed sample; see `swd.data.samples.SampleFiles`.
+
+    Attributes:
+        raw: the sample as WebDataset reads it.
+    """
+
+    raw: RawSample
+
+    @property
+    def name(self) -> str:
+        return f"{self.raw['__url__']}, {self.raw['__key__']}"
+
+    @property
+    def endings(self) -> list[str]:
+        return [ending for ending in self.raw if not ending.startswith("__")]
+
+    def read(self, endings: Sequence[str]) -> dict[str, NDArray[np.uint8]]:
+        for ending in endings:
+            if ending not in self.raw:
+                raise CorruptSample(f"{self.name} has no {ending}")
+        return {ending: np.frombuffer(bytearray(self.raw[ending]), np.uint8) for ending in endings}
+
+    def follow(self, column: str) -> None:
+        return None
+
+
+class StreamDataset(IterableDataset[Batch | UserError], Generic[S]):
     """Whole batches from streamed shards, one part of the shards for each reader.
 
     Args:
         path: URLs of shards as WebDataset takes them, with `{00000..00099}` for many, `::` between several.
         batch_size: over all processes.
         seed: of the order.
-        decode: a raw sample (contents by ending, `__key__`, `__url__`) and the step of the schedule to a sample, or
-            CorruptSample.
-        collate: samples to a batch.
+        decoder: makes samples of their files.
         buffer: samples that are mixed at a time.
+
+    Raises:
+        UserError: if the pattern cannot be read, or names too many shards.
     """
 
     def __init__(
@@ -55,12 +97,14 @@ class StreamDataset(IterableDataset[Batch | UserError]):
         path: str,
         batch_size: int,
         seed: int,
-        decode: Callable[[RawSample, int], dict[str, Any]],
-        collate: Callable[[list[dict[str, Any]]], Batch],
+        decoder: Decoder[S],
         buffer: int = BUFFER,
     ) -> None:
         self.urls: list[str] = sorted(shard_urls(path, "data.path"))
-        self.batch_size, self.seed, self.decode, self.collate, self.buffer = batch_size, seed, decode, collate, buffer
+        self.batch_size = batch_size
+        self.seed = seed
+        self.decoder = decoder
+        self.buffer = buffer
         self.start = self.total = self.rank = 0
         self.world = self.readers = self.per_iteration = self.steps = 1
 
@@ -89,7 +133,7 @@ class StreamDataset(IterableDataset[Batch | UserError]):
             for batch in self._batches():
                 yield in_shared_memory(batch)
         except UserError as error:
-            yield error  # as a value, for a loader process would wrap it
+            yield error  # as a value, since a loader process would put its traceback into the message
 
     def _batches(self) -> Iterator[Batch]:
         info = get_worker_info()
@@ -103,8 +147,8 @@ class StreamDataset(IterableDataset[Batch | UserError]):
             raws: list[RawSample] = []
             while len(raws) < local:
                 raw = next(samples)
-                if "bad" in raw:
-                    skipped.append(raw["bad"])
+                if isinstance(raw, BrokenShard):
+                    skipped.append(raw.reason)
                 else:
                     raws.append(raw)
             if batch >= self.start:
@@ -112,20 +156,25 @@ class StreamDataset(IterableDataset[Batch | UserError]):
 
     def _batch(self, raws: list[RawSample], step: int, skipped: list[str]) -> Batch:
         """Decode a batch; a sample that fails is replaced by one of its own batch, so that no other one moves."""
-        good: list[dict[str, Any]] = []
+        builder = self.decoder.builder(len(raws))
+        good: list[S] = []
         for raw in raws:
             try:
-                good.append(self.decode(raw, step) | {"bucket": 0, "skipped": []})
+                good.append(self.decoder.decode_into(builder, len(good), StreamedFiles(raw), 0, step))
             except CorruptSample as error:
                 skipped.append(str(error))
         if not good:
             raise UserError(f"none of the {len(raws)} samples of a batch can be read, the last one: {skipped[-1]}")
-        filled = [good[i % len(good)] for i in range(len(raws))]
-        filled[0] = filled[0] | {"skipped": skipped}
-        return self.collate(filled)
+        for row in range(len(good), len(raws)):
+            builder.put(row, good[row % len(good)])
+        return builder.batch(skipped)
 
-    def _samples(self, slot: int) -> Iterator[RawSample]:
-        """The endless samples of one reader; unreadable shards come as `{"bad": why}`."""
+    def _samples(self, slot: int) -> Iterator[RawSample | BrokenShard]:
+        """The endless samples of one reader.
+
+        Raises:
+            UserError: if none of its shards holds one.
+        """
         epoch = 0
         while True:
             generator = torch.Generator().manual_seed(stable_hash(f"{self.seed}/stream/{epoch}".encode()))
@@ -134,16 +183,18 @@ class StreamDataset(IterableDataset[Batch | UserError]):
             rng = random.Random(f"{self.seed}/{epoch}/{slot}")
             found = False
             for raw in _shuffled((sample for url in mine for sample in read_shard(url)), self.buffer, rng):
-                found = found or "bad" not in raw
+                found = found or not isinstance(raw, BrokenShard)
                 yield raw
             if not found:
                 raise UserError(f"data.path: {mine[0]} and {len(mine) - 1} more shards hold no sample that can be read")
             epoch += 1
 
 
-def _shuffled(samples: Iterator[RawSample], size: int, rng: random.Random) -> Iterator[RawSample]:
+def _shuffled(
+    samples: Iterator[RawSample | BrokenShard], size: int, rng: random.Random
+) -> Iterator[RawSample | BrokenShard]:
     """Samples in another order, from a buffer of at most `size`."""
-    buffer: list[RawSample] = []
+    buffer: list[RawSample | BrokenShard] = []
     for sample in samples:
         buffer.append(sample)
         if len(buffer) > size:
@@ -152,14 +203,19 @@ def _shuffled(samples: Iterator[RawSample], size: int, rng: random.Random) -> It
         yield _take(buffer, rng)
 
 
-def _take(buffer: list[RawSample], rng: random.Random) -> RawSample:
+def _take(buffer: list[RawSample | BrokenShard], rng: random.Random) -> RawSample | BrokenShard:
+    """Remove a random entry; the last one moves to its place, which is faster than moving all that follow it."""
     place = rng.randrange(len(buffer))
     buffer[place], buffer[-1] = buffer[-1], buffer[place]
     return buffer.pop()
 
 
-def read_shard(url: str) -> Iterator[RawSample]:
-    """Raw samples of a shard; where it breaks off, `{"bad": why}` ends it."""
+def read_shard(url: str) -> Iterator[RawSample | BrokenShard]:
+    """Raw samples of a shard; where it breaks off, a `BrokenShard` comes last.
+
+    Raises:
+        UserError: if the package for this kind of URL is not installed.
+    """
     count = 0
     try:
         with wds.gopen(url) if url.startswith("pipe:") else fsspec.open(url, "rb") as opened:
@@ -176,19 +232,23 @@ def read_shard(url: str) -> Iterator[RawSample]:
         unit = "sample" if count == 1 else "samples"
         more = f"; it breaks off after {count} {unit}, what follows is left out" if count else ""
         reason = first_line(error).partition(" @ <")[0]  # WebDataset adds the stream's address
-        yield {"bad": f"{url}: {reason}{more}"}
+        yield BrokenShard(f"{url}: {reason}{more}")
 
 
 class _Tail:
-    """A stream that is read once and remembers how it ended: tarfile takes a file that is cut between two samples, or
-    in a header, for a whole one.
+    """A stream that is read once and remembers how it ended.
+
+    It is needed because tarfile takes a file that is cut between two samples, or in a header, for a whole one.
 
     Args:
         stream: has `read`.
     """
 
     def __init__(self, stream: Any) -> None:
-        self._stream, self._head, self._tail, self._ended = stream, b"", b"", False
+        self._stream = stream
+        self._head = b""
+        self._tail = b""
+        self._ended = False
 
     def read(self, size: int = -1) -> bytes:
         """The next bytes; fewer than asked for at the end."""

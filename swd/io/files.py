@@ -12,17 +12,12 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from swd.types import UserError
 
 CHECKSUMS = "checksums.json"
 """Name of the file with the SHA-256 of every other file of a student's folder."""
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
 
 _LEFTOVER = re.compile(r"\.(.+)\.[a-z0-9_]{8}")
 """Names of the folders that `write_aside` works in."""
@@ -108,14 +103,20 @@ def in_use(work: Path) -> Iterator[bool]:
     """Hold the lock on a folder that `write_aside` made; yields whether the lock was free. It ends with the process."""
     handle = os.open(work, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (OSError, AttributeError):  # another process writes there, or this file system or platform has no locks
-            yield False
-        else:
-            yield True
+        yield _lock(handle)
     finally:
         os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    """Lock an open folder; False if another process has locked it, or if its file system or Windows has no locks."""
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 def clear_leftovers(folder: Path) -> None:
@@ -188,6 +189,25 @@ def claim_folder(folder: Path, marker: str = "config.yaml", reserve: bool = Fals
     except FileExistsError:
         raise taken from None
     return folder
+
+
+BLOCK = 2**22
+"""Bytes that `blocks` reads at once: enough that hashing, not reading, takes the time."""
+
+
+def blocks(stream: BinaryIO, length: int) -> Iterator[bytes]:
+    """The next `length` bytes of an open file, a block at a time; fewer if it ends before."""
+    while length > 0 and (block := stream.read(min(length, BLOCK))):
+        yield block
+        length -= len(block)
+
+
+def joint_hash(parts: Iterable[bytes]) -> str:
+    """SHA-256 of byte strings one after the other, in hexadecimal."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def file_hash(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,10 +63,11 @@ def read(path: Path, limit: int | None = None) -> Tensor:
     """
     import imageio_ffmpeg
 
-    reader = imageio_ffmpeg.read_frames(str(path))
+    # The first item describes the video; frames follow as bytes.
+    reader: Any = imageio_ffmpeg.read_frames(str(path))
     try:
-        width, height = next(reader)["size"]  # type: ignore[index]
-        frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in islice(reader, limit)]  # type: ignore[arg-type]
+        width, height = next(reader)["size"]
+        frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in islice(reader, limit)]
         array = np.stack(frames)
     except (OSError, RuntimeError, ValueError, StopIteration):
         raise UserError(f"{path} cannot be read as a video; remove it") from None

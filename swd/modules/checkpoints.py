@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import Tensor
 
-from swd.io.files import write_aside
+from swd.io.files import blocks, joint_hash, write_aside
 from swd.modules.finite import all_finite
 from swd.types import UserError
 
@@ -105,9 +105,8 @@ def bytes_changed(path: Path) -> str | None:
         comment = stream.read()
         if comment.startswith(MARK):
             stream.seek(0)
-            return (
-                None if _digest(stream, path.stat().st_size - COMMENT) == comment[len(MARK) :] else "its hash differs"
-            )
+            found = joint_hash(blocks(stream, path.stat().st_size - COMMENT))
+            return None if found.encode() == comment[len(MARK) :] else "its hash differs"
     return _archive_changed(path)
 
 
@@ -121,17 +120,6 @@ def _archive_changed(path: Path) -> str | None:
     except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError):
         return "it is cut off or no checkpoint"
     return None
-
-
-def _digest(stream: Any, length: int) -> bytes:
-    digest = hashlib.sha256()
-    while length:
-        block = stream.read(min(length, 1 << 22))
-        if not block:
-            break
-        digest.update(block)
-        length -= len(block)
-    return digest.hexdigest().encode()
 
 
 def damage(path: Path, task: Resumable | None = None) -> str | None:

@@ -21,7 +21,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from swd.io.files import write_aside, write_json
+from swd.io.files import blocks, joint_hash, write_aside, write_json
 from swd.metrics.fid import frechet_distance
 from swd.metrics.flops import forward_gflop
 from swd.modules.distiller import Distiller
@@ -468,11 +468,13 @@ def teacher_store(task: Distiller, judge_folder: Path) -> Store:
 
 def sha256_of(folder: Path) -> str:
     """Hash of all weights in a folder: names and bytes of its `.safetensors` files, in order of name."""
-    digest = hashlib.sha256()
     files = sorted(folder.glob("**/*.safetensors"))
     if not files:
         raise UserError(f"{folder} holds no .safetensors weights")
-    for path in files:
-        digest.update(path.relative_to(folder).as_posix().encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    return joint_hash(part for path in files for part in _name_and_content(folder, path))
+
+
+def _name_and_content(folder: Path, path: Path) -> Iterator[bytes]:
+    yield path.relative_to(folder).as_posix().encode()
+    with open(path, "rb") as stream:
+        yield from blocks(stream, path.stat().st_size)

@@ -19,8 +19,13 @@ from tiny import composed
 
 from swd.commands import encode
 from swd.data.cache import TEXT
-from swd.data.shards import ShardSet, read_manifest, write_index, write_manifest, xxh3
-from swd.data.webdataset import CachedShards, ShardData
+from swd.data.decoders import CacheDecoder
+from swd.data.indexed import IndexedShards
+from swd.data.manifest import read_manifest
+from swd.data.shard_index import write_index, xxh3
+from swd.data.shard_writer import write_manifest
+from swd.data.shards import ShardSet
+from swd.data.webdataset import ShardData
 from swd.io.files import file_hash
 from swd.losses import DMD, GAN, MMD
 from swd.modules.distiller import Distiller
@@ -220,7 +225,7 @@ def test_what_is_kept_of_the_posterior(sd3: Pretrained, tmp_path: Path, posterio
     data.check(sd3, ScaleSchedule(families.SIGMAS, families.SIZES["sd3"]))
     batch = data.source.collate([data.source[i, 2] for i in range(5)])  # type: ignore[index]
     pictures = ShardData(str(folder), size=64, batch_size=5).source
-    pixels = torch.stack([pictures[i]["pixels"] for i in range(5)])  # type: ignore[index]
+    pixels = torch.stack([pictures[i].pixels for i in range(5)])  # type: ignore[index]
     mean, std = sd3.encoders().distribution(pixels)
     assert batch.cached is not None
     kept_mean, kept_std = batch.cached.posteriors[(8, 8)]
@@ -360,7 +365,7 @@ def test_a_cache_streams_through_a_pipe(sd3: Pretrained, tmp_path: Path) -> None
     assert all(value == value for row in rows for value in row.values())
     indexed = ShardData(str(tmp_path / "cache"))
     indexed.check(sd3, schedule)
-    by_prompt = {indexed.source[i, 1]["prompt"]: i for i in range(8)}  # type: ignore[index]
+    by_prompt = {indexed.source[i, 1].prompt: i for i in range(8)}  # type: ignore[index]
     data = ShardData(url, batch_size=2, manifest=str(tmp_path / "cache"))
     data.check(sd3, schedule)
     assert data.stream is not None
@@ -528,7 +533,7 @@ def test_columns_out_of_range_are_refused(
     shards = ShardSet(str(tmp_path / "cache"))
     shards.columns[column][row] = value
     with pytest.raises(UserError, match=message) as caught:
-        CachedShards(shards)
+        IndexedShards(shards, CacheDecoder(shards.manifest, shards.root))
     assert "\n" not in str(caught.value)
 
 
@@ -536,11 +541,12 @@ def test_a_text_of_another_prompt_is_a_damaged_sample(sd3: Pretrained, tmp_path:
     """Within the range, but the holder's prompt is another: an index of the first format has no hash that says so."""
     folder = make_pictures(tmp_path / "data", 6, [(64, 64)], captions=lambda row: ["a red star", "a heart"][row % 2])
     encode.run(config("sd3", sd3, folder, tmp_path / "cache", shard_size=6))
-    source = CachedShards(ShardSet(str(tmp_path / "cache")))
-    source.check(sd3, ScaleSchedule(families.SIGMAS, families.SIZES["sd3"]))
-    assert source[4, 0]["skipped"] == []
-    source.text_of[4] = 1
-    assert source[4, 0]["skipped"][0].endswith("sample 1, another prompt's")
+    shards = ShardSet(str(tmp_path / "cache"))
+    source = IndexedShards(shards, CacheDecoder(shards.manifest, shards.root))
+    source.decoder.check(sd3, ScaleSchedule(families.SIGMAS, families.SIZES["sd3"]))
+    assert source[4, 0].skipped == ()
+    shards.columns["text"][4] = 1
+    assert source[4, 0].skipped[0].endswith("sample 1, another prompt's")
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ from tiny import composed
 
 from swd.commands import cli, generate
 from swd.data.job import PARTIAL
-from swd.data.shards import ShardSet, shard_name
+from swd.data.shard_writer import shard_name
+from swd.data.shards import ShardSet
 from swd.io import video
 from swd.modules.pretrained import Pretrained
 from swd.types import UserError

@@ -109,9 +109,9 @@ def test_training_reads_every_kind_that_is_imported(tmp_path: Path) -> None:
     assert do(folder, tmp_path / "out")["imported"] == 10
     source: Any = ShardData(str(tmp_path / "out"), size=48).source
     items = [source[i] for i in range(10)]
-    assert [(item["prompt"], item["skipped"]) for item in items] == [(f"caption {i}", []) for i in range(10)]
+    assert [(item.prompt, item.skipped) for item in items] == [(f"caption {i}", ()) for i in range(10)]
     plain = FolderDataset(str(folder), 48)
-    assert all(torch.equal(items[i]["pixels"], plain[i]["pixels"]) for i in range(10))
+    assert all(torch.equal(items[i].pixels, plain[i]["pixels"]) for i in range(10))
     assert {f".{ending}" for ending in sources.ENDINGS} == set(PICTURES)
 
 

@@ -22,8 +22,11 @@ from fsspec.implementations.local import LocalFileSystem
 from shards import make_pictures
 
 from swd.data.job import Job, Sample, share
-from swd.data.shards import CHECKSUMS, MANIFEST, CorruptSample, ShardSet, fault, read_manifest, split_name
-from swd.data.streamed import read_shard
+from swd.data.manifest import MANIFEST, read_manifest
+from swd.data.shard_index import CHECKSUMS
+from swd.data.shard_writer import fault
+from swd.data.shards import CorruptSample, ShardSet, split_name
+from swd.data.streamed import BrokenShard, read_shard
 from swd.io.files import file_hash
 from swd.types import UserError
 
@@ -136,7 +139,7 @@ def test_a_store_with_errors_of_its_own_costs_a_sample_not_the_run(
     monkeypatch.setattr(LocalFileSystem, "open", fails)
     with pytest.raises(UserError, match=r"manifest\.json cannot be read \(503 try later\)$"):
         ShardSet(f"file://{folder}")
-    assert list(read_shard(f"file://{folder}/00000.tar")) == [{"bad": f"file://{folder}/00000.tar: 503 try later"}]
+    assert list(read_shard(f"file://{folder}/00000.tar")) == [BrokenShard(f"file://{folder}/00000.tar: 503 try later")]
 
 
 def test_a_job_that_is_started_twice_ends_in_one_line(tmp_path: Path) -> None:

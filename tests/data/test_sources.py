@@ -25,12 +25,16 @@ from tiny import composed
 
 from swd.commands import cli, import_pictures
 from swd.data import picture_files
+from swd.data.decoders import PictureDecoder
+from swd.data.indexed import IndexedShards
 from swd.data.job import Job
 from swd.data.picture_files import FolderDataset
+from swd.data.picture_list import ENDINGS
 from swd.data.shards import ShardSet, split_name
-from swd.data.sources import ENDINGS, list_source, shard_urls
-from swd.data.streamed import is_stream, read_shard
-from swd.data.webdataset import PictureShards, ShardData, StreamedPictures
+from swd.data.source_shards import shard_urls
+from swd.data.sources import list_source
+from swd.data.streamed import StreamedFiles, is_stream, read_shard
+from swd.data.webdataset import ShardData
 from swd.types import UserError
 
 
@@ -389,18 +393,22 @@ def test_every_reader_finds_the_same_caption(tmp_path: Path, files: dict[str, An
     report = do(file, tmp_path / "out")
     assert report["captions"].get("t.tar/x.png") == expected
     assert kinds(report) == ({} if expected else {"t.tar/x.png": "no caption"})
-    source = StreamedPictures((32, 32))
-    raw = next(iter(read_shard(str(file))))
+    decoder = PictureDecoder((32, 32))
+    raw: Any = next(iter(read_shard(str(file))))
     job = Job(tmp_path / "own", "pictures", 1, 1, {})
     job.claim()
     assert job.run(lambda rows, done: iter([("x", {"png": encoded(0), **contents}, {})]))
-    own = PictureShards(ShardSet(str(tmp_path / "own")), (32, 32))
-    for read in (lambda: source.decode(raw, 0), lambda: own.read(0, 0), lambda: {"prompt": own.caption(0)}):
+    own = IndexedShards(ShardSet(str(tmp_path / "own")), decoder)
+    for read in (
+        lambda: decoder.decode(StreamedFiles(raw), 0, 0).prompt,
+        lambda: own.read(0, 0).prompt,
+        lambda: own.caption(0),
+    ):
         if expected is None:
             with pytest.raises(Exception, match="no caption"):
                 read()
         else:
-            assert read()["prompt"] == expected
+            assert read() == expected
 
 
 def test_what_a_folder_of_pictures_holds_beside_them_is_counted(tmp_path: Path) -> None:
@@ -506,7 +514,7 @@ def test_every_format_that_a_list_can_name_is_stored_as_readers_know_it(tmp_path
     assert do(folder / "list.csv", tmp_path / "out")["imported"] == 1
     shards = ShardSet(str(tmp_path / "out"))
     assert set(shards.endings) - {"txt", "json"} <= set(ENDINGS)
-    assert PictureShards(shards, (32, 32)).read(0, 0)["pixels"].shape == (3, 32, 32)
+    assert IndexedShards(shards, PictureDecoder((32, 32))).read(0, 0).pixels.shape == (3, 32, 32)
 
 
 def test_every_format_that_pillow_opens_has_an_ending() -> None:
@@ -606,7 +614,7 @@ def test_picture_bombs_are_refused_before_they_are_decoded(
         FolderDataset(str(folder), 32)[0]
     files = {ending: bomb(kind, side), "txt": b"x", "__url__": "u", "__key__": "k"}
     with pytest.raises(Exception, match="beyond max_pixels"):
-        StreamedPictures((32, 32)).decode(files, 0)
+        PictureDecoder((32, 32)).decode(StreamedFiles(files), 0, 0)
 
 
 def test_the_limit_on_pixels_is_the_user_s(tmp_path: Path) -> None:
@@ -617,7 +625,7 @@ def test_the_limit_on_pixels_is_the_user_s(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"beyond max_pixels=1,023"):
         FolderDataset(str(folder), 32, max_pixels=1023)[0]
     with pytest.raises(Exception, match=r"32x32 pixels, beyond max_pixels=1,023"):
-        PictureShards(ShardSet(str(tmp_path / "out")), (32, 32), max_pixels=1023).read(0, 0)
+        IndexedShards(ShardSet(str(tmp_path / "out")), PictureDecoder((32, 32), max_pixels=1023)).read(0, 0)
     for value in (0, -1, 10**9):
         with pytest.raises(UserError, match=f"max_pixels={value}; use 1 to 178,956,970"):
             do(folder, tmp_path / "never", f"max_pixels={value}")

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import gzip
 import os
+import pickle
+import re
+import struct
 import subprocess
 import sys
 import tarfile
 from collections import Counter
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,11 +21,13 @@ import pytest
 import torch
 from shards import make_pictures, picture
 
+from swd.data.cache import TEXT, latents_name, pack_latents, pack_text
 from swd.data.datamodule import Order
+from swd.data.job import Job, Sample
 from swd.data.shards import CorruptSample, ShardSet
-from swd.data.streamed import read_shard
+from swd.data.streamed import BrokenShard, read_shard
 from swd.data.webdataset import ShardData
-from swd.types import Batch, UserError
+from swd.types import Batch, Conditioning, UserError
 
 
 class StubTrainer:
@@ -136,7 +142,61 @@ def test_every_bucket_is_seen_in_proportion(tmp_path: Path) -> None:
     assert 20 < wide < 65  # a fifth of 200
 
 
+# Copies and repairs
+
+
+def test_a_copy_in_another_process_reads_the_same(folder: Path) -> None:
+    """Loader processes that are not forked get a pickled copy."""
+    source: Any = shard_data(folder, size=64).source
+    source.batch_of([(0, 0), (1, 0)])  # opens files and takes memory, which no copy can share
+    copy = pickle.loads(pickle.dumps(source))
+    batches = [reader.batch_of([(2, 0), (5, 0), (2, 0)]) for reader in (source, copy)]
+    assert batches[0].prompts == batches[1].prompts == [source.caption(i) for i in (2, 5, 2)]
+    assert torch.equal(batches[0].pixels, batches[1].pixels)
+    assert torch.equal(batches[0].pixels, source.collate([source[i] for i in (2, 5, 2)]).pixels)
+
+
 # Damage
+
+
+def cached_data(folder: Path, broken: int) -> ShardData:
+    """A streamed cache of four samples with one latent each; the text of one of them holds a value that is not finite,
+    under a checksum that fits."""
+    sizes = [[2, 2]]
+
+    def make(rows: range, advance: Callable[[int], object]) -> Iterator[Sample]:
+        for row in rows:
+            text = pack_text(Conditioning(torch.full((1, 2, 3), float(row + 1))), "fp32")
+            if row == broken:
+                text = text.replace(struct.pack("<f", row + 1.0), struct.pack("<f", float("nan")))
+            latents = pack_latents(torch.full((1, 2, 2), float(row)), None, "fp32")
+            files = {"txt": b"number %d" % row, TEXT: text, latents_name((2, 2)): latents}
+            yield f"{row}", files, {"usable": 1, "bucket": 0, "text": row}
+
+    settings = {"buckets": [{"pixels": [16, 16], "sizes": sizes}], "identity": {}, "deduplicate": False}
+    job = Job(folder, "cache", 4, 4, settings)
+    job.claim()
+    assert job.run(make) is not None
+    return ShardData(f"pipe:cat {folder}/00000.tar", batch_size=4, manifest=str(folder))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_cached_sample_with_damaged_values_is_replaced_and_named(
+    tmp_path: Path, workers: int, streamed: bool
+) -> None:
+    data = cached_data(tmp_path / "cache", broken=2)
+    if not streamed:
+        data = ShardData(str(tmp_path / "cache"), batch_size=4)
+    data.workers = workers
+    (batch,) = loader(data, total=1)
+    rows = [int(prompt.rsplit(" ", 1)[1]) for prompt in batch.prompts]
+    assert len(rows) == 4 and set(rows) == {0, 1, 3}
+    assert batch.cached.conditioning.embeds[:, 0, 0].tolist() == [row + 1.0 for row in rows]
+    assert batch.cached.posteriors[(2, 2)][0][:, 0, 0, 0].tolist() == [float(row) for row in rows]
+    (reason,) = batch.skipped
+    name = r"00000\.tar, 2: " if streamed else r"00000\.tar, sample 2: "
+    assert re.search(name + "embeds0 has values that are not finite$", reason)
 
 
 def damage(folder: Path, row: int, keep: int = 10) -> str:
@@ -292,7 +352,7 @@ def test_a_stream_names_the_shard_that_breaks_off(tmp_path: Path, place: str) ->
     for url in (f"pipe:cat {folder}/00001.tar", f"{folder}/00001.tar", f"file://{folder}/00001.tar"):
         *good, last = read_shard(url)
         assert [sample["__key__"] for sample in good] == ["00000004", "00000005"][: len(good)] and good
-        assert last["bad"].startswith(f"{url}: unexpected end of data; it breaks off after {len(good)} sample")
+        assert last.reason.startswith(f"{url}: unexpected end of data; it breaks off after {len(good)} sample")
     data = shard_data(pipe(folder), max_bad=1.0)
     with pytest.warns(
         UserWarning, match=r"skipped a sample \(1 so far\): pipe:cat .*00001\.tar: unexpected end of data"
@@ -314,7 +374,7 @@ def test_whole_streams_are_whole(tmp_path: Path) -> None:
     zipped.write_bytes(gzip.compress(file.read_bytes()))
     for url in (file, bare, zipped):
         found = list(read_shard(f"pipe:cat {url}"))
-        assert len(found) == count and not any("bad" in sample for sample in found), url
+        assert len(found) == count and not any(isinstance(sample, BrokenShard) for sample in found), url
 
 
 def test_a_passing_fault_of_a_remote_read_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from swd.io.files import claim_folder, write_aside, write_json, write_text
+from swd.io import files
+from swd.io.files import blocks, claim_folder, file_hash, in_use, joint_hash, write_aside, write_json, write_text
 from swd.types import UserError
 
 
@@ -100,3 +102,24 @@ def test_of_two_runs_that_start_at_once_one_is_refused(tmp_path: Path) -> None:
         claim_folder(tmp_path / "run", reserve=True)
     with pytest.raises(UserError, match="already holds a run"):
         claim_folder(tmp_path / "run")
+
+
+def test_a_hash_in_parts_is_the_hash_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = bytes(range(256)) * 5
+    path = tmp_path / "data"
+    path.write_bytes(data)
+    whole = hashlib.sha256(data).hexdigest()
+    assert file_hash(path) == whole == joint_hash([data[:7], b"", data[7:]])
+    monkeypatch.setattr(files, "BLOCK", 100)
+    for length in (0, 1, 99, 100, 101, 1279, 1280, 5000):  # the file has 1,280 bytes
+        with open(path, "rb") as stream:
+            parts = list(blocks(stream, length))
+        assert joint_hash(parts) == hashlib.sha256(data[:length]).hexdigest()
+        assert all(0 < len(part) <= 100 for part in parts)
+
+
+def test_a_folder_in_use_is_locked_until_the_end(tmp_path: Path) -> None:
+    with in_use(tmp_path) as free, in_use(tmp_path) as second:
+        assert free and not second
+    with in_use(tmp_path) as again:
+        assert again
