@@ -7,12 +7,13 @@ import re
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from swd.scheduler import ScaleWiseScheduler, pack, position_ids, unpack, upsample
+from swd.scheduler import ScaleWiseScheduler, check_schedule, pack, position_ids, unpack, upsample
 
 SIGMAS, SIZES = [1.0, 0.8, 0.6], [4, 6, 8]
 CHANNELS = 4
@@ -282,3 +283,55 @@ def test_the_variance_preserving_loop_equals_its_closed_form() -> None:
     assert isinstance(scheduler.step(noise, 800, noise, return_dict=False), tuple)
     with pytest.raises(ValueError, match=r"^step called more than 2 times; call set_timesteps first$"):
         scheduler.step(noise, 0, noise)
+
+
+def test_a_call_keeps_the_sizes_that_it_started_with() -> None:
+    """Whatever tokens arrive later, and be they first ones of a larger call by their signs."""
+    scheduler = ScaleWiseScheduler(sigmas=SIGMAS, sizes=SIZES, divisor=2)
+    first = scheduler.initial_latents(1, CHANNELS, generator=seeded(), packed=True)
+    larger = scheduler.initial_latents(1, CHANNELS, 12, 12, generator=seeded(1), packed=True)
+    assert larger.shape == (1, 9, 16)
+    scheduler.step(first, 0, first)
+    assert scheduler.step(larger, 0, larger).prev_sample.shape == (1, 16, 16)
+    assert scheduler.sizes == [(4, 4), (6, 6), (8, 8)]
+
+
+def test_seeds_wrap_around_at_63_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swd.scheduler._latent_seed", lambda row: 2**63 - 1)
+    scheduler = ScaleWiseScheduler(sigmas=[1.0, 0.5], sizes=[2, 2])
+    x = torch.ones(1, CHANNELS, 2, 2)
+    noised = scheduler.step(x, 0, x).prev_sample  # the clean prediction is 0: half the noise is left
+    assert torch.equal(2 * noised, torch.randn(1, CHANNELS, 2, 2, generator=seeded(0)))
+
+
+def test_levels_are_float32_whatever_the_default_dtype() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        scheduler = ScaleWiseScheduler(sigmas=SIGMAS, sizes=SIZES)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert scheduler.sigmas.dtype == scheduler.timesteps.dtype == torch.float32
+
+
+@pytest.mark.parametrize("where", ["", "schedule."])
+def test_a_schedule_that_is_none_is_named_by_its_place(where: str) -> None:
+    for arguments, message in (
+        (([1.0], [4, 6], 1), "{0}sigmas and {0}sizes differ in number: 1 sigmas but 2 sizes; give one size per sigma"),
+        (([], [4], 1), "{0}sigmas is empty; give at least one noise level, e.g. [1.0]"),
+        (([1.0], 4, 1), "{0}sizes is 4; give a list"),
+        (([1.0, 0.5], [4, [2, 4, 4]], 1), "{0}sizes contains (2, 4, 4) beside (4, 4); give sizes that are all alike"),
+        (([1.0], [4], 0), "{0}divisor is 0; use a whole number of at least 1"),
+        (([1.0], [5], 2), "{0}sizes contains (5, 5); height and width must be multiples of 2"),
+        (([1.0, 0.5], [6, 4], 2), "{0}sizes must not shrink, but (4, 4) follows (6, 6)"),
+        (([1.0, 1.0], [6, 6], 2), "{0}sigmas must be strictly decreasing, but 1.0 follows 1.0"),
+        (([1.5], [6], 2), "{0}sigmas contains 1.5; noise levels lie in (0, 1]"),
+        (([None], [6], 2), "{0}sigmas contains None; noise levels are numbers in (0, 1]"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(message.format(where))}$"):
+            check_schedule(*arguments, *([where] if where else []))
+
+
+def test_sizes_may_be_arrays_one_by_one() -> None:
+    levels, sizes = check_schedule(np.array([1.0, 0.5]), [np.array([2, 4, 6]), torch.tensor([3, 4, 6])], 2)
+    assert levels == (1.0, 0.5) and sizes == ((2, 4, 6), (3, 4, 6))
+    assert check_schedule([1], [np.int64(4)]) == ((1.0,), ((4, 4),))
