@@ -482,6 +482,32 @@ def test_a_term_that_is_not_finite_is_named_by_the_checks() -> None:
     assert (1e38 * step.x0_hat.sum()).isinf() and not checks["c"], "the loss alone, with a finite gradient"
 
 
+def test_a_critic_goes_by_its_own_name_or_by_its_terms() -> None:
+    terms: dict[str, LossTerm] = {"a": Fixed("a", 1.0), "b": Fixed("b", 1.0)}
+    terms["a"].critic_name, terms["b"].critic_name = "judge", ""
+    checks: dict[str, Tensor] = {}
+    critic_loss(terms, a_step(CriticStep, FakePass()), checks)
+    assert list(checks) == ["judge", "critic of b"]
+
+
+def test_an_update_is_computed_where_its_latents_lie() -> None:
+    networks, draws = Linear(), SeededDraws(0, 0, 0)
+    source, conditioning = latents(5).to("meta"), text()
+    assert student_x0(networks, Interval(0, 0.75, (2, 2), (2, 2)), source, conditioning, draws).is_meta
+    terms: dict[str, LossTerm] = {"mmd": MMD(blocks=(0,)), "clean": MMD(blocks=(0,), noise="none"), "dmd": DMD()}
+    step = a_step(GeneratorStep, wanted(terms, "generator_pass"))
+    step.x0_hat, step.x0_real = source.clone().requires_grad_(), source
+    features = networks.features
+
+    def checked(role: str, x_t: Tensor, sigma: Tensor, *rest: Any) -> list[Tensor]:
+        assert x_t.is_meta and sigma.is_meta
+        return features(role, x_t, sigma, *rest)
+
+    step.networks.features = checked
+    total, gradient, metrics = generator_gradient(terms, step)
+    assert total.is_meta and gradient.is_meta and all(value.is_meta for value in metrics.values())
+
+
 def test_terms_that_read_the_shared_pass_run_first() -> None:
     """Those with features and a prediction, with features, with a prediction, and with neither; by name within."""
     passes = {

@@ -33,7 +33,9 @@ def test_copies_start_as_the_teacher_and_change_alone() -> None:
         assert (predict(networks, "fake") - expected).abs().max() > 1e-2
         assert all(torch.equal(predict(networks, role), expected) for role in ("student", "teacher"))
         features = networks.features("student", build_latents(), SIGMA, build_conditioning(), (1,))
-        assert torch.equal(networks.x0("student", build_latents(), SIGMA, build_conditioning(), (1,))[1][0], features[0])
+        assert torch.equal(
+            networks.x0("student", build_latents(), SIGMA, build_conditioning(), (1,))[1][0], features[0]
+        )
 
 
 def test_every_weight_of_a_copy_is_trained_and_none_of_the_teacher() -> None:
@@ -74,12 +76,13 @@ def test_copies_of_a_bf16_network_are_float32_and_compute_in_bf16() -> None:
 def test_checkpointing_recomputes_the_blocks_of_every_role_and_changes_no_gradient() -> None:
     found = []
     for checkpointing in (False, True):
-        networks, ran = build(), []
+        networks = build()
+        ran: list[Role] = []
         if checkpointing:
             networks.enable_checkpointing()
         for role in ("student", "fake", "teacher"):
             block = networks.backbone_of(role).network.transformer_blocks[0]
-            block.register_forward_pre_hook(lambda module, given, role=role: ran.append(role))
+            block.register_forward_pre_hook(lambda module, given, role=role, ran=ran: ran.append(role))
         x = build_latents().requires_grad_()
         for role in ("student", "fake", "teacher"):
             networks.x0(role, x, SIGMA, build_conditioning())[0].square().mean().backward()
