@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from itertools import pairwise
 
 import pytest
@@ -196,6 +197,12 @@ def test_a_prediction_without_graph_leaves_features_as_they_are(checkpointing: b
         results.append((x0, *features, torch.autograd.grad(loss, x)[0]))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+        assert (
+            networks.x0("fake", build_latents(), SIGMA, build_conditioning(), (1,), grad_to_features_only=partial)[
+                0
+            ].requires_grad
+            is not partial
+        )
     # x_t itself still carries a graph; the network's prediction does not.
     prediction, _ = networks.backbone.predict(build_latents(), SIGMA, build_conditioning(), (1,), True)
     assert not prediction.requires_grad
@@ -334,7 +341,39 @@ def test_lora_weights_over_a_bf16_base_are_multiplied_in_bf16() -> None:
     seen: list[torch.dtype] = []
     layer.register_forward_hook(lambda module, given, output: seen.append(given[0].dtype))
     predict(networks, "student")
-    assert seen == [torch.bfloat16]
+    default = torch.get_autocast_dtype("cpu")
+    torch.set_autocast_dtype("cpu", torch.float16)
+    try:
+        predict(networks, "student")
+    finally:
+        torch.set_autocast_dtype("cpu", default)
+    assert seen == [torch.bfloat16] * 2, "whatever autocast takes by default"
+
+
+def test_only_the_notice_of_a_second_adapter_is_silenced(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = build_transformer()
+    add = network.add_adapter
+
+    def noisy(*args: object, **options: object) -> None:
+        warnings.warn("something else", UserWarning, stacklevel=2)
+        add(*args, **options)
+
+    monkeypatch.setattr(network, "add_adapter", noisy)
+    with pytest.warns(UserWarning) as caught:
+        SharedBase(SD3Backbone(network), rank=2)
+    assert {str(warning.message) for warning in caught} == {"something else"}
+
+
+def test_checkpointed_blocks_get_their_keyword_arguments() -> None:
+    networks = build_networks(checkpointing=True)
+
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, factor: float) -> Tensor:
+            return factor * x.square()
+
+    x = torch.tensor([2.0], requires_grad=True)
+    networks.backbone.network._gradient_checkpointing_func(Scaled(), x, factor=3.0).backward()
+    assert x.grad.item() == 12
 
 
 @pytest.mark.parametrize(
