@@ -141,6 +141,27 @@ def test_an_adapter_describes_itself(tmp_path: Path) -> None:
     assert adapter.hash == hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
+def test_an_adapter_goes_onto_a_pipeline_in_the_network_s_own_dtype(tmp_path: Path) -> None:
+    class Kind:
+        subfolder = "unet"
+
+        def __init__(self, network: Any) -> None:
+            assert network == "the network"
+            self.dtype = torch.bfloat16
+
+    given: list[dict[str, Tensor]] = []
+    pipe = SimpleNamespace(unet="the network", load_lora_weights=given.append)
+    model: Any = SimpleNamespace(
+        backbone_class=Kind, network=lambda device: SimpleNamespace(network=f"base on {torch.device(device)}")
+    )
+    adapter = Adapter(pair(), tmp_path)
+    adapter.load_into(pipe, model)
+    assert given[0].keys() == {"unet.q.lora_A.weight", "unet.q.lora_B.weight"}
+    assert torch.equal(given[0]["unet.q.lora_B.weight"], B.bfloat16())
+    assert given[0]["unet.q.lora_A.weight"].dtype == torch.bfloat16
+    assert adapter.network(model) == "base on cpu" and adapter.network(model, "meta") == "base on meta"
+
+
 @pytest.mark.parametrize(
     ("names", "alpha", "factor"),
     [
