@@ -59,7 +59,7 @@ def says(message: str, kind: type[Exception] = UserError) -> Any:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Two shards of other endings and columns: three samples, then one."""
-    whole = tmp_path / "shards"
+    whole = tmp_path / "fox_X"
     write_shard(whole, 0, iter(SAMPLES))
     write_shard(whole, 1, iter([("d", {"json": b"[1]"}, {"width": 9})]))
     write_manifest(whole, "pictures", 2, {"made": "for tests"})
@@ -510,6 +510,13 @@ def test_damage_is_named_by_sample_and_ending(folder: Path) -> None:
     file.unlink()
     with pytest.raises(CorruptSample, match=rf"^{folder}/00000\.tar cannot be read \(\[Errno 2\].*\)$"):
         ShardSet(str(folder)).read(2, ["txt"])
+
+
+def test_no_more_is_read_than_asked_for(folder: Path) -> None:
+    for found in (ShardSet(str(folder)), ShardSet(f"file://{folder}")):
+        assert found._read_range(0, 512, 515).tobytes() == b"one"
+        assert len(found._read_range(0, 512, 2**40)) == (folder / "00000.tar").stat().st_size - 512
+        assert len(found._read_range(0, 2**40, 2**40 + 5)) == 0
 
 
 def place(offset: int, size: int) -> Place:
