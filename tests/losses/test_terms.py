@@ -489,22 +489,28 @@ def test_a_critic_goes_by_its_own_name_or_by_its_terms() -> None:
     assert list(checks) == ["judge", "critic of b"]
 
 
+class OnOneDevice(Linear):
+    """Networks that find all that they are given on the device of the latents."""
+
+    def x0(self, role: str, x_t: Tensor, sigma: Tensor, *rest: Any, **more: Any) -> Any:
+        assert sigma.device == x_t.device == torch.device("meta")
+        return super().x0(role, x_t, sigma, *rest, **more)
+
+    def features(self, role: str, x_t: Tensor, sigma: Tensor, *rest: Any) -> list[Tensor]:
+        assert sigma.device == x_t.device == torch.device("meta")
+        return super().features(role, x_t, sigma, *rest)
+
+
 def test_an_update_is_computed_where_its_latents_lie() -> None:
-    networks, draws = Linear(), SeededDraws(0, 0, 0)
-    source, conditioning = latents(5).to("meta"), text()
-    assert student_x0(networks, Interval(0, 0.75, (2, 2), (2, 2)), source, conditioning, draws).is_meta
+    networks, draws = OnOneDevice(), SeededDraws(0, 0, 0)
+    source = latents(5).to("meta")
+    assert student_x0(networks, Interval(0, 0.75, (2, 2), (2, 2)), source, text(), draws).is_meta
     terms: dict[str, LossTerm] = {"mmd": MMD(blocks=(0,)), "clean": MMD(blocks=(0,), noise="none"), "dmd": DMD()}
     step = a_step(GeneratorStep, wanted(terms, "generator_pass"))
-    step.x0_hat, step.x0_real = source.clone().requires_grad_(), source
-    features = networks.features
-
-    def checked(role: str, x_t: Tensor, sigma: Tensor, *rest: Any) -> list[Tensor]:
-        assert x_t.is_meta and sigma.is_meta
-        return features(role, x_t, sigma, *rest)
-
-    step.networks.features = checked
+    step.networks, step.x0_hat, step.x0_real = networks, source.clone().requires_grad_(), source
     total, gradient, metrics = generator_gradient(terms, step)
     assert total.is_meta and gradient.is_meta and all(value.is_meta for value in metrics.values())
+    assert len(networks.calls) == 1 + 4 + 2
 
 
 def test_terms_that_read_the_shared_pass_run_first() -> None:
