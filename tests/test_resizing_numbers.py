@@ -42,6 +42,10 @@ def test_a_blend_keeps_the_dtype_and_as_many_frames_are_the_video_itself() -> No
     assert blend_frames(both, 3).flatten(1).tolist() == [[0.0, 1.0, 2.0], [10.0, 20.0, 30.0]]
 
 
+def test_frames_are_blended_where_the_video_lies() -> None:
+    assert blend_frames(video(0.0, 1.0).to("meta"), 3).is_meta
+
+
 def test_frames_are_placed_in_float64_and_blended_in_float32() -> None:
     """Frame k of n lies at `k (count - 1) / (n - 1)`; in float32 it would miss by 3e-5."""
     count, wanted = 1000, 7001

@@ -7,12 +7,13 @@ import re
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from swd.scheduler import ScaleWiseScheduler, pack, position_ids, unpack, upsample
+from swd.scheduler import ScaleWiseScheduler, check_schedule, pack, position_ids, unpack, upsample, vp_timestep
 
 SIGMAS, SIZES = [1.0, 0.8, 0.6], [4, 6, 8]
 CHANNELS = 4
@@ -196,7 +197,7 @@ def test_stored_noise_of_a_seed() -> None:
 
 def test_a_mark_turns_signs_by_the_size() -> None:
     """Marked are latents whose first size alone would lead elsewhere: one to 32 of their signs are turned."""
-    scheduler = ScaleWiseScheduler(sigmas=[1.0, 0.5], sizes=[4, 8], divisor=1)
+    scheduler = ScaleWiseScheduler(sigmas=SIGMAS, sizes=[4, 6, 8], divisor=1)
     plain = torch.randn(2, CHANNELS, 4, 4, generator=seeded())
     for final in ((9, 8), (8, 7), (9, 9)):
         made = scheduler.initial_latents(2, CHANNELS, *final, generator=seeded())
@@ -212,7 +213,7 @@ def test_a_mark_turns_signs_by_the_size() -> None:
 
 def test_a_number_of_steps_or_levels_of_its_own_is_refused() -> None:
     scheduler = ScaleWiseScheduler(sigmas=SIGMAS, sizes=SIZES)
-    for near in ([1.0, 0.8009, 0.6], [1.0, 2 / 3, 1 / 3]):
+    for near in ([1.0, 0.8009, 0.6], [1.0, 2 / 3, 1 / 3 + 4e-6]):
         scheduler.set_timesteps(sigmas=near)
     for far in ([1.0, 0.802, 0.6], [1.0, 2 / 3, 1 / 3 + 1e-4]):
         with pytest.raises(ValueError, match=r"^sigmas=\[1\.0, .*\] differ from this model's schedule \[1\.0, 0\.8, 0"):
@@ -282,3 +283,146 @@ def test_the_variance_preserving_loop_equals_its_closed_form() -> None:
     assert isinstance(scheduler.step(noise, 800, noise, return_dict=False), tuple)
     with pytest.raises(ValueError, match=r"^step called more than 2 times; call set_timesteps first$"):
         scheduler.step(noise, 0, noise)
+
+
+def test_a_call_keeps_the_sizes_that_it_started_with() -> None:
+    """Whatever tokens arrive later, and be they first ones of a larger call by their signs."""
+    scheduler = ScaleWiseScheduler(sigmas=SIGMAS, sizes=SIZES, divisor=2)
+    first = scheduler.initial_latents(1, CHANNELS, generator=seeded(), packed=True)
+    larger = scheduler.initial_latents(1, CHANNELS, 12, 12, generator=seeded(1), packed=True)
+    assert larger.shape == (1, 9, 16)
+    scheduler.step(first, 0, first)
+    assert scheduler.step(larger, 0, larger).prev_sample.shape == (1, 16, 16)
+    assert scheduler.sizes == [(4, 4), (6, 6), (8, 8)]
+
+
+def test_seeds_wrap_around_at_63_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swd.scheduler._latent_seed", lambda row: 2**63 - 1)
+    scheduler = ScaleWiseScheduler(sigmas=[1.0, 0.5], sizes=[2, 2])
+    x = torch.ones(1, CHANNELS, 2, 2)
+    noised = scheduler.step(x, 0, x).prev_sample  # the clean prediction is 0: half the noise is left
+    assert torch.equal(2 * noised, torch.randn(1, CHANNELS, 2, 2, generator=seeded(0)))
+
+
+def test_levels_are_float32_whatever_the_default_dtype() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        scheduler = ScaleWiseScheduler(sigmas=SIGMAS, sizes=SIZES)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert scheduler.sigmas.dtype == scheduler.timesteps.dtype == torch.float32
+
+
+@pytest.mark.parametrize("where", ["", "schedule."])
+def test_a_schedule_that_is_none_is_named_by_its_place(where: str) -> None:
+    for arguments, message in (
+        (([1.0], [4, 6], 1), "{0}sigmas and {0}sizes differ in number: 1 sigmas but 2 sizes; give one size per sigma"),
+        (([], [4], 1), "{0}sigmas is empty; give at least one noise level, e.g. [1.0]"),
+        (([1.0], 4, 1), "{0}sizes is 4; give a list"),
+        (([1.0, 0.5], [4, [2, 4, 4]], 1), "{0}sizes contains (2, 4, 4) beside (4, 4); give sizes that are all alike"),
+        (([1.0], [4], 0), "{0}divisor is 0; use a whole number of at least 1"),
+        (([1.0], [5], 2), "{0}sizes contains (5, 5); height and width must be multiples of 2"),
+        (([1.0, 0.5], [6, 4], 2), "{0}sizes must not shrink, but (4, 4) follows (6, 6)"),
+        (([1.0, 1.0], [6, 6], 2), "{0}sigmas must be strictly decreasing, but 1.0 follows 1.0"),
+        (([1.5], [6], 2), "{0}sigmas contains 1.5; noise levels lie in (0, 1]"),
+        (([None], [6], 2), "{0}sigmas contains None; noise levels are numbers in (0, 1]"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(message.format(where))}$"):
+            check_schedule(*arguments, *([where] if where else []))
+
+
+def test_sizes_may_be_arrays_one_by_one() -> None:
+    levels, sizes = check_schedule(np.array([1.0, 0.5]), [np.array([2, 4, 6]), torch.tensor([3, 4, 6])], 2)
+    assert levels == (1.0, 0.5) and sizes == ((2, 4, 6), (3, 4, 6))
+    assert check_schedule([1], [np.int64(4)]) == ((1.0,), ((4, 4),))
+
+
+def test_of_later_position_ids_only_the_dtype_counts() -> None:
+    scheduler, network = attached()
+    scheduler.set_timesteps(3)
+    x = scheduler.initial_latents(1, CHANNELS, packed=True)
+    for step, size in enumerate(SIZES):
+        ids = position_ids((8, 8)) if step == 0 else torch.zeros(16, 3)
+        x = scheduler.step(network(hidden_states=x, img_ids=ids), 0, x).prev_sample
+        assert torch.equal(network.ids[-1], position_ids((size, size)))
+
+
+def test_a_step_of_the_variance_preserving_process_is_rounded_and_bounded() -> None:
+    sigmas = torch.tensor([0.0, 0.0004, 0.0006, 0.0014, 0.5, 0.9994, 1.0])
+    assert vp_timestep(sigmas).tolist() == [0, 0, 1, 1, 500, 999, 999]
+    assert vp_timestep(torch.tensor(0.7, dtype=torch.bfloat16)).item() == 699  # bf16 has 0.69921875
+
+
+def test_predictions_are_kept_in_the_dtype_of_the_latents() -> None:
+    scheduler = ScaleWiseScheduler(sigmas=SIGMAS, sizes=SIZES)
+    scheduler.keep_x0 = True
+    x = torch.ones(1, CHANNELS, 4, 4, dtype=torch.bfloat16)
+    scheduler.step(x / 2, 0, x)
+    assert scheduler.x0_predictions[0].dtype == torch.bfloat16
+
+
+def test_noise_is_added_where_the_latents_lie() -> None:
+    for kind in ("flow", "epsilon"):
+        scheduler = ScaleWiseScheduler(sigmas=SIGMAS, sizes=SIZES, prediction_type=kind)
+        x = torch.ones(1, CHANNELS, 4, 4)
+        assert scheduler.add_noise(x.to("meta"), x, 500).is_meta
+
+
+def test_what_a_call_cannot_start_from_is_said_in_full() -> None:
+    scheduler = ScaleWiseScheduler(sigmas=SIGMAS, sizes=SIZES, divisor=2)
+    large = torch.ones(1, CHANNELS, 8, 8)
+    message = (
+        "the first latent has size (8, 8), but this schedule starts at (4, 4) and ends at (8, 8): the call would end "
+        "at (16, 16). Pass latents=scheduler.initial_latents(..) for the final size, or height and width (num_frames) "
+        "of the first size alone (SANA: with use_resolution_binning=False)"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        scheduler.step(large, 0, large)
+    scheduler.set_timesteps()
+    made = [scheduler.initial_latents(1, CHANNELS, *final, generator=seeded(3)) for final in ((8, 8), (10, 8))]
+    both = torch.cat(made)
+    message = "latents of one call were made for final sizes (8, 8) and (10, 8); call twice"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        scheduler.step(both, 0, both)
+    scheduler.set_timesteps()
+    video = torch.ones(1, CHANNELS, 2, 4, 4)
+    message = "initial latent has size (2, 4, 4), the schedule's first size is (4, 4)"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        scheduler.step(video, 0, video)
+    for wrong in ((2, 8, 8), (8,)):
+        with pytest.raises(ValueError, match="zip"):
+            scheduler.sizes_ending_at(wrong)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "first", "too_large"),
+    [
+        ([4, 8], (1, 100), True),  # hardly any side after rounding, but of far more area
+        ([4, 8], (1, 18), False),
+        ([[6, 20, 34], [21, 60, 104]], (6, 30, 52), True),
+        ([[6, 20, 34], [21, 60, 104]], (7, 20, 34), True),
+        ([[4, 8, 8], [8, 8, 8]], (5, 8, 8), True),
+        ([[4, 4, 4], [4, 8, 8]], (5, 4, 4), False),
+        ([[4, 4, 4], [4, 8, 8]], (6, 4, 4), True),
+    ],
+)
+def test_a_first_size_has_about_the_area_and_the_frames_of_the_schedules(
+    sizes: list[Any], first: tuple[int, ...], too_large: bool
+) -> None:
+    scheduler = ScaleWiseScheduler(sigmas=[1.0, 0.5], sizes=sizes)
+    x = torch.ones(1, 1, *first)
+    if not too_large:
+        assert scheduler.step(x, 0, x).pred_original_sample.shape[2:] == first
+        return
+    with pytest.raises(
+        ValueError, match=f"^the first latent has size {re.escape(str(first))}, but this schedule starts"
+    ):
+        scheduler.step(x, 0, x)
+
+
+def test_videos_grow_in_space_and_time() -> None:
+    """Each frame as a picture is, then frames blended: the first and the last stay."""
+    x = torch.randn(2, 3, 2, 4, 4, generator=seeded())
+    grown = upsample(x, (3, 6, 8))
+    first, last = (upsample(x[:, :, frame], (6, 8)) for frame in (0, 1))
+    assert_close(grown, torch.stack([first, (first + last) / 2, last], 2), rtol=0, atol=1e-6)

@@ -192,3 +192,21 @@ def test_what_is_no_safetensors_file_says_so() -> None:
     for change in ({"dtype": "F64"}, {"shape": [3]}, {"data_offsets": [2]}, {"data_offsets": None}):
         with pytest.raises(CorruptSample, match=r"^no safetensors file \(.+\)$"):
             view(file({"v": good | change}))
+
+
+def test_a_text_has_at_most_so_many_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "MOST_VALUES", 6)
+    Assembler(1).text(0, a_text())
+    monkeypatch.setattr(cache, "MOST_VALUES", 5)
+    with pytest.raises(CorruptSample, match=r"^a text of shape \[2, 3\] with rows \[\[2, 3\]\] is none$"):
+        Assembler(1).text(0, a_text())
+
+
+def test_reasons_are_cut_at_80_characters() -> None:
+    scaled = {"embeds0": torch.ones(2, 3, dtype=torch.int8), "embeds0_scale": torch.ones(3)}
+    with pytest.raises(CorruptSample, match=r"^texts do not belong to one cache \(The size of tensor .{61}\)$"):
+        Assembler(1).text(0, a_text(**scaled))
+    data = bytes(packed(v=torch.ones(1))).replace(b'"F32"', b'"' + b"X" * 100 + b'"')
+    header = data[8 : data.index(b"}}") + 2]
+    with pytest.raises(CorruptSample, match=r"^no safetensors file \('X{79}\)$"):
+        view(array(len(header).to_bytes(8, "little") + header + bytes(4)))

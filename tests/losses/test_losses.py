@@ -243,9 +243,10 @@ def test_a_generator_update_runs_each_network_once(names: str, fake: list[str], 
 
 def test_terms_that_read_features_share_one_forward_and_its_graph() -> None:
     def make() -> dict[str, LossTerm]:
-        terms = make_terms("dmd+gan") | {"other": GAN(blocks=(0,), weight=0.7)}
+        terms = make_terms("dmd+gan") | {"other": GAN(blocks=(0,), weight=0.7), "third": GAN(blocks=(2,), weight=0.2)}
         torch.manual_seed(1)
-        terms["other"].build(WIDTH)
+        for name in ("other", "third"):
+            terms[name].build(WIDTH)
         return terms
 
     together = make()

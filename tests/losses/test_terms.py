@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +15,10 @@ from torch.testing import assert_close
 from swd.diffusion import RectifiedFlow
 from swd.losses import DMD, GAN, MMD, CriticStep, FakePass, GeneratorStep, LossTerm
 from swd.losses import functional as L
+from swd.losses.base import ModelFacts
 from swd.losses.gan_head import GANHead
 from swd.losses.update import critic_loss, generator_gradient, settle, student_x0, trainers, wanted
-from swd.schedule import Interval
+from swd.schedule import Interval, ScaleSchedule
 from swd.types import Conditioning, SeededDraws, UserError
 
 WIDTH = 8
@@ -171,6 +173,67 @@ def test_what_a_term_cannot_use_is_refused_by_its_name(make: Any, message: str) 
     with pytest.raises(UserError) as caught:
         make()
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+class FourBlocks:
+    """A network with feature blocks 0 to 3."""
+
+    def check_block(self, block: int) -> None:
+        if block > 3:
+            raise UserError(f"no block {block}")
+
+
+def a_model(poor: bool = False) -> ModelFacts:
+    return ModelFacts("sd3", RectifiedFlow(), FourBlocks(), poor)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DMD(indices=(0, 28)), "loss.x.indices=[0, 28]; use [low, high] with 0 <= low <= high <= 27"),
+        (lambda: DMD(critic_indices=(-1, 27)), "loss.x.critic_indices=[-1, 27]; use [low, high] with 0 <= low"),
+        (lambda: GAN(blocks=(0, 4)), "loss.x.blocks: no block 4"),
+        (lambda: GAN(blocks=(0,), indices=(3, 2)), "loss.x.indices=[3, 2]; use"),
+        (lambda: GAN(blocks=(0,), critic_indices=(0, 28)), "loss.x.critic_indices=[0, 28]; use"),
+        (lambda: MMD(blocks=(4, 0)), "loss.x.blocks: no block 4"),
+        (lambda: MMD(blocks=(0,), indices=(-1, 0)), "loss.x.indices=[-1, 0]; use"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_by_its_key(make: Any, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make().check("loss.x", a_model(), ScaleSchedule([1.0], [4]))
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_terms_at_the_ends_of_the_table_fit_without_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for term in (
+            DMD(indices=(0, 27), critic_indices=(27, 27)),
+            GAN(blocks=(0, 3), indices=(0, 0), critic_indices=(0, 27)),
+            MMD(blocks=(3,), indices=(27, 27)),
+        ):
+            term.check("loss.x", a_model(), ScaleSchedule([1.0], [4]))
+
+
+def test_dmd_warns_of_a_teacher_that_draws_poorly_at_low_resolution() -> None:
+    with pytest.warns(UserWarning) as caught:
+        DMD().check("loss.x", a_model(poor=True), ScaleSchedule([1.0], [4]))
+    assert [str(warning.message) for warning in caught] == [
+        "DMD is known to fail on sd3: its teacher draws poorly at low resolution, where DMD then leads the student "
+        "(SwD paper, appendix B); loss=mmd is what works"
+    ]
+
+
+def test_sets_of_a_batch_are_compared_on_one_process_alone() -> None:
+    term = MMD(reduce="batch")
+    term.check_processes("loss.x", 1)
+    with pytest.raises(UserError) as caught:
+        term.check_processes("loss.x", 2)
+    assert str(caught.value) == (
+        "loss.x.reduce=batch compares the whole batch as one set, which 2 processes cannot share; "
+        "use loss.x.reduce=image, or one process (trainer.devices=1)"
+    )
 
 
 def test_zero_weights_and_the_longest_head_are_taken() -> None:
@@ -416,6 +479,38 @@ def test_a_term_that_is_not_finite_is_named_by_the_checks() -> None:
     checks = {}
     generator_gradient({"c": Fixed("c", 1e38)}, step := a_step(GeneratorStep, FakePass()), checks)
     assert (1e38 * step.x0_hat.sum()).isinf() and not checks["c"], "the loss alone, with a finite gradient"
+
+
+def test_a_critic_goes_by_its_own_name_or_by_its_terms() -> None:
+    terms: dict[str, LossTerm] = {"a": Fixed("a", 1.0), "b": Fixed("b", 1.0)}
+    terms["a"].critic_name, terms["b"].critic_name = "judge", ""
+    checks: dict[str, Tensor] = {}
+    critic_loss(terms, a_step(CriticStep, FakePass()), checks)
+    assert list(checks) == ["judge", "critic of b"]
+
+
+class OnOneDevice(Linear):
+    """Networks that find all that they are given on the device of the latents."""
+
+    def x0(self, role: str, x_t: Tensor, sigma: Tensor, *rest: Any, **more: Any) -> Any:
+        assert sigma.device == x_t.device == torch.device("meta")
+        return super().x0(role, x_t, sigma, *rest, **more)
+
+    def features(self, role: str, x_t: Tensor, sigma: Tensor, *rest: Any) -> list[Tensor]:
+        assert sigma.device == x_t.device == torch.device("meta")
+        return super().features(role, x_t, sigma, *rest)
+
+
+def test_an_update_is_computed_where_its_latents_lie() -> None:
+    networks, draws = OnOneDevice(), SeededDraws(0, 0, 0)
+    source = latents(5).to("meta")
+    assert student_x0(networks, Interval(0, 0.75, (2, 2), (2, 2)), source, text(), draws).is_meta
+    terms: dict[str, LossTerm] = {"mmd": MMD(blocks=(0,)), "clean": MMD(blocks=(0,), noise="none"), "dmd": DMD()}
+    step = a_step(GeneratorStep, wanted(terms, "generator_pass"))
+    step.networks, step.x0_hat, step.x0_real = networks, source.clone().requires_grad_(), source
+    total, gradient, metrics = generator_gradient(terms, step)
+    assert total.is_meta and gradient.is_meta and all(value.is_meta for value in metrics.values())
+    assert len(networks.calls) == 1 + 4 + 2
 
 
 def test_terms_that_read_the_shared_pass_run_first() -> None:

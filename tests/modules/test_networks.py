@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from itertools import pairwise
 
 import pytest
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from tiny import BLOCKS, build_conditioning, build_latents, build_networks, build_transformer
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -195,6 +197,12 @@ def test_a_prediction_without_graph_leaves_features_as_they_are(checkpointing: b
         results.append((x0, *features, torch.autograd.grad(loss, x)[0]))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+        assert (
+            networks.x0("fake", build_latents(), SIGMA, build_conditioning(), (1,), grad_to_features_only=partial)[
+                0
+            ].requires_grad
+            is not partial
+        )
     # x_t itself still carries a graph; the network's prediction does not.
     prediction, _ = networks.backbone.predict(build_latents(), SIGMA, build_conditioning(), (1,), True)
     assert not prediction.requires_grad
@@ -267,6 +275,119 @@ def test_an_adapter_of_another_shape_is_refused() -> None:
     del state[next(iter(state))]
     with pytest.raises(UserError, match="does not fit"):
         networks.load_adapter("student", state)
+
+
+def test_what_does_not_fit_an_adapter_is_said_in_full() -> None:
+    networks = build_networks(rank=4)
+    state = networks.adapter_state("student")
+    key = "transformer_blocks.0.attn.to_q.lora_A.weight"
+    short = {k: v for k, v in state.items() if k != key}
+    count = len(state)
+    for given, message in (
+        (short, f"adapter does not fit this model: {count - 1} tensors, expected {count} (e.g. {key})"),
+        (
+            state | {"a.x": state[key], "z.x": state[key]},
+            f"adapter does not fit this model: {count + 2} tensors, expected {count} (e.g. a.x)",
+        ),
+        (
+            state | {key: state[key][:2]},
+            f"adapter does not fit: {key} has shape (2, 16), expected (4, 16); check the rank",
+        ),
+    ):
+        with pytest.raises(UserError) as caught:
+            networks.load_adapter("student", given)
+        assert str(caught.value) == message
+    assert_same(networks.adapter_state("student"), state)
+
+
+def test_the_state_of_an_adapter_is_a_copy_without_a_graph() -> None:
+    networks = build_networks()
+    state = networks.adapter_state("student")
+    before = {key: value.clone() for key, value in state.items()}
+    assert not any(value.requires_grad for value in state.values())
+    for value in state.values():
+        value.zero_()
+    assert_same(networks.adapter_state("student"), before)
+
+
+def test_student_and_fake_are_the_roles_and_rank_64_the_default() -> None:
+    networks = SharedBase(SD3Backbone(build_transformer()))
+    assert networks.roles == ("student", "fake") and not networks.quantized
+    ranks = {v.shape[0] for k, v in networks.adapter_state("fake").items() if ".lora_A." in k}
+    assert ranks == {64}
+    twin = SharedBase(SD3Backbone(build_transformer()), seed=0)
+    assert_same(networks.adapter_state("student"), twin.adapter_state("student"))
+
+
+def test_seeds_are_those_of_stored_runs() -> None:
+    """Role number r of seed s starts from peft's draws after `manual_seed(2 s + r)`: stored runs depend on it."""
+    networks = SharedBase(SD3Backbone(build_transformer()), rank=4, targets=("to_q", "net.2"), seed=3)
+    for number, role in enumerate(networks.roles):
+        config = LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=["to_q", "net.2"])
+        alone = build_transformer()
+        torch.manual_seed(2 * 3 + number)
+        alone.add_adapter(config, "default")
+        expected = {k: v for k, v in alone.named_parameters() if ".lora_A." in k}
+        state = networks.adapter_state(role)
+        assert len(expected) == len(state) / 2 > 2
+        for key, value in expected.items():
+            assert torch.equal(state[key.replace(".default.", ".")], value), key
+
+
+def test_lora_weights_over_a_bf16_base_are_multiplied_in_bf16() -> None:
+    """peft casts their input up to float32 by itself, which costs memory and time for the same numbers."""
+    networks = build_networks(dtype=torch.bfloat16)
+    layer = networks.backbone.network.transformer_blocks[1].attn.to_q.lora_A["student"]
+    seen: list[torch.dtype] = []
+    layer.register_forward_hook(lambda module, given, output: seen.append(given[0].dtype))
+    predict(networks, "student")
+    default = torch.get_autocast_dtype("cpu")
+    torch.set_autocast_dtype("cpu", torch.float16)
+    try:
+        predict(networks, "student")
+    finally:
+        torch.set_autocast_dtype("cpu", default)
+    assert seen == [torch.bfloat16] * 2, "whatever autocast takes by default"
+
+
+def test_only_the_notice_of_a_second_adapter_is_silenced(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = build_transformer()
+    add = network.add_adapter
+
+    def noisy(*args: object, **options: object) -> None:
+        warnings.warn("something else", UserWarning, stacklevel=2)
+        add(*args, **options)
+
+    monkeypatch.setattr(network, "add_adapter", noisy)
+    with pytest.warns(UserWarning) as caught:
+        SharedBase(SD3Backbone(network), rank=2)
+    assert {str(warning.message) for warning in caught} == {"something else"}
+
+
+def test_checkpointed_blocks_get_their_keyword_arguments() -> None:
+    networks = build_networks(checkpointing=True)
+
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, factor: float) -> Tensor:
+            return factor * x.square()
+
+    x = torch.tensor([2.0], requires_grad=True)
+    networks.backbone.network._gradient_checkpointing_func(Scaled(), x, factor=3.0).backward()
+    assert x.grad.item() == 12
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "private"),
+    [("active_adapters", ["fake"], "_active_adapter"), ("disable_adapters", True, "_active_adapter"),
+     ("disable_adapters", False, "_disable_adapters")],
+)  # fmt: skip
+def test_a_peft_that_works_otherwise_is_noticed_when_networks_are_built(
+    attribute: str, value: object, private: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LoraLayer, attribute, property(lambda layer: value))
+    with pytest.raises(RuntimeError) as caught:
+        SharedBase(SD3Backbone(build_transformer()), rank=2, roles=("student",))
+    assert str(caught.value) == f"this peft version does not follow {private}; swd needs peft 0.17 to 0.21"
 
 
 def test_an_unknown_role_is_refused() -> None:

@@ -144,6 +144,12 @@ def test_right_input_loads_nothing_either(stored: dict[str, Path], tmp_path: Pat
         task.configure_model()
 
 
+def test_names_of_layers_are_checked_for_adapters_alone(stored: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.targets: no linear layer of this model is called 'to_x'"):
+        checked(stored, tmp_path, "model.targets=[to_x]")
+    assert checked(stored, tmp_path, "model.targets=[to_x]", "model.tuning=full").model.tuning == "full"
+
+
 @pytest.mark.parametrize("name", ["sdxl", "wan"])
 def test_dmd_warns_with_the_paper_s_reason(stored: dict[str, Path], tmp_path: Path, name: str) -> None:
     sizes = families.SIZES[name]
