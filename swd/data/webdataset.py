@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-
 from swd.data.buckets import bucket_sizes
 from swd.data.datamodule import (
     LOOKED_AT,
