@@ -62,6 +62,7 @@ def test_copies_of_a_bf16_network_are_float32_and_compute_in_bf16() -> None:
     networks, exact = build(torch.bfloat16), build()
     assert {p.dtype for p in networks.role_parameters("student")} == {torch.float32}
     assert {p.dtype for p in networks.backbone.parameters()} == {torch.bfloat16}
+    assert networks.backbone_of("student").dtype == torch.bfloat16, "that it computes in"
     seen: list[torch.dtype] = []
     for role in ("student", "teacher"):
         layer = networks.backbone_of(role).network.transformer_blocks[1].attn.to_q
