@@ -249,7 +249,7 @@ def read_lora(file: Path) -> Lora:
     prefixes: set[str] = set()
     endings: set[str] = set()
     tensors = _read(file)
-    if not any(key.endswith(tuple(_ENDINGS)) for key in tensors):
+    if not any(_unnamed(key).endswith(tuple(_ENDINGS)) for key in tensors):
         only = f": {min(tensors)} is {_other_kind(min(tensors))}" if tensors else ""
         raise UserError(f"adapter {file} holds no LoRA weights{only}")
 
@@ -272,8 +272,14 @@ def read_lora(file: Path) -> Lora:
     up = weights["up"]
     for module in sorted({*down, *up, *alphas}):
         _check_pair(module, down.get(module), up.get(module), file)
-    native = endings <= {".lora_A.weight", ".lora_B.weight"} and len(prefixes) == 1
+    named = any(key != _unnamed(key) for key in tensors)  # diffusers writes no adapter names into keys
+    native = endings <= {".lora_A.weight", ".lora_B.weight"} and len(prefixes) == 1 and not named
     return Lora(down, up, alphas, native, prefixes.pop().removesuffix(".") if len(prefixes) == 1 else "")
+
+
+def _unnamed(key: str) -> str:
+    """A key without the name of peft's default adapter, which a saved state dict of a whole peft model has."""
+    return key.replace(".default.", ".")
 
 
 def _split(key: str, prefix: str, file: Path) -> tuple[str, str]:
@@ -285,7 +291,7 @@ def _split(key: str, prefix: str, file: Path) -> tuple[str, str]:
     plain = key.removeprefix(prefix)
     for other in _PREFIXES:  # a further prefix, as peft models write it
         plain = plain.removeprefix(other)
-    plain = plain.replace(".default.", ".")
+    plain = _unnamed(plain)
     for start, kind in _NOT_THE_NETWORK.items():
         if key.startswith(start) or plain.startswith(start):
             raise UserError(

@@ -19,29 +19,11 @@ import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
 from swd.data import shards
-from swd.data.shards import (
-    MANIFEST,
-    CorruptSample,
-    Index,
-    Place,
-    Scratch,
-    ShardSet,
-    ShardWriter,
-    check_inside,
-    fault,
-    first_line,
-    is_count,
-    is_done,
-    manifest_hash,
-    parse_index,
-    read_manifest,
-    shard_name,
-    split_name,
-    sum_of_words,
-    write_manifest,
-    write_shard,
-    xxh3,
-)
+from swd.data.manifest import MANIFEST, check_inside, is_count, manifest_hash, read_manifest
+from swd.data.shard_index import Index, parse_index, sum_of_words, xxh3
+from swd.data.shard_writer import ShardWriter, fault, is_done, shard_name, write_manifest, write_shard
+from swd.data.shards import CorruptSample, Place, Scratch, ShardSet, split_name
+from swd.io.storage import first_line
 from swd.types import UserError
 
 SAMPLES: list[tuple[str, Mapping[str, bytes], Mapping[str, int]]] = [

@@ -490,3 +490,11 @@ def test_a_whole_student_is_written_with_its_schedule_and_record(tmp_path: Path)
     }  # fmt: skip
     recorded = json.loads((folder / CHECKSUMS).read_text())["sha256"]
     assert recorded["x.safetensors"] == hashlib.sha256((folder / "x.safetensors").read_bytes()).hexdigest()
+
+
+def test_the_name_of_the_default_adapter_in_keys_changes_nothing_but_who_else_reads_them(tmp_path: Path) -> None:
+    plain = read_lora(stored(tmp_path, pair(prefix="transformer."), "plain.safetensors"))
+    named = pair(prefix="transformer.", a=".lora_A.default.weight", b=".lora_B.default.weight")
+    found = read_lora(stored(tmp_path, named, "named.safetensors"))
+    assert found.down["q"].equal(plain.down["q"]) and found.up["q"].equal(plain.up["q"])
+    assert plain.as_diffusers and not found.as_diffusers
