@@ -24,7 +24,7 @@ REAL = [-1, 0, 0.5, 1, 4.5, 7, 100, 1e6, 1e308, "nan", "inf", "-inf", "null", "x
 TEXT = ["null", "x", "''", "a/b", "[1]", "{a:1}", "true", "..", "0", "é"]
 MODEL = {
     "model.teacher_steps": WHOLE,
-    "model.guidance_scale": REAL,
+    "model.drawing_guidance_scale": REAL,
     "model.max_text_tokens": WHOLE,
     "model.size": [*WHOLE, "[16,16]", "[8,16,16]", "[]", "x"],
     "model.rank": WHOLE,
@@ -65,7 +65,6 @@ OVERRIDES: dict[str, dict[str, list[Any]]] = {
         "posterior": [*TEXT, "draw", "mean"],
         "deduplicate": [*TEXT, "false"],
         "data.workers": WHOLE,
-        "data.batch_size": WHOLE,
         "data.multiple": WHOLE,
         "data.size": [*WHOLE, "[64,64]", "[128,128]", "x"],
         "data.buckets": ["null", "[]", "['1:1']", "['1:1','4:3']", "[x]", "['1:0']", "['9:1e9']", "['1:99999']"],
