@@ -1,4 +1,7 @@
-"""The schema: every config node with a `_target_` is checked against an allow list and the constructor's signature."""
+"""Checks configurations and builds what they describe.
+
+Every node with a `_target_` must name a class on an allow list, with arguments that fit its constructor's signature.
+"""
 
 from __future__ import annotations
 
@@ -23,22 +26,27 @@ from omegaconf.resolvers import oc
 
 from swd.io.limits import LARGEST_FLOAT, LARGEST_INTEGER, RANGES
 from swd.io.masking import is_secret, mask, mask_url, secrets_of_environment
-from swd.types import UserError
+from swd.types import UserError, WrongProcess
 
 NODES = ("task", "model", "schedule", "data", "trainer", "logger")
 """Groups whose option is one constructor."""
 COLLECTIONS = ("loss", "callbacks")
-"""Groups whose option is several constructors by name."""
+"""Groups whose option is a dictionary of constructors, each under a name of its own."""
 OPTIONAL = ("callbacks", "logger")
 """Groups that may be left out: `callbacks=null`."""
 GIVEN: Mapping[str, Sequence[str]] = {"task": ("model", "schedule", "loss")}
-"""Groups that are built once and given to what another group names, as far as its constructor has such arguments."""
+"""Groups that are built once and passed to the constructor of another group, if it has an argument of that name."""
 REFERRED = ("recipe", "sample_prompts")
 """Keys at the root that are read only where another one refers to them, as in `lr: ${recipe.lr}`."""
+SCHEDULES: Mapping[str, tuple[str, str]] = {
+    "flow": ("image_4step, image_6step or the model's own", "full_4step or full_2step"),
+    "epsilon": ("sdxl_4step", "sdxl_full_4step or sdxl_full_2step"),
+}
+"""Options of `schedule` to recommend, by the process of their noise levels: scale by scale, and all of one size."""
 GROUP = Any
-"""Among the types of a command's root keys: one of the groups above, which is checked by what it builds."""
+"""Marks a root key of a command that is one of the groups above; its values are checked against constructors."""
 SPECIAL = {"_target_", "_convert_", "_partial_"}
-"""Hydra's own keys that a node may hold; what is nested is built first, and arguments are given by name."""
+"""Hydra's own keys that a node may hold; others of the kind `_name_` are refused."""
 
 FOREIGN = {
     "ckpt_path": "resume=FILE",
@@ -58,7 +66,7 @@ FOREIGN = {
     "out": "output=FOLDER",
     "prompt": "prompts='[TEXT]'",
 }
-"""What keys of other programs are called here, in commands that train."""
+"""Names that other programs give to settings, with this project's name for each, for commands that train."""
 FOREIGN_TO: Mapping[str, Mapping[str, str]] = {
     "train": FOREIGN | {"prompt": "sample_prompts='[TEXT]'"},
     "demo": FOREIGN
@@ -70,7 +78,7 @@ FOREIGN_TO: Mapping[str, Mapping[str, str]] = {
     "import": {"output_dir": "out=FOLDER"},
     "export": {"output_dir": "to=FOLDER", "out": "to=FOLDER", "adapter": "run=RUN", "checkpoint": "run=RUN"},
 }
-"""The same by command: the others share keys of training, but do not look at them."""
+"""The same for every command: those that do not train know fewer of these settings, some under other names."""
 
 _command = "train"
 
@@ -128,7 +136,7 @@ ALLOWED: Mapping[str, Collection[str]] = {
         "KubeflowEnvironment",
     ),
 }
-"""All that a configuration may build, by package: classes alone, and none that runs, reads or imports what it is told.
+"""Classes that a configuration may build, by package; none runs or imports code that its arguments name.
 
 `allow='[my_package.MyTerm]'` on the command line adds to it, and nothing else does.
 """
@@ -142,17 +150,18 @@ MOVED: Mapping[str, str] = {
     "swd.modules.pretrain.vae.VAETask": "swd.shapes.train_vae.VAETask",
     "swd.callbacks.fixed.FixedLosses": "swd.callbacks.fixed_losses.FixedLosses",
 }
-"""Names of version 0.1.0 and the names that the same classes have now: its configurations still build and compare."""
+"""Names of classes in version 0.1.0, whose configurations still load, and their names now."""
 
 
-# What is allowed
+# The allow list
 
 
 def allowed_here(cfg: DictConfig) -> tuple[str, ...]:
     """The names that the command line adds to what may be built.
 
     Raises:
-        UserError: for a list that is none, or that comes from a file: whoever sends a file must not grant it anything.
+        UserError: if it is no list of names, or comes from a file: a file that somebody sends must not allow itself
+            anything.
     """
     names = OmegaConf.to_container(cfg, resolve=False).get("allow") or []  # type: ignore[union-attr]
     if not fits(names, list[str]):
@@ -170,7 +179,7 @@ def import_allowed(name: str) -> Any:
     """The class, function or module that the command line allows.
 
     Raises:
-        UserError: if there is none.
+        UserError: if it cannot be imported, or is neither callable nor a module.
     """
     try:
         found = pkgutil.resolve_name(name)
@@ -234,7 +243,7 @@ def check(cfg: DictConfig, root: Mapping[str, Any] | None = None, allow: Collect
     Args:
         cfg: the configuration.
         root: types of the plain values at the root; None: those are not looked at.
-        allow: what may be built beyond `ALLOWED`; None: what the command line says.
+        allow: names that may be built beyond `ALLOWED`; None: those of `allow=` on the command line.
 
     Raises:
         UserError: naming the key, the value and the fix.
@@ -254,7 +263,7 @@ def check(cfg: DictConfig, root: Mapping[str, Any] | None = None, allow: Collect
     allow = allowed_here(cfg) if allow is None else allow
     for group in COLLECTIONS:
         _check_collection(plain.get(group), group)
-    # Groups repeat values of others, the task most of all: name keys where the user knows them.
+    # The task refers to values of other groups; checked last, a wrong value is reported under the key that was set.
     order = sorted(plain, key=lambda key: (key == "task", key in COLLECTIONS))
     _check_node({key: plain[key] for key in order}, "", allow)
     for key, value in plain.items() if root is not None else ():
@@ -270,9 +279,10 @@ def _check_root(plain: dict[str, Any], root: Mapping[str, Any]) -> None:
 
 
 def _check_values(plain: Any, known: Mapping[str, Any], path: str) -> None:
-    """Plain values by name against their types; a type may be such a table again."""
+    """Raise UserError unless plain values have the types of `known`; a type may itself be such a table of types."""
     for key, value in plain.items():
-        where, hint = f"{path}{key}", known.get(key)
+        where = f"{path}{key}"
+        hint = known.get(key)
         if key not in known:
             raise UserError(_unknown_key(where, key, list(known)))
         if isinstance(hint, Mapping):
@@ -281,7 +291,7 @@ def _check_values(plain: Any, known: Mapping[str, Any], path: str) -> None:
             _check_values(value, hint, f"{where}.")
         elif not fits(value, hint):
             raise UserError(_bad_value(where, value, hint))
-        if where == "seed":  # the one number at the root of every command that has it
+        if where == "seed":  # commands check their other numbers, with limits of their own
             _check_range(key, value, where)
         if value == "":
             raise UserError(f"{where} is empty; give {where}=VALUE")
@@ -297,8 +307,8 @@ def _check_group(key: str, value: Any) -> None:
 def check_read(cfg: DictConfig, allow: Collection[str]) -> None:
     """Raise UserError for a key of the command line that nothing reads in this configuration.
 
-    A group that is built is read whole. `REFERRED`, and what the task is not given, is read where another value refers
-    to it.
+    A group that is built is read whole. The keys of `REFERRED`, and groups that the task's constructor does not take,
+    are read only where another value refers to them.
     """
     raw: Any = OmegaConf.to_container(cfg, resolve=False)
     indirect = [key for key in REFERRED if key in raw]
@@ -318,7 +328,7 @@ def references(value: Any, plain: Any) -> set[str]:
     """Dotted names that unresolved values refer to, directly or through one another.
 
     Args:
-        value: where to begin.
+        value: the values whose references are followed.
         plain: the whole configuration, unresolved.
     """
     found: set[str] = set()
@@ -340,7 +350,7 @@ def overrides() -> list[str]:
 
 
 def given_keys() -> list[str]:
-    """Keys that the command line sets or removes, dotted; choices of a group's option are none."""
+    """Keys that the command line sets or removes, dotted; without arguments that choose an option of a group."""
     found = []
     for argument in overrides():
         key, sign, _ = argument.partition("=")
@@ -370,7 +380,7 @@ def check_names(name: Any, output: Any) -> None:
 
 
 def _check_secrets(value: Any, path: str) -> None:
-    """A credential of the environment in an ordinary value would be written into files, names and requests."""
+    """Raise UserError for a credential of the environment in an ordinary value, which files would then hold."""
     if isinstance(value, dict | list):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             if not is_secret(key):
@@ -386,7 +396,7 @@ def _check_secrets(value: Any, path: str) -> None:
 
 
 def _check_collection(nodes: Any, group: str) -> None:
-    """Every entry must be a constructor: a misspelt name would leave a stray dictionary."""
+    """Raise UserError for an entry that is no constructor, as `loss.mdm.weight=1` makes for a misspelt name."""
     if not isinstance(nodes, dict):
         return
     known = [name for name, node in nodes.items() if isinstance(node, dict) and "_target_" in node]
@@ -412,7 +422,7 @@ def _check_node(node: Any, path: str, allow: Collection[str]) -> None:
 
 
 def _check_number(value: float, path: str) -> None:
-    """Infinities and numbers beyond those of the machine are no setting of anything."""
+    """Raise UserError for infinities, NaN, and numbers beyond 64-bit integers and 32-bit floats."""
     if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
         raise UserError(
             f"{path}={value if abs(value) < 10**30 else 'a longer number'} is too large; use at most 2^63 - 1"
@@ -430,6 +440,8 @@ def _check_range(key: str, value: Any, path: str) -> None:
 
 
 def _check_call(node: dict[str, Any], path: str, allow: Collection[str]) -> None:
+    """Raise UserError unless the `_target_` of a node may be built and the other keys fit its signature."""
+    # The signature.
     target = target_of(node["_target_"], path, allow)
     function = target.__init__ if inspect.isclass(target) else target
     try:
@@ -442,6 +454,8 @@ def _check_call(node: dict[str, Any], path: str, allow: Collection[str]) -> None
         hints = get_type_hints(function)
     except Exception:  # a third party's annotations may not resolve; its own checks then apply
         hints = {}
+
+    # Each key against it, and numbers of this project's classes against their ranges.
     ours = str(target.__module__).startswith(("swd.", "lightning."))
     if ours and node.get("_partial_"):
         raise UserError(f"{path}._partial_ is not taken here; {node['_target_']} is built at once")
@@ -457,6 +471,8 @@ def _check_call(node: dict[str, Any], path: str, allow: Collection[str]) -> None
         for number in value if isinstance(value, list) else [value]:
             if ours:
                 _check_range(key, number, f"{path}.{key}")
+
+    # Arguments that are missing.
     for key, parameter in parameters.items():
         required = parameter.default is parameter.empty and parameter.kind in (
             parameter.POSITIONAL_OR_KEYWORD,
@@ -468,7 +484,8 @@ def _check_call(node: dict[str, Any], path: str, allow: Collection[str]) -> None
 
 def fits(value: Any, hint: Any) -> bool:
     """Whether a plain configuration value can be passed where `hint` is annotated."""
-    origin, args = get_origin(hint), get_args(hint)
+    origin = get_origin(hint)
+    args = get_args(hint)
     if hint is Any or (isinstance(value, dict) and "_target_" in value):
         return True
     if origin in (Union, types.UnionType):
@@ -504,7 +521,7 @@ def running_command() -> str:
 
 
 def called_here(key: str) -> str | None:
-    """What a key of another program is called in the command that runs; None if it is no such key."""
+    """This project's name for a setting of another program, in the command that runs; None where there is none."""
     return FOREIGN_TO[_command].get(key)
 
 
@@ -522,7 +539,8 @@ def _bad_value(path: str, value: Any, hint: Any) -> str:
 
 def describe(hint: Any) -> str:
     """A type in words that a user can act on."""
-    origin, args = get_origin(hint), get_args(hint)
+    origin = get_origin(hint)
+    args = get_args(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(describe(arg) for arg in args)
     if origin is Literal:
@@ -540,7 +558,7 @@ def describe(hint: Any) -> str:
 
 
 def first_difference(old: Any, new: Any, path: str = "") -> str | None:
-    """Where two plain configurations differ first, "KEY was OLD, now NEW"; None where they agree."""
+    """The first difference of two plain configurations as "KEY was OLD, now NEW"; None where they agree."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in sorted({*old, *new}, key=str):
             difference = first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
@@ -552,7 +570,7 @@ def first_difference(old: Any, new: Any, path: str = "") -> str | None:
 
 
 def unresolved(error: BaseException) -> str:
-    """What OmegaConf says of a reference, on one line and in the words of the user."""
+    """The message of an OmegaConf error on one line; for a reference to nothing, it names both keys."""
     text = one_line(error)
     found = re.search(r"Interpolation key '([^']+)' not found.*full_key: (\S+)", text)
     return f"{found[2]} refers to {found[1]}, which is not set" if found else text
@@ -583,7 +601,7 @@ def to_plain(cfg: DictConfig | ListConfig) -> Any:
         raise UserError(f"configuration does not resolve: {unresolved(error)}") from None
 
 
-# Building: the only place that calls what a configuration names
+# Building: no other part of the package calls constructors that a configuration names
 
 
 def build(cfg: DictConfig, key: str, allow: Collection[str] | None = None) -> Any:
@@ -592,7 +610,7 @@ def build(cfg: DictConfig, key: str, allow: Collection[str] | None = None) -> An
     Args:
         cfg: the whole configuration.
         key: the group, such as "model" or "callbacks".
-        allow: what may be built beyond `ALLOWED`; None: what the command line says.
+        allow: names that may be built beyond `ALLOWED`; None: those of `allow=` on the command line.
 
     Raises:
         UserError: if the group is missing, names what may not be built, or a constructor refuses its arguments.
@@ -608,7 +626,7 @@ def build(cfg: DictConfig, key: str, allow: Collection[str] | None = None) -> An
 
 
 def own_settings(node: dict[str, Any], key: str, groups: Mapping[str, Any]) -> dict[str, Any]:
-    """A node without the groups that it is given when it is built; version 0.1.0 repeated them in the task.
+    """A node without the groups that its constructor gets built; configurations of version 0.1.0 repeat them there.
 
     Args:
         node: of the group `key`, plain values.
@@ -628,7 +646,7 @@ def own_settings(node: dict[str, Any], key: str, groups: Mapping[str, Any]) -> d
 
 
 def node_of(cfg: DictConfig, key: str) -> dict[str, Any]:
-    """A group of a configuration as plain values; empty where one that may be left out is.
+    """A group of a configuration as plain values; empty for a group that may be left out and is.
 
     Raises:
         UserError: if it is missing.
@@ -647,8 +665,8 @@ def build_node(node: Any, path: str, allow: Collection[str] = ()) -> Any:
 
     Args:
         node: dicts with a `_target_` become objects, wherever they are in it.
-        path: what the node is called, for messages.
-        allow: what may be built beyond `ALLOWED`.
+        path: name of the node in messages.
+        allow: names that may be built beyond `ALLOWED`.
 
     Raises:
         UserError: as `build`.
@@ -659,13 +677,19 @@ def build_node(node: Any, path: str, allow: Collection[str] = ()) -> Any:
 
 def arguments_of(cfg: DictConfig, key: str) -> dict[str, Any]:
     """The arguments that `build` would give the constructor of a group, built."""
-    allow, node = allowed_here(cfg), node_of(cfg, key)
+    allow = allowed_here(cfg)
+    node = node_of(cfg, key)
     _check_node(node, key, allow)
     return {name: _construct(value, f"{key}.{name}", allow) for name, value in node.items() if name not in SPECIAL}
 
 
+def with_schedules(error: WrongProcess) -> UserError:
+    """The error of a schedule that does not fit the model, with the options of `schedule` that do."""
+    return UserError(f"{error}, or use schedule={SCHEDULES[error.needed][error.full_size]}")
+
+
 def _construct(node: Any, path: str, allow: Collection[str], given: Mapping[str, Any] | None = None) -> Any:
-    """What a checked node describes; `given` are arguments of its own constructor that are built already."""
+    """Build a checked node; `given` holds arguments of its constructor that are built already."""
     if isinstance(node, list):
         return [_construct(value, f"{path}[{i}]", allow) for i, value in enumerate(node)]
     if not isinstance(node, dict):
@@ -679,6 +703,8 @@ def _construct(node: Any, path: str, allow: Collection[str], given: Mapping[str,
         return partial(target, **values)
     try:
         return target(**values)
+    except WrongProcess as error:
+        raise with_schedules(error) from None
     except UserError:
         raise
     except ValueError as error:  # a constructor refused what the configuration gave it
@@ -686,15 +712,15 @@ def _construct(node: Any, path: str, allow: Collection[str], given: Mapping[str,
     except Exception as error:
         if not str(target.__module__).startswith("lightning."):
             raise
-        # Whatever a third party's constructor raises comes from the arguments, or from a package that is missing.
+        # A constructor of Lightning fails because of its arguments or of a missing package, whatever it raises.
         raise UserError(f"{path}: {type(error).__name__}: {one_line(error)}") from error
 
 
-# What is read from a run or an export of somebody else
+# Reading recorded configurations, which may come from somebody else
 
 
 class _Values(yaml.SafeLoader):
-    """Plain values alone: no tags, no anchors, no key twice."""
+    """A YAML loader that takes plain values only: no tags, no anchors, no key twice."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent) or getattr(self.peek_event(), "anchor", None):  # type: ignore[no-untyped-call]
@@ -715,7 +741,7 @@ _Values.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 LARGEST_RECORD = 2**20
-"""Bytes of a recorded configuration; ours take about 5,000."""
+"""Most bytes of a recorded configuration; ours take about 5,000."""
 
 
 def read_recorded(file: Path) -> dict[str, Any]:
@@ -761,10 +787,10 @@ def check_recorded(node: Any, key: str, target: str, file: Path) -> None:
     """Raise UserError unless a node of a recorded configuration describes `target` by plain values alone.
 
     Args:
-        node: as `read_recorded` gives it.
-        key: what it is called.
-        target: the only `_target_` that it may have, and only at its top.
-        file: where it is from.
+        node: part of the result of `read_recorded`.
+        key: name of the node.
+        target: the only `_target_` that it may have; nodes inside it may have none.
+        file: the recorded configuration, for messages.
     """
     if not isinstance(node, dict):
         raise UserError(f"{file} has no {key}; name it on the command line: {key}=NAME")
@@ -789,14 +815,15 @@ def check_recorded(node: Any, key: str, target: str, file: Path) -> None:
         walk(value, f"{key}.{name}")
 
 
-# What is written down
+# Writing configurations
 
 
 def stored(cfg: DictConfig) -> dict[str, Any]:
-    """A configuration as files keep it: resolved, but for values of the environment, and without credentials.
+    """A configuration for files: resolved, except for values of the environment, and without credentials.
 
-    `${oc.env:NAME}` stays as it is, also inside other values and in what is made of them.
+    `${oc.env:NAME}` stays as it is, also inside other values and in values that refer to those.
     """
+    # Resolve with a marker in the place of each environment variable.
     used: dict[str, str] = {}
 
     def name_it(name: str, *default: Any) -> Any:
@@ -813,6 +840,7 @@ def stored(cfg: DictConfig) -> dict[str, Any]:
     finally:
         OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
 
+    # Put `${oc.env:NAME}` where markers or the variables' values stand.
     def named(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: named(inner) for key, inner in value.items()}
@@ -821,7 +849,7 @@ def stored(cfg: DictConfig) -> dict[str, Any]:
         if not isinstance(value, str):
             return value
         for name, content in used.items():
-            if len(content) >= 4:  # also in what Hydra resolved before, as the folder; shorter ones occur by chance
+            if len(content) >= 4:  # Hydra may have resolved it before, as in `folder`; shorter text occurs by chance
                 value = value.replace(content, f"${{oc.env:{name}}}")
         return re.sub("SWDENV(.+?)SWDEND", r"${oc.env:\1}", value)
 
@@ -830,7 +858,7 @@ def stored(cfg: DictConfig) -> dict[str, Any]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Like OmegaConf's: text that looks like a number is quoted, and nothing is an alias of anything."""
+    """Writes text that looks like a number in quotes, as OmegaConf does, and no aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -848,6 +876,6 @@ _Dumper.add_representer(str, _text)
 
 
 def to_yaml(plain: Any) -> str:
-    """Plain values as YAML that `read_recorded` and OmegaConf read alike."""
+    """Plain values as YAML, which `read_recorded` and OmegaConf read as the same values."""
     text: str = yaml.dump(plain, Dumper=_Dumper, allow_unicode=True, sort_keys=False, default_flow_style=False)
     return text

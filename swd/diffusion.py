@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -17,19 +17,35 @@ from torch import Tensor
 from swd.scheduler import BETAS, vp_scales, vp_timestep
 
 IndexRange = tuple[int, int]
+"""Table indices of noise levels, inclusive at both ends."""
+
+
+class Ranges(NamedTuple):
+    """Noise levels that losses draw from by default, by purpose.
+
+    Attributes:
+        whole: all levels, on which the fake score and the discriminator's head are trained.
+        renoise: levels to which the student's pictures are noised again before fake score, teacher or discriminator
+            judge them.
+        features: levels at which features of generated and real latents are compared without a discriminator.
+    """
+
+    whole: IndexRange
+    renoise: IndexRange
+    features: IndexRange
 
 
 class Process(Protocol):
     """Interface of a diffusion process.
 
     Attributes:
-        ranges: table indices that each loss draws from, inclusive at both ends.
+        ranges: noise levels that losses draw from.
         prediction_type: "flow" where networks predict the velocity, "epsilon" where they predict the noise.
         trained_on: settings of a model's scheduler that give this process's noise levels; settings that the scheduler's
             file leaves out are not compared.
     """
 
-    ranges: ClassVar[dict[str, IndexRange]]
+    ranges: ClassVar[Ranges]
     prediction_type: ClassVar[str]
     trained_on: ClassVar[Mapping[str, Any]]
 
@@ -53,11 +69,10 @@ class Process(Protocol):
 class RectifiedFlow:
     """Rectified flow (SD3.5, FLUX, Wan): networks predict the velocity `eps - x0` (arXiv 2209.03003).
 
-    `ranges` gives the table indices each loss draws from: the critic anywhere, DMD and GAN sigma below 0.79 (released
-    code), MMD below 0.61 (SwD paper, section 4.2).
+    Of the ranges, `renoise` is sigma below 0.79 (released code), `features` sigma below 0.61 (SwD paper, section 4.2).
     """
 
-    ranges: ClassVar[dict[str, IndexRange]] = {"critic": (0, 27), "dmd": (12, 27), "gan": (12, 27), "mmd": (18, 27)}
+    ranges: ClassVar[Ranges] = Ranges(whole=(0, 27), renoise=(12, 27), features=(18, 27))
     prediction_type: ClassVar[str] = "flow"
     trained_on: ClassVar[Mapping[str, Any]] = {}
 
@@ -84,11 +99,11 @@ class VariancePreserving:
     """Discrete variance-preserving diffusion (SDXL): networks predict the noise `eps`.
 
     The level is `sigma = t / 1000`; `t = min(round(1000 sigma), 999)` indexes the signal levels `abar` of Stable
-    Diffusion's scaled-linear table of betas and feeds the network. Index ranges are in units of t: MMD below 400
-    (SwD paper, section 4.2), DMD and GAN up to 790, the critic anywhere.
+    Diffusion's scaled-linear table of betas and feeds the network. Index ranges are in units of t: `renoise` is t up to
+    790 (released code), `features` t below 400 (SwD paper, section 4.2).
     """
 
-    ranges: ClassVar[dict[str, IndexRange]] = {"critic": (0, 999), "dmd": (0, 790), "gan": (0, 790), "mmd": (0, 399)}
+    ranges: ClassVar[Ranges] = Ranges(whole=(0, 999), renoise=(0, 790), features=(0, 399))
     prediction_type: ClassVar[str] = "epsilon"
     trained_on: ClassVar[Mapping[str, Any]] = {**BETAS, "beta_schedule": "scaled_linear", "prediction_type": "epsilon"}
 

@@ -10,18 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swd.scheduler import ScaleWiseScheduler, blend_frames, check_schedule, upsample
-from swd.types import Size, UserError
+from swd.types import Size, UserError, WrongProcess
 
 __all__ = ["Interval", "ScaleSchedule", "downscale", "upsample"]
-
-
-PRESETS = {
-    ("flow", "full"): "full_4step or full_2step",
-    ("flow", "scales"): "image_4step, image_6step or the model's own",
-    ("epsilon", "full"): "sdxl_full_4step or sdxl_full_2step",
-    ("epsilon", "scales"): "sdxl_4step",
-}
-"""Schedules of a process, at full resolution throughout or scale by scale."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +79,9 @@ class ScaleSchedule:
         return ScaleSchedule(self.sigmas, scheduler.sizes_ending_at(final), self.process)
 
     def check_process(self, prediction_type: str) -> None:
-        """Raise UserError if the noise levels are of another process than a model that predicts `prediction_type`."""
-        if self.process in (None, prediction_type):
-            return
-        kind = "full" if len(set(self.sizes)) == 1 else "scales"
-        raise UserError(
-            f"schedule.process={self.process}, but this model's noise levels are of the process {prediction_type}; use "
-            f"schedule={PRESETS[prediction_type, kind]}, or sigmas of your own and schedule.process={prediction_type}"
-        )
+        """Raise WrongProcess if the noise levels are of another process than a model of `prediction_type`."""
+        if self.process not in (None, prediction_type):
+            raise WrongProcess(self.process, prediction_type, full_size=len(set(self.sizes)) == 1)
 
     def scheduler(self, divisor: int = 1, prediction_type: str = "flow") -> ScaleWiseScheduler:
         """The sampler of this schedule.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol
@@ -23,6 +22,24 @@ Checks = dict[str, Tensor]
 
 class UserError(ValueError):
     """Wrong input. The message is one line with the mistake, the value and the fix; the exit code is 2."""
+
+
+class WrongProcess(UserError):
+    """A schedule's noise levels are of another process than the model's.
+
+    Args:
+        process: of the schedule.
+        needed: of the model.
+        full_size: whether all steps of the schedule have one size.
+    """
+
+    def __init__(self, process: str, needed: str, full_size: bool) -> None:
+        super().__init__(
+            f"schedule.process={process}, but this model's noise levels are of the process {needed}; give sigmas of "
+            f"that process and schedule.process={needed}"
+        )
+        self.needed = needed
+        self.full_size = full_size
 
 
 @dataclass(frozen=True)
@@ -208,26 +225,3 @@ def check_shape(name: str, tensor: Tensor, expected: Sequence[int | None]) -> No
     actual = tuple(tensor.shape)
     if len(actual) != len(expected) or any(e is not None and a != e for a, e in zip(actual, expected, strict=True)):
         raise ValueError(f"{name} has shape {actual}, expected {tuple(expected)} (None: any)")
-
-
-def check_number(key: str, value: float, least: float | None = None, above: float | None = None) -> float:
-    """`value` as a float, after a check of its range.
-
-    Args:
-        key: name of the value in the configuration, for the message.
-        least: smallest number allowed; None for no such limit.
-        above: limit that the number must exceed; None for no such limit.
-
-    Raises:
-        UserError: if it is infinite, NaN, or outside the limits.
-    """
-    limit = f" of {least:g} or more" if least is not None else f" above {above:g}" if above is not None else ""
-    wrong = UserError(f"{key}={value}; use a finite number{limit}")
-    try:
-        number = float(value)
-    except OverflowError:  # an integer larger than any float
-        raise wrong from None
-    in_range = (least is None or number >= least) and (above is None or number > above)
-    if not (math.isfinite(number) and in_range):
-        raise wrong
-    return number

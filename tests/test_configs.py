@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,14 @@ from tiny import CONF, composed
 
 from swd import config
 from swd.commands import demo, encode, export, generate, import_pictures, sample, train
-from swd.config import check
+from swd.config import build, check, with_schedules
 from swd.diffusion import rectified_flow_table
 from swd.losses import DMD, GAN, MMD
 from swd.modules import hub
 from swd.modules.distiller import Distiller
 from swd.modules.pretrained import Pretrained
 from swd.scheduler import ScaleWiseScheduler
-from swd.types import UserError
+from swd.types import UserError, WrongProcess
 
 
 def options(group: str) -> list[str]:
@@ -226,6 +227,18 @@ def test_a_schedule_of_another_process_is_refused(
     with pytest.raises(UserError, match=rf"schedule\.process=.* use schedule=.*\b{message}\b") as caught:
         train.prepare(cfg)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("process", ["flow", "epsilon"])
+@pytest.mark.parametrize("full_size", [False, True])
+def test_schedules_that_are_recommended_exist_and_fit(process: str, full_size: bool) -> None:
+    other = {"flow": "epsilon", "epsilon": "flow"}[process]
+    message = str(with_schedules(WrongProcess(other, process, full_size)))
+    names = re.findall(r"\w+_\dstep", message.partition("or use schedule=")[2])
+    assert names
+    for name in names:
+        schedule = build(composed([f"schedule={name}"]), "schedule")
+        assert schedule.process == process and (len(set(schedule.sizes)) == 1) == full_size
 
 
 def test_levels_on_the_command_line_keep_the_process(tmp_path: Path, captioned: Path) -> None:

@@ -29,7 +29,7 @@ def test_the_table_is_a_line_shifted_twice() -> None:
 def test_levels_are_table_entries() -> None:
     index = torch.tensor([0, 27, 14, 28])
     assert torch.equal(PROCESS.level(index), rectified_flow_table()[index])
-    for low, high in PROCESS.ranges.values():
+    for low, high in PROCESS.ranges:
         assert 0 <= low <= high < 28
 
 

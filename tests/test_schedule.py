@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from swd.schedule import Interval, ScaleSchedule, downscale, upsample
-from swd.types import UserError
+from swd.types import UserError, WrongProcess
 
 
 @pytest.mark.parametrize(
@@ -65,9 +65,9 @@ def test_levels_of_another_process_are_refused() -> None:
     for process in ("flow", "epsilon"):
         own = ScaleSchedule(levels, sizes, process).scheduler(prediction_type=process)
         assert torch.equal(own.timesteps, ScaleSchedule(levels, sizes).scheduler(prediction_type=process).timesteps)
-    with pytest.raises(UserError, match=r"process=flow.*use schedule=sdxl_4step"):
+    with pytest.raises(UserError, match=r"process=flow.*schedule\.process=epsilon"):
         ScaleSchedule(levels, sizes, "flow").scheduler(prediction_type="epsilon")
-    with pytest.raises(UserError, match=r"process=epsilon.*use schedule=full_4step or full_2step"):
+    with pytest.raises(UserError, match=r"process=epsilon.*schedule\.process=flow"):
         ScaleSchedule(levels, [6, 6], "epsilon").check_process("flow")
 
 
@@ -143,22 +143,23 @@ def test_a_stretched_schedule_ends_at_the_size_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("process", "other", "sizes", "names"),
+    ("process", "other", "sizes", "full_size"),
     [
-        ("epsilon", "flow", [6, 6], "full_4step or full_2step"),
-        ("epsilon", "flow", [4, 6], "image_4step, image_6step or the model's own"),
-        ("flow", "epsilon", [6, 6], "sdxl_full_4step or sdxl_full_2step"),
-        ("flow", "epsilon", [4, 6], "sdxl_4step"),
+        ("epsilon", "flow", [6, 6], True),
+        ("epsilon", "flow", [4, 6], False),
+        ("flow", "epsilon", [6, 6], True),
+        ("flow", "epsilon", [4, 6], False),
     ],
 )
-def test_the_schedules_that_fit_are_named(process: Any, other: str, sizes: list[int], names: str) -> None:
+def test_both_processes_are_named(process: Any, other: str, sizes: list[int], full_size: bool) -> None:
     schedule = ScaleSchedule([1.0, 0.8], sizes, process)
     schedule.check_process(process)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(WrongProcess) as caught:
         schedule.check_process(other)
+    assert (caught.value.needed, caught.value.full_size) == (other, full_size)
     assert str(caught.value) == (
-        f"schedule.process={process}, but this model's noise levels are of the process {other}; use "
-        f"schedule={names}, or sigmas of your own and schedule.process={other}"
+        f"schedule.process={process}, but this model's noise levels are of the process {other}; give sigmas of that "
+        f"process and schedule.process={other}"
     )
 
 

@@ -23,22 +23,22 @@ from swd.types import UserError
 
 COMPARED = ("seed", "model", "schedule", "loss", "data", "task")
 NO_MATTER = ("workers", "prefetch", "max_bad")
-"""Keys of the data that change neither a sample nor its turn."""
+"""Keys of `data` that change neither the samples nor their order."""
 GUIDANCE = ("guidance_scale", "dmd_guidance_scale", "drawing_guidance_scale")
-"""Keys of a model that training has no use for: the loss has its own. Runs of earlier versions have the first alone."""
+"""Keys of `model` that training does not read, since the loss has its own; earlier versions had the first alone."""
 FOLDERS = (".", "checkpoints", "samples")
-"""Where a run writes, seen from its folder."""
+"""Folders that a run writes to, relative to its own."""
 
 
 class Checkpoint(ModelCheckpoint):
-    """Save every so many iterations, and at the end, into `checkpoints/` of the run folder.
+    """Save a checkpoint into `checkpoints/` of the run folder, every `every` iterations and at the end.
 
     A new checkpoint is complete before an old one is deleted, and is not written at all if anything that it would hold,
     or what the networks now predict, is not finite.
 
     Args:
         every: iterations between checkpoints.
-        keep: how many are kept.
+        keep: number of checkpoints kept, the newest.
     """
 
     def __init__(self, every: int = 100, keep: int = 2) -> None:
@@ -65,7 +65,7 @@ class Checkpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: a resumed run has a folder of its own."""
+        """Empty: a resumed run has a folder of its own."""
         return {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -82,7 +82,7 @@ class Checkpoint(ModelCheckpoint):
         self._save(trainer, pl_module, None, None, 0)
 
     def _save(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Save unless there is a checkpoint of this iteration, in this run or in the one that it goes on from."""
+        """Save unless this iteration has a checkpoint already, in this run or in the one that it resumes."""
         if trainer.global_step > self._first:
             super().on_train_batch_end(trainer, pl_module, *args)
 
@@ -119,7 +119,7 @@ class Checkpoint(ModelCheckpoint):
 
 
 def checkpoint_bytes(task: LightningModule) -> int:
-    """About how large a checkpoint of `task` is: what it stores of its weights, and two moments of what is trained."""
+    """Approximate bytes of a checkpoint of `task`: the weights that it stores, and two moments of each trained one."""
     trained = sum(p.numel() * p.element_size() for p in task.parameters() if p.requires_grad)
     if isinstance(task, Distiller):
         return 3 * trained
@@ -151,7 +151,7 @@ class SaveAdapter(Callback):
         Raises:
             UserError: if it or its predictions are not finite, or there is no room.
         """
-        # Without a single iteration there is no student, only fresh weights.
+        # Before the first iteration there is no student, only fresh weights.
         if not (isinstance(pl_module, Distiller) and trainer.global_step):
             return
         trained = [p.detach() for p in pl_module.networks.role_parameters("student")]
@@ -169,7 +169,8 @@ class SaveAdapter(Callback):
             ) from None
 
     def _save(self, trainer: Trainer, task: Distiller) -> None:
-        model, networks = task.model, task.networks
+        model = task.model
+        networks = task.networks
         if isinstance(networks, SharedBase):
             save_adapter(
                 Path(trainer.default_root_dir) / "adapter",
@@ -190,13 +191,14 @@ def find_checkpoint(resume: str | None, runs: Path, cfg: DictConfig, task: Resum
 
     Args:
         resume: None: start afresh; "auto": the newest valid one under `runs`, if any; else a file or a run folder.
-        runs: where runs of this name live.
+        runs: folder of the runs of this name.
         cfg: the configuration of this run, which must agree with the checkpoint's.
-        task: what is resumed; it says whether a checkpoint is complete.
+        task: the task to resume, which knows the entries of a complete checkpoint.
 
     Raises:
         UserError: if a named checkpoint is missing or damaged, belongs to another configuration, or cannot be compared.
     """
+    # What `resume` asks for.
     if resume is None:
         return None
     if not resume:
@@ -204,6 +206,8 @@ def find_checkpoint(resume: str | None, runs: Path, cfg: DictConfig, task: Resum
     auto = resume == "auto"
     passed: list[str] = []
     reason = ""
+
+    # The newest checkpoint of this configuration that is whole.
     for path in _candidates(runs if auto else Path(resume)):
         try:
             difference = config_difference(path, cfg)
@@ -222,6 +226,8 @@ def find_checkpoint(resume: str | None, runs: Path, cfg: DictConfig, task: Resum
             return str(path)
         if path != Path(resume):
             warnings.warn(f"{path} is damaged ({reason}) and was passed over", stacklevel=2)
+
+    # There is none.
     if not auto:
         why = f" ({reason})" if reason else ""
         raise UserError(f"resume={resume} holds no valid checkpoint{why}; give a .ckpt file, a run folder, or auto")
@@ -257,7 +263,8 @@ def config_difference(path: Path, cfg: DictConfig) -> str | None:
     file = path.parent.parent / "config.yaml"
     if not file.is_file():
         raise UserError(f"{file} is missing, so that the settings of {path.name} cannot be compared; put it back")
-    old, new = renamed(read_recorded(file)), renamed(stored(cfg))
+    old = renamed(read_recorded(file))
+    new = renamed(stored(cfg))
     for plain in (old, new):
         if isinstance(plain.get("data"), dict):
             plain["data"] = {key: value for key, value in plain["data"].items() if key not in NO_MATTER}
@@ -273,7 +280,7 @@ def config_difference(path: Path, cfg: DictConfig) -> str | None:
 
 
 def clear_runs(resume: Path) -> None:
-    """Remove what writes that were killed left behind in the runs that `resume`, a folder or a checkpoint, is about."""
+    """Remove temporary files of killed writes from the runs that `resume`, a folder or a checkpoint, names."""
     found = [resume.parent] if resume.is_file() else list(resume.glob("**/checkpoints"))
     for run in {folder.parent for folder in found}:
         for name in FOLDERS:

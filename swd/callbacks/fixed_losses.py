@@ -15,19 +15,21 @@ from swd.types import CachedBatch, PictureBatch, Role, SeededDraws
 
 
 class FixedLosses(Callback):
-    """Tells progress from noise: training losses differ far more between batches than training changes them.
+    """Measures losses on the same pictures with the same noise, so that they show whether training made progress.
 
-    At the start and at the end of training, averaged over the steps of the schedule:
+    The losses that training logs differ far more between batches than training changes them. Two are measured, each
+    averaged over the steps of the schedule:
 
-    * `mmd`: of the student's predictions, in the teacher's features, at the start and at the end;
-    * `fake_score`: error of a score on the final student's noised predictions, of the teacher and of the trained fake.
+    * `mmd`: the MMD of the student's predictions in the teacher's features, before and after training;
+    * `fake_score`: the squared error with which a network recovers the final student's pictures after noising, of the
+      teacher and of the trained fake network.
 
     Args:
-        pictures: how many, from the end of the data set; batches are drawn from its beginning.
-        seed: of the draws.
+        pictures: number of pictures, taken from the end of the data set.
+        seed: seed of the noise.
 
     Attributes:
-        losses: name to its two values, as above.
+        losses: the two values of each loss, by name.
     """
 
     def __init__(self, pictures: int = 32, seed: int = 0) -> None:
@@ -47,13 +49,13 @@ class FixedLosses(Callback):
             self.losses["fake_score"] = [values["teacher"], values["fake"]]
 
     def batches(self, trainer: Trainer, task: Distiller) -> list[PictureBatch | CachedBatch]:
-        """The pictures, for each step of the schedule."""
+        """The pictures, as one batch for each step of the schedule."""
         data = cast(Any, trainer).datamodule
         return [data.last(self.pictures, step) for step in range(len(task.schedule))]
 
     @torch.no_grad()
     def measure(self, task: Distiller, batches: list[PictureBatch | CachedBatch]) -> dict[str, float]:
-        """`mmd`, and the scores' errors by role."""
+        """`mmd`, and the squared errors of teacher and fake network by role."""
         networks = task.networks
         mmd = MMD(blocks=task.model.feature_blocks, features="teacher")
         totals: dict[str, list[Tensor]] = {}
@@ -63,7 +65,7 @@ class FixedLosses(Callback):
             x0_hat = student_x0(networks, inputs.interval, inputs.source, conditioning, inputs.draws)
             step = GeneratorStep(networks, conditioning, inputs.empty, x0_hat, inputs.target, inputs.draws)
             totals.setdefault("mmd", []).append(mmd.generator(step)[1]["mmd"])
-            noised = step.noise_fake("critic", networks.process.ranges["critic"])
+            noised = step.noise_fake("critic", networks.process.ranges.whole)
             scores: tuple[Role, ...] = ("teacher", "fake") if "fake" in networks.roles else ()
             for role in scores:
                 x0 = networks.x0(role, noised.x_t, noised.sigma, conditioning)[0]

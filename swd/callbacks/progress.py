@@ -1,4 +1,4 @@
-"""Lines for a reader while a task trains: where it starts, how far it is with each loss, where it ended."""
+"""Shows the progress of a training: its start, the iteration and the losses, its end."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Progress(Callback):
 
 
 def source(task: LightningModule) -> str:
-    """Name of what a task loads, for a reader."""
+    """The things that a task loads, in words: its model, or "data and network" where it has none."""
     model: Any = getattr(task, "model", None)
     return f"model {model.name}" if model is not None else "data and network"
 

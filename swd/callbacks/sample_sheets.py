@@ -19,14 +19,14 @@ from swd.types import UserError
 
 
 class Samples(Callback):
-    """Draw fixed prompts with fixed seeds now and then, one row a prompt, one column a size.
+    """Draw a sheet of fixed prompts with fixed seeds: one row for each prompt, one column for each size.
+
+    A failure to draw is only a warning, since these pictures are not worth stopping a training.
 
     Args:
-        prompts: what to draw.
-        every: iterations between drawings; the last iteration is always drawn.
-        seed: of the first prompt, the others count up.
-
-    What goes wrong here is a warning: pictures for looking at are not worth a training.
+        prompts: the prompts.
+        every: iterations between sheets; there is one of the last iteration in any case.
+        seed: seed of the first prompt; prompt i has `seed + i`.
     """
 
     def __init__(self, prompts: Sequence[str], every: int = 100, seed: int = 0) -> None:
@@ -74,6 +74,6 @@ class Samples(Callback):
         return run / "samples" / f"iteration-{iteration:06d}.png"
 
     def missing(self, run: Path, task: LightningModule, iterations: int) -> str | None:
-        """The sheet of the last iteration if a run of so many iterations lacks it, else None."""
+        """Path of the sheet of the last iteration if a run of so many iterations lacks it, else None."""
         path = self._path(run, iterations)
         return str(path) if isinstance(task, Distiller) and not path.is_file() else None

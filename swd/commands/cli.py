@@ -31,7 +31,7 @@ COMMANDS = {
     "encode": ("swd.commands.encode", "encode a data set once, for all trainings of one model"),
     "demo": ("swd.commands.demo", "distil, sample, evaluate and report on the embedded teacher"),
 }
-"""The module whose `run` a command calls, and what it is for."""
+"""For each command, the module whose `run` it calls, and its purpose."""
 
 NEEDED = ("task", "model", "recipe", "schedule", "loss", "data", "sheet", "trainer")
 GROUPS = (*NEEDED, "callbacks", "logger", "experiment")
@@ -56,7 +56,7 @@ NOTICES = (
 )
 
 LISTED = "--help and --cfg job list what there is"
-"""Where a key is looked up that is like no other."""
+"""End of messages about unknown keys that resemble no known one."""
 
 
 def main() -> None:
@@ -88,7 +88,8 @@ def launch(command: str) -> None:
 
     Exits with status 2 and one line on standard error if the input was wrong, in a sweep too.
     """
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us instead of Hydra's own printer
+    # Hydra, and the command's module.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises errors instead of printing them itself
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import hydra
@@ -99,6 +100,8 @@ def launch(command: str) -> None:
     quiet_warnings()
     run: Callable[..., None] = importlib.import_module(COMMANDS[command][0]).run
     main = hydra.main(version_base="1.3", config_path=config_path(), config_name=command)
+
+    # The job, once its configuration is composed.
     started = False
 
     def job(cfg: Any) -> None:
@@ -111,6 +114,7 @@ def launch(command: str) -> None:
         finally:
             remove_empty_output()
 
+    # Composing, from the command line.
     with user_errors(), _short_usage():
         sys.argv[1:] = [named for argument in sys.argv[1:] if (named := group_option(argument)) is not None]
         try:
@@ -118,14 +122,15 @@ def launch(command: str) -> None:
         except OSError as error:
             if started or error.errno in (None, errno.EPIPE):  # Hydra's own errors may be OSErrors without a number
                 raise
-            folder, reason = error.filename, error.strerror
+            folder = error.filename
+            reason = error.strerror
             raise UserError(
                 f"output folder {folder} cannot be written ({reason}); choose another with output="
             ) from None
 
 
 def group_option(argument: str) -> str | None:
-    """An argument of the command line as Hydra takes it: it knows no `GROUP=null`.
+    """An argument of the command line in Hydra's words: `GROUP=null`, which Hydra does not know, is translated.
 
     Returns:
         None where null is the default anyway.
@@ -151,12 +156,12 @@ def group_option(argument: str) -> str | None:
 
 
 def _names_options(argument: str) -> bool:
-    """Whether a group is given names, or null; Hydra ends in a traceback for numbers."""
+    """Whether the value of `GROUP=VALUE` is a name, names or null; for numbers Hydra ends in a traceback."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     try:
         value = OverridesParser.create().parse_override(argument).value()
-    except Exception:  # Hydra says itself what it cannot read
+    except Exception:  # Hydra itself reports an argument that it cannot read
         return True
     if isinstance(value, list):
         return all(isinstance(part, str) for part in value)
@@ -171,9 +176,9 @@ def quiet_warnings() -> None:
 
 
 def results_of(cfg: Any) -> str | None:
-    """Where a command writes, as far as its configuration says so."""
+    """The folder that a command writes to; None if its configuration does not give it."""
     for key in ("out", "to", "folder"):
-        with suppress(Exception):  # missing or unresolved: the command itself says so
+        with suppress(Exception):  # missing or unresolved: the command itself reports it
             if cfg.get(key):
                 return str(cfg[key])
     return None
@@ -220,17 +225,17 @@ def user_errors(where: str | None = None) -> Iterator[None]:
     except BrokenPipeError as error:
         if error.filename is not None:
             raise
-        # Whoever read the output has ended (swd sample | head); Python must not try to flush it once more.
+        # The program that read the output has ended (swd sample | head); Python must not flush it once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
-        message = told(error, where)
+        message = message_for_user(error, where)
         if message is None:
             raise
         _fail(message)
 
 
-def told(error: BaseException, where: str | None = None) -> str | None:
+def message_for_user(error: BaseException, where: str | None = None) -> str | None:
     """An error in one line for the user; None if it is a defect of the program."""
     from hydra.errors import HydraException, InstantiationException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
@@ -263,7 +268,10 @@ def config_path() -> str:
 
 
 def _machine_or_user(error: BaseException | None, where: str | None) -> str | None:
-    """Only causes are followed (`raise ... from`): what was merely being handled when an error came is no reason."""
+    """The message if the error, or a cause of it (`raise ... from`), is wrong input or a failure of the machine.
+
+    Errors that were merely being handled when this one was raised are not looked at.
+    """
     from swd.config import one_line
 
     while error is not None:
@@ -289,7 +297,7 @@ def _machine_or_user(error: BaseException | None, where: str | None) -> str | No
 
 
 def _quoting(override: str, text: str) -> str:
-    """What to type instead of an argument that Hydra cannot read."""
+    """Message about an argument that Hydra cannot read, with the corrected one where quotes or brackets suffice."""
     key, sign, value = override.partition("=")
     if not sign:
         return f"{override!r} is no key=value; --help lists the keys"
@@ -327,46 +335,53 @@ def _is_readable(override: str) -> bool:
 
     try:
         OverridesParser.create().parse_override(override).value()
-    except Exception:  # whatever the grammar makes of it
+    except Exception:  # the parser raises many kinds of errors
         return False
     return True
 
 
 def _for_shell(argument: str) -> str:
-    """As it is typed in a shell: in single quotes where that is possible."""
+    """The argument quoted for a shell, in single quotes where that is possible."""
     if "'" not in argument:
         return f"'{argument}'"
     return '"' + re.sub(r'([\\"$`])', r"\\\1", argument) + '"'
 
 
+REWORDED = (
+    (
+        r"Multiple values for ([\w/]+)\. .*override [\w/]+: ([^']+)'",
+        r"\1 has one option at a time: give \1=\2 without +",
+    ),
+    (
+        r"force-add of config groups is not supported: '\++([^']+)'",
+        r"\1 chooses an option of a group: leave out the +",
+    ),
+    (
+        r"Ambiguous value for argument '(\w[\w.]*)=(.*?)' 1\. .*",
+        r"""\1=\2 holds a comma: as text it is '\1="\2"', as a list '\1=[\2]', and -m runs one job for each""",
+    ),
+    (r"Could not delete from config\. '([^']+)' does not exist\.", r"~\1: there is no such key to take out"),
+    (
+        r"Could not append to config\. An item is already at '([^']+)'.*",
+        r"+\1: this key is there already; leave out the +",
+    ),
+)
+"""Patterns of Hydra's messages about arguments that it can parse but not apply, and the messages in their place."""
+
+
 def _hydra_message(text: str, reason: str = "") -> str:
+    """Hydra's message in this project's words, with the fix; an unknown one is returned as it is."""
     from swd.config import called_here
 
-    for pattern, message in (
-        (
-            r"Multiple values for ([\w/]+)\. .*override [\w/]+: ([^']+)'",
-            r"\1 has one option at a time: give \1=\2 without +",
-        ),
-        (
-            r"force-add of config groups is not supported: '\++([^']+)'",
-            r"\1 chooses an option of a group: leave out the +",
-        ),
-        (
-            r"Ambiguous value for argument '(\w[\w.]*)=(.*?)' 1\. .*",
-            r"""\1=\2 holds a comma: as text it is '\1="\2"', as a list '\1=[\2]', and -m runs one job for each""",
-        ),
-        (r"Could not delete from config\. '([^']+)' does not exist\.", r"~\1: there is no such key to take out"),
-        (
-            r"Could not append to config\. An item is already at '([^']+)'.*",
-            r"+\1: this key is there already; leave out the +",
-        ),
-    ):
+    # Arguments that Hydra can parse but not apply.
+    for pattern, message in REWORDED:
         if re.match(pattern, text):
             return re.sub(pattern, message, text)
     merged = re.match(r"Error merging override (.*)", text)
     if merged:
         return f"{merged[1]} cannot be used here{reason}"
 
+    # Unknown keys.
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown and unknown.group(1) == "model.guidance_scale":
         keys = "model.dmd_guidance_scale for the teacher in DMD, model.drawing_guidance_scale for what it draws"
@@ -377,6 +392,8 @@ def _hydra_message(text: str, reason: str = "") -> str:
         close = None if name else nearest(key, known_keys())
         hint = f"here it is {name}" if name else f"did you mean {close}?" if close else LISTED
         return f"unknown key {key}; {hint}"
+
+    # Unknown options of a group.
     group = re.search(
         r"Could not find '([^']+)' Available options in '([^']+)':\s*(.*?)(?:Config search path.*)?$", text
     )
@@ -407,7 +424,7 @@ def known_keys() -> list[str]:
     try:
         with start(folder.removeprefix("pkg://"), version_base="1.3"):
             plain = OmegaConf.to_container(compose(running_command()), resolve=False)
-    except Exception:  # a hint is all that is lost
+    except Exception:  # the message then has no hint
         return []
     return list(_flat(plain, ""))
 

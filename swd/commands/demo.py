@@ -30,7 +30,7 @@ ROOT = train.ROOT | {
     "store_teacher": bool,
 }
 STORED = 1024
-"""Pictures whose statistics `store_teacher=true` makes."""
+"""Pictures from which `store_teacher=true` computes the teacher's statistics."""
 DISTILLER = "swd.modules.distiller.Distiller"
 
 
@@ -64,7 +64,7 @@ def run(cfg: DictConfig) -> None:
 
 
 def prepare(cfg: DictConfig) -> Path:
-    """Check everything before anything is loaded; the judge's folder.
+    """Check everything before anything is loaded, and return the judge's folder.
 
     Raises:
         UserError: naming the setting and the fix.
@@ -80,7 +80,7 @@ def prepare(cfg: DictConfig) -> Path:
 
 
 def check_settings(cfg: DictConfig) -> Path:
-    """The judge's folder, once the keys that the demo adds to training are known to make sense.
+    """Check the keys that the demo adds to those of training, and return the judge's folder.
 
     Raises:
         UserError: naming the setting and the fix.
@@ -96,7 +96,7 @@ def check_settings(cfg: DictConfig) -> Path:
 
 
 def check_size(model: Pretrained, schedule: ScaleSchedule) -> None:
-    """Raise UserError unless finished pictures are as large as those that the judge reads."""
+    """Raise UserError unless finished pictures have the size of those that the judge was trained on."""
     size = schedule.sizes[-1]
     if len(size) == 3 or model.pixel_size(size) != (RESOLUTION, RESOLUTION):
         raise UserError(

@@ -1,4 +1,7 @@
-"""`swd encode`: what text encoders and VAE make of a data set, paid once, as shards that training reads instead."""
+"""`swd encode`: run the text encoders and the VAE over a data set once and store the results as shards.
+
+Trainings read those instead of encoding pictures and prompts again.
+"""
 
 from __future__ import annotations
 
@@ -55,14 +58,15 @@ ROOT = shared.ROOT | {
 UNREAD = ("endless", "prefetch", "window", "max_bad", "seed")
 """Keys of `data` that say how a training goes through samples."""
 NOTES = "notes"
-"""Folder with what each finished shard measured."""
+"""Name of the folder with one note for each finished shard: its measurements and its unusable rows."""
 LOOKED_AT = 1000
-"""Captions that are counted before work begins, where not all are read anyway; the manifest counts all."""
+"""Captions whose tokens are counted before encoding begins; the manifest counts those of all captions."""
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+"""Bytes of one number, by `precision`."""
 
 
 def run(cfg: DictConfig) -> None:
-    """Encode what the configuration names; prints where it lies."""
+    """Encode the data set of the configuration; prints the cache's folder and size."""
     shared.quiet()
     plan = prepare(cfg)
     plan.job.claim()
@@ -73,7 +77,7 @@ def run(cfg: DictConfig) -> None:
     say(f"loading the encoders of {plan.model.name}")
     encoder = Encoder(plan)
     encoder.announce()
-    task = f"encoding {told_name(plan.dataset)} with {plan.model.name} into {plan.job.folder}"
+    task = f"encoding {source_name(plan.dataset)} with {plan.model.name} into {plan.job.folder}"
     manifest = plan.job.run(encoder.samples, encoder.measured, task)
     if manifest is not None:
         errors = ", ".join(f"{name} {value:.2g}" for name, value in manifest["relative_error"].items())
@@ -84,24 +88,26 @@ def run(cfg: DictConfig) -> None:
         )
 
 
-# What is asked for
+# Configuration
 
 
 @dataclass(frozen=True)
 class EncodingPlan:
-    """What a configuration asks for, checked; nothing large is loaded yet.
+    """A checked encoding; no weights are loaded yet.
 
     Attributes:
         dataset: items are dicts with `pixels` and `prompt`; `caption(i)` gives the caption alone.
-        model: whose encoders.
-        schedules: one a bucket, ending at the bucket's size.
+        model: the model whose encoders are used.
+        schedules: one for each bucket, ending at the bucket's size.
         buckets: sizes in pixels of finished pictures.
-        bucket_of: bucket of a row.
-        job: the shards.
-        precision, posterior, deduplicate: how values are stored.
+        bucket_of: gives the bucket's number for a row's.
+        job: the shards to write.
+        precision: number format of the stored tensors.
+        posterior: whether mean and deviation of the VAE's distribution are stored, its mean, or a draw from it.
+        deduplicate: whether equal captions of a bucket are stored once.
         batch_size: pictures or prompts encoded at once.
         workers: loader processes.
-        max_bad: share of rows that may be unusable.
+        max_bad: largest share of rows that may be unusable.
     """
 
     dataset: Any
@@ -119,7 +125,7 @@ class EncodingPlan:
 
 
 def check_unread(cfg: DictConfig) -> None:
-    """Raise UserError for keys of a training that are not read here, such as its batch size."""
+    """Raise UserError for keys that only a training reads, such as its batch size."""
     plain: Any = OmegaConf.to_container(cfg, resolve=False)
     for group, taken in (("data", "${recipe.batch_size}"), ("recipe", "${batch_size}")):
         given = (plain.get(group) or {}).get("batch_size", taken)
@@ -134,12 +140,8 @@ def check_unread(cfg: DictConfig) -> None:
         limits.whole("batch_size", cfg.batch_size, 1, limits.AT_ONCE, "no device encodes more at once")
 
 
-def prepare(cfg: DictConfig) -> EncodingPlan:
-    """Check everything that can be checked before weights are loaded.
-
-    Raises:
-        UserError: naming what is wrong and the fix.
-    """
+def check_values(cfg: DictConfig) -> None:
+    """Raise UserError for values of the configuration that no model or data set could be encoded with."""
     if OmegaConf.is_missing(cfg, "out"):
         raise UserError("out is missing; give out=FOLDER")
     check_unread(cfg)
@@ -147,18 +149,26 @@ def prepare(cfg: DictConfig) -> EncodingPlan:
     limits.whole("shard_size", cfg.shard_size, 1, MOST_IN_A_SHARD, "a shard is kept in memory until it is complete")
     limits.whole("limit", cfg.limit, 1)
     limits.number("max_bad", cfg.max_bad, 0, 1, "a share of the samples")
+
+
+def prepare(cfg: DictConfig) -> EncodingPlan:
+    """Check everything that can be checked before weights are loaded.
+
+    Raises:
+        UserError: naming what is wrong and the fix.
+    """
+    check_values(cfg)
+
+    # Model, schedule and data, and whether they fit each other.
     model: Pretrained = build(cfg, "model")
     schedule: ScaleSchedule = build(cfg, "schedule")
     data = build(cfg, "data")
-    dataset = getattr(data, "source", None) or getattr(data, "dataset", None)
-    if not hasattr(dataset, "caption") or getattr(data, "is_cache", False):
-        raise UserError("data is no set of captioned pictures that can be encoded; use data=images or data=webdataset")
+    dataset = dataset_of(data)
     rows = rows_of(dataset, cfg.limit)
     buckets, bucket_of = buckets_of(dataset, model, schedule)
-    schedules = [schedule.stretched(model.latent_size(size), model.limits.divisor) for size in buckets]
-    for stretched in schedules:
-        for size in stretched.sizes:
-            model.limits.check_size(size)
+    schedules = schedules_of(buckets, model, schedule)
+
+    # A stopped job goes on only under the same settings.
     settings = {
         "identity": identity(model, schedule),
         "buckets": [
@@ -169,7 +179,7 @@ def prepare(cfg: DictConfig) -> EncodingPlan:
         "posterior": cfg.posterior,
         "deduplicate": cfg.deduplicate,
         "encoders": str(model.dtype("cuda" if torch.cuda.is_available() else "cpu")).removeprefix("torch."),
-        "data": told_of(dataset),
+        "data": source_of(dataset),
         "code": __version__,
     }
     job = Job(Path(cfg.out), "cache", rows, cfg.shard_size, settings)
@@ -189,11 +199,42 @@ def prepare(cfg: DictConfig) -> EncodingPlan:
     )
 
 
-def rows_of(dataset: Any, limit: int | None) -> int:
-    """How many samples are encoded.
+def dataset_of(data: Any) -> Any:
+    """The captioned pictures behind the group `data`.
 
     Raises:
-        UserError: if there are endlessly many and no limit.
+        UserError: if it has none, or is a cache, whose pictures are encoded already.
+    """
+    dataset = getattr(data, "source", None) or getattr(data, "dataset", None)
+    if not hasattr(dataset, "caption") or getattr(data, "is_cache", False):
+        raise UserError("data is no set of captioned pictures that can be encoded; use data=images or data=webdataset")
+    return dataset
+
+
+def schedules_of(buckets: Sequence[Size], model: Pretrained, schedule: ScaleSchedule) -> list[ScaleSchedule]:
+    """The schedule that ends at each bucket's size.
+
+    Args:
+        buckets: sizes in pixels.
+        model: the model whose latents the schedules describe.
+        schedule: the schedule to stretch.
+
+    Raises:
+        UserError: if the model cannot take one of the sizes.
+    """
+    schedules = [schedule.stretched(model.latent_size(size), model.limits.divisor) for size in buckets]
+    for stretched in schedules:
+        for size in stretched.sizes:
+            model.limits.check_size(size)
+    return schedules
+
+
+def rows_of(dataset: Any, limit: int | None) -> int:
+    """Number of samples to encode: all, or the first `limit`.
+
+    Raises:
+        UserError: if the data set has more samples than one cache holds and there is no limit, or if the limit
+            exceeds either of them.
     """
     count = len(dataset)
     if limit is None and count > MOST_ROWS:
@@ -206,7 +247,11 @@ def rows_of(dataset: Any, limit: int | None) -> int:
 
 
 def buckets_of(dataset: Any, model: Pretrained, schedule: ScaleSchedule) -> tuple[list[Size], Callable[[int], int]]:
-    """Sizes in pixels of finished pictures, and which one a row is for."""
+    """Sizes in pixels of finished pictures, and a function that gives the number of a row's size.
+
+    Raises:
+        UserError: if the pictures are too small for the schedule.
+    """
     if isinstance(dataset, IndexedShards):
         decoder = picture_decoder(dataset)
         decoder.check(model, schedule)
@@ -223,14 +268,14 @@ def picture_decoder(dataset: IndexedShards[Any]) -> PictureDecoder:
     return dataset.decoder
 
 
-def told_name(dataset: Any) -> str:
-    """What people call the data."""
-    source = told_of(dataset)
+def source_name(dataset: Any) -> str:
+    """Name of the data for messages: its path, or its kind."""
+    source = source_of(dataset)
     return str(source.get("path", source.get("kind")))
 
 
-def told_of(dataset: Any) -> dict[str, Any]:
-    """Where the data come from, for the manifest: what must be the same when a stopped job goes on."""
+def source_of(dataset: Any) -> dict[str, Any]:
+    """Origin of the data for the manifest; a stopped job goes on only if it is the same."""
     if isinstance(dataset, IndexedShards):
         shards = [str(entry["sha256"]) for entry in dataset.shards.manifest["shards"]]
         size = list(picture_decoder(dataset).pixels)
@@ -245,16 +290,24 @@ def told_of(dataset: Any) -> dict[str, Any]:
 
 
 class Encoder:
-    """Encodes rows of a plan.
+    """Encodes the rows of a plan, shard by shard.
 
     Args:
-        plan: what is asked for.
+        plan: the checked configuration.
+
+    Attributes:
+        device: where the encoders run.
+        encoders: the model's text encoders and VAE.
+        text_limit: counts captions that are longer than the text encoders take.
+        captions: all captions, read in advance where equal ones are stored once; else None.
+        holders: row that stores the conditioning of a (caption, bucket).
     """
 
     def __init__(self, plan: EncodingPlan) -> None:
-        self.plan, self.notes = plan, plan.job.folder / NOTES
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.device, self.encoders = device, plan.model.encoders(device).to(device)
+        self.plan = plan
+        self.notes = plan.job.folder / NOTES
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.encoders = plan.model.encoders(self.device).to(self.device)
         self.text_limit = TextLimit(plan.model)
         self.captions: list[str] | None = None
         self.holders: dict[tuple[str, int], int] = {}
@@ -268,7 +321,8 @@ class Encoder:
             warn_beyond(plan.model, captions, "captions", plan.job.rows)
 
     def _all_captions(self) -> list[str]:
-        rows, captions = self.plan.job.rows, []
+        rows = self.plan.job.rows
+        captions = []
         with JobLog("reading captions", rows, "caption", shown=is_first() and rows > LOOKED_AT) as progress:
             for row in range(rows):
                 captions.append(self._caption(row))
@@ -283,19 +337,21 @@ class Encoder:
             return ""
 
     def announce(self) -> None:
-        """Print what will be made, and refuse what does not fit on the disk.
+        """Print the size of the cache, and refuse one that does not fit on the disk.
 
         Raises:
             UserError: if there is less free space than it will take.
         """
-        plan, job = self.plan, self.plan.job
+        plan = self.plan
+        job = self.plan.job
         caption = self._caption(0)
         text = len(self._packed_text(self._encode_text([caption], 0)[0], caption, plan.precision))
         different = len(self.holders) / job.rows if plan.deduplicate else 1.0
         values = sum(torch.Size(size).numel() for size in plan.schedules[0].sizes) * plan.model.channels
         latents = values * BYTES[plan.precision] * (2 if plan.posterior == "keep" else 1)
         left = job.rows_left
-        needed, free = left * (latents + different * text), shutil.disk_usage(job.folder).free
+        needed = left * (latents + different * text)
+        free = shutil.disk_usage(job.folder).free
         estimate = (
             f"{left} samples take about {needed / 1e9:.3g} GB (each {latents / 1e6:.3g} MB of latents at "
             f"{len(plan.schedules[0])} sizes and {text / 1e6:.3g} MB of text; {different:.0%} of the prompts differ)"
@@ -308,7 +364,7 @@ class Encoder:
             print(f"model {plan.model.name}: {estimate}, in {job.shards} shards at {job.folder}", flush=True)
 
     def samples(self, rows: range, advance: Callable[[int], object]) -> Iterator[Sample]:
-        """The samples of a shard, and what was measured on the way as a note beside it."""
+        """The samples of a shard; first writes the shard's note (measurements and unusable rows)."""
         sums: dict[str, list[float]] = {}
         found, reasons = self._latents(rows, sums, advance)
         texts = self._texts(rows, found, sums)
@@ -329,8 +385,9 @@ class Encoder:
     def _texts(
         self, rows: range, found: Mapping[int, tuple[str, Any]], sums: dict[str, list[float]]
     ) -> dict[int, bytes]:
-        """Packed conditioning of the rows that hold their prompt's."""
-        plan, texts = self.plan, {}
+        """Packed conditioning, by row, of the rows that store one: all, or the first of each different prompt."""
+        plan = self.plan
+        texts = {}
         captions = {row: found[row][0] if row in found else self._caption(row) for row in rows}
         own = [row for row in rows if not plan.deduplicate or self.holders[captions[row], plan.bucket_of(row)] == row]
         for bucket, part in self._batches(own):
@@ -345,7 +402,7 @@ class Encoder:
         """A prompt's conditioning as it is stored.
 
         Raises:
-            UserError: if it is not finite: other samples share it, and the next ones will hardly be better.
+            UserError: if it is not finite: other samples may share it, and other prompts are likely to fail too.
         """
         try:
             return pack_text(conditioning, precision)
@@ -362,9 +419,10 @@ class Encoder:
     def _latents(
         self, rows: range, sums: dict[str, list[float]], advance: Callable[[int], object]
     ) -> tuple[dict[int, tuple[str, dict[str, bytes]]], list[str]]:
-        """Captions and packed latents by row, and why other rows cannot be used."""
+        """Captions and packed latents by row, and the reason for each row that cannot be used."""
         found: dict[int, tuple[str, dict[str, bytes]]] = {}
-        reasons, earlier = list[str](), self._unusable()
+        reasons = list[str]()
+        earlier = self._unusable()
         batches = list(self._batches(rows))
         loader = GuardedLoader(
             Rows(self.plan.dataset),
@@ -387,20 +445,20 @@ class Encoder:
         return found, reasons
 
     def _note(self, shard: int) -> Path:
-        """Where it is kept what a shard measured."""
+        """File of a shard's note."""
         return self.notes / f"{shard_name(shard)}.json"
 
     def _unusable(self) -> list[str]:
-        """Why rows of complete shards cannot be used, whichever process made them."""
+        """Reasons of the unusable rows of all complete shards, including those that other processes wrote."""
         job = self.plan.job
         done = [shard for shard in range(job.shards) if is_done(job.folder, shard)]
         return [reason for shard in done for reason in self._read_note(shard)["unusable"]]
 
     def _read_note(self, shard: int) -> dict[str, Any]:
-        """What a complete shard measured.
+        """The note of a complete shard.
 
         Raises:
-            UserError: if that is missing or damaged.
+            UserError: if it is missing or damaged.
         """
         file = self._note(shard)
         again = f"remove {self.plan.job.folder / shard_name(shard)}.tar, and the same command makes it again"
@@ -413,8 +471,9 @@ class Encoder:
         return note
 
     def _limit(self, reasons: Sequence[str]) -> None:
-        """Stop when too much cannot be used."""
-        count, whole = len(reasons), max(self.plan.job.rows, 100)
+        """Raise UserError when more rows than `max_bad` allows cannot be used, for these reasons."""
+        count = len(reasons)
+        whole = max(self.plan.job.rows, 100)
         if count > self.plan.max_bad * whole:
             raise UserError(
                 f"{count} of {self.plan.job.rows} samples cannot be used, more than max_bad={self.plan.max_bad} allows "
@@ -425,7 +484,7 @@ class Encoder:
     def _encode_pixels(
         self, items: Sequence[dict[str, Any]], bucket: int, sums: dict[str, list[float]]
     ) -> list[dict[str, bytes] | str]:
-        """Files with the latents of pictures of one bucket, at each size of its schedule, or why one has none."""
+        """For each picture of one bucket, files with its latents at every size of the schedule, or why it has none."""
         plan = self.plan
         pixels = torch.stack([item["pixels"] for item in items]).to(self.device)
         files: list[dict[str, bytes]] = [{} for _ in items]
@@ -434,7 +493,7 @@ class Encoder:
             mean, std = self.encoders.distribution(downscale(pixels, plan.model.pixel_size(size)))
             if plan.posterior == "draw":
                 mean = torch.cat([self._draw(*row) for row in zip(items, mean, std, strict=True)])
-            keep = plan.posterior == "keep" and bool(std.any())  # SANA's autoencoder has none
+            keep = plan.posterior == "keep" and bool(std.any())  # SANA's autoencoder has no deviation
             for i, item in enumerate(items):
                 try:
                     files[i][latents_name(size)] = pack_latents(mean[i], std[i] if keep else None, plan.precision)
@@ -467,7 +526,7 @@ class Encoder:
         return hashes
 
     def measured(self) -> dict[str, Any]:
-        """What all shards' notes say together, for the manifest."""
+        """Entries of the manifest: the notes of all shards, added up."""
         notes = [self._read_note(shard) for shard in range(self.plan.job.shards)]
         sums: dict[str, list[float]] = {}
         for note in notes:
@@ -482,7 +541,7 @@ class Encoder:
         return summary | {"empty_sha256": self._empty_hashes()}
 
     def _empty_hashes(self) -> dict[str, str]:
-        """SHA-256 of each encoded empty prompt; one that is no longer what it was is made again."""
+        """SHA-256 by name of each encoded empty prompt; all are encoded again where a file is missing or changed."""
         stored = self._read_note(0).get("empty_sha256", {})
         names = [empty_name(bucket) for bucket in range(len(self.plan.buckets))]
         files = [self.plan.job.folder / name for name in names]
@@ -493,7 +552,7 @@ class Encoder:
 
 
 class Rows(Dataset[dict[str, Any]]):
-    """A data set by row, with `{"bad": why}` for one that cannot be used."""
+    """Samples of a data set by row; for one that cannot be used, the reason: `{"row": row, "bad": reason}`."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -510,7 +569,7 @@ class Rows(Dataset[dict[str, Any]]):
 
 
 def as_shared(items: list[dict[str, Any]]) -> list[dict[str, Any]] | UserError:
-    """The collate function: items as they are, or why they cannot be handed over."""
+    """The loader's collate function: items as they are, or the error if shared memory cannot take them."""
     try:
         in_shared_memory(items)
     except UserError as error:
@@ -519,6 +578,6 @@ def as_shared(items: list[dict[str, Any]]) -> list[dict[str, Any]] | UserError:
 
 
 def add(sums: dict[str, list[float]], name: str, pair: Sequence[float]) -> None:
-    """Add to a pair of sums by name."""
+    """Add a pair of numbers to the pair of sums called `name`."""
     old = sums.get(name, [0.0, 0.0])
     sums[name] = [old[0] + pair[0], old[1] + pair[1]]

@@ -18,7 +18,7 @@ ROOT = shared.ROOT | {"run": str, "to": str, "verify": bool, "output": str}
 
 
 def run(cfg: DictConfig) -> None:
-    """Export what the configuration says; prints the folder."""
+    """Export the student that `run` names; prints the folder."""
     if OmegaConf.is_missing(cfg, "to"):
         raise UserError("to is missing; give to=FOLDER")
     check(cfg, ROOT)

@@ -56,7 +56,7 @@ ROOT = {key: hint for key, hint in shared.ROOT.items() if key != "schedule"} | {
     "refiner_start": float,
 }
 BYTES = {"png": 1.6, "jpg": 0.6, "webp": 0.4, "mp4": 0.03}
-"""About how many bytes a pixel of a photograph takes."""
+"""Bytes that a pixel of a photograph takes, about, by format."""
 PACKAGES = ("torch", "diffusers", "transformers", "pillow")
 NOT_DRAWN_WITH = {"_target_", "path", "tuning", "rank", "alpha", "targets", "feature_blocks", "init_adapter"} | {
     "quantization",
@@ -68,23 +68,25 @@ NOT_DRAWN_WITH = {"_target_", "path", "tuning", "rank", "alpha", "targets", "fea
     "drawing_guidance_scale",
     "embedded_guidance",
 }
-"""Keys of a model that do not matter here, or that the manifest says elsewhere."""
+"""Keys of a model that do not change what its teacher draws, or that the manifest records elsewhere."""
 
 
 class Requests(Sequence[Request]):
-    """One request a row: `copies` of each prompt, with seeds that count up; made when they are asked for.
+    """One request for each row: `copies` of each prompt, with seeds that count up. Each is made when it is read.
 
     Args:
-        rows: prompts, and their seeds where the list gives some.
-        copies: pictures of each.
-        seed: of the first row; a row whose prompt has no seed takes this plus its number.
+        rows: prompts, and their seeds where the list gives any.
+        copies: pictures of each prompt.
+        seed: seed of the first row; row i takes `seed + i` if its prompt has no seed.
 
     Raises:
         UserError: if there are too many, or a seed is out of range.
     """
 
     def __init__(self, rows: Sequence[tuple[str, int | None]], copies: int, seed: int) -> None:
-        self.rows, self.copies, self.seed = rows, copies, seed
+        self.rows = rows
+        self.copies = copies
+        self.seed = seed
         count = len(rows) * copies
         if count > MOST_ROWS:
             raise UserError(
@@ -122,19 +124,19 @@ class Requests(Sequence[Request]):
 
 @dataclass(frozen=True)
 class DrawingPlan:
-    """What a configuration asks for, checked; nothing large is loaded yet.
+    """A checked configuration; no weights are loaded yet.
 
     Attributes:
-        requests: the pictures, one a row.
+        requests: prompt and seed of each row.
         model: the teacher.
         size: latent size of the pictures.
         job: the shards.
         batch_size: pictures drawn at once.
-        ending: of the files.
-        quality: of lossy pictures.
+        ending: ending of the files.
+        quality: quality of lossy pictures, 1 to 100.
         fps: frames a second of videos.
         refiner: takes over from the teacher; None: the teacher draws to the end.
-        refiner_start: the part of the steps after which it does.
+        refiner_start: share of the steps, from 0 to 1, after which it does.
     """
 
     requests: Requests
@@ -150,7 +152,7 @@ class DrawingPlan:
 
 
 def run(cfg: DictConfig) -> None:
-    """Generate what the configuration asks for; prints where it lies."""
+    """Draw the prompts of the configuration into shards; prints their folder and size."""
     shared.quiet()
     plan = prepare(cfg)
     plan.job.claim()
@@ -173,13 +175,13 @@ def run(cfg: DictConfig) -> None:
 
 
 def beyond_limit(plan: DrawingPlan) -> dict[str, Any]:
-    """For the manifest: how many pictures were drawn of a prompt that the model did not see to its end."""
+    """Entry of the manifest: how many pictures have a prompt that is longer than the model's text encoders take."""
     found = TextLimit(plan.model).beyond(prompt for prompt, _ in plan.requests.rows)
     counts = found.metadata() | {"samples": found.count * plan.requests.copies}
     return {"beyond_token_limit": counts} if found.limit else {}
 
 
-# What is asked for
+# Configuration
 
 
 def prepare(cfg: DictConfig) -> DrawingPlan:
@@ -208,7 +210,7 @@ def prepare(cfg: DictConfig) -> DrawingPlan:
 
 
 def requests_of(cfg: DictConfig) -> Requests:
-    """One request a row: those of the list, `images_per_prompt` of each, with seeds that count up.
+    """The requests of all rows: `images_per_prompt` for each prompt of the list.
 
     Raises:
         UserError: if the list cannot be read, or a number is out of range.
@@ -230,7 +232,7 @@ def requests_of(cfg: DictConfig) -> Requests:
 
 
 def model_of(cfg: DictConfig) -> Pretrained:
-    """The teacher, with the steps and the guidance that are asked for.
+    """The teacher, with the `steps` and the `guidance_scale` of the configuration.
 
     Raises:
         UserError: for a guidance scale that a pipeline would ignore.
@@ -250,7 +252,7 @@ def refiner_of(cfg: DictConfig, model: Pretrained) -> Pretrained | None:
     """The refiner that takes over from the teacher, if one is asked for.
 
     Raises:
-        UserError: if it is none, or the teacher is of a family that has none.
+        UserError: if the teacher's family has no refiners, or the path holds none.
     """
     if cfg.refiner is None:
         return None
@@ -265,7 +267,7 @@ def refiner_of(cfg: DictConfig, model: Pretrained) -> Pretrained | None:
 
 
 def settings_of(cfg: DictConfig, model: Pretrained, requests: Requests, size: Size, ending: str) -> dict[str, Any]:
-    """Everything that decides what the shards hold, for the manifest."""
+    """All settings that the contents of the shards depend on, for the manifest."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lossy = {"png": {}, "mp4": {"fps": cfg.fps}}.get(ending, {"quality": cfg.quality})
     config = {key: value for key, value in to_plain(cfg.model).items() if key not in NOT_DRAWN_WITH}
@@ -283,22 +285,24 @@ def settings_of(cfg: DictConfig, model: Pretrained, requests: Requests, size: Si
 
 
 def refiner_settings(cfg: DictConfig, refiner: Pretrained | None) -> dict[str, Any]:
-    """What the manifest says of the refiner; nothing without one."""
+    """Entry of the manifest about the refiner; empty without one."""
     if refiner is None:
         return {}
     return {"refiner": {"name": refiner.name, "fingerprint": whole_fingerprint(refiner), "start": cfg.refiner_start}}
 
 
 def announce(plan: DrawingPlan) -> None:
-    """Print what will be made, and refuse what does not fit on the disk.
+    """Print the size of the shards, and refuse shards that do not fit on the disk.
 
     Raises:
         UserError: if there is less free space than it will take.
     """
-    job, pixels = plan.job, plan.model.pixel_size(plan.size)
+    job = plan.job
+    pixels = plan.model.pixel_size(plan.size)
     area = torch.Size(pixels).numel()
     left = job.rows_left
-    needed, free = left * area * BYTES[plan.ending], shutil.disk_usage(job.folder).free
+    needed = left * area * BYTES[plan.ending]
+    free = shutil.disk_usage(job.folder).free
     estimate = f"{left} {job.unit}s of {'x'.join(map(str, reversed(pixels)))} take about {needed / 1e9:.3g} GB"
     if needed > free:
         raise UserError(f"{estimate}, but {job.folder} has {free / 1e9:.3g} GB free; choose another out= or format=jpg")
@@ -312,7 +316,7 @@ def announce(plan: DrawingPlan) -> None:
 
 
 class Painter:
-    """Draws rows of a plan; the pipeline is loaded when the first one is due."""
+    """Draws the rows of a plan; loads the pipeline before the first."""
 
     def __init__(self, plan: DrawingPlan) -> None:
         self.plan = plan
@@ -321,13 +325,13 @@ class Painter:
         self._refiner: Any = None
 
     def samples(self, rows: range, advance: Callable[[int], object]) -> Iterator[Sample]:
-        """The samples of a shard. What an earlier, killed process finished of it is kept."""
+        """The samples of a shard; pictures that an earlier, killed process finished are not drawn again."""
         self._clear()
         folder = self.kept / shard_name(rows.start // self.plan.job.shard_size)
         for start in range(rows.start, rows.stop, self.plan.batch_size):
             batch = range(start, min(start + self.plan.batch_size, rows.stop))
             missing = [row for row in batch if not self._file(folder, row).is_file()]
-            if missing:  # the whole batch again: its bits may depend on what is drawn beside them
+            if missing:  # the whole batch again: a picture's bits may depend on the others of its batch
                 for row, drawn in zip(batch, self.draw(batch), strict=True):
                     if row in missing:
                         write_aside(self._file(folder, row), partial(self.write, drawn))
@@ -357,7 +361,8 @@ class Painter:
     def _load(self) -> None:
         say(f"loading {self.plan.model.name}")
         self._pipe = build_pipeline(self.plan.model)
-        vae, encoders = self._pipe.vae, self.plan.model.backbone_class.encoders_type
+        vae = self._pipe.vae
+        encoders = self.plan.model.backbone_class.encoders_type
         vae.to(encoders.vae_precision(vae.config, vae.dtype, kept=True))
         if self.plan.refiner is not None:
             self._refiner = build_refiner(self.plan.refiner, self._pipe)
@@ -370,7 +375,8 @@ class Painter:
             path.write_bytes(picture_bytes(to_pil(drawn), self.plan.ending, self.plan.quality))
 
     def _sample(self, row: int, data: bytes) -> Sample:
-        plan, request = self.plan, self.plan.requests[row]
+        plan = self.plan
+        request = self.plan.requests[row]
         *frames, height, width = plan.model.pixel_size(plan.size)
         columns = {"width": width, "height": height} | ({"frames": frames[0]} if frames else {})
         metadata = {"index": row, "prompt": request.prompt, "seed": request.seed, **columns}

@@ -1,7 +1,8 @@
-"""`swd import`: captioned pictures of any common layout to shards, with a report of what was left out.
+"""`swd import`: make shards of captioned pictures in any common layout, with a report of the pictures left out.
 
-Rows of the source are rows of the job, so the work is split over processes and continued after a kill. What is wrong
-with a shard's rows is stored before the shard counts as complete, so the report is whole however often it was stopped.
+The job has one row for each row of the source, so that several processes can share it and a killed one can go on.
+Problems with a shard's rows are stored before the shard counts as complete, so the report is whole however often the
+job was stopped.
 """
 
 from __future__ import annotations
@@ -64,13 +65,13 @@ MOST = {
     "shard_size": (1_000_000, "a shard that is stopped is begun again"),
     "multiple": (8192, "it is of pixels of a picture's side"),
 }
-"""The largest sensible values, and why."""
+"""Largest sensible values, with the reasons."""
 
 
 def run(cfg: DictConfig) -> None:
-    """Import what the configuration says; prints a summary."""
+    """Import the source that the configuration names; prints a summary."""
     plan = prepare(cfg)
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of them is in the report
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # the report has the warnings that matter
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     source = list_source(cfg.source, cfg.outside, Path(cfg.out))
     if cfg.limit is not None:
@@ -107,7 +108,7 @@ class ImportPlan:
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        """(height, width) that pictures are for; empty: whatever they have."""
+        """Sizes (height, width) that pictures are cropped to; empty: each keeps its own."""
         if self.size is None:
             return []
         if self.buckets is None:
@@ -138,7 +139,7 @@ def prepare(cfg: DictConfig) -> ImportPlan:
 
 
 def check_numbers(cfg: DictConfig) -> None:
-    """Raise UserError for numbers that no import can be meant with."""
+    """Raise UserError for numbers out of range, and for sizes that no picture can have."""
     for key in ("size", "multiple", "shard_size", "limit", "workers"):
         if cfg[key] is not None and cfg[key] < 1:
             raise UserError(f"{key}={cfg[key]}; use at least 1")
@@ -188,23 +189,23 @@ def import_rows(job: Job, source: PictureList, plan: ImportPlan) -> str | None:
 
 
 def forget(job: Job) -> None:
-    """Leave no trace of a job that was refused before its first shard: its list will be mended, and then be another."""
+    """Remove the record of a job that was refused before its first shard: once mended, the source is another job."""
     if share()[1] == 1 and not any(job.folder.glob("*.tar")):
         (job.folder / JOB).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # what else is there is not ours
+        with contextlib.suppress(OSError):  # not empty: other files in it are the user's
             job.folder.rmdir()
 
 
 def make(
     job: Job, source: PictureList, plan: ImportPlan, rows: range, done: Callable[[int], object]
 ) -> Iterator[Sample]:
-    """The samples of a range of rows; its problems go to a file before the last one is handed on.
+    """The samples of a range of rows; writes the range's problems into a file before it ends.
 
     Args:
-        job: what the range is a shard of.
+        job: the job; the range is one of its shards.
         source: the rows.
-        plan: what to do with them.
-        rows: their numbers.
+        plan: how pictures are checked and stored.
+        rows: numbers of the range's rows.
         done: called with the number of rows done.
     """
     problems = []
@@ -238,12 +239,12 @@ def load(row: PictureRow | Problem, number: int, plan: ImportPlan) -> Sample | P
         return Problem("missing", row.file, f"{error.filename} is not there")
     except NoText as error:
         return Problem("no caption", row.file, f"its caption {error}")
-    except Exception as error:  # files that others made fail in ways of many types, and none may end an import
+    except Exception as error:  # Pillow raises many types of errors, and no picture may end an import
         return Problem("unreadable", row.file, reason(error))
 
 
 def sample_of(row: PictureRow, number: int, plan: ImportPlan) -> Sample | Problem:
-    """The sample of a row, or why its picture is not for this plan.
+    """The sample of a row, or the problem if its picture is too small.
 
     Raises:
         Exception: of many types, if a file cannot be read.
@@ -264,7 +265,8 @@ def sample_of(row: PictureRow, number: int, plan: ImportPlan) -> Sample | Proble
         metadata |= {"original_width": image.width, "original_height": image.height}
         image = cover_and_crop(image, (height, width))
         image.info = {}  # no metadata
-        data, ending = picture_bytes(image, plan.format, QUALITY), plan.format
+        data = picture_bytes(image, plan.format, QUALITY)
+        ending = plan.format
     columns = {"width": image.width, "height": image.height}
     files = {ending: data, "txt": caption.encode(), "json": json.dumps(metadata | columns).encode()}
     return f"{number:08d}", files, columns
@@ -293,7 +295,7 @@ def _stored(job: Job) -> Iterator[dict[str, Any]]:
 
 
 def write_report(job: Job, source: PictureList, plan: ImportPlan, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Write what was left out and why."""
+    """Write the report: numbers of pictures, and each picture left out with the reason."""
     problems = list(_stored(job))
     report: dict[str, Any] = {
         "rows": job.rows,
@@ -308,7 +310,7 @@ def write_report(job: Job, source: PictureList, plan: ImportPlan, manifest: dict
 
 
 def histogram(job: Job, plan: ImportPlan) -> dict[str, int]:
-    """How many pictures are for each bucket, by "WIDTHxHEIGHT"."""
+    """Number of pictures in each bucket, by "WIDTHxHEIGHT"."""
     columns = ShardSet(str(job.folder)).columns
     pairs = Counter(zip(columns["height"].tolist(), columns["width"].tolist(), strict=True)) if columns else {}
     counts = dict.fromkeys(plan.sizes, 0)
@@ -318,7 +320,7 @@ def histogram(job: Job, plan: ImportPlan) -> dict[str, int]:
 
 
 def summary(job: Job, report: dict[str, Any], manifest: dict[str, Any]) -> str:
-    """The report in a few lines."""
+    """The report as a few lines of text."""
     counted = lambda counts: ", ".join(f"{count:,} {kind}" for kind, count in counts.items())  # noqa: E731
     lines = [f"{job.folder}: {report['imported']:,} of {job.rows:,} pictures, {manifest['bytes'] / 1e6:,.1f} MB"]
     if report["problems"]:

@@ -1,4 +1,4 @@
-"""`sample.py`: pictures and videos of prompts with the stock diffusers pipeline, an adapter and its schedule."""
+"""`swd sample` and `sample.py`: draw pictures or videos with the stock diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -64,14 +64,18 @@ ROOT = shared.ROOT | {
 
 
 MOST_PICTURES = 100_000
-"""Files of one `swd sample`: more than a folder is looked through."""
+"""Files of one `swd sample` at most: nobody looks through a folder of more."""
 
 
 def run(cfg: DictConfig) -> None:
-    """Draw what the configuration asks for; prints the path of every file."""
+    """Draw the prompts of the configuration; prints the path of every file."""
     shared.quiet()
     job = prepare(cfg)
-    requests, model, student, schedule, size = job.requests, job.model, job.student, job.schedule, job.size
+    requests = job.requests
+    model = job.model
+    student = job.student
+    schedule = job.schedule
+    size = job.size
     ending = "mp4" if model.backbone_class.video else "png"
     folder = claim_files(Path(cfg.folder), requests, ending)
     drawer = mask_text(f"model {model.name}, " + (f"adapter {job.source}" if student else "no adapter: the teacher"))
@@ -100,10 +104,11 @@ def run(cfg: DictConfig) -> None:
 
 
 def origin(cfg: DictConfig, job: SamplingPlan) -> dict[str, Any]:
-    """What pictures say of the model and the adapter: no value of the environment, no credential."""
-    shown, plain = stored(cfg), node_of(cfg, "model")
+    """Model and adapter for a picture's metadata, without values of the environment and without credentials."""
+    shown = stored(cfg)
+    plain = node_of(cfg, "model")
     typed = shown.get("model", {})
-    # What the command line gave is kept as it was typed, the rest as the run recorded it.
+    # Values of the command line are kept as they were typed, the others as the run recorded them.
     model = {key: typed[key] if key in plain and plain[key] == value else value for key, value in job.node.items()}
     adapter = None if job.source is None else str(job.source)
     if adapter is not None and "${" in str(shown["adapter"]):
@@ -112,18 +117,20 @@ def origin(cfg: DictConfig, job: SamplingPlan) -> dict[str, Any]:
     return masked
 
 
-# What is asked for
+# Configuration
 
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """What a configuration asks for, checked; nothing large is loaded yet.
+    """A checked configuration; no weights of the base are loaded yet.
 
     Attributes:
-        requests: the pictures.
-        model: the base, `node` its configuration.
-        source: where the student lies; None: the teacher draws.
-        student, schedule: an adapter or a whole network, and its sampler.
+        requests: the pictures, each a prompt and a seed.
+        model: the base.
+        node: the base's configuration.
+        source: folder or file of the student; None: the teacher draws.
+        student: an adapter or a whole network; None: the teacher draws.
+        schedule: the student's sampler; None: the teacher draws with its own.
         size: latent size of finished pictures.
     """
 
@@ -192,7 +199,8 @@ def check_tiny_vae(path: str, model: Pretrained) -> None:
         raise UserError(f"{where} is a {config.get('_class_name')}; give an AutoencoderTiny, e.g. madebyollin/taesd3")
     if not hub.is_hub_id(path):
         check_model_folder(folder, f"{where} is incomplete: it")
-    channels, blocks = config.get("latent_channels", 4), config.get("decoder_block_out_channels", (64,) * 4)
+    channels = config.get("latent_channels", 4)
+    blocks = config.get("decoder_block_out_channels", (64,) * 4)
     if channels != model.channels:
         raise UserError(f"{where} decodes {channels} channels, this model's latents have {model.channels}")
     if 2 ** (len(blocks) - 1) != model.factor:
@@ -200,15 +208,18 @@ def check_tiny_vae(path: str, model: Pretrained) -> None:
 
 
 def plan(cfg: DictConfig) -> list[Request]:
-    """The pictures asked for, each with its own seed.
+    """The prompts to draw, each picture with a seed of its own.
 
     Raises:
-        UserError: for an empty list of prompts, an empty prompt, or counts below 1.
+        UserError: for an empty list of prompts, an empty prompt, or numbers out of range.
     """
+    # Plain numbers.
     limits.whole("images_per_prompt", cfg.images_per_prompt, 1)
     limits.whole("batch_size", cfg.batch_size, 1, limits.AT_ONCE, "no device draws more at once")
     limits.whole("fps", cfg.fps, 1, limits.FPS)
     limits.seed("seed", cfg.seed)
+
+    # Prompts.
     if cfg.prompts_file is not None:
         rows = read_prompts(Path(cfg.prompts_file))
     else:
@@ -228,7 +239,10 @@ def plan(cfg: DictConfig) -> list[Request]:
             f"images_per_prompt={cfg.images_per_prompt} of {len(rows)} prompts are {count} files in one folder; use at "
             f"most {MOST_PICTURES}, or swd generate, which writes shards"
         )
-    requests, running = [], cfg.seed
+
+    # Seeds.
+    requests = []
+    running = cfg.seed
     for prompt, seed in rows:
         for copy in range(cfg.images_per_prompt):
             requests.append(Request(prompt, running if seed is None else seed + copy))
@@ -238,12 +252,12 @@ def plan(cfg: DictConfig) -> list[Request]:
 
 
 def read_prompts(file: Path, key: str = "prompts_file") -> list[tuple[str, int | None]]:
-    """Prompts, and their seeds where given, of a list.
+    """Read prompts from a file, with their seeds where it gives any.
 
     Args:
         file: a text file (a prompt a line), or a `.csv`, `.tsv` or `.jsonl` table with a column "prompt" and, if
             seeds are given, one "seed".
-        key: what messages call it.
+        key: the option that names the file, for messages.
 
     Raises:
         UserError: if the file is missing, empty, has no such column, or a line of it is faulty.
@@ -254,7 +268,8 @@ def read_prompts(file: Path, key: str = "prompts_file") -> list[tuple[str, int |
     faulty = next((row for row in table.rows if row.fault), None)
     if faulty is not None:
         raise UserError(f"{key}={file}, line {faulty.line}: {faulty.fault}")
-    prompts, seeds = table.needed(("prompt",), f"{key}="), table.column(("seed",))
+    prompts = table.needed(("prompt",), f"{key}=")
+    seeds = table.column(("seed",))
     rows: list[tuple[str, int | None]] = []
     for row in table.rows:
         where = f"{key}={file}, line {row.line}"
@@ -281,13 +296,16 @@ def final_size(cfg: DictConfig, model: Pretrained, native: Size | None = None) -
 
     Args:
         cfg: the configuration.
-        model: what draws.
-        native: the size without any wish: where the student's schedule ends; None: the model's own.
+        model: the model that draws.
+        native: latent size where none of these keys is given, such as the last of the student's schedule; None: the
+            model's own.
 
     Raises:
         UserError: if it is not a size that the model can take.
     """
-    factor, (*frames, height, width) = model.factor, native or model.size
+    # Height and width.
+    factor = model.factor
+    *frames, height, width = native or model.size
     if cfg.aspect is not None:
         if cfg.height is not None or cfg.width is not None:
             raise UserError(f"aspect={cfg.aspect} beside height and width; give one or the other")
@@ -303,6 +321,8 @@ def final_size(cfg: DictConfig, model: Pretrained, native: Size | None = None) -
             height = old if pixels is None else pixels // factor
         else:
             width = old if pixels is None else pixels // factor
+
+    # Frames.
     if cfg.frames is not None:
         if not frames:
             raise UserError(f"frames={cfg.frames}, but {model.family} draws pictures; leave it out")
@@ -310,6 +330,8 @@ def final_size(cfg: DictConfig, model: Pretrained, native: Size | None = None) -
             raise UserError(f"frames={cfg.frames}; use 1 more than a multiple of {model.frame_factor}, e.g. 81")
         limits.whole("frames", cfg.frames, 1, limits.FRAMES, "ten times what models are trained on")
         frames = [(cfg.frames - 1) // model.frame_factor + 1]
+
+    # The whole.
     size = (*frames, height, width)
     model.limits.check_size(size)
     if max(height, width) * factor > limits.SIDE:
@@ -320,7 +342,7 @@ def final_size(cfg: DictConfig, model: Pretrained, native: Size | None = None) -
 
 
 def claim_files(folder: Path, requests: list[Request], ending: str) -> Path:
-    """Create the output folder; refuse to replace a picture that is already there."""
+    """Create the output folder; raise UserError if a file to be written exists or would have the name of another."""
     claim_folder(folder)
     stems = Counter(request.stem for request in requests)
     for stem, count in stems.items():
@@ -344,12 +366,13 @@ def build_pipeline(
 
     Args:
         model: the base.
-        student: the student: an adapter, or a network that was trained whole; None: the teacher.
+        student: an adapter, or a network that was trained whole; None: the teacher draws.
         schedule: the student's sampler.
-        cfg: `tiny_vae`, `compile` and `offload`, as `prepare` checked them; None: none of them.
+        cfg: holds `tiny_vae`, `compile` and `offload`, checked by `prepare`; None: none of them is used.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype, part = model.dtype(device), model.backbone_class.subfolder
+    dtype = model.dtype(device)
+    part = model.backbone_class.subfolder
     network: Any = student.network(model, device) if student else model.network(device).network
     pipe = model.pipeline(dtype, **{part: network})
     pipe.set_progress_bar_config(disable=True)
@@ -358,7 +381,7 @@ def build_pipeline(
         student.load_into(pipe, model)
         schedule.attach(pipe)
     if model.quantization:
-        # After the adapter: loaders would give it the base's 8 bits. Its layers hold the base under this name.
+        # After the adapter is loaded, or its weights would be quantized too. `base_layer` is a layer that it wraps.
         inner = [f"{target}.base_layer" for target in model.targets]
         quantize(network, [*model.targets, *inner], model.quantization)
     if cfg is None:
@@ -377,7 +400,7 @@ def build_pipeline(
 
 
 def load_tiny_vae(path: str, dtype: torch.dtype) -> Any:
-    """A distilled decoder in place of the VAE: a small fraction of its time, at some loss.
+    """Load a distilled decoder in place of the VAE: much faster, with a small loss of quality.
 
     Raises:
         UserError: if it cannot be loaded.
@@ -397,15 +420,18 @@ def draw(
 
     Args:
         pipe: from `build_pipeline`.
-        model: its model.
+        model: the pipeline's model.
         requests: prompts and seeds.
-        size: latent size of the finished ones; None: the model's own.
+        size: latent size of finished pictures; None: the model's own.
         show_sizes: also decode the prediction of every step, if the scheduler is scale-wise.
 
     Returns:
-        The finished ones, and for every step its predictions.
+        The finished pictures, and for every step its predictions.
     """
-    backbone, scheduler, size = model.backbone_class, pipe.scheduler, size or model.size
+    # Arguments of the pipeline.
+    backbone = model.backbone_class
+    scheduler = pipe.scheduler
+    size = size or model.size
     pixels = model.pixel_size(size)
     arguments: dict[str, Any] = {"height": pixels[-2], "width": pixels[-1], "output_type": "latent"}
     if backbone.video:
@@ -425,6 +451,8 @@ def draw(
         arguments |= {"num_inference_steps": model.teacher_steps, "generator": generators}
         if model.drawing_guidance_scale != 1.0:
             arguments |= backbone.guidance_arguments(model.drawing_guidance_scale)
+
+    # Drawing and decoding.
     latents = pipe([request.prompt for request in requests], **arguments)[0]
     latents = backbone.from_pipeline(latents, size)
     encoders = backbone.encoders_type(pipe, model.max_text_tokens)
@@ -435,7 +463,7 @@ def draw(
 
 
 def save(drawn: Tensor, path: Path, info: dict[str, Any], fps: int = 16) -> Path:
-    """Write a PNG or an MP4 with its origin in the metadata, never over an existing file."""
+    """Write a PNG or an MP4 with `info` as its metadata; raise UserError rather than replace an existing file."""
     if path.exists():
         raise UserError(f"{path} exists already; choose another folder or seed")
     if not drawn.isfinite().all():

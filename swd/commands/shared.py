@@ -1,4 +1,4 @@
-"""What commands share: the keys at the root of a configuration, quiet libraries, a GPU for each process."""
+"""Shared by commands: the keys at the root of a configuration, quiet libraries, a GPU for each process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from swd.config import GROUP
 ROOT: dict[str, Any] = {"model": GROUP, "schedule": GROUP, "allow": list[str]}
 """Keys at the root of the configuration of every command on a model, and their types."""
 RECIPE = {"batch_size": int, "lr": float, "iterations": int, "checkpointing": bool}
-"""Values that suit a model, which `data`, `task` and `trainer` take over unless they are given others."""
+"""Values that suit a model, and their types; `data`, `task` and `trainer` use them unless they are given others."""
 
 
 def use_own_gpu() -> None:

@@ -1,4 +1,4 @@
-"""`train.py`: compose -> check -> instantiate -> fit."""
+"""`swd train` and `train.py`: check a configuration, build what it describes, and train."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ PACKAGES = ("torch", "lightning", "hydra-core", "diffusers", "peft", "transforme
 
 
 def run(cfg: DictConfig) -> None:
-    """Train what the configuration says."""
+    """Train as the configuration says."""
     check(cfg, ROOT)
     fit(cfg)
 
@@ -115,7 +115,7 @@ def _fit(cfg: DictConfig, folder: Path, *more: Callback) -> tuple[LightningModul
 
 
 def _train(trainer: Trainer, task: LightningModule, data: Any, checkpoint: str | None) -> None:
-    """`trainer.fit`, with what a user can mend told in one line."""
+    """Call `trainer.fit`; failures that a user can do something about are raised as UserError."""
     callbacks: list[Callback] = cast(Any, trainer).callbacks
     callbacks.sort(key=_turn)
     try:
@@ -134,7 +134,7 @@ def _train(trainer: Trainer, task: LightningModule, data: Any, checkpoint: str |
         if type(error).__module__.partition(".")[0] != "wandb":
             raise
         raise UserError(f"logger=wandb: {one_line(error)[:300]}; {WITHOUT_WANDB}") from error
-    except SystemExit:  # what Lightning makes of Ctrl-C
+    except SystemExit:  # Lightning raises it for Ctrl-C
         if trainer.interrupted:
             raise KeyboardInterrupt from None
         raise
@@ -155,7 +155,7 @@ def run_of(checkpoint: str) -> Path:
 
 
 def drop_record(folder: Path) -> None:
-    """Remove the record of how a run was started where nothing else came of it."""
+    """Remove the record of how a run was started if the run wrote nothing else."""
     started = {"config.yaml", "run.json"}
     if {file.name for file in folder.iterdir()} <= started:
         for name in started:
@@ -165,20 +165,27 @@ def drop_record(folder: Path) -> None:
 def finish(
     cfg: DictConfig, task: LightningModule, data: Any, checkpoint: str, *more: Callback
 ) -> tuple[LightningModule, Trainer]:
-    """Write what a run whose iterations are all done still lacks, into its own folder; no new one is left.
+    """Write the files that a run lacks whose iterations are all done, into the run's own folder.
+
+    The folder that Hydra made for this command is removed.
 
     Args:
-        cfg: the configuration; `folder` becomes the run's.
-        task, data: as `build` made them.
-        checkpoint: the last one of the run.
-        more: callbacks of a caller who goes on with the trained task; it is then loaded even if nothing is missing.
+        cfg: the configuration; its `folder` becomes the run's.
+        task: from `build`.
+        data: from `build`.
+        checkpoint: the run's last one.
+        more: callbacks of a caller that goes on with the trained task; the task is then loaded even if no file is
+            missing.
     """
-    run, done = run_of(checkpoint), iterations(checkpoint)
+    run = run_of(checkpoint)
+    done = iterations(checkpoint)
     with suppress(OSError):
         Path(cfg.folder).rmdir()  # which Hydra made; it stays if anything is in it
     cfg.folder = str(run)
-    plain = OmegaConf.merge(cfg, {"logger": None})  # a logger would start its files afresh
+    plain = OmegaConf.merge(cfg, {"logger": None})  # a logger would begin its files again
     trainer = build_trainer(cast(DictConfig, plain), run, *more)
+
+    # Files that are missing, and how each is written.
     callbacks: list[Callback] = cast(Any, trainer).callbacks
     callbacks[:] = [c for c in callbacks if not isinstance(c, ModelCheckpoint)]  # nothing to save
     late = [c for c in callbacks if isinstance(c, SaveAdapter | Samples)]
@@ -187,9 +194,11 @@ def finish(
     }
     if isinstance(task, WatchedTask) and task.older_than(Path(checkpoint)):
         missing[str(task.target)] = task.export
+
+    # Load the task for them, through a training without iterations.
     if missing or more:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Total length of .* is zero")  # rightly: no batch is left
+            warnings.filterwarnings("ignore", "Total length of .* is zero")  # true: no batch is left
             _train(trainer, task, data, checkpoint)
         task.to(trainer.strategy.root_device)
     for write in missing.values():
@@ -202,7 +211,7 @@ def finish(
 
 
 def prepare(cfg: DictConfig) -> tuple[LightningModule, Any]:
-    """`build`, and a named checkpoint is looked at: all that can be checked of a run before its turn.
+    """Call `build`, and check the trainer and the checkpoint that `resume` names: everything before training itself.
 
     Raises:
         UserError: for wrong input.
@@ -220,6 +229,7 @@ def build(cfg: DictConfig) -> tuple[LightningModule, Any]:
     Raises:
         UserError: for wrong input.
     """
+    # Plain numbers.
     check(cfg)
     if not cfg.seed < 2**31:
         raise UserError(f"seed={cfg.seed}; use a number below 2^31")
@@ -227,6 +237,8 @@ def build(cfg: DictConfig) -> tuple[LightningModule, Any]:
         value = OmegaConf.select(cfg, key)
         if value < least:
             raise UserError(f"{key}={value}; use {least} or more")
+
+    # Task and data, with the trainer's options.
     task: LightningModule = build_group(cfg, "task")
     data = build_group(cfg, "data")
     options = trainer_options(cfg)
@@ -239,6 +251,8 @@ def build(cfg: DictConfig) -> tuple[LightningModule, Any]:
             f"data.batch_size={data.batch_size} does not divide over {processes} processes; "
             f"use a multiple of {processes}"
         )
+
+    # A trial (`fast_dev_run`) must leave nothing behind.
     if is_trial(cfg) and not isinstance(task, Distiller):
         raise UserError(
             f"trainer.fast_dev_run tries a distillation; {type(task).__name__} would write what it trains: use "
@@ -246,6 +260,8 @@ def build(cfg: DictConfig) -> tuple[LightningModule, Any]:
         )
     if is_trial(cfg) and cfg.resume is not None:
         raise UserError("trainer.fast_dev_run tries a fresh run; leave out resume")
+
+    # Data and losses against the model, the schedule and the number of processes.
     if isinstance(task, Distiller) and hasattr(data, "check"):
         data.check(task.model, task.schedule)
     if isinstance(task, Distiller):
@@ -257,7 +273,7 @@ def trainer_options(cfg: DictConfig) -> dict[str, Any]:
     """The Trainer's arguments in the configuration; `fast_dev_run` counts iterations, as `max_steps` does.
 
     Raises:
-        UserError: for devices that are none.
+        UserError: for `devices` that name no devices.
     """
     options = arguments_of(cfg, "trainer")
     tried = options.pop("fast_dev_run", False)
@@ -270,12 +286,12 @@ def trainer_options(cfg: DictConfig) -> dict[str, Any]:
 
 
 def is_trial(cfg: DictConfig) -> bool:
-    """Whether the run only tries out whether everything works (`fast_dev_run`), and keeps nothing."""
+    """Whether the run is a trial of a few iterations that keeps nothing (`trainer.fast_dev_run`)."""
     return bool(OmegaConf.select(cfg, "trainer.fast_dev_run", default=False))
 
 
 def build_trainer(cfg: DictConfig, folder: Path, *more: Callback) -> Trainer:
-    """The Trainer with this project's fixed choices: manual optimization counts iterations, order is our own."""
+    """The Trainer, with options that this project sets itself: steps are iterations, and data keep their own order."""
     options = trainer_options(cfg)
     if options.get("strategy") == "auto" and _processes(options) > 1:
         # Student and fake network step in turn, so some parameters have no gradient in each update.
@@ -288,7 +304,7 @@ def build_trainer(cfg: DictConfig, folder: Path, *more: Callback) -> Trainer:
         logger = False
     callbacks += more
     fixed = {
-        "max_epochs": -1,  # steps count; a finished epoch must not keep a longer run from continuing
+        "max_epochs": -1,  # only steps end a run: a finished epoch must not keep a longer run from continuing
         "default_root_dir": str(folder),
         "callbacks": callbacks,
         "logger": logger,
@@ -316,9 +332,9 @@ FIXED = {
     "barebones": "it leaves out what writes the student",
     "val_check_interval": "nothing is validated while a task trains",
 }
-"""Options of the Trainer that are this project's to set, and what to do instead."""
+"""Options of the Trainer that the project sets itself, and what a user does instead."""
 LIMITS = ("limit_train_batches", "overfit_batches")
-"""Options of the Trainer that end an epoch early; one epoch is the whole run here."""
+"""Options of the Trainer that end an epoch early; here one epoch is the whole run."""
 
 
 def check_trainer(options: dict[str, Any], task: LightningModule) -> None:
@@ -368,7 +384,7 @@ def check_precision(precision: Any, task: LightningModule) -> None:
 
 
 def check_data(task: LightningModule, data: Any) -> None:
-    """Raise UserError unless the data give what the task trains on."""
+    """Raise UserError if the judge is to train on other data than its own, or another task on the judge's."""
     judged = isinstance(data, JudgeData)
     if isinstance(task, JudgeTask) and not judged:
         raise UserError("task=judge learns from labelled pictures of shapes; choose them with data=judge")
@@ -379,7 +395,7 @@ def check_data(task: LightningModule, data: Any) -> None:
 
 
 def check_devices(options: dict[str, Any]) -> None:
-    """Raise UserError for `trainer.devices` that are none; a number in quotes becomes a number."""
+    """Raise UserError for `trainer.devices` that name no devices; a number in quotes becomes a number in `options`."""
     devices = options.get("devices", "auto")
     if isinstance(devices, str) and devices.lstrip("-").isdigit():
         devices = options["devices"] = int(devices)
@@ -407,7 +423,7 @@ WITHOUT_WANDB = "logger.offline=true keeps the log in the run's folder, logger=c
 
 
 def check_logger(cfg: DictConfig) -> None:
-    """Raise UserError where wandb would ask for an account and nobody can answer."""
+    """Raise UserError where wandb would ask for a login and there is no terminal to answer at."""
     node = node_of(cfg, "logger")
     settings = node.get("settings") or {}
     offline = node.get("offline") or is_trial(cfg) or settings.get("mode") in WANDB_SILENT
@@ -430,7 +446,7 @@ WANDB_SILENT = ("offline", "dryrun", "disabled")
 
 
 def start_loggers(trainer: Trainer) -> None:
-    """Start wandb where the command line holds a credential: it stores the command line, and gets it without."""
+    """Start wandb with the credentials masked in the command line, which it stores; do nothing if there are none."""
     shown = [mask_text(argument) for argument in sys.argv]
     if shown == sys.argv or not any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
         return
@@ -444,7 +460,8 @@ def start_loggers(trainer: Trainer) -> None:
 
 
 def _processes(options: dict[str, Any]) -> int:
-    devices, nodes = options.get("devices", 1), options.get("num_nodes", 1)
+    devices = options.get("devices", 1)
+    nodes = options.get("num_nodes", 1)
     if isinstance(devices, str) and devices != "auto":
         devices = int(devices) if devices.lstrip("-").isdigit() else devices.split(",")
     if devices in ("auto", -1):

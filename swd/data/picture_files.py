@@ -302,7 +302,8 @@ def cover_and_crop(image: Image.Image, size: Size) -> Image.Image:
     scale = max(height / image.height, width / image.width)
     shrunk = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     image = image.resize(shrunk, Image.Resampling.BOX if scale < 1 else Image.Resampling.NEAREST, reducing_gap=2.0)
-    left, top = (shrunk[0] - width) // 2, (shrunk[1] - height) // 2
+    left = (shrunk[0] - width) // 2
+    top = (shrunk[1] - height) // 2
     return image.crop((left, top, left + width, top + height))
 
 
@@ -319,5 +320,6 @@ def read_video(file: Path, size: Size) -> Tensor:
     scale = max(height / frames.shape[2], width / frames.shape[3])
     shrunk = (max(height, round(frames.shape[2] * scale)), max(width, round(frames.shape[3] * scale)))
     frames = F.interpolate(frames.transpose(0, 1), size=shrunk, mode="area").transpose(0, 1)
-    top, left = (shrunk[0] - height) // 2, (shrunk[1] - width) // 2
+    top = (shrunk[0] - height) // 2
+    left = (shrunk[1] - width) // 2
     return frames[:, :, top : top + height, left : left + width].contiguous()

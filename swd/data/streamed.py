@@ -121,8 +121,13 @@ class StreamDataset(IterableDataset[Batch | UserError], Generic[S]):
                 f"{len(self.urls)} streamed shards for {world} processes with {readers} loader processes each; "
                 "every one needs a shard of its own: use fewer data.workers, or more shards"
             )
-        self.start, self.total, self.rank, self.world, self.readers = start, total, rank, world, readers
-        self.per_iteration, self.steps = per_iteration, steps
+        self.start = start
+        self.total = total
+        self.rank = rank
+        self.world = world
+        self.readers = readers
+        self.per_iteration = per_iteration
+        self.steps = steps
         return self
 
     def __len__(self) -> int:

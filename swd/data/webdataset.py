@@ -152,7 +152,10 @@ class ShardData(TrainingData):
         return self.source.collate([self.source[index, step] for index in chosen])
 
     def batch_loader(self, plan: BatchPlan) -> Any:
-        start, total, rank, world = plan.start, plan.total, plan.rank, plan.world
+        start = plan.start
+        total = plan.total
+        rank = plan.rank
+        world = plan.world
         steps = len(self.schedule) if self.schedule else 1
         more: dict[str, Any] = {"num_workers": self.workers}
         if self.workers:
@@ -163,7 +166,8 @@ class ShardData(TrainingData):
         source: Any = self.source
         orders = source.orders(self.seed, self.window)
         sampler = DueBatches(None, self.batch_size, start, total, self.seed, rank, world, orders)
-        sampler.per_iteration, sampler.steps = plan.per_iteration, steps
+        sampler.per_iteration = plan.per_iteration
+        sampler.steps = steps
         if self.is_cache:
             return ThreadedLoader(source.batch_of, sampler, self.workers, self.prefetch)
         return GuardedLoader(Guarded(source, source.collate), batch_sampler=sampler, collate_fn=as_it_is, **more)

@@ -33,6 +33,7 @@ from swd.config import (
     overrides,
     read_recorded,
     to_plain,
+    with_schedules,
 )
 from swd.export.verification import COMFY_WEIGHTS, check_adapter, check_network
 from swd.io.files import check_checksums, write_aside, write_checksums, write_json
@@ -53,7 +54,7 @@ from swd.modules.pretrained import Pretrained
 from swd.modules.student import FullStudent, Student
 from swd.schedule import ScaleSchedule
 from swd.scheduler import ScaleWiseScheduler
-from swd.types import Size, UserError
+from swd.types import Size, UserError, WrongProcess
 
 SCHEDULER_FILE = "scale_wise_scheduler.py"
 """Name of the sampler's source in the exported folder."""
@@ -128,7 +129,10 @@ def schedule_of(source: Path, cfg: DictConfig, model: Pretrained) -> ScaleWiseSc
             )
     else:
         schedule: ScaleSchedule = build(cfg, "schedule")
-        sampler = schedule.scheduler(model.limits.divisor, expected)
+        try:
+            sampler = schedule.scheduler(model.limits.divisor, expected)
+        except WrongProcess as error:
+            raise with_schedules(error) from None
         if not chosen:
             warnings.warn(
                 f"no {SCHEDULER_CONFIG} beside {source}: taking the model's default schedule, sizes "

@@ -1,9 +1,10 @@
-"""Valid ranges of numbers on the command line; all are refused with the same kind of message."""
+"""Valid ranges of numbers in configurations, and the checks of them, with messages of one kind."""
 
 from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ class Range:
     above: bool = False
 
     def problem(self, value: Any) -> str | None:
-        """What to use instead of `value`; None if it is inside, or is no number."""
+        """The fix for a `value` out of range, "use ..."; None if it is in range, or is no number."""
         if isinstance(value, bool) or not isinstance(value, int | float):
             return None
         if value < self.least or (self.above and value == self.least):
@@ -48,13 +49,14 @@ class Range:
 
 
 LARGEST_FLOAT = 3.4028234663852886e38
-"""Of float32, which losses and optimizers compute in."""
+"""Largest number of float32, which losses and optimizers compute in."""
 LARGEST_INTEGER = 2**63 - 1
+"""Largest number of int64, which tensors and files store."""
 
 SHARE, COUNT, WEIGHT = Range(0, 1), Range(1, 2**31 - 1), Range(0, 1e6)
 RATE = Range(0, 1e6, above=True)
-"""Of learning: AdamW moves every weight by about the rate at each step, so anything near 1 destroys a network already;
-the bound refuses what cannot be meant at all."""
+"""Learning rates. AdamW moves every weight by about the rate at each step, so a rate near 1 already destroys a network;
+this bound only refuses numbers that nobody can have meant."""
 RANGES: Mapping[str, Range] = {
     "lr": RATE,
     "critic_lr": RATE,
@@ -83,14 +85,14 @@ RANGES: Mapping[str, Range] = {
     "max_steps": COUNT,
     "num_nodes": Range(1, 100_000),
 }
-"""What arguments of the project's constructors and of the Trainer may be: a name means the same everywhere."""
+"""Ranges of arguments of this project's constructors and of the Trainer, by name; a name means the same everywhere."""
 
 
 def whole(key: str, value: int | None, least: int = 1, most: int | None = None, why: str = "") -> None:
     """Raise UserError unless a whole number is in range; None is accepted.
 
     Args:
-        key: its name on the command line.
+        key: its name in the configuration.
         value: the number.
         least: smallest valid number.
         most: largest one; None: no limit.
@@ -102,10 +104,36 @@ def whole(key: str, value: int | None, least: int = 1, most: int | None = None, 
         raise UserError(f"{key}={value}; use at most {most}" + (f", {why}" if why else ""))
 
 
-def number(key: str, value: float | None, least: float, most: float, why: str = "") -> None:
-    """Raise UserError unless a number is finite and in range; None is accepted."""
-    if value is not None and not (math.isfinite(value) and least <= value <= most):
-        raise UserError(f"{key}={value}; use {least:g} to {most:g}" + (f", {why}" if why else ""))
+def number(
+    key: str,
+    value: float | None,
+    least: float | None = None,
+    most: float | None = None,
+    why: str = "",
+    above: float | None = None,
+) -> None:
+    """Raise UserError unless a number is finite and in range; None is accepted.
+
+    Args:
+        key: its name in the configuration.
+        value: the number.
+        least: smallest valid number; None: no such limit.
+        most: largest one, given only together with `least`.
+        why: the reason of the limits.
+        above: a limit that the number must exceed, given alone.
+    """
+    if value is None:
+        return
+    in_range = (least is None or value >= least) and (most is None or value <= most)
+    # An integer beyond any float is finite to Python, but nothing can compute with it.
+    if in_range and (above is None or value > above) and abs(value) <= sys.float_info.max:
+        return
+    allowed = "a finite number"
+    if least is not None:
+        allowed = f"{least:g} to {most:g}" if most is not None else f"a finite number of {least:g} or more"
+    elif above is not None:
+        allowed = f"a finite number above {above:g}"
+    raise UserError(f"{key}={value}; use {allowed}" + (f", {why}" if why else ""))
 
 
 def seed(key: str, value: int, stop: int = 2**63) -> None:

@@ -266,7 +266,8 @@ def _records(lines: _Lines) -> tuple[tuple[str, ...], list[TableRow]]:
     header: tuple[str, ...] | None = None
     rows: list[TableRow] = []
     for index in range(len(lines.raw)):
-        fault, record = lines.fault(index, index + 1), {}
+        fault = lines.fault(index, index + 1)
+        record = {}
         if not fault:
             text = lines.text(index)
             if not text.strip():

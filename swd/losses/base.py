@@ -90,7 +90,7 @@ class ModelFacts:
 
     def check_indices(self, key: str, indices: IndexRange | None) -> None:
         """Raise UserError for a range outside the process' table of noise levels; None, the default, always fits."""
-        last = self.process.ranges["critic"][1]
+        last = self.process.ranges.whole[1]
         low, high = indices or (0, last)
         if not 0 <= low <= high <= last:
             raise UserError(f"{key}=[{low}, {high}]; use [low, high] with 0 <= low <= high <= {last}")

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swd.diffusion import IndexRange
+from swd.io import limits
 from swd.losses.base import CriticStep, FakePass, GeneratorStep, LossTerm, Metrics, ModelFacts
 from swd.losses.functional import dmd_direction, dmd_loss
 from swd.schedule import ScaleSchedule
-from swd.types import check_number
 
 
 class DMD(LossTerm):
@@ -39,8 +39,10 @@ class DMD(LossTerm):
         critic_indices: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        self.weight = check_number("loss.dmd.weight", weight, least=0)
-        self.guidance_scale = check_number("loss.dmd.guidance_scale", guidance_scale, least=0)
+        limits.number("loss.dmd.weight", weight, least=0)
+        limits.number("loss.dmd.guidance_scale", guidance_scale, least=0)
+        self.weight = float(weight)
+        self.guidance_scale = float(guidance_scale)
         self.indices = indices
         self.critic_indices = critic_indices
 
@@ -56,7 +58,7 @@ class DMD(LossTerm):
             )
 
     def generator(self, step: GeneratorStep) -> tuple[Tensor, Metrics]:
-        indices: IndexRange = self.indices or step.networks.process.ranges["dmd"]
+        indices: IndexRange = self.indices or step.networks.process.ranges.renoise
         noised = step.noise_fake("renoise", indices)
         x0_fake = step.fake_x0("renoise", indices)
         with torch.no_grad():
@@ -67,6 +69,6 @@ class DMD(LossTerm):
         return self.weight * loss, {"dmd": loss.detach(), "dmd_gap": (x0_fake - x0_real).abs().mean()}
 
     def critic(self, step: CriticStep) -> tuple[Tensor, Metrics]:
-        indices: IndexRange = self.critic_indices or step.networks.process.ranges["critic"]
+        indices: IndexRange = self.critic_indices or step.networks.process.ranges.whole
         loss = F.mse_loss(step.fake_x0("renoise", indices), step.x0_hat.float())
         return loss, {"fake_score": loss.detach()}

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from swd.diffusion import IndexRange
-from swd.io.limits import HEAD_LAYERS
+from swd.io import limits
 from swd.losses.base import CriticStep, FakePass, GeneratorStep, LossTerm, Metrics, ModelFacts
 from swd.losses.functional import discriminator_logits, gan_discriminator_loss, gan_generator_loss
 from swd.losses.gan_head import GANHead
 from swd.schedule import ScaleSchedule
-from swd.types import UserError, check_number
+from swd.types import UserError
 
 
 class GAN(LossTerm):
@@ -45,13 +45,15 @@ class GAN(LossTerm):
         super().__init__()
         if not blocks:
             raise UserError("loss.gan.blocks is empty; name at least one feature block")
-        if not 1 <= layers <= HEAD_LAYERS:
+        if not 1 <= layers <= limits.HEAD_LAYERS:
             raise UserError(
-                f"loss.gan.layers={layers}; use 1 to {HEAD_LAYERS}: widths fall from layer to layer, and more of them "
-                "would hardly differ"
+                f"loss.gan.layers={layers}; use 1 to {limits.HEAD_LAYERS}: widths fall from layer to layer, "
+                "and more of them would hardly differ"
             )
-        self.weight = check_number("loss.gan.weight", weight, least=0)
-        self.discriminator_weight = check_number("loss.gan.discriminator_weight", discriminator_weight, least=0)
+        limits.number("loss.gan.weight", weight, least=0)
+        limits.number("loss.gan.discriminator_weight", discriminator_weight, least=0)
+        self.weight = float(weight)
+        self.discriminator_weight = float(discriminator_weight)
         self.blocks = tuple(blocks)
         self.layers = layers
         self.indices = indices
@@ -70,13 +72,13 @@ class GAN(LossTerm):
             self.head = GANHead(width, self.layers)
 
     def generator(self, step: GeneratorStep) -> tuple[Tensor, Metrics]:
-        indices: IndexRange = self.indices or step.networks.process.ranges["gan"]
+        indices: IndexRange = self.indices or step.networks.process.ranges.renoise
         features = step.fake_features("renoise", indices, self.blocks)
         loss = gan_generator_loss(discriminator_logits(self.head, features))
         return self.weight * loss, {"gan": loss.detach()}
 
     def critic(self, step: CriticStep) -> tuple[Tensor, Metrics]:
-        indices: IndexRange = self.critic_indices or step.networks.process.ranges["critic"]
+        indices: IndexRange = self.critic_indices or step.networks.process.ranges.whole
         features = step.fake_features("renoise", indices, self.blocks)
         real = step.noise_real("renoise", indices)
         real_features = step.networks.features("fake", real.x_t, real.sigma, step.conditioning, self.blocks)

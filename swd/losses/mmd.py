@@ -8,10 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from swd.io import limits
 from swd.losses.base import FeatureSource, GeneratorStep, LossTerm, Metrics, ModelFacts
 from swd.losses.functional import Distance, Kernel, Reduce, mmd_loss
 from swd.schedule import ScaleSchedule
-from swd.types import Noised, UserError, check_number
+from swd.types import Noised, UserError
 
 
 class MMD(LossTerm):
@@ -48,9 +49,12 @@ class MMD(LossTerm):
         super().__init__()
         if not blocks:
             raise UserError("loss.mmd.blocks is empty; name at least one feature block")
-        self.weight = check_number("loss.mmd.weight", weight, least=0)
-        self.c = check_number("loss.mmd.c", c, least=0)
-        self.bandwidth = check_number("loss.mmd.bandwidth", bandwidth, above=0)
+        limits.number("loss.mmd.weight", weight, least=0)
+        limits.number("loss.mmd.c", c, least=0)
+        limits.number("loss.mmd.bandwidth", bandwidth, above=0)
+        self.weight = float(weight)
+        self.c = float(c)
+        self.bandwidth = float(bandwidth)
         self.blocks = tuple(blocks)
         self.features = features
         self.kernel = kernel
@@ -97,5 +101,5 @@ class MMD(LossTerm):
         if self.noise == "none":
             sigma = torch.zeros(len(step.x0_hat), device=step.x0_hat.device)
             return Noised(step.x0_hat, sigma), Noised(step.x0_real, sigma)
-        indices = self.indices or step.networks.process.ranges["mmd"]
+        indices = self.indices or step.networks.process.ranges.features
         return step.noise_fake("mmd", indices), step.noise_real("mmd", indices)

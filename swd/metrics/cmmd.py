@@ -8,7 +8,7 @@ from swd.metrics.functional import gaussian_kernel, mmd_parts
 SIGMA = 10.0
 """Width of the kernel, the source's."""
 SCALE = 1000
-"""What the source multiplies by, for numbers that are easy to read."""
+"""Factor by which the source multiplies the distance, so that it is easy to read."""
 
 
 class Cmmd(PictureMetric):

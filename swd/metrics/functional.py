@@ -184,7 +184,8 @@ def mmd_parts(drawn: Tensor, real: Tensor, kernel: Kernel, unbiased: bool) -> Te
     if min(len(drawn), len(real)) < 2:
         raise UserError(f"a kernel distance needs at least 2 pictures a side, got {len(drawn)} and {len(real)}")
     check_shape("drawn", drawn, (None, real.shape[1]))
-    x, y = drawn.double(), real.double()
+    x = drawn.double()
+    y = real.double()
     within = _row_means(x, x, kernel, without_self=unbiased)
     across = _row_means(x, y, kernel)
     value = within.mean() + _row_means(y, y, kernel, without_self=unbiased).mean() - 2 * across.mean()
@@ -242,7 +243,8 @@ def within_neighbourhoods(points: Tensor, centres: Tensor, neighbours: int = 3) 
     if len(centres) <= neighbours:
         raise UserError(f"precision and recall need more than {neighbours} pictures a side, got {len(centres)}")
     check_shape("points", points, (None, centres.shape[1]))
-    points, centres = points.double(), centres.double()
+    points = points.double()
+    centres = centres.double()
     radii = torch.cat(
         # The nearest is the centre itself.
         [squared_distances(rows, centres).kthvalue(neighbours + 1, dim=1).values for rows in centres.split(ROWS)]

@@ -85,7 +85,8 @@ class StreamedMetrics(Metric):
 
     def drawn(self) -> Drawn:
         """The features that are there, in order of the pictures; in `compute`, those of all processes."""
-        index, order = self._rows("index"), self._order()
+        index = self._rows("index")
+        order = self._order()
         place = index[order].tolist()
         names = list(self.extractors)
         return Drawn(

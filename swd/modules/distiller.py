@@ -16,6 +16,7 @@ from torch.nn import ModuleDict, Parameter
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 
+from swd.io import limits
 from swd.losses.base import CriticStep, GeneratorStep, LossTerm, Metrics, ModelFacts
 from swd.losses.update import critic_loss, generator_gradient, settle, student_x0, trainers, wanted
 from swd.modules.adapters import check_start, read_adapter
@@ -28,7 +29,7 @@ from swd.modules.pretrained import Pretrained
 from swd.modules.sampling import initial_latents, sample_latents
 from swd.schedule import Interval, ScaleSchedule
 from swd.scheduler import ScaleWiseScheduler
-from swd.types import CachedBatch, Checks, Conditioning, PictureBatch, Role, SeededDraws, UserError, check_number
+from swd.types import CachedBatch, Checks, Conditioning, PictureBatch, Role, SeededDraws, UserError
 
 
 class Distiller(LightningModule):
@@ -366,7 +367,8 @@ class Distiller(LightningModule):
 
     def _shapes(self) -> list[dict[str, tuple[int, ...]]]:
         """Name and shape of what each optimizer trains, without weights in memory."""
-        networks, terms = self.model.untrained_networks(self.roles), copy.deepcopy(self.terms)
+        networks = self.model.untrained_networks(self.roles)
+        terms = copy.deepcopy(self.terms)
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             for term in terms.values():
                 term.build(self.model.limits.width)
@@ -399,7 +401,7 @@ def check_fit(model: Pretrained, schedule: ScaleSchedule, terms: Mapping[str, Lo
 def check_optimizer(lr: float, critic_lr: float, clip: float, betas: tuple[float, float], weight_decay: float) -> None:
     """Raise UserError for a value that AdamW or clipping cannot work with."""
     for key, value in {"lr": lr, "critic_lr": critic_lr, "clip": clip}.items():
-        check_number(f"task.{key}", value, above=0)
+        limits.number(f"task.{key}", value, above=0)
     if not all(0 <= beta < 1 for beta in betas):
         raise UserError(f"task.betas={list(betas)}; use two numbers from 0 to below 1")
-    check_number("task.weight_decay", weight_decay, least=0)
+    limits.number("task.weight_decay", weight_decay, least=0)

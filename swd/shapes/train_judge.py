@@ -23,7 +23,8 @@ IGNORE = -100
 def targets(scene: Scene) -> dict[str, Tensor]:
     """Class indices of a scene: shape, colour and size [P, P] with P = PLACES, and background []."""
     shape = torch.full((PLACES, PLACES), NOTHING)
-    colour, size = torch.full((PLACES, PLACES), IGNORE), torch.full((PLACES, PLACES), IGNORE)
+    colour = torch.full((PLACES, PLACES), IGNORE)
+    size = torch.full((PLACES, PLACES), IGNORE)
     for thing in scene.objects:
         place = thing.row, thing.column
         shape[place] = SHAPES.index(thing.shape)
@@ -88,7 +89,8 @@ def degrade(pixels: Tensor, generator: torch.Generator) -> Tensor:
         mode = "area" if uniform(0, 1) < 0.5 else "bilinear"
         pixels = F.interpolate(pixels, size=(side, side), mode=mode)
         pixels = F.interpolate(pixels, size=(RESOLUTION, RESOLUTION), mode="bicubic", align_corners=False)
-    device, shape = pixels.device, (len(pixels), 3, 1, 1)
+    device = pixels.device
+    shape = (len(pixels), 3, 1, 1)
     contrast = 1 + 0.08 * (2 * torch.rand(shape, generator=generator) - 1)
     shift = 0.08 * (2 * torch.rand(shape, generator=generator) - 1)
     noise = uniform(0, 0.1) * torch.randn(pixels.shape, generator=generator)

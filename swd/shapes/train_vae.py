@@ -115,7 +115,8 @@ class VAETask(WatchedTask):
         pixels = F.interpolate(batch.pixels, size=(side, side), mode="area")
         pixels = self.maybe_crop(pixels).contiguous(memory_format=torch.channels_last)
         posterior = self.vae.encode(pixels).latent_dist
-        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        mean = posterior.mean.float()
+        logvar = posterior.logvar.float()
         noise = torch.randn(mean.shape, generator=self.pick).to(mean.device)
         latents = mean + noise * (0.5 * logvar).exp()
         output = self.vae.decode(latents).sample.float()
@@ -152,13 +153,15 @@ class VAETask(WatchedTask):
     @torch.no_grad()
     def measure_latents(self, vae: AutoencoderKL, pixels: Tensor) -> tuple[float, float]:
         """Mean and standard deviation of sampled latents; all sizes have the same weight."""
-        means, squares = [], []
+        means = []
+        squares = []
         for side in self.sizes:
             small = F.interpolate(pixels, size=(side, side), mode="area")
             latents = torch.cat([vae.encode(chunk).latent_dist.sample(self.pick).float() for chunk in small.split(16)])
             means.append(latents.mean())
             squares.append(latents.square().mean())
-        mean, square = torch.stack(means).mean(), torch.stack(squares).mean()
+        mean = torch.stack(means).mean()
+        square = torch.stack(squares).mean()
         return mean.item(), (square - mean.square()).sqrt().item()
 
     @property

@@ -306,7 +306,7 @@ def test_other_data_are_another_job(sd3: Pretrained, tmp_path: Path) -> None:
     encode.run(config("sd3", sd3, folder, tmp_path / "cache"))
     with pytest.raises(UserError, match=r"data\.size was .*64.*now .*128.*choose another folder"):
         encode.run(config("sd3", sd3, folder, tmp_path / "cache", **{"data.size": 128}))
-    told = [encode.told_of(ShapesDataset(split=split, seed=0, length=4)) for split in ("train", "val")]
+    told = [encode.source_of(ShapesDataset(split=split, seed=0, length=4)) for split in ("train", "val")]
     assert told[0] != told[1]
 
 

@@ -334,6 +334,9 @@ def test_a_named_schedule_comes_before_the_student_s_own(made, tmp_path: Path, m
     named = sample.prepare(cfg).schedule
     assert own is not None and list(own.config.sigmas) == list(tiny.SIGMAS)
     assert named is not None and list(named.config.sigmas) == [1.0, 0.5]
+    cfg.schedule = {**cfg.schedule, "process": "epsilon"}
+    with pytest.raises(UserError, match=r"^schedule\.process=epsilon.*, or use schedule=image_4step"):
+        sample.prepare(cfg)
 
 
 @pytest.mark.parametrize(

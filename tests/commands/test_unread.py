@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
 from tiny import CONF
 
+from swd import config
 from swd.commands import cli
+from swd.types import UserError
 
 NEEDED = {
     "train": ["folder=run"],
@@ -47,20 +53,51 @@ READ = {
 """Groups that a command reads; of the others it must refuse the keys."""
 
 
-def refusal(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], command: str, *given: str) -> str:
-    """The message that a command line ends with; the command itself is replaced by its checks."""
+def launch(command: str, given: Sequence[str], run: Callable[[DictConfig], None]) -> None:
+    """Start a command from its command line, with `run` in its place; input that it refuses ends with status 2."""
     GlobalHydra.instance().clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[cli.COMMANDS[command][0]], "run", run)
+        patch.setattr(sys, "argv", [command, *NEEDED[command], *given])
+        try:
+            cli.launch(command)
+        except SystemExit as error:
+            assert error.code == 2
+        finally:
+            HydraConfig.instance().cfg = None
+
+
+def refusal(capfd: pytest.CaptureFixture[str], command: str, *given: str) -> str:
+    """The message that a command line ends with; the command itself is replaced by its checks."""
     capfd.readouterr()
     module = sys.modules[cli.COMMANDS[command][0]]
-    monkeypatch.setattr(module, "run", lambda cfg: module.check(cfg, module.ROOT))
-    monkeypatch.setattr(sys, "argv", [command, *NEEDED[command], *given])
-    try:
-        cli.launch(command)
-    except SystemExit as error:
-        assert error.code == 2
-    finally:
-        HydraConfig.instance().cfg = None
+    launch(command, given, lambda cfg: module.check(cfg, module.ROOT))
     return capfd.readouterr().err
+
+
+def refusals(command: str) -> dict[str, str]:
+    """The message for the key of each group, empty where it is accepted; the command is composed once for all.
+
+    As Hydra does for `++KEY=VALUE`, the value is set in the composed configuration whether it has the key or not.
+    """
+    module = sys.modules[cli.COMMANDS[command][0]]
+    found: dict[str, str] = {}
+
+    def check_each(cfg: DictConfig) -> None:
+        for group, argument in KEYS.items():
+            override = OverridesParser.create().parse_override(f"++{argument}")
+            changed = copy.deepcopy(cfg)
+            OmegaConf.update(changed, override.key_or_group, override.value(), force_add=True)
+            found[group] = ""
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(config, "overrides", lambda argument=argument: [f"++{argument}"])
+                try:
+                    module.check(changed, module.ROOT)
+                except UserError as error:
+                    found[group] = str(error)
+
+    launch(command, [], check_each)
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -75,15 +112,20 @@ def test_every_group_has_a_key_here() -> None:
     assert groups - {"experiment"} == set(KEYS) and set(NEEDED) == set(READ) == set(cli.COMMANDS)
 
 
-@pytest.mark.parametrize("group", list(KEYS))
 @pytest.mark.parametrize("command", list(NEEDED))
-def test_keys_of_groups(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], command: str, group: str
-) -> None:
-    message = refusal(monkeypatch, capfd, command, f"++{KEYS[group]}")  # which Hydra takes as it is
-    if group in READ[command]:
-        assert message == ""
-    else:
+def test_keys_of_groups(command: str) -> None:
+    messages = refusals(command)
+    assert set(messages) == set(KEYS)
+    assert {group for group, message in messages.items() if message == ""} == READ[command]
+    for message in filter(None, messages.values()):
+        assert "\n" not in message and ("unknown key" in message or "is read by nothing here" in message)
+
+
+@pytest.mark.parametrize("command", list(NEEDED))
+def test_the_command_line_ends_so(capfd: pytest.CaptureFixture[str], command: str) -> None:
+    assert refusal(capfd, command, *(f"++{KEYS[group]}" for group in READ[command])) == ""
+    for group in sorted(set(KEYS) - set(READ[command]))[:1]:
+        message = refusal(capfd, command, f"++{KEYS[group]}")
         assert message.startswith("error: ") and message.count("\n") == 1
         assert "unknown key" in message or "is read by nothing here" in message
 
@@ -109,13 +151,12 @@ def test_keys_of_groups(
     ],
 )
 def test_a_key_is_read_where_something_refers_to_it(
-    monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
     command: str,
     given: list[str],
     refused: str | None,
 ) -> None:
-    message = refusal(monkeypatch, capfd, command, *given)
+    message = refusal(capfd, command, *given)
     assert message.startswith(f"error: {refused} is read by nothing here") if refused else message == ""
 
 

@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 from swd.commands.train import fit
+from swd.diffusion import Ranges
 from swd.losses import functional
 from swd.losses.dmd import DMD
 from swd.losses.gan import GAN
@@ -233,7 +234,7 @@ class Passing:
     """Networks whose features are the latents themselves."""
 
     class process:
-        ranges = {"mmd": (0, 0)}
+        ranges = Ranges((0, 0), (0, 0), (0, 0))
 
     def features(self, role: str, x_t: Tensor, sigma: Tensor, conditioning: Any, blocks: Any) -> list[Tensor]:
         return [x_t.flatten(2).transpose(1, 2)]
