@@ -78,6 +78,15 @@ def adapter(repository: str, key: str = "adapter") -> Path:
     return _download(repository, None, ["*.json", "*.safetensors"], key)
 
 
+def model(repository: str, revision: str | None = None, key: str = "path") -> Path:
+    """A folder with one network: its configuration and safetensors weights; `key` is what the user calls it.
+
+    Raises:
+        UserError: if the repository is missing, gated or out of reach.
+    """
+    return _download(repository, revision, [*CONFIGURATION, "*.safetensors"], key)
+
+
 def _download(
     repository: str,
     revision: str | None,
@@ -96,7 +105,9 @@ def _download(
             f"or give {key}=FOLDER"
         ) from None
     except RevisionNotFoundError:
-        raise UserError(f"{where} has no revision {revision!r}; leave model.revision out for the newest") from None
+        raise UserError(
+            f"{where} has no revision {revision!r}; leave {key.removesuffix('path')}revision out for the newest"
+        ) from None
     except RepositoryNotFoundError:
         raise UserError(
             f"{where} is neither a folder here nor a repository on the hub that you can read; check its spelling, "
