@@ -61,6 +61,7 @@ FOREIGN_TO: Mapping[str, Mapping[str, str]] = {
     "sample": {name: FOREIGN[name] for name in ("precision", "output_dir", "out", "prompt")}
     | {"checkpoint": "adapter=RUN", "ckpt_path": "adapter=RUN"},
     "generate": {"precision": FOREIGN["precision"], "prompt": "prompts=FILE", "output_dir": "out=FOLDER"},
+    "evaluate": {"precision": FOREIGN["precision"], "prompt": "prompts=FILE", "adapter": "models='[RUN]'"},
     "encode": {"output_dir": "out=FOLDER"},
     "import": {"output_dir": "out=FOLDER"},
     "export": {"output_dir": "to=FOLDER", "out": "to=FOLDER", "adapter": "run=RUN", "checkpoint": "run=RUN"},

@@ -259,7 +259,7 @@ def final_size(cfg: DictConfig, model: Pretrained, native: Size | None = None) -
             height = old if pixels is None else pixels // factor
         else:
             width = old if pixels is None else pixels // factor
-    if cfg.frames is not None:
+    if cfg.get("frames") is not None:
         if not frames:
             raise UserError(f"frames={cfg.frames}, but {model.family} draws pictures; leave it out")
         if cfg.frames < 1 or (cfg.frames - 1) % model.frame_factor:

@@ -16,6 +16,7 @@ from PIL import Image
 from swd.data.identity import whole_fingerprint
 from swd.data.picture_files import PICTURES
 from swd.io.tables import read_table
+from swd.metrics.features import picture_files
 from swd.modules.pretrained import Pretrained
 from swd.modules.requests import Requests
 from swd.modules.student import Student
@@ -176,17 +177,15 @@ def given_pictures(name: str, source: str, requests: Requests) -> GivenPictures:
     return GivenPictures(name, source, files)
 
 
-def real_pictures(source: Path, key: str = "reference") -> GivenPictures:
-    """All pictures of a folder, in order of their names.
+def real_pictures(folder: Path) -> GivenPictures:
+    """The pictures of a folder, in order of their names.
 
     Raises:
         UserError: if there are none, or one is unreadable.
     """
-    files = sorted(file for file in source.rglob("*") if file.suffix.lower() in PICTURES)
-    if not files:
-        raise UserError(f"{key}={source} holds no pictures ({', '.join(PICTURES)})")
-    check_readable(files, key)
-    return GivenPictures("reference", str(source), tuple(files))
+    files = tuple(picture_files(folder))
+    check_readable(files, "reference")
+    return GivenPictures("reference", str(folder), files)
 
 
 def check_readable(files: Sequence[Path], key: str) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from swd.io.files import write_aside
 from swd.io.job_log import JobLog
 from swd.io.pictures import to_pil
 from swd.modules.drawing import build_pipeline, draw
+from swd.modules.pretrained import Pretrained
 from swd.types import UserError
 
 PNG_BYTES = 1.6
@@ -102,6 +104,21 @@ class Painter:
 def _png(picture: Tensor) -> Callable[[Path], None]:
     image = to_pil(picture)
     return lambda new: image.save(new, format="PNG")
+
+
+def check_levels(name: str, sigmas: Sequence[float], model: Pretrained) -> None:
+    """Raise UserError unless a teacher can take steps at these noise levels.
+
+    Args:
+        name: of its row, for messages.
+        sigmas: the levels.
+        model: the teacher.
+    """
+    falling = all(a > b for a, b in pairwise([*sigmas, 0.0]))
+    if not sigmas or not falling or max(sigmas) > 1:
+        raise UserError(f"models: sigmas of {name} are {list(sigmas)}; use falling numbers in (0, 1]")
+    if model.backbone_class.process.prediction_type != "flow":
+        raise UserError(f"models: {name} has sigmas, which {model.family} has no sampler for; give steps instead")
 
 
 class FixedLevels(FlowMatchEulerDiscreteScheduler):

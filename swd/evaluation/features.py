@@ -10,9 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,9 +19,8 @@ from swd.data.job import is_first
 from swd.evaluation.plan import Pictures, chunks_of, key_of, mine
 from swd.io.files import write_aside
 from swd.io.job_log import JobLog
-from swd.io.pictures import to_rgb
 from swd.metrics.base import Extractor, TextExtractor
-from swd.types import UserError
+from swd.metrics.features import extract, read_pictures
 
 NAME = "features"
 
@@ -105,11 +102,7 @@ def picture_features(extractor: Extractor, pictures: Pictures, batch_size: int) 
     device = _device()
 
     def compute(rows: range) -> Tensor:
-        parts = [
-            extractor([read_picture(pictures.files[row]).to(device) for row in rows[start : start + batch_size]]).cpu()
-            for start in range(0, len(rows), batch_size)
-        ]
-        return torch.cat(parts)
+        return extract(extractor, read_pictures(pictures.files[row] for row in rows), batch_size, device)
 
     return compute
 
@@ -127,19 +120,6 @@ def prompt_features(extractor: TextExtractor, prompts: Sequence[str], batch_size
         return torch.cat(parts)
 
     return compute
-
-
-def read_picture(file: Path) -> Tensor:
-    """A picture as uint8 `[3, H, W]`.
-
-    Raises:
-        UserError: if it is missing or damaged.
-    """
-    try:
-        with Image.open(file) as image:
-            return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        raise UserError(f"{file} is missing or damaged; remove it, and the same command draws it again") from None
 
 
 def _device() -> torch.device:

@@ -8,16 +8,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from swd.evaluation.candidates import Candidate, GivenPictures
 from swd.evaluation.features import Store, fill, key_for, picture_features, prompt_features
 from swd.evaluation.plan import Pictures, Plan, key_of
-from swd.io.files import write_json
-from swd.metrics.base import Drawn, Extractor, Gaussian, PictureMetric, Reference, Score, TextExtractor
+from swd.io.files import file_hash, write_json
+from swd.metrics.base import Drawn, Extractor, PictureMetric, Reference, Score, TextExtractor
 from swd.metrics.bootstrap import Interval, Resamples, Statistic, interval, mean_of
+from swd.metrics.features import read_statistics
 from swd.modules.model_folders import read_json
 from swd.types import UserError
 
@@ -52,24 +52,14 @@ class Real:
     pictures: GivenPictures | None = None
     statistics: Path | None = None
 
-    def gaussian(self) -> Gaussian:
-        """The statistics of the file.
+    def gaussians(self, metric: PictureMetric) -> Reference:
+        """The statistics of the file, taken for those of a metric's network.
 
         Raises:
-            UserError: if it holds none.
+            UserError: if it holds none, or of another width.
         """
         assert self.statistics is not None
-        try:
-            with np.load(self.statistics, allow_pickle=False) as arrays:
-                mu, sigma = (torch.from_numpy(np.asarray(arrays[name], np.float64)) for name in ("mu", "sigma"))
-        except (OSError, ValueError, LookupError) as error:
-            raise UserError(
-                f"reference={self.statistics} holds no statistics ({str(error)[:80]}); give an .npz with mu and sigma, "
-                "or a folder of pictures"
-            ) from None
-        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-            raise UserError(f"reference={self.statistics}: mu is {list(mu.shape)} and sigma {list(sigma.shape)}")
-        return Gaussian(mu, sigma)
+        return Reference(gaussians={e.name: read_statistics(self.statistics, e.width) for e in metric.extractors})
 
 
 @dataclass(frozen=True)
@@ -124,14 +114,7 @@ class Scoring:
         if self.real is None or not metric.needs_reference:
             return None
         if self.real.pictures is None:
-            known = self.real.gaussian()
-            for extractor in metric.extractors:
-                if len(known.mu) != extractor.width:
-                    raise UserError(
-                        f"reference={self.real.statistics} holds statistics of {len(known.mu)} features, and "
-                        f"{metric.name} compares {extractor.width} of {extractor.name}; give a folder of pictures"
-                    )
-            return Reference(gaussians={extractor.name: known for extractor in metric.extractors})
+            return self.real.gaussians(metric)
         count = len(self.real.pictures.files)
         return Reference({e.name: torch.empty(count, e.width, device="meta") for e in metric.extractors})
 
@@ -198,7 +181,7 @@ class Scoring:
                 "settings": self.settings.get(name),
                 "features": stores,
                 "models": [candidate.name for candidate in self.plan.candidates],
-                "statistics": _content(self.real) if metric.needs_reference else None,
+                "statistics": file_hash(self.real.statistics) if self.real and self.real.statistics else None,
                 "rows": self.plan.rows_hash,
                 "bootstrap": asdict(self.bootstrap),
             }
@@ -249,7 +232,7 @@ class Scoring:
         if self.real is None or not metric.needs_reference:
             return None
         if self.real.pictures is None:
-            return Reference(gaussians=dict.fromkeys((e.name for e in metric.extractors), self.real.gaussian()))
+            return self.real.gaussians(metric)
         return Reference({e.name: self.stored(e, REFERENCE) for e in metric.extractors})
 
 
@@ -302,11 +285,3 @@ def _ends(found: Interval) -> dict[str, float | None]:
 def finite(value: float) -> float | None:
     """A number that JSON can hold, else None."""
     return float(value) if math.isfinite(value) else None
-
-
-def _content(real: Real | None) -> str | None:
-    """Hash of the reference's statistics, where it is a file of them."""
-    if real is None or real.statistics is None:
-        return None
-    known = real.gaussian()
-    return key_of({"mu": known.mu.tolist(), "trace": float(known.sigma.trace()), "sum": float(known.sigma.sum())})

@@ -175,5 +175,7 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def html(results: Results, tables: Sequence[Grid]) -> str:
     """A page that loads no other file; all texts are escaped."""
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+    )
     return environment.get_template("table.html.j2").render(results=results, grids=tables)

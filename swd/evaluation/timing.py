@@ -93,7 +93,7 @@ def latency(painter: Painter, timing: Timing) -> dict[str, Any]:
     """
     candidate, prompts = painter.candidate, painter.plan.requests
     requests = [prompts[i % len(prompts)] for i in range(timing.batch)]
-    log = JobLog(f"timing {candidate.name}", timing.warmup + timing.runs, "batch")
+    log = JobLog(f"timing {candidate.name}", timing.warmup + timing.runs, "run")
     with merged(painter), Stopwatch(painter) as watch, log as progress:
         reset_peak()
         for number in range(timing.warmup + timing.runs):
