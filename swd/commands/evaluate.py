@@ -291,30 +291,35 @@ def metrics_of(cfg: DictConfig) -> tuple[dict[str, PictureMetric], dict[str, Any
     settings: dict[str, Any] = {}
     for entry in to_plain(cfg.metrics):
         name, node = metric_node(entry)
+        metric = build_node(node, f"metrics.{name}" if name else "metrics", allowed_here(cfg))
+        if not isinstance(metric, PictureMetric):
+            raise UserError(f"metrics: {entry!r} is a {type(metric).__name__}, no metric of pictures")
+        name = name or metric.name
         check_names([name])
         if name in metrics:
             raise UserError(f"metrics: two are called {name}; give one another name: {{name: NAME, metric: ...}}")
-        metric = build_node(node, f"metrics.{name}", allowed_here(cfg))
-        if not isinstance(metric, PictureMetric):
-            raise UserError(f"metrics: {name} is a {type(metric).__name__}, no metric of pictures")
         metrics[name], settings[name] = metric, node
     if not metrics:
         raise UserError(f"metrics is empty; choose some of {', '.join(options('metric'))}")
     return metrics, settings
 
 
-def metric_node(entry: Any) -> tuple[str, dict[str, Any]]:
-    """Name and constructor of an entry of `metrics`: a name, or a mapping that changes some of its options."""
+def metric_node(entry: Any) -> tuple[str | None, dict[str, Any]]:
+    """Name and constructor of an entry of `metrics`: a name, or a mapping that changes some of its options.
+
+    The name is None for a constructor (`_target_`), whose metric names itself.
+    """
     if isinstance(entry, str):
         return entry, option("metric", entry, "metrics")
-    if not isinstance(entry, dict) or not ("metric" in entry or "_target_" in entry):
+    if isinstance(entry, dict) and "_target_" in entry:
+        return None, entry
+    if not isinstance(entry, dict) or not isinstance(entry.get("metric"), str):
         raise UserError(f"metrics: {entry!r} is no metric; give a name, or {{metric: NAME, OPTION: VALUE}}")
-    more = {key: value for key, value in entry.items() if key not in ("metric", "name")}
-    node = {} if "_target_" in entry else option("metric", entry["metric"], "metrics")
-    merged: Any = OmegaConf.to_container(OmegaConf.merge(node, more))
-    name = entry.get("name", entry.get("metric"))
+    name = entry.get("name", entry["metric"])
     if not isinstance(name, str):
-        raise UserError(f"metrics: {entry!r} has no name; give {{name: NAME, ...}}")
+        raise UserError(f"metrics: name={name!r} is no name; use letters and digits")
+    more = {key: value for key, value in entry.items() if key not in ("metric", "name")}
+    merged: Any = OmegaConf.to_container(OmegaConf.merge(option("metric", entry["metric"], "metrics"), more))
     return name, merged
 
 
@@ -486,7 +491,7 @@ def student(entry: Mapping[str, Any], cfg: DictConfig) -> DrawingModel:
     found.check_fits(model)
     schedule = own_schedule(entry["schedule"], model, cfg) if "schedule" in entry else schedule_of(source, cfg, model)
     size = final_size(cfg, model, schedule.base_sizes[-1])
-    return DrawingModel(name, entry["model"], model, found, schedule, size, len(schedule))
+    return DrawingModel(name, entry["model"], model, found, schedule, size, len(schedule.config.sigmas))
 
 
 def own_schedule(given: str | dict[str, Any], model: Pretrained, cfg: DictConfig) -> ScaleWiseScheduler:

@@ -22,7 +22,7 @@ from torch import Tensor
 from swd.data.job import is_first, say
 from swd.evaluation.candidates import DrawingModel
 from swd.evaluation.plan import Plan, mine
-from swd.io.files import write_aside
+from swd.io.files import clear_leftovers, write_aside
 from swd.io.job_log import JobLog
 from swd.io.pictures import to_pil
 from swd.modules.drawing import build_pipeline, draw
@@ -144,6 +144,7 @@ class FixedLevels(FlowMatchEulerDiscreteScheduler):
 def draw_share(painter: Painter) -> None:
     """Draw what is missing of this process's share of one model's pictures, and say how far it is."""
     plan = painter.plan
+    clear_leftovers(painter.files[0].parent)
     shares = [(number, rows, painter.left(rows)) for number, rows in mine(plan.chunks)]
     total = sum(len(rows) for _, rows, _ in shares)
     todo = sum(len(batch) for _, _, left in shares for batch in left)

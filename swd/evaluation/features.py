@@ -17,7 +17,7 @@ from torch import Tensor
 
 from swd.data.job import is_first
 from swd.evaluation.plan import Pictures, chunks_of, key_of, mine
-from swd.io.files import write_aside
+from swd.io.files import clear_leftovers, write_aside
 from swd.io.job_log import JobLog
 from swd.metrics.base import Extractor, TextExtractor
 from swd.metrics.features import extract, read_pictures
@@ -88,6 +88,7 @@ def fill(store: Store, compute: Callable[[range], Tensor], task: str, unit: str 
         task: description in one line.
         unit: name of a row.
     """
+    clear_leftovers(store.folder)
     shares = list(mine(store.chunks))
     left = [(chunk, rows) for chunk, rows in shares if not store.is_done(chunk)]
     total, todo = (sum(len(rows) for _, rows in each) for each in (shares, left))

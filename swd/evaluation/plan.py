@@ -67,7 +67,7 @@ class Plan:
         """What every picture in the folder depends on, as plain values."""
         return {
             "format": FORMAT,
-            "prompts": {"n": len(self.requests.rows), "hash": self.rows_hash},
+            "prompts": {"count": len(self.requests.rows), "hash": key_of({"rows": list(self.requests.rows)})},
             "images_per_prompt": self.requests.copies,
             "seed": self.requests.seed,
             "chunk_size": self.chunk_size,
