@@ -183,6 +183,12 @@ class Reference:
     features: Mapping[str, Tensor] = field(default_factory=dict)
     gaussians: Mapping[str, Gaussian] = field(default_factory=dict)
 
+    def to(self, device: torch.device) -> Reference:
+        """The same on another device."""
+        features = {name: each.to(device) for name, each in self.features.items()}
+        known = {name: Gaussian(each.mu.to(device), each.sigma.to(device)) for name, each in self.gaussians.items()}
+        return Reference(features, known)
+
 
 @dataclass(frozen=True)
 class Score:
@@ -209,6 +215,7 @@ class PictureMetric(ABC):
             `needs_prompts`. Metrics may share an extractor, which then runs once.
         needs_prompts: whether the pictures' prompts are needed.
         needs_reference: whether real pictures are needed.
+        takes_statistics: whether mean and covariance of the real pictures' features are enough.
         higher_is_better: the direction of its first value.
     """
 
@@ -216,18 +223,29 @@ class PictureMetric(ABC):
     extractors: tuple[Extractor, ...]
     needs_prompts: bool = False
     needs_reference: bool = False
+    takes_statistics: bool = False
     higher_is_better: bool = False
 
     def check(self, reference: Reference | None = None) -> None:
         """Refuse, before anything is drawn, what could not be scored.
+
+        Args:
+            reference: real pictures, with their features where they are at hand.
 
         Raises:
             UserError: for absent weights or packages, or a reference that lacks what is needed.
         """
         for extractor in self.extractors:
             extractor.check()
-        if self.needs_reference and reference is None:
+        if not self.needs_reference:
+            return
+        if reference is None:
             raise UserError(f"{self.name} compares with real pictures and has none; give a reference")
+        for name in (extractor.name for extractor in self.extractors):
+            known = name in reference.gaussians
+            if name not in reference.features and not (known and self.takes_statistics):
+                fault = "only their mean and covariance" if known else f"no features of {name}"
+                raise UserError(f"{self.name} needs real pictures, and the reference has {fault}; give it a folder")
 
     @abstractmethod
     def score(self, drawn: Drawn, reference: Reference | None = None) -> Score:
@@ -236,6 +254,11 @@ class PictureMetric(ABC):
         Raises:
             UserError: for too few pictures, or features that do not fit each other.
         """
+
+
+def real_features(reference: Reference | None, extractor: Extractor) -> Tensor:
+    """`features_of` the reference."""
+    return features_of(reference.features if reference else {}, extractor, "reference")
 
 
 def features_of(features: Mapping[str, Tensor], extractor: Extractor, whose: str) -> Tensor:

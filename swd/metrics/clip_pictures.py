@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPVisionModelWithProjection
+from transformers import CLIPConfig, CLIPVisionModelWithProjection
 
 from swd.metrics.base import Extractor
 from swd.metrics.preparation import CentreCrop, Squash, Step, names, normalise, prepare
@@ -56,7 +56,11 @@ class ClipPictureFeatures(Extractor):
         return normalise(prepare(picture, self.steps), MEAN, STD)
 
     def build(self) -> nn.Module:
-        return load_network(CLIPVisionModelWithProjection, self.folder())
+        folder = self.folder()
+        whole = CLIPConfig.from_pretrained(folder, local_files_only=True)
+        config = whole.vision_config
+        config.projection_dim = whole.projection_dim  # that of the picture half may be left at its default
+        return load_network(CLIPVisionModelWithProjection, folder, config)
 
     def embed(self, network: nn.Module, prepared: Tensor) -> Tensor:
         return F.normalize(network(pixel_values=prepared).image_embeds)

@@ -45,20 +45,28 @@ def weights_hash(folder: Path) -> str:
     return hashlib.sha256(listed.encode()).hexdigest()
 
 
-def load_network(network_class: Any, folder: Path) -> nn.Module:
-    """A network of transformers from a folder's safetensors weights, in float32.
+def load_network(network_class: Any, folder: Path, config: Any = None) -> nn.Module:
+    """A network of transformers from a folder's safetensors weights, in float32; weights that it lacks are passed over.
 
     Args:
         network_class: a class of transformers.
         folder: as `find_model` returns it.
+        config: of the network; None: as in the folder.
 
     Raises:
         UserError: if weights that the network needs are missing or of another shape.
     """
-    network, report = network_class.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
-    )
-    wrong = sorted(report["missing_keys"]) + sorted(str(each) for each in report["mismatched_keys"])
-    if wrong:
-        raise UserError(f"{folder} does not fit {network_class.__name__}: {wrong[0]} is missing or of another shape")
+    try:
+        network, report = network_class.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except RuntimeError:  # transformers raises it for weights of another shape, after a table of them
+        raise UserError(f"weights in {folder} have other shapes than its config.json says; download it again") from None
+    if report["missing_keys"]:
+        raise UserError(f"{folder} has no weights {min(report['missing_keys'])}; download it again")
     return cast(nn.Module, network)
