@@ -110,7 +110,7 @@ def groups(args: argparse.Namespace, pictures: list[Picture]) -> list[str]:
     return [str(benchmark[number]["tag"]) for number in entries_of(benchmark, pictures)]
 
 
-MODULES = ("torch", "mmdet", "open_clip", "clip_benchmark", "pandas")
+MODULES = ("mmdet", "open_clip", "clip_benchmark", "pandas", "torch")
 SCORER = Scorer("geneval", "", MODULES, load, arguments=arguments, check=check, groups=groups, at_once=True)
 
 if __name__ == "__main__":

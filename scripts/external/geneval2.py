@@ -100,7 +100,7 @@ def load(args: argparse.Namespace) -> ScoreBatch:
 
 
 SCORER = Scorer(
-    "geneval2", "", ("torch", "transformers", "scipy"), load, arguments=arguments, check=check, at_once=True
+    "geneval2", "", ("transformers", "scipy", "torch"), load, arguments=arguments, check=check, at_once=True
 )
 
 if __name__ == "__main__":

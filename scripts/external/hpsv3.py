@@ -34,7 +34,7 @@ def load(args: argparse.Namespace) -> ScoreBatch:
     return score
 
 
-SCORER = Scorer("hpsv3", "hpsv3", ("torch", "hpsv3"), load, arguments=arguments, check=check)
+SCORER = Scorer("hpsv3", "hpsv3", ("hpsv3", "torch"), load, arguments=arguments, check=check)
 
 if __name__ == "__main__":
     sys.exit(run(SCORER))

@@ -69,7 +69,7 @@ def load(args: argparse.Namespace) -> ScoreBatch:
     return score
 
 
-SCORER = Scorer("vbench", "vbench", ("torch", "vbench"), load, arguments=arguments, at_once=True)
+SCORER = Scorer("vbench", "vbench", ("vbench", "torch"), load, arguments=arguments, at_once=True)
 
 if __name__ == "__main__":
     sys.exit(run(SCORER))

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from swd.metrics.functional import polynomial_kernel
 from swd.types import UserError, check_shape
 
 Statistic = Callable[[Tensor], Tensor]
@@ -123,27 +124,8 @@ def _percentiles(value: float, drawn: Tensor, level: float, centred: bool) -> In
 
 def mean_of(values: Tensor) -> Statistic:
     """The mean of a value per picture `[N]`; pictures whose value is NaN do not count."""
-    there = ~values.isnan()
-    return ratio_of(values.nan_to_num(), there)
-
-
-def ratio_of(hits: Tensor, trials: Tensor) -> Statistic:
-    """The share of hits in trials, both summed over pictures `[N]`; NaN where a resample has no trials."""
-    check_shape("trials", trials, tuple(hits.shape))
-    hits, trials = hits.double(), trials.double()
-    return lambda counts: (counts @ hits) / (counts @ trials)
-
-
-def mean_of_groups(values: Tensor, groups: Sequence[Hashable]) -> Statistic:
-    """The mean over groups of the mean within each group, as GenEval's overall score over its six tasks.
-
-    Args:
-        values: per picture `[N]`.
-        groups: the group of each picture; a resample that has no picture of a group leaves it out.
-    """
-    members = torch.nn.functional.one_hot(numbers_of(groups)).double()
-    values = values.double()
-    return lambda counts: ((counts * values) @ members / (counts @ members)).nanmean(1)
+    there, known = (~values.isnan()).double(), values.nan_to_num().double()
+    return lambda counts: (counts @ known) / (counts @ there)
 
 
 def of_rows(function: Callable[[Tensor], float], rows: Tensor) -> Statistic:
@@ -189,11 +171,6 @@ def kernel_distance_of(
         return sums / pairs + within_reference - 2 * (counts @ cross) / counts.sum(1)
 
     return statistic
-
-
-def polynomial_kernel(x: Tensor, y: Tensor) -> Tensor:
-    """`(x.y / D + 1)^3` for all pairs of rows of `[N, D]` and `[M, D]`: `[N, M]`."""
-    return (x @ y.T / x.shape[1] + 1) ** 3
 
 
 def _off_diagonal_mean(rows: Tensor, block: int) -> float:

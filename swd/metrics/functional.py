@@ -1,4 +1,4 @@
-"""Distances between two sets of features, and intervals: tensors in, tensors out, in float64.
+"""Distances between two sets of features: tensors in, tensors out, in float64.
 
 Every function takes features `[N, D]` of any floating type and computes in float64. Random choices come from `seed`
 alone, so that equal features give equal numbers.
@@ -80,7 +80,7 @@ def frechet_parts(real: Gaussian, drawn: Tensor) -> Tensor:
     A picture's value is the distance plus the distance's derivative in the direction of that picture (the influence
     function), so the spread of the values' mean is that of the distance, to first order in 1 / sqrt(N):
 
-        F + 2 (mu_d - mu_r) (x - mu_d) + (x - mu_d)^T (1 - T) (x - mu_d) - its mean,
+        F + 2 (mu_d - mu_r) (x - mu_d) + (x - mu_d)^T (1 - T) (x - mu_d) N / (N - 1) - its mean,
         T = R (R S_d R)^-1/2 R,  R = S_r^1/2.
 
     Args:
@@ -95,7 +95,7 @@ def frechet_parts(real: Gaussian, drawn: Tensor) -> Tensor:
     half = root @ vectors * inverse.sqrt()
     centred = drawn.double() - fitted.mu
     quadratic = centred.square().sum(1) - (centred @ half).square().sum(1)
-    slope = 2 * centred @ (fitted.mu - real.mu) + quadratic
+    slope = 2 * centred @ (fitted.mu - real.mu) + quadratic * len(drawn) / (len(drawn) - 1)
     return _frechet(real, root, fitted) + slope - slope.mean()
 
 
@@ -246,31 +246,3 @@ def within_neighbourhoods(points: Tensor, centres: Tensor, neighbours: int = 3) 
         [squared_distances(rows, centres).kthvalue(neighbours + 1, dim=1).values for rows in centres.split(ROWS)]
     )
     return torch.cat([(squared_distances(rows, centres) <= radii).any(1) for rows in points.split(ROWS)])
-
-
-# --- intervals ---------------------------------------------------------------------------------------------------
-
-
-def bootstrap_interval(parts: Tensor, level: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """Interval of the mean of `parts` `[G]`: percentiles of the means of `draws` resamples with replacement.
-
-    Of two sets of pictures with the same prompts and seeds, give the difference of their parts, which is far less
-    uncertain than either.
-
-    Args:
-        parts: values that are independent of each other; where several are of one prompt, their mean (`group_means`).
-        level: probability that the interval covers the mean.
-        draws: number of resamples; 2,000 leave the ends uncertain by about a twentieth of the interval's width.
-        seed: of the resamples.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    parts = parts.double().cpu()
-    count = len(parts)
-    means = torch.stack([parts[torch.randint(count, (count,), generator=generator)].mean() for _ in range(draws)])
-    low, high = torch.quantile(means, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
-    return low, high
-
-
-def group_means(parts: Tensor, groups: list[list[int]]) -> Tensor:
-    """Means of `parts` over each group of indices `[len(groups)]`: of pictures by prompt (`Drawn.groups`)."""
-    return torch.stack([parts[group].mean() for group in groups])

@@ -28,7 +28,7 @@ from swd.modules.distiller import Distiller
 from swd.modules.networks import Networks, SharedBase
 from swd.modules.sampling import initial_latents, sample_latents
 from swd.shapes.dataset import ShapesDataset
-from swd.shapes.judge import ATTRIBUTES, Judge, Score, score_pictures, summarise
+from swd.shapes.judge import ATTRIBUTES, Judge, Score, pack_score, score_pictures, summarise
 from swd.types import UserError
 
 SPLIT = "heldout"
@@ -272,11 +272,6 @@ def judge_pictures(judge: Judge, pixels: Tensor, prompts: Sequence[str]) -> Judg
     """Features and scores of pictures `[B, 3, 128, 128]` of B prompts."""
     scores = score_pictures(judge, pixels, prompts)
     return Judged(judge.features(pixels).cpu(), torch.stack([pack_score(s) for s in scores]))
-
-
-def pack_score(score: Score) -> Tensor:
-    """A score as `[A, 2]` int64; attributes that the caption does not mention are (0, 0)."""
-    return torch.tensor([score.get(name, (0, 0)) for name in ATTRIBUTES])
 
 
 def unpack_score(row: Tensor) -> Score:

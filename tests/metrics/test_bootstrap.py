@@ -11,6 +11,7 @@ import torch
 
 from swd.metrics import bootstrap
 from swd.metrics.bootstrap import Resamples
+from swd.metrics.functional import frechet_of_gaussians, frechet_parts, gaussian, mmd_parts, polynomial_kernel
 from swd.types import UserError
 
 
@@ -75,15 +76,6 @@ def test_values_that_are_not_there_do_not_count() -> None:
     assert statistic(counts).tolist() == [2.5, 2.0]
 
 
-def test_a_ratio_and_a_mean_of_groups_by_hand() -> None:
-    counts = torch.tensor([[2.0, 1, 0, 1]], dtype=torch.float64)
-    ratio = bootstrap.ratio_of(torch.tensor([1, 0, 3, 2]), torch.tensor([2, 1, 3, 4]))
-    assert ratio(counts).item() == (2 * 1 + 0 + 2) / (2 * 2 + 1 + 4)
-    groups = bootstrap.mean_of_groups(torch.tensor([1.0, 0, 1, 1]), ["x", "x", "y", "z"])
-    assert groups(counts).item() == pytest.approx((2 / 3 + 1) / 2)  # y was not drawn
-    assert groups(torch.ones(1, 4, dtype=torch.float64)).item() == pytest.approx((1 / 2 + 1 + 1) / 3)
-
-
 def test_rows_are_repeated_as_often_as_they_were_drawn() -> None:
     rows = torch.tensor([[1.0], [10.0], [100.0]])
     statistic = bootstrap.of_rows(lambda each: float(each.sum()), rows)
@@ -117,17 +109,40 @@ def test_the_kernel_distance_is_the_definition() -> None:
 
 def test_a_picture_is_no_pair_with_itself() -> None:
     rng = np.random.default_rng(1)
-    drawn, real = torch.tensor(rng.normal(size=(100, 4))), torch.tensor(rng.normal(size=(200, 4)))
-    clusters = [i // 4 for i in range(100)]
-    resamples = Resamples(clusters, draws=4000)
-    statistic = bootstrap.kernel_distance_of(drawn, real, clusters)
-    values = statistic(resamples.counts())
-    value = statistic(torch.ones(1, 100, dtype=torch.float64)).item()
+    drawn, real = torch.tensor(rng.normal(size=(60, 4))), torch.tensor(rng.normal(size=(200, 4)))
+    clusters = [i // 3 for i in range(60)]
+    counts = Resamples(clusters, draws=4000).counts()
+    ones = torch.ones(1, 60, dtype=torch.float64)
+    exact = bootstrap.kernel_distance_of(drawn, real, clusters)
+    # Repeated rows count a picture's pair with its copy.
+    repeated = bootstrap.of_rows(lambda rows: float(mmd_parts(rows, real, polynomial_kernel, True).mean()), drawn)
+    values = exact(counts)
     error = values.std().item() / math.sqrt(4000)
-    # Repeated rows, which count a picture's pair with its copy, lie far above.
-    repeated = bootstrap.of_rows(lambda rows: kernel_distance(rows.numpy(), real[:20].numpy()), drawn)
-    few = repeated(resamples.counts()[:3]).mean().item() - repeated(torch.ones(1, 100, dtype=torch.float64)).item()
-    assert abs(values.mean().item() - value) < 0.1 * few + 4 * error
+    assert exact(ones).item() == pytest.approx(repeated(ones).item())
+    assert abs(values.mean().item() - exact(ones).item()) < 4 * error
+    assert (repeated(counts[:400]) - exact(counts[:400])).mean().item() > 40 * error
+
+
+def test_parts_give_the_interval_of_recomputed_distances() -> None:
+    rng = np.random.default_rng(4)
+    real = torch.tensor(rng.normal(size=(1000, 3)))
+    drawn = torch.tensor(rng.normal([0.5, 0, 0], [1, 1.5, 1], size=(300, 3)))
+    clusters = [i // 2 for i in range(300)]
+    resamples = Resamples(clusters, draws=1000)
+    kernel = (
+        bootstrap.mean_of(mmd_parts(drawn, real, polynomial_kernel, unbiased=True)),
+        bootstrap.kernel_distance_of(drawn, real, clusters),
+    )
+    reference = gaussian(real)
+    frechet = (
+        bootstrap.mean_of(frechet_parts(reference, drawn)),
+        bootstrap.of_rows(lambda rows: frechet_of_gaussians(reference, gaussian(rows)), drawn),
+    )
+    for linear, recomputed in (kernel, frechet):
+        a, b = bootstrap.interval(linear, resamples), bootstrap.interval(recomputed, resamples, centred=True)
+        assert a.value == pytest.approx(b.value, rel=1e-9)
+        width = b.high - b.low
+        assert (a.low, a.high) == pytest.approx((b.low, b.high), abs=0.1 * width)
 
 
 def test_blocks_estimate_the_same_distance() -> None:
