@@ -15,7 +15,7 @@ from swd.modules.distiller import Distiller
 from swd.modules.family_folder import resolve_asset
 from swd.modules.pretrained import Pretrained
 from swd.schedule import ScaleSchedule
-from swd.shapes import contest
+from swd.shapes import contest, rendered
 from swd.shapes.dataset import RESOLUTION
 from swd.shapes.demo import BATCH, STORE_COMMAND, Clock, bar, compare, describe, finish, setup_seconds
 from swd.shapes.judge import Judge
@@ -134,7 +134,7 @@ def store_teacher(cfg: DictConfig, judge: Judge, judge_folder: Path) -> None:
     contender = contest.contenders(task)[0]
     with bar(f"{contender.name}: judge {STORED} pictures", STORED) as advance:
         judged = contest.store_statistics(
-            store, contender, judge, contest.prompts_of(STORED), STORE_COMMAND, BATCH, advance
+            store, contender, judge, rendered.prompts_of(STORED), STORE_COMMAND, BATCH, advance
         )
     accuracy = judged.accuracy()
     print(f"prompt accuracy {accuracy['mean']:.3f}, exact match {accuracy['exact_match']:.3f}")

@@ -35,7 +35,7 @@ from swd.evaluation.candidates import (
     real_pictures,
 )
 from swd.evaluation.draw import Painter, check_levels, check_space, draw_share
-from swd.evaluation.plan import Plan
+from swd.evaluation.plan import Plan, chunks_of, mine
 from swd.evaluation.score import Bootstrap, Real, Scoring
 from swd.evaluation.timing import Costs, Timing
 from swd.export.student_folder import build_model, recorded_model, schedule_of
@@ -50,6 +50,7 @@ from swd.modules.student import load_student
 from swd.modules.tokens import warn_beyond
 from swd.schedule import ScaleSchedule
 from swd.scheduler import ScaleWiseScheduler
+from swd.shapes.rendered import RenderedPictures, prompts_of
 from swd.types import UserError
 
 ROOT = shared.ROOT | {
@@ -73,6 +74,10 @@ ROOT = shared.ROOT | {
     "folder": str,
 }
 TEACHER = "teacher"
+SHAPES = "shapes"
+"""What `prompts` and `reference` are called for the embedded model."""
+SHAPES_PROMPTS = 1024
+"""Prompts of shapes where no number is given: as many as the statistics in assets/shapes-judge are of."""
 OPTIONS = {
     "name": str,
     "model": str,
@@ -102,6 +107,9 @@ def run(cfg: DictConfig) -> None:
     plan, scoring = evaluation.plan, evaluation.scoring
     plan.claim()
     check_space(plan)
+    if scoring.real is not None and isinstance(scoring.real.pictures, RenderedPictures):
+        chunks = chunks_of(len(scoring.real.pictures.files), plan.chunk_size)
+        scoring.real.pictures.render(row for _, rows in mine(chunks) for row in rows)
     shared.use_own_gpu()
     warn_of_long_prompts(plan)
     for candidate in plan.candidates:
@@ -207,7 +215,7 @@ def prepare(cfg: DictConfig) -> Evaluation:
     candidates = candidates_of(cfg, requests)
     plan = Plan(Path(cfg.folder), Path(cfg.prompts).name, requests, candidates, cfg.batch_size, cfg.chunk_size)
     bootstrap = Bootstrap(cfg.bootstrap.draws, cfg.bootstrap.level, cfg.bootstrap.seed)
-    scoring = Scoring(plan, metrics, real_of(cfg), bootstrap, settings)
+    scoring = Scoring(plan, metrics, real_of(cfg, requests), bootstrap, settings)
     scoring.check()
     return Evaluation(plan, scoring, timing, cfg.published)
 
@@ -251,6 +259,10 @@ def requests_of(cfg: DictConfig) -> Requests:
     Raises:
         UserError: if the list cannot be read, or is too short.
     """
+    if cfg.prompts == SHAPES and not Path(SHAPES).exists():
+        count = SHAPES_PROMPTS if cfg.n is None else cfg.n
+        limits.whole("n", count, 2, limits.MOST_ROWS, "more than one folder holds")
+        return Requests([(prompt, None) for prompt in prompts_of(count)], cfg.images_per_prompt, cfg.seed)
     rows = read_prompts(Path(cfg.prompts), "prompts")
     if cfg.n is not None and cfg.n > len(rows):
         raise UserError(f"n={cfg.n}, but {cfg.prompts} has {len(rows)} prompts; use at most that many")
@@ -261,8 +273,8 @@ def requests_of(cfg: DictConfig) -> Requests:
     return Requests(rows, cfg.images_per_prompt, cfg.seed)
 
 
-def real_of(cfg: DictConfig) -> Real | None:
-    """What the metrics compare with.
+def real_of(cfg: DictConfig, requests: Requests) -> Real | None:
+    """What the metrics compare with; of shapes, twice as many pictures as each model draws: halves make a floor.
 
     Raises:
         UserError: if it is neither a folder of pictures nor a file of statistics.
@@ -270,6 +282,8 @@ def real_of(cfg: DictConfig) -> Real | None:
     if cfg.reference is None:
         return None
     path = Path(cfg.reference)
+    if cfg.reference == SHAPES and not path.exists():
+        return Real(pictures=RenderedPictures.at(Path(cfg.folder) / "reference", 2 * len(requests)))
     if path.is_dir():
         return Real(pictures=real_pictures(path))
     if path.is_file() and path.suffix == ".npz":

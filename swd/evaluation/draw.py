@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from swd.evaluation.candidates import DrawingModel
 from swd.evaluation.plan import Plan, mine
 from swd.io.files import clear_leftovers, write_aside
 from swd.io.job_log import JobLog
-from swd.io.pictures import to_pil
+from swd.io.pictures import png
 from swd.modules.drawing import build_pipeline, draw
 from swd.modules.pretrained import Pretrained
 from swd.types import UserError
@@ -90,7 +89,7 @@ class Painter:
         missing = [row for row in rows if not self.files[row].is_file()]
         for row, picture in zip(rows, self.draw(rows), strict=True):
             if row in missing:
-                write_aside(self.files[row], _png(picture))
+                write_aside(self.files[row], png(picture))
 
     def free(self) -> None:
         """Let the pipeline go."""
@@ -99,11 +98,6 @@ class Painter:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def _png(picture: Tensor) -> Callable[[Path], None]:
-    image = to_pil(picture)
-    return lambda new: image.save(new, format="PNG")
 
 
 def check_levels(name: str, sigmas: Sequence[float], model: Pretrained) -> None:
@@ -122,7 +116,7 @@ def check_levels(name: str, sigmas: Sequence[float], model: Pretrained) -> None:
 
 
 class FixedLevels(FlowMatchEulerDiscreteScheduler):
-    """Euler steps at given noise levels, in float32.
+    """Euler steps at given noise levels.
 
     Args:
         levels: noise levels of the steps, falling, in (0, 1].
@@ -136,9 +130,6 @@ class FixedLevels(FlowMatchEulerDiscreteScheduler):
         self, num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None, **kwargs: Any
     ) -> None:
         super().set_timesteps(sigmas=self.levels, device=device)
-
-    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
-        return super().step(model_output.float(), timestep, sample, **kwargs)
 
 
 def draw_share(painter: Painter) -> None:

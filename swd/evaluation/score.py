@@ -17,6 +17,7 @@ from swd.evaluation.plan import Pictures, Plan, key_of
 from swd.io.files import file_hash, write_json
 from swd.metrics.base import Drawn, Extractor, PictureMetric, Reference, Score, TextExtractor
 from swd.metrics.bootstrap import Interval, Resamples, Statistic, interval, mean_of
+from swd.metrics.external import External
 from swd.metrics.features import read_statistics
 from swd.modules.model_folders import read_json
 from swd.types import UserError
@@ -106,6 +107,7 @@ class Scoring:
             if metric.needs_reference and self.real is None:
                 raise UserError(f"metrics: {name} compares with real pictures; give reference=FOLDER or FILE.npz")
             metric.check(self._promised(metric))
+            metric.check_prompts(self.prompts)
         if len(set(self.prompts)) < 2:
             raise UserError(f"n={len(set(self.prompts))}: intervals need at least 2 different prompts")
 
@@ -180,12 +182,22 @@ class Scoring:
                 "metric": metric.name,
                 "settings": self.settings.get(name),
                 "features": stores,
+                "pictures": [self.plan.pictures(candidate).key for candidate in self.plan.candidates],
+                "outside": self._outside(metric),
                 "models": [candidate.name for candidate in self.plan.candidates],
                 "statistics": file_hash(self.real.statistics) if self.real and self.real.statistics else None,
                 "rows": self.plan.rows_hash,
                 "bootstrap": asdict(self.bootstrap),
             }
         )
+
+    def _outside(self, metric: PictureMetric) -> list[str]:
+        """Hashes of the scores that another project made of the pictures, as far as they are there."""
+        if not isinstance(metric, External):
+            return []
+        folders = (self.plan.folder / "pictures" / candidate.name for candidate in self.plan.candidates)
+        files = (folder / f"{metric.outside.scorer}.json" for folder in folders)
+        return [file_hash(file) for file in files if file.is_file()]
 
     def scores(self) -> dict[str, dict[str, Any]]:
         """Numbers of every metric, computed where they are not stored: see `score`."""
@@ -194,7 +206,8 @@ class Scoring:
             file, key = self.plan.folder / "scores" / f"{name}.json", self.key(name)
             stored = read_json(file) if file.is_file() else {}
             if stored.get("key") != key:
-                stored = {"key": key, **self.score(name)}
+                scored = self.score(name)
+                stored = {"key": self.key(name), **scored}  # scores from outside are there now
                 write_json(file, stored)
             found[name] = stored
         return found
@@ -221,8 +234,11 @@ class Scoring:
     def drawn(self, metric: PictureMetric, candidate: Candidate) -> Drawn:
         """The stored features of a model's pictures."""
         texts = [e for e in metric.extractors if isinstance(e, TextExtractor)] if metric.needs_prompts else []
+        features = {e.name: self.stored(e, candidate.name) for e in metric.extractors}
+        if isinstance(metric, External):
+            features[metric.outside.name] = metric.outside(self.plan.folder / "pictures" / candidate.name)
         return Drawn(
-            {e.name: self.stored(e, candidate.name) for e in metric.extractors},
+            features,
             self.prompts,
             {e.name: self.stored(e, PROMPTS) for e in texts},
         )

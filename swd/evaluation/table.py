@@ -17,6 +17,9 @@ from swd.io.files import write_json, write_text
 RESULTS, MARKDOWN, CSV, HTML = "results.json", "table.md", "table.csv", "report.html"
 PUBLISHED = Path(__file__).with_name("published.json")
 
+ARROWS = {"higher": "↑", "lower": "↓"}
+"""Which way a metric is better."""
+
 Results = Mapping[str, Any]
 """What `results.json` holds."""
 
@@ -62,8 +65,8 @@ def models_grid(results: Results) -> Grid:
     """One row a model: metrics with intervals and costs."""
     names = metric_names(results)
     better = {name: metric["better"] for row in results["models"] for name, metric in row["metrics"].items()}
-    columns = ["model", *(f"{name} ({better[name]} is better)" for name in names)]
-    columns += ["steps", "evaluations", "TFLOP", "s / picture", "text + denoising + decoding, s", "peak memory, GB"]
+    columns = ["model", *(f"{name} {ARROWS[better[name]]}" for name in names)]
+    columns += ["steps", "evaluations", "TFLOP", "s / picture", "text + denoising + decoding", "memory, GB"]
     rows = []
     for row in results["models"]:
         time = row["latency"]

@@ -29,12 +29,8 @@ from swd.modules.networks import Networks, SharedBase
 from swd.modules.sampling import initial_latents, sample_latents
 from swd.shapes.dataset import ShapesDataset
 from swd.shapes.judge import ATTRIBUTES, Judge, Score, pack_score, score_pictures, summarise
+from swd.shapes.rendered import SPLIT, prompts_of
 from swd.types import UserError
-
-SPLIT = "heldout"
-"""Captions with combinations of colour and shape that training never drew."""
-PROMPT_SEED, REFERENCE_SEED, FLOOR_SEED = 0, 1, 2
-"""Dataset seeds: of the prompts, of the rendered pictures that FID compares with, and of a second set of those."""
 
 Draw = Callable[[list[str], list[int]], Tensor]
 """Draws pictures `[B, 3, H, W]` in [-1, 1] from B prompts and B seeds."""
@@ -141,12 +137,6 @@ class Timing:
 
 
 # Prompts and references
-
-
-def prompts_of(n: int) -> list[str]:
-    """The first `n` captions of the held-out split."""
-    dataset = ShapesDataset(SPLIT, PROMPT_SEED, length=n)
-    return [dataset.draw(i)[1].caption() for i in range(n)]
 
 
 def reference_features(judge: Judge, n: int, seed: int, device: torch.device, batch: int = 32) -> Tensor:

@@ -25,7 +25,7 @@ from swd.io.files import write_json, write_text
 from swd.io.job_log import JobLog, say
 from swd.metrics.fid import frechet_distance
 from swd.modules.distiller import Distiller
-from swd.shapes import contest, report
+from swd.shapes import contest, rendered, report
 from swd.shapes.contest import Advance, Contender, Judged, ResultRow, Timing
 from swd.shapes.judge import Judge
 from swd.types import UserError
@@ -66,11 +66,11 @@ class Study:
 def compare(cfg: DictConfig, task: Distiller, judge: Judge, judge_folder: Path, clock: Clock) -> Study:
     """Time and judge every contender on the same prompts."""
     n, device = cfg.n_pictures, task.device
-    prompts = contest.prompts_of(n)
+    prompts = rendered.prompts_of(n)
     with clock.phase("reference"), bar("render reference pictures", 2 * n) as advance:
-        reference = contest.reference_features(judge, n, contest.REFERENCE_SEED, device)
+        reference = contest.reference_features(judge, n, rendered.REFERENCE_SEED, device)
         advance(n)
-        floor = contest.reference_features(judge, n, contest.FLOOR_SEED, device)
+        floor = contest.reference_features(judge, n, rendered.FLOOR_SEED, device)
         advance(n)
     store = contest.teacher_store(task, judge_folder)
     rows, timings = [], []

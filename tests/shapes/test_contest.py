@@ -21,6 +21,7 @@ from swd.shapes import contest
 from swd.shapes.contest import Contender, Judged, Store
 from swd.shapes.dataset import ShapesDataset
 from swd.shapes.judge import ATTRIBUTES, Judge, prompt_accuracy
+from swd.shapes.rendered import FLOOR_SEED, PROMPT_SEED, REFERENCE_SEED, SPLIT, prompts_of
 from swd.types import UserError
 
 
@@ -80,7 +81,7 @@ def judge() -> Judge:
 
 def rendered(prompts: list[str], seeds: list[int]) -> Tensor:
     """A model that is always right: the picture that belongs to the prompt."""
-    dataset = ShapesDataset(contest.SPLIT, contest.PROMPT_SEED)
+    dataset = ShapesDataset(SPLIT, PROMPT_SEED)
     items = [dataset[seed] for seed in seeds]
     assert [item["prompt"] for item in items] == prompts
     return torch.stack([torch.as_tensor(item["pixels"]) for item in items])
@@ -91,7 +92,7 @@ def contender(draw: contest.Draw = rendered) -> Contender:
 
 
 def test_streaming_in_batches_equals_all_at_once(judge: Judge) -> None:
-    prompts = contest.prompts_of(10)
+    prompts = prompts_of(10)
     told: list[int] = []
     judged = contest.run_contender(contender(), judge, prompts, batch=4, advance=told.append)
     pixels = rendered(prompts, list(range(10)))
@@ -109,15 +110,15 @@ def test_scores_pack_and_unpack() -> None:
 
 
 def test_prompts_are_a_prefix_and_references_differ(judge: Judge) -> None:
-    assert contest.prompts_of(12)[:5] == contest.prompts_of(5)
+    assert prompts_of(12)[:5] == prompts_of(5)
     device = torch.device("cpu")
-    some = contest.reference_features(judge, 6, contest.REFERENCE_SEED, device, batch=4)
-    assert torch.allclose(some[:3], contest.reference_features(judge, 3, contest.REFERENCE_SEED, device), atol=1e-6)
-    assert not torch.allclose(some, contest.reference_features(judge, 6, contest.FLOOR_SEED, device), atol=1e-4)
+    some = contest.reference_features(judge, 6, REFERENCE_SEED, device, batch=4)
+    assert torch.allclose(some[:3], contest.reference_features(judge, 3, REFERENCE_SEED, device), atol=1e-6)
+    assert not torch.allclose(some, contest.reference_features(judge, 6, FLOOR_SEED, device), atol=1e-4)
 
 
 def test_row_of_the_reference_itself_has_no_distance(judge: Judge) -> None:
-    judged = contest.run_contender(contender(), judge, contest.prompts_of(8))
+    judged = contest.run_contender(contender(), judge, prompts_of(8))
     row = contest.make_row(contender(), judged, judged.features, ms_per_image=2.5)
     accuracy = judged.accuracy()
     assert row.fid == pytest.approx(0, abs=1e-6)
@@ -216,7 +217,7 @@ def test_merged_student_draws_the_same_and_leaves_no_trace(task: Distiller) -> N
 
 
 def test_stored_statistics_are_the_prefix_of_what_was_judged(judge: Judge, tmp_path: Path) -> None:
-    store, prompts = Store(tmp_path / "teacher.npz", {"weights": "abc"}), contest.prompts_of(9)
+    store, prompts = Store(tmp_path / "teacher.npz", {"weights": "abc"}), prompts_of(9)
     assert "not there" in (store.why_not(1) or "")
     judged = contest.store_statistics(store, contender(), judge, prompts, "make it", batch=4)
     assert store.why_not(9) is None and "10 are asked for" in (store.why_not(10) or "")
@@ -228,7 +229,7 @@ def test_stored_statistics_are_the_prefix_of_what_was_judged(judge: Judge, tmp_p
 
 
 def test_storing_continues_where_it_was_interrupted(judge: Judge, tmp_path: Path) -> None:
-    store, prompts = Store(tmp_path / "teacher.npz", {"weights": "abc"}), contest.prompts_of(9)
+    store, prompts = Store(tmp_path / "teacher.npz", {"weights": "abc"}), prompts_of(9)
     drawn: list[int] = []
 
     def fragile(prompts: list[str], seeds: list[int]) -> Tensor:
