@@ -28,7 +28,7 @@ demo: $(STAMP)  ## distil, sample, evaluate and report, within 10 minutes on 2 c
 	@SWD_SETUP_SECONDS=$$(( $$(date +%s) - $(STARTED) )) $(BIN)/swd demo $(ARGS)
 
 demo-full: $(STAMP)  ## the same at length, about an hour
-	@SWD_SETUP_SECONDS=$$(( $$(date +%s) - $(STARTED) )) $(BIN)/swd demo preset=full $(ARGS)
+	@SWD_SETUP_SECONDS=$$(( $$(date +%s) - $(STARTED) )) $(BIN)/swd demo experiment=demo_full $(ARGS)
 
 test: $(STAMP)  ## run the tests (ARGS='-m slow' for the slow ones)
 	@$(BIN)/python -m pytest -q -n auto --dist loadfile $(ARGS)

@@ -31,6 +31,8 @@ COLLECTIONS = ("loss", "callbacks")
 """Groups whose option is several constructors by name."""
 OPTIONAL = ("callbacks", "logger")
 """Groups that may be left out: `callbacks=null`."""
+GIVEN: Mapping[str, Sequence[str]] = {"task": ("model", "schedule", "loss")}
+"""Groups that are built once and given to what another group names, as far as its constructor has such arguments."""
 GROUP = Any
 """Among the types of a command's root keys: one of the groups above, which is checked by what it builds."""
 SPECIAL = {"_target_", "_convert_", "_partial_"}
@@ -57,7 +59,8 @@ FOREIGN = {
 """What keys of other programs are called here, in commands that train."""
 FOREIGN_TO: Mapping[str, Mapping[str, str]] = {
     "train": FOREIGN | {"prompt": "sample_prompts='[TEXT]'"},
-    "demo": FOREIGN | {"prompt": "sample_prompts='[TEXT]'"},
+    "demo": FOREIGN
+    | {"prompt": "sample_prompts='[TEXT]'", "preset": "experiment=demo_ci or experiment=demo_full, or neither"},
     "sample": {name: FOREIGN[name] for name in ("precision", "output_dir", "out", "prompt")}
     | {"checkpoint": "adapter=RUN", "ckpt_path": "adapter=RUN"},
     "generate": {"precision": FOREIGN["precision"], "prompt": "prompts=FILE", "output_dir": "out=FOLDER"},
@@ -312,11 +315,13 @@ def check(cfg: DictConfig, root: Mapping[str, Any] | None = None, allow: Collect
     assert isinstance(plain, dict)
     if root is not None:
         _check_root(plain, root)
+    if isinstance(plain.get("task"), dict):
+        plain["task"] = own_settings(plain["task"], "task", plain)
     _check_secrets(plain, "")
     allow = allowed_here(cfg) if allow is None else allow
     for group in COLLECTIONS:
         _check_collection(plain.get(group), group)
-    # Groups repeat values of others, the task all that it is built from: name keys where the user knows them.
+    # Groups repeat values of others, the task most of all: name keys where the user knows them.
     order = sorted(plain, key=lambda key: (key == "task", key in COLLECTIONS))
     _check_node({key: plain[key] for key in order}, "", allow)
     for key, value in plain.items() if root is not None else ():
@@ -429,6 +434,7 @@ def _check_call(node: dict[str, Any], path: str, allow: Collection[str]) -> None
     function = target.__init__ if inspect.isclass(target) else target
     try:
         parameters = dict(inspect.signature(target).parameters)
+        parameters = {name: value for name, value in parameters.items() if name not in GIVEN.get(path, ())}
     except (TypeError, ValueError):
         raise UserError(f"{path}._target_={node['_target_']} is nothing that can be built; name a class") from None
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -593,7 +599,34 @@ def build(cfg: DictConfig, key: str, allow: Collection[str] | None = None) -> An
     Raises:
         UserError: if the group is missing, names what may not be built, or a constructor refuses its arguments.
     """
-    return build_node(node_of(cfg, key), key, allowed_here(cfg) if allow is None else allow)
+    allow = allowed_here(cfg) if allow is None else allow
+    node = node_of(cfg, key)
+    _check_node(node, key, allow)
+    given = {}
+    if key in GIVEN:
+        taken = inspect.signature(target_of(node.get("_target_"), key, allow)).parameters
+        given = {part: build(cfg, part, allow) for part in GIVEN[key] if part in taken}
+    return _construct(node, key, allow, given)
+
+
+def own_settings(node: dict[str, Any], key: str, groups: Mapping[str, Any]) -> dict[str, Any]:
+    """A node without the groups that it is given when it is built; version 0.1.0 repeated them in the task.
+
+    Args:
+        node: of the group `key`, plain values.
+        key: a group that `GIVEN` names.
+        groups: plain values of the whole configuration.
+
+    Raises:
+        UserError: if the node holds one of those groups with other values.
+    """
+    for part in GIVEN[key]:
+        if part in node and node[part] != groups.get(part):
+            raise UserError(
+                f"{key}.{part} is not set here: the {key} is given the {part} of the configuration; "
+                f"choose {part}=NAME, or set {part}.SETTING=VALUE"
+            )
+    return {name: value for name, value in node.items() if name not in GIVEN[key]}
 
 
 def node_of(cfg: DictConfig, key: str) -> dict[str, Any]:
@@ -608,7 +641,7 @@ def node_of(cfg: DictConfig, key: str) -> dict[str, Any]:
         return {}
     if not isinstance(node, dict):
         raise UserError(f"{key} is missing; choose one with {key}=NAME, --help lists them")
-    return node
+    return own_settings(node, key, to_plain(cfg)) if key in GIVEN else node
 
 
 def build_node(node: Any, path: str, allow: Collection[str] = ()) -> Any:
@@ -633,7 +666,8 @@ def arguments_of(cfg: DictConfig, key: str) -> dict[str, Any]:
     return {name: _construct(value, f"{key}.{name}", allow) for name, value in node.items() if name not in SPECIAL}
 
 
-def _construct(node: Any, path: str, allow: Collection[str]) -> Any:
+def _construct(node: Any, path: str, allow: Collection[str], given: Mapping[str, Any] | None = None) -> Any:
+    """What a checked node describes; `given` are arguments of its own constructor that are built already."""
     if isinstance(node, list):
         return [_construct(value, f"{path}[{i}]", allow) for i, value in enumerate(node)]
     if not isinstance(node, dict):
@@ -641,6 +675,7 @@ def _construct(node: Any, path: str, allow: Collection[str]) -> Any:
     values = {key: _construct(value, f"{path}.{key}", allow) for key, value in node.items() if key not in SPECIAL}
     if "_target_" not in node:
         return values
+    values |= given or {}
     target = target_of(node["_target_"], path, allow)
     if node.get("_partial_"):
         return partial(target, **values)

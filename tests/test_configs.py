@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from shards import make_pictures
 from tiny import CONF, composed
 
+from swd import config
 from swd.commands import demo, encode, export, generate, import_pictures, sample, train
 from swd.config import check
 from swd.diffusion import rectified_flow_table
@@ -158,17 +159,49 @@ def test_guidance_of_dmd_and_of_drawing_are_two(model: str, experiment: bool, tm
 
 
 def test_a_run_of_an_earlier_version_still_builds(tmp_path: Path) -> None:
-    """Its config.yaml has one `model.guidance_scale` for both, resolved into the loss."""
+    """Its config.yaml has one `model.guidance_scale` for both, and repeats in the task what the task is given."""
     cfg = OmegaConf.create(OmegaConf.to_container(composed(arguments(tmp_path, model="shapes")), resolve=True))
-    for model in (cfg.model, cfg.task.model):
-        for key in ("dmd_guidance_scale", "drawing_guidance_scale"):
-            del model[key]
-        model.guidance_scale = 3.0
-    cfg.loss.dmd.guidance_scale = cfg.task.loss.dmd.guidance_scale = 3.0
+    for key in ("dmd_guidance_scale", "drawing_guidance_scale"):
+        del cfg.model[key]
+    cfg.model.guidance_scale = 3.0
+    cfg.loss.dmd.guidance_scale = 3.0
+    cfg.task.update({part: cfg[part] for part in ("model", "schedule", "loss")})
     cfg.trainer.accelerator = "cpu"
     task, _ = train.prepare(cfg)
     assert isinstance(task, Distiller) and task.terms["dmd"].guidance_scale == 3.0
     assert (task.model.dmd_guidance_scale, task.model.drawing_guidance_scale) == (3.0, 3.0)
+
+
+@pytest.mark.parametrize("task", options("task"))
+def test_model_schedule_and_loss_appear_once(task: str, tmp_path: Path) -> None:
+    cfg = composed(arguments(tmp_path, task=task))
+    assert not {"model", "schedule", "loss"} & set(cfg.task)
+    assert OmegaConf.to_yaml(cfg, resolve=True).count("swd.modules.pretrained.Pretrained") == 1
+
+
+def test_the_task_is_given_the_objects_of_the_groups(tmp_path: Path) -> None:
+    task, _ = train.prepare(composed([*arguments(tmp_path, loss="mmd"), "model.rank=3", "loss.mmd.weight=0.5"]))
+    assert isinstance(task, Distiller) and list(task.terms) == ["mmd"]
+    assert (task.model.rank, task.terms["mmd"].weight, task.schedule.sizes[0]) == (3, 0.5, (6, 6))
+
+
+@pytest.mark.parametrize("given", ["+task.model=sdxl", "+task.loss.mmd.weight=2", "+task.schedule={}"])
+def test_what_the_task_is_given_is_not_set_in_it(given: str, tmp_path: Path) -> None:
+    part = given.removeprefix("+task.").partition("=")[0].partition(".")[0]
+    for step in (lambda cfg: check(cfg, train.ROOT), train.prepare):
+        with pytest.raises(
+            UserError, match=rf"task\.{part} is not set here.* choose {part}=NAME, or set {part}\.SETTING"
+        ) as e:
+            step(composed([*arguments(tmp_path), given]))
+        assert "\n" not in str(e.value)
+
+
+def test_a_task_without_a_model_says_so(tmp_path: Path) -> None:
+    cfg = composed(arguments(tmp_path))
+    del cfg.model
+    cfg.loss = None
+    with pytest.raises(UserError, match="model is missing; choose one with model=NAME"):
+        config.build(cfg, "task")
 
 
 def test_the_command_line_wins_over_a_models_defaults(tmp_path: Path) -> None:
@@ -230,8 +263,9 @@ def test_a_trainer_is_built(trainer: str, option: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", options("experiment"))
 def test_every_experiment_passes_the_schema(option: str, tmp_path: Path) -> None:
-    cfg = composed([f"folder={tmp_path}", f"experiment={option}"])
-    check(cfg, train.ROOT)
+    command = demo if option.startswith("demo_") else train
+    cfg = composed([f"folder={tmp_path}", f"experiment={option}"], command.__name__.rpartition(".")[2])
+    check(cfg, command.ROOT)
     assert cfg.trainer.max_steps > 0
 
 
@@ -292,9 +326,22 @@ def test_every_data_set_instantiates(option: str, tmp_path: Path, captioned: Pat
     assert instantiate(cfg.data, _convert_="all").batch_size >= 1
 
 
-@pytest.mark.parametrize("option", options("preset"))
-def test_every_preset_of_the_demo_passes_the_schema(option: str, tmp_path: Path) -> None:
-    check(composed(arguments(tmp_path, preset=option), "demo"), demo.ROOT)
+@pytest.mark.parametrize(
+    ("given", "numbers"),
+    [
+        ([], (512, 5, 2, 150, 75)),
+        (["experiment=demo_ci"], (64, 3, 1, 40, 40)),
+        (["experiment=demo_full"], (1024, 15, 5, 700, 100)),
+        (["experiment=demo_ci", "trainer.max_steps=9", "n_pictures=3"], (3, 3, 1, 9, 40)),
+    ],
+)
+def test_an_experiment_wins_over_the_demos_own_numbers(
+    given: list[str], numbers: tuple[int, ...], tmp_path: Path
+) -> None:
+    cfg = composed([*arguments(tmp_path), *given], "demo")
+    check(cfg, demo.ROOT)
+    found = (cfg.n_pictures, cfg.timing_batches, cfg.task.critic_updates, cfg.trainer.max_steps)
+    assert (*found, cfg.callbacks.samples.every) == numbers
 
 
 def test_the_import_passes_the_schema() -> None:
@@ -329,10 +376,8 @@ def included(file: Path) -> set[Path]:
 
 
 def test_every_file_is_reached_by_a_test_above() -> None:
-    primary = {
-        CONF / f"{name}.yaml" for name in ("base", "train", "sample", "demo", "export", "generate", "import", "encode")
-    }
-    groups = (*FREE, "model", "recipe", "experiment", "task", "preset")
+    primary = {CONF / f"{name}.yaml" for name in ("train", "sample", "demo", "export", "generate", "import", "encode")}
+    groups = (*FREE, "model", "recipe", "experiment", "task")
     reached = primary | {CONF / group / f"{option}.yaml" for group in groups for option in options(group)}
     while more := set().union(*map(included, reached)) - reached:
         reached |= more

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 from safetensors import SafetensorError
 
-from swd.config import first_difference, one_line, read_recorded, renamed, stored
+from swd.config import GIVEN, first_difference, one_line, read_recorded, renamed, stored
 from swd.io.files import clear_leftovers
 from swd.modules.adapters import NETWORK_CONFIG, PEFT_CONFIG, PEFT_WEIGHTS, SCHEDULER_CONFIG, save_adapter, save_student
 from swd.modules.checkpoints import CheckpointFiles, Resumable, damage, tensors
@@ -21,7 +21,7 @@ from swd.modules.finite import all_finite, last_checkpoint, stop_unless_finite
 from swd.modules.networks import SharedBase
 from swd.types import UserError
 
-COMPARED = ("seed", "model", "schedule", "loss", "data", "task")  # the task repeats the groups that it is built from
+COMPARED = ("seed", "model", "schedule", "loss", "data", "task")
 NO_MATTER = ("workers", "prefetch", "max_bad")
 """Keys of the data that change neither a sample nor its turn."""
 GUIDANCE = ("guidance_scale", "dmd_guidance_scale", "drawing_guidance_scale")
@@ -240,9 +240,10 @@ def config_difference(path: Path, cfg: DictConfig) -> str | None:
     for plain in (old, new):
         if isinstance(plain.get("data"), dict):
             plain["data"] = {key: value for key, value in plain["data"].items() if key not in NO_MATTER}
-        for model in (plain.get("model"), (plain.get("task") or {}).get("model")):
-            for key in GUIDANCE:
-                (model or {}).pop(key, None)
+        for key in GUIDANCE:
+            (plain.get("model") or {}).pop(key, None)
+        for part in GIVEN["task"]:  # version 0.1.0 repeated these groups in the task
+            (plain.get("task") or {}).pop(part, None)
     for section in COMPARED:
         difference = first_difference(old.get(section), new.get(section), section)
         if difference:

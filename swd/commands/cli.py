@@ -34,7 +34,7 @@ COMMANDS = {
 }
 """The module whose `run` a command calls, and what it is for."""
 
-NEEDED = ("task", "model", "recipe", "schedule", "loss", "data", "sheet", "trainer", "preset")
+NEEDED = ("task", "model", "recipe", "schedule", "loss", "data", "sheet", "trainer")
 GROUPS = (*NEEDED, "callbacks", "logger", "experiment")
 """Folders of `conf/`."""
 

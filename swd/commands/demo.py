@@ -73,12 +73,14 @@ def prepare(cfg: DictConfig) -> Path:
     if cfg.task._target_ != DISTILLER:
         raise UserError("the demo distils; leave out experiment= and task=, or train that with `swd train`")
     folder = check_settings(cfg)
-    train.prepare(cfg)
+    task, _ = train.prepare(cfg)
+    assert isinstance(task, Distiller)
+    check_size(task.model, task.schedule)
     return folder
 
 
 def check_settings(cfg: DictConfig) -> Path:
-    """The judge's folder, once everything that the demo adds to training is known to make sense.
+    """The judge's folder, once the keys that the demo adds to training are known to make sense.
 
     Raises:
         UserError: naming the setting and the fix.
@@ -90,16 +92,17 @@ def check_settings(cfg: DictConfig) -> Path:
         raise UserError(f"shown={cfg.shown} is more than n_pictures={cfg.n_pictures}; use at most that many")
     if cfg.trainer.max_steps < 1:
         raise UserError(f"trainer.max_steps={cfg.trainer.max_steps}; the demo distils for at least 1 iteration")
-    folder = _judge_folder(cfg.judge)
-    model: Pretrained = build(cfg, "model")
-    schedule: ScaleSchedule = build(cfg, "schedule")
+    return _judge_folder(cfg.judge)
+
+
+def check_size(model: Pretrained, schedule: ScaleSchedule) -> None:
+    """Raise UserError unless finished pictures are as large as those that the judge reads."""
     size = schedule.sizes[-1]
     if len(size) == 3 or model.pixel_size(size) != (RESOLUTION, RESOLUTION):
         raise UserError(
             f"schedule.sizes ends with {size}, but the judge reads pictures of {RESOLUTION}x{RESOLUTION} pixels; "
             f"end with {RESOLUTION // model.factor}, and use the model shapes"
         )
-    return folder
 
 
 def _judge_folder(path: str) -> Path:

@@ -427,6 +427,12 @@ def test_wandb_without_an_account_is_told_before_a_folder_is_made(
     assert not Path("run").exists()
 
 
+@pytest.mark.parametrize("option", ["default", "ci", "full"])
+def test_a_preset_of_the_demo_is_an_experiment_now(refused: Refused, option: str) -> None:
+    message = refused(f"preset={option}", command="demo")
+    assert "unknown key preset; here it is experiment=demo_ci or experiment=demo_full" in message
+
+
 @pytest.mark.parametrize(
     ("command", "argument", "nearest"),
     [

@@ -380,7 +380,7 @@ def test_a_run_holds_no_value_of_the_environment(environment: None, tiny_model: 
     written = "".join(file.read_text() for file in (tmp_path / "run.json", tmp_path / "config.yaml"))
     assert not [secret for secret in ("a-place-of-mine", "hf_0123", "abc123", "pass") if secret in written]
     stored = config.read_recorded(tmp_path / "config.yaml")
-    assert stored["model"]["revision"] == stored["task"]["model"]["revision"] == "v-${oc.env:MY_PLACE}"
+    assert stored["model"]["revision"] == "v-${oc.env:MY_PLACE}"
     assert stored["folder"] == "o/run-${oc.env:MY_PLACE}/1" and stored["logger"]["settings"]["api_key"] == "***"
     # Resuming compares what is written down.
     assert config_difference(tmp_path / "checkpoints" / "a.ckpt", cfg) is None

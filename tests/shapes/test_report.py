@@ -59,7 +59,7 @@ def build_page(**more: Any) -> report.Page:
         "wall_seconds": {"distil": 14.73, "total": 46.97},
         "machine": {"device": "CPU"},
         "versions": {"torch": "2.13.0"},
-        "command": "swd demo preset=ci",
+        "command": "swd demo experiment=demo_ci",
         "folder": "outputs/demo/x",
     }
     picture = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -112,7 +112,7 @@ def test_page_is_whole_and_loads_nothing() -> None:
     assert not re.search(r"https?:|//[a-z]|@import|url\(", html)
     assert not reader.tags & {"script", "link", "iframe", "object"}
     text = " ".join(" ".join(reader.text).split())
-    for wanted in (*NAMES, "0.931", "0.0286", "82.7", "7.94", "swd demo preset=ci", "14.7", "0.00420"):
+    for wanted in (*NAMES, "0.931", "0.0286", "82.7", "7.94", "swd demo experiment=demo_ci", "14.7", "0.00420"):
         assert wanted in text
 
 
