@@ -263,7 +263,7 @@ def requests_of(cfg: DictConfig) -> Requests:
         count = SHAPES_PROMPTS if cfg.n is None else cfg.n
         limits.whole("n", count, 2, limits.MOST_ROWS, "more than one folder holds")
         return Requests([(prompt, None) for prompt in prompts_of(count)], cfg.images_per_prompt, cfg.seed)
-    rows = read_prompts(Path(cfg.prompts), "prompts")
+    rows = read_prompts(Path(cfg.prompts), "prompts", ("prompt", "caption"))
     if cfg.n is not None and cfg.n > len(rows):
         raise UserError(f"n={cfg.n}, but {cfg.prompts} has {len(rows)} prompts; use at most that many")
     rows = rows[: cfg.n]

@@ -79,13 +79,16 @@ class Requests(Sequence[Request]):
         return digest.hexdigest()
 
 
-def read_prompts(file: Path, key: str = "prompts_file") -> list[tuple[str, int | None]]:
+def read_prompts(
+    file: Path, key: str = "prompts_file", columns: Sequence[str] = ("prompt",)
+) -> list[tuple[str, int | None]]:
     """Prompts, and their seeds where given, of a list.
 
     Args:
         file: a text file (a prompt a line), or a `.csv`, `.tsv` or `.jsonl` table with a column "prompt" and, if
             seeds are given, one "seed".
         key: what messages call it.
+        columns: what the column of prompts may be called; the first name that is there counts.
 
     Raises:
         UserError: if the file is missing, empty, has no such column, or a line of it is faulty.
@@ -96,7 +99,7 @@ def read_prompts(file: Path, key: str = "prompts_file") -> list[tuple[str, int |
     faulty = next((row for row in table.rows if row.fault), None)
     if faulty is not None:
         raise UserError(f"{key}={file}, line {faulty.line}: {faulty.fault}")
-    prompts, seeds = table.needed(("prompt",), f"{key}="), table.column(("seed",))
+    prompts, seeds = table.needed(columns, f"{key}="), table.column(("seed",))
     rows: list[tuple[str, int | None]] = []
     for row in table.rows:
         where = f"{key}={file}, line {row.line}"

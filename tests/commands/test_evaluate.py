@@ -319,6 +319,13 @@ def test_pictures_of_somebody_else_are_scored_as_our_own(
     assert all(pair["difference"] == pair["low"] == pair["high"] == 0 for pair in results(tmp_path / "b")["pairs"])
 
 
+def test_the_released_list_of_captions_is_read_as_it_is(config: Callable[..., Any], tmp_path: Path) -> None:
+    file = tmp_path / "coco.csv"
+    file.write_text(',file_name,caption\n132871,a.jpg,A red star.\n31526,b.jpg,"Two, rings\n"\n7,a.jpg,A heart\n')
+    requests = evaluate.prepare(config(tmp_path / "out", prompts=file, n=2)).plan.requests
+    assert [(request.prompt, request.seed) for request in requests[:]] == [("A red star.", 7), ("Two, rings", 8)]
+
+
 # What is refused
 
 
