@@ -104,7 +104,8 @@ def frechet_infinity(real: Gaussian, drawn: Tensor, points: int = 15, seed: int 
 
     The bias of a distance of n pictures falls as 1 / n: a line is fitted to the distances of `points` random subsets,
     whose sizes are evenly spaced, and read off at 1 / n = 0. The sizes go from a tenth of the pictures (the source's
-    5,000 of 50,000), but from no fewer than D, below which the bias is no line, to all.
+    5,000 of 50,000) to all; where a tenth is less than 2 D, below which the bias is no line, from 2 D or half of the
+    pictures. Then the line still takes away five sixths of the bias of 3 D pictures of a Gaussian, and 0.9 of 5 D.
 
     Args:
         real: the reference, whose own number of pictures is not extrapolated.
@@ -120,7 +121,8 @@ def frechet_infinity(real: Gaussian, drawn: Tensor, points: int = 15, seed: int 
         return None
     generator = torch.Generator().manual_seed(seed)
     root = matrix_root(real.sigma)
-    sizes = torch.linspace(max(count // 10, width + 1), count, points).long()
+    least = max(count // 10, min(2 * width, count // 2))
+    sizes = torch.linspace(least, count, points).long()
     distances = []
     for size in sizes.tolist():
         chosen = torch.randperm(count, generator=generator)[:size]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from swd.io.files import file_hash, write_aside
 from swd.metrics.base import Extractor
 from swd.metrics.preparation import CentreCrop, ShortSide, Step, names, prepare
+from swd.metrics.weights import stable_hash
 from swd.modules.model_folders import is_whole
 from swd.types import UserError
 
@@ -265,7 +266,7 @@ class InceptionFeatures(Extractor):
         return Path(self.path)
 
     def weights_id(self) -> str:
-        return file_hash(self._file())
+        return stable_hash(self._file())
 
     def prepare(self, picture: Tensor) -> Tensor:
         pixels = prepare(picture, self.steps).float() / 255

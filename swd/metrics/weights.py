@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +28,7 @@ def find_model(path: str, key: str, architecture: str, revision: str | None = No
     Raises:
         UserError: if it is absent, incomplete, or another kind of network.
     """
-    folder = hub.model(path, revision, key) if hub.is_hub_id(path) else Path(path)
+    folder = _from_hub(path, revision, key) if hub.is_hub_id(path) else Path(path)
     if not folder.is_dir():
         raise UserError(
             f"{key}={path} is no folder; give a folder with config.json and .safetensors weights, or a hub id"
@@ -39,10 +40,27 @@ def find_model(path: str, key: str, architecture: str, revision: str | None = No
     return folder
 
 
+@cache
+def _from_hub(path: str, revision: str | None, key: str) -> Path:
+    """`hub.model`, which asks the hub for changes at every call, once in a process."""
+    return hub.model(path, revision, key)
+
+
 def weights_hash(folder: Path) -> str:
     """SHA-256 of the names and SHA-256 of a folder's weight files."""
-    listed = "".join(f"{file.name} {file_hash(file)}\n" for file in weight_files(folder)[1])
+    listed = "".join(f"{file.name} {stable_hash(file)}\n" for file in weight_files(folder)[1])
     return hashlib.sha256(listed.encode()).hexdigest()
+
+
+def stable_hash(file: Path) -> str:
+    """SHA-256 of a file, read again only if its size or time of change is another."""
+    about = file.stat()
+    return _hash(file, about.st_size, about.st_mtime_ns)
+
+
+@cache
+def _hash(file: Path, size: int, changed: int) -> str:
+    return file_hash(file)
 
 
 def load_network(network_class: Any, folder: Path, config: Any = None) -> nn.Module:

@@ -84,6 +84,18 @@ def test_extrapolation_removes_the_bias_of_few_pictures() -> None:
     assert functional.frechet_infinity(real, normal(15, 8, 0)) is None
 
 
+@pytest.mark.parametrize(("count", "least"), [(200, 20), (60, 16), (20, 10)])
+def test_extrapolation_is_a_line_through_subsets(count: int, least: int) -> None:
+    real, drawn = normal(90, 8, 0), normal(count, 8, 1, shift=0.3)
+    generator = torch.Generator().manual_seed(6)
+    sizes = np.linspace(least, count, 4).astype(int)
+    chosen = [torch.randperm(count, generator=generator)[: int(size)] for size in sizes]
+    slope, at_zero = np.polyfit(1 / sizes, [by_numpy(real, drawn[each]) for each in chosen], 1)
+    found = functional.frechet_infinity(functional.gaussian(real), drawn, points=4, seed=6)
+    assert found == pytest.approx(at_zero, rel=1e-6)
+    assert slope > 0
+
+
 def test_extrapolation_is_seeded_and_leaves_the_global_generator_alone() -> None:
     real, drawn = functional.gaussian(normal(90, 3, 0)), normal(80, 3, 1)
     torch.manual_seed(5)

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 
+from swd.metrics import weights
 from swd.metrics.clip_pictures import ClipPictureFeatures
 from swd.metrics.dinov2 import Dinov2Features
 from swd.types import UserError
@@ -125,3 +126,13 @@ def test_weights_are_known_by_their_content(dino: Path, tmp_path: Path) -> None:
     changed.layernorm.bias.data += 1
     changed.save_pretrained(copy)
     assert Dinov2Features(str(copy)).weights_id() != first
+
+
+def test_a_file_is_hashed_again_only_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, read = tmp_path / "a", []
+    monkeypatch.setattr(weights, "file_hash", lambda path: read.append(path) or path.read_text())
+    for content in ("one", "one", "three"):
+        if not file.exists() or file.read_text() != content:
+            file.write_text(content)
+        assert weights.stable_hash(file) == content
+    assert len(read) == 2
