@@ -74,9 +74,15 @@ class Store:
         return torch.cat([load_file(self.file(chunk))[NAME] for chunk in range(len(self.chunks))])
 
 
-def key_for(extractor: Extractor, pictures: str) -> str:
-    """The hash of features: of the extractor's name, which says its preparation, its weights, and the pictures."""
-    return key_of({"extractor": extractor.name, "weights": extractor.weights_id(), "pictures": pictures})
+def key_for(extractor: str, weights: str, source: str) -> str:
+    """The hash of features.
+
+    Args:
+        extractor: its name, which says the preparation of pictures.
+        weights: hash of its weights.
+        source: hash of the pictures or prompts.
+    """
+    return key_of({"extractor": extractor, "weights": weights, "source": source})
 
 
 def fill(store: Store, compute: Callable[[range], Tensor], task: str, unit: str = "picture") -> None:

@@ -17,6 +17,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class Plan:
         """Rows of each chunk."""
         return chunks_of(len(self.requests), self.chunk_size)
 
-    @property
+    @cached_property
     def rows_hash(self) -> str:
         """SHA-256 of all prompts and seeds."""
         return self.requests.hash()
@@ -71,8 +72,13 @@ class Plan:
             "images_per_prompt": self.requests.copies,
             "seed": self.requests.seed,
             "chunk_size": self.chunk_size,
-            "models": {candidate.name: candidate.settings() for candidate in self.candidates},
+            "models": self.model_settings,
         }
+
+    @cached_property
+    def model_settings(self) -> dict[str, dict[str, Any]]:
+        """What the pictures of each candidate depend on beside prompts and seeds; it holds hashes of weights."""
+        return {candidate.name: candidate.settings() for candidate in self.candidates}
 
     def claim(self) -> None:
         """Create the folder, or continue the plan that it holds; models may be added to it, or left out.
@@ -106,9 +112,9 @@ class Plan:
         """Where the pictures of a candidate lie."""
         folder = self.folder / "pictures" / candidate.name
         if isinstance(candidate, GivenPictures):
-            return Pictures(candidate.files, key_of(candidate.settings()))
+            return Pictures(candidate.files, key_of(self.model_settings[candidate.name]))
         files = tuple(folder / f"{row:08d}.png" for row in range(len(self.requests)))
-        return Pictures(files, key_of({"rows": self.rows_hash, **candidate.settings()}))
+        return Pictures(files, key_of({"rows": self.rows_hash, **self.model_settings[candidate.name]}))
 
     def write_index(self, candidate: Candidate) -> None:
         """Write index.jsonl once all pictures are there: a line with index, prompt, seed and file for each."""

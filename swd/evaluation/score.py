@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,21 @@ class Scoring:
         """Every network that is needed, once, by its name."""
         return {extractor.name: extractor for metric in self.metrics.values() for extractor in metric.extractors}
 
+    @cached_property
+    def weights(self) -> dict[str, str]:
+        """Hash of the weights of each network; reads all of them once.
+
+        Raises:
+            UserError: if two metrics name the same network with different weights.
+        """
+        found: dict[str, str] = {}
+        for name, metric in self.metrics.items():
+            for extractor in metric.extractors:
+                weights = extractor.weights_id()
+                if found.setdefault(extractor.name, weights) != weights:
+                    raise UserError(f"metrics: {name} has other weights of {extractor.name} than a metric before it")
+        return found
+
     def check(self) -> None:
         """Raise UserError, before anything is drawn, for what cannot be scored."""
         for name, metric in self.metrics.items():
@@ -108,6 +124,7 @@ class Scoring:
                 raise UserError(f"metrics: {name} compares with real pictures; give reference=FOLDER or FILE.npz")
             metric.check(self._promised(metric))
             metric.check_prompts(self.prompts)
+        assert self.weights.keys() == self.extractors.keys()
         if len(set(self.prompts)) < 2:
             raise UserError(f"n={len(set(self.prompts))}: intervals need at least 2 different prompts")
 
@@ -137,7 +154,7 @@ class Scoring:
             source: hash of the pictures or prompts.
         """
         folder = self.plan.folder / "features" / name / extractor.name
-        return Store(folder, rows, self.plan.chunk_size, key_for(extractor, source))
+        return Store(folder, rows, self.plan.chunk_size, key_for(extractor.name, self.weights[extractor.name], source))
 
     def work(self, extractor: Extractor) -> list[Work]:
         """Everything that an extractor has to read: all models' pictures, the reference, the prompts."""

@@ -61,7 +61,7 @@ class Costs:
         self.timing = timing
         self.file = plan.folder / "costs" / f"{candidate.name}.json"
         asked = None if timing is None else [timing.batch, timing.runs, timing.warmup]
-        self.key = key_of({"model": candidate.settings(), "timing": asked, "device": device_name()})
+        self.key = key_of({"model": plan.model_settings[candidate.name], "timing": asked, "device": device_name()})
 
     def load(self) -> dict[str, Any] | None:
         """What was measured on such a device; None if it was not."""

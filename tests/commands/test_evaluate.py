@@ -350,6 +350,10 @@ def test_the_released_list_of_captions_is_read_as_it_is(config: Callable[..., An
         ({"metrics": "[]"}, "metrics is empty"),
         ({"metrics": "[nothing]"}, "there is no metric 'nothing'; choose from"),
         ({"metrics": f"[{BRIGHT}, {BRIGHT}]"}, "two are called bright"),
+        (
+            {"metrics": f"[{BRIGHT}, {BRIGHT.replace('Colours', 'Colours, scale: 2.0').replace('bright,', 'b,')}]"},
+            "b has other weights of colours-plain",
+        ),
         ({"metrics": f"[{FID}]"}, "fid compares with real pictures; give reference"),
         ({"metrics": f"[{FID}]", "reference": "none"}, "reference=none does not exist"),
         ({"height": 100}, "height=100 is not a multiple of 16"),

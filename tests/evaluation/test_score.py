@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toy_metrics import Colours
 
 from swd.evaluation.features import Store, fill, key_for
 from swd.evaluation.score import Bootstrap, Resampled
@@ -69,7 +68,5 @@ def test_chunks_of_another_key_are_computed_again_and_others_kept(tmp_path: Path
 
 
 def test_the_key_of_features_is_of_pictures_weights_and_preparation() -> None:
-    extractor, other = Colours(), Colours()
-    other.name = "colours-crop4"
-    keys = {key_for(extractor, "p"), key_for(extractor, "q"), key_for(Colours(2.0), "p"), key_for(other, "p")}
-    assert len(keys) == 4 and key_for(Colours(), "p") in keys
+    keys = {key_for(*each) for each in (("a", "w", "p"), ("b", "w", "p"), ("a", "v", "p"), ("a", "w", "q"))}
+    assert len(keys) == 4 and key_for("a", "w", "p") in keys
