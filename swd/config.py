@@ -538,6 +538,8 @@ def describe(hint: Any) -> str:
         return f"a list of {len(args)} values ({', '.join(describe(a) for a in args)})"
     if origin in (list, tuple, Sequence):
         return f"a list of {describe(args[0])}"
+    if origin in (dict, Mapping):
+        return "keys with values"
     return getattr(hint, "__name__", str(hint))
 
 

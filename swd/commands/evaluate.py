@@ -23,7 +23,7 @@ from swd.commands import shared
 from swd.commands.cli import config_path
 from swd.commands.sample import final_size
 from swd.config import allowed_here, build_node, check, fits, node_of, to_plain
-from swd.data.job import MOST_IN_A_SHARD, is_first, share
+from swd.data.job import MOST_IN_A_SHARD, is_first
 from swd.evaluation import table
 from swd.evaluation.candidates import (
     Candidate,
@@ -54,12 +54,12 @@ from swd.shapes.rendered import RenderedPictures, prompts_of
 from swd.types import UserError
 
 ROOT = shared.ROOT | {
-    "models": list[Any],
+    "models": list[str | dict[str, Any]],
     "prompts": str,
     "n": int | None,
     "images_per_prompt": int,
     "seed": int,
-    "metrics": list[Any],
+    "metrics": list[str | dict[str, Any]],
     "reference": str | None,
     "batch_size": int,
     "chunk_size": int,
@@ -77,7 +77,7 @@ TEACHER = "teacher"
 SHAPES = "shapes"
 """What `prompts` and `reference` are called for the embedded model."""
 SHAPES_PROMPTS = 1024
-"""Prompts of shapes where no number is given: as many as the statistics in assets/shapes-judge are of."""
+"""Prompts of shapes where no number is given, and rendered pictures at least: as many as assets/shapes-judge is of."""
 OPTIONS = {
     "name": str,
     "model": str,
@@ -109,7 +109,7 @@ def run(cfg: DictConfig) -> None:
     check_space(plan)
     if scoring.real is not None and isinstance(scoring.real.pictures, RenderedPictures):
         chunks = chunks_of(len(scoring.real.pictures.files), plan.chunk_size)
-        scoring.real.pictures.render(row for _, rows in mine(chunks) for row in rows)
+        scoring.real.pictures.render(row for _, rows in mine(chunks, plan.share) for row in rows)
     shared.use_own_gpu()
     warn_of_long_prompts(plan)
     for candidate in plan.candidates:
@@ -117,7 +117,7 @@ def run(cfg: DictConfig) -> None:
             draw_and_measure(plan, candidate, evaluation.timing)
     scoring.extract_share()
     if not is_complete(evaluation):
-        rank, world = share()
+        rank, world = plan.share
         print(f"process {rank + 1} of {world} is through; the last one scores")
         return
     for candidate in plan.candidates:
@@ -274,7 +274,7 @@ def requests_of(cfg: DictConfig) -> Requests:
 
 
 def real_of(cfg: DictConfig, requests: Requests) -> Real | None:
-    """What the metrics compare with; of shapes, twice as many pictures as each model draws: halves make a floor.
+    """What the metrics compare with; of shapes, at least twice as many as each model draws: halves make a floor.
 
     Raises:
         UserError: if it is neither a folder of pictures nor a file of statistics.
@@ -283,7 +283,8 @@ def real_of(cfg: DictConfig, requests: Requests) -> Real | None:
         return None
     path = Path(cfg.reference)
     if cfg.reference == SHAPES and not path.exists():
-        return Real(pictures=RenderedPictures.at(Path(cfg.folder) / "reference", 2 * len(requests)))
+        count = max(2 * len(requests), SHAPES_PROMPTS)
+        return Real(pictures=RenderedPictures.at(Path(cfg.folder) / "reference", count))
     if path.is_dir():
         return Real(pictures=real_pictures(path))
     if path.is_file() and path.suffix == ".npz":

@@ -18,7 +18,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from swd.data.job import is_first, say
+from swd.data.job import say
 from swd.evaluation.candidates import DrawingModel
 from swd.evaluation.plan import Plan, mine
 from swd.io.files import clear_leftovers, write_aside
@@ -136,11 +136,11 @@ def draw_share(painter: Painter) -> None:
     """Draw what is missing of this process's share of one model's pictures, and say how far it is."""
     plan = painter.plan
     clear_leftovers(painter.files[0].parent)
-    shares = [(number, rows, painter.left(rows)) for number, rows in mine(plan.chunks)]
+    shares = [(number, rows, painter.left(rows)) for number, rows in mine(plan.chunks, plan.share)]
     total = sum(len(rows) for _, rows, _ in shares)
     todo = sum(len(batch) for _, _, left in shares for batch in left)
     task = f"drawing with {painter.candidate.name} into {plan.folder / 'pictures' / painter.candidate.name}"
-    with JobLog(task, total, "picture", done=total - todo, shown=is_first() and todo > 0) as progress:
+    with JobLog(task, total, "picture", done=total - todo, shown=plan.share[0] == 0 and todo > 0) as progress:
         for _, _, left in shares:
             for batch in left:
                 painter.paint(batch)

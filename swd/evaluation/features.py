@@ -15,7 +15,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from swd.data.job import is_first
 from swd.evaluation.plan import Pictures, chunks_of, key_of, mine
 from swd.io.files import clear_leftovers, write_aside
 from swd.io.job_log import JobLog
@@ -34,12 +33,14 @@ class Store:
         rows: N.
         chunk_size: rows of a chunk.
         key: hash of everything that the features depend on.
+        share: number of this process and number of processes.
     """
 
     folder: Path
     rows: int
     chunk_size: int
     key: str
+    share: tuple[int, int] = (0, 1)
 
     @property
     def chunks(self) -> list[range]:
@@ -95,10 +96,10 @@ def fill(store: Store, compute: Callable[[range], Tensor], task: str, unit: str 
         unit: name of a row.
     """
     clear_leftovers(store.folder)
-    shares = list(mine(store.chunks))
+    shares = list(mine(store.chunks, store.share))
     left = [(chunk, rows) for chunk, rows in shares if not store.is_done(chunk)]
     total, todo = (sum(len(rows) for _, rows in each) for each in (shares, left))
-    with JobLog(task, total, unit, done=total - todo, shown=is_first() and todo > 0) as progress:
+    with JobLog(task, total, unit, done=total - todo, shown=store.share[0] == 0 and todo > 0) as progress:
         for chunk, rows in left:
             store.write(chunk, compute(rows))
             progress.advance(len(rows))

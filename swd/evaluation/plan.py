@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class Plan:
         candidates: what is compared; differences are taken to the first one.
         batch_size: pictures drawn, and read by an extractor, at once.
         chunk_size: rows that one process does from drawing to features.
+        share: number of this process and number of processes; the launcher's unless one process does all.
     """
 
     folder: Path
@@ -53,6 +54,7 @@ class Plan:
     candidates: tuple[Candidate, ...]
     batch_size: int
     chunk_size: int
+    share: tuple[int, int] = field(default_factory=share)
 
     @property
     def chunks(self) -> list[range]:
@@ -143,9 +145,9 @@ def chunks_of(rows: int, size: int) -> list[range]:
     return [range(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def mine(chunks: Sequence[range]) -> Iterator[tuple[int, range]]:
-    """Number and rows of the chunks of this process: every `world`-th one."""
-    rank, world = share()
+def mine(chunks: Sequence[range], share: tuple[int, int]) -> Iterator[tuple[int, range]]:
+    """Number and rows of the chunks of a process: every `world`-th one."""
+    rank, world = share
     return ((number, chunks[number]) for number in range(rank, len(chunks), world))
 
 

@@ -154,7 +154,8 @@ class Scoring:
             source: hash of the pictures or prompts.
         """
         folder = self.plan.folder / "features" / name / extractor.name
-        return Store(folder, rows, self.plan.chunk_size, key_for(extractor.name, self.weights[extractor.name], source))
+        key = key_for(extractor.name, self.weights[extractor.name], source)
+        return Store(folder, rows, self.plan.chunk_size, key, self.plan.share)
 
     def work(self, extractor: Extractor) -> list[Work]:
         """Everything that an extractor has to read: all models' pictures, the reference, the prompts."""

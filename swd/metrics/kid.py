@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from swd.metrics.base import Drawn, Extractor, PictureMetric, Reference, Score, features_of, real_features
 from swd.metrics.functional import kernel_distances, mmd_parts, polynomial_kernel, whitening
+from swd.types import UserError
 
 
 class Kid(PictureMetric):
@@ -38,6 +39,14 @@ class Kid(PictureMetric):
         self.subsets = subsets
         self.size = size
         self.seed = seed
+
+    def check(self, reference: Reference | None = None) -> None:
+        super().check(reference)
+        count, width = real_features(reference, self.extractors[0]).shape
+        if self.white and count < 2 * width:
+            raise UserError(
+                f"{self.name}: whitening {width} features needs {2 * width} real pictures, got {count}; give more"
+            )
 
     def score(self, drawn: Drawn, reference: Reference | None = None) -> Score:
         x = features_of(drawn.features, self.extractors[0], "drawn pictures")

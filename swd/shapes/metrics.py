@@ -117,11 +117,20 @@ class ShapesAccuracy(PictureMetric):
         if not choices or len(choices) != len(drawn.prompts):
             raise UserError(f"{self.name}: {len(choices)} pictures but {len(drawn.prompts)} prompts; give one each")
         self.check_prompts(drawn.prompts)
-        pairs = [
-            score_reading(parse_caption(prompt), reading_of(row))
-            for prompt, row in zip(drawn.prompts, choices, strict=True)
-        ]
-        return accuracy_of(torch.stack([pack_score(each) for each in pairs]), self.name, self.exact)
+        return accuracy_of(statements_of(choices, drawn.prompts), self.name, self.exact)
+
+
+def statements_of(choices: Sequence[Sequence[int]], prompts: Sequence[str]) -> Tensor:
+    """For each picture and attribute, how many of its prompt's statements hold and how many it makes, `[N, A, 2]`.
+
+    Args:
+        choices: of the judge, as `JudgeReadings` gives them, a row a picture.
+        prompts: captions, one a picture.
+    """
+    pairs = [
+        score_reading(parse_caption(prompt), reading_of(row)) for prompt, row in zip(prompts, choices, strict=True)
+    ]
+    return torch.stack([pack_score(each) for each in pairs])
 
 
 def accuracy_of(statements: Tensor, name: str = "shapes_accuracy", exact: bool = False) -> Score:

@@ -32,7 +32,7 @@ COLUMNS = (
     Column("steps", "generation steps", lambda row: str(row["steps"])),
     Column("evaluations", "network evaluations per picture; guidance takes two a step", lambda row: str(row["nfe"])),
     Column("GFLOP", "of the network, per picture", lambda row: f"{row['gflop']:.2f}"),
-    Column("ms / image", "network and VAE, per picture, median over batches", lambda row: f"{row['ms_per_image']:.1f}"),
+    Column("ms / image", "network and VAE, per picture, mean over batches", lambda row: f"{row['ms_per_image']:.1f}"),
     Column("FID", "Fréchet distance of the judge's features to rendered pictures", lambda row: significant(row["fid"])),
     Column("accuracy", "of the prompt's attributes, mean", lambda row: f"{row['prompt_accuracy']:.3f}"),
     Column("exact", "pictures that keep all of their prompt", lambda row: f"{row['exact_match']:.3f}"),
