@@ -28,6 +28,7 @@ from swd.modules.distiller import Distiller
 from swd.modules.networks import Networks, SharedBase
 from swd.modules.sampling import initial_latents, sample_latents
 from swd.shapes.dataset import ShapesDataset
+from swd.shapes.distances import Distances
 from swd.shapes.judge import ATTRIBUTES, Judge, Score, pack_score, score_pictures, summarise
 from swd.types import UserError
 
@@ -108,6 +109,7 @@ class ResultRow:
         attributes: accuracy of each attribute.
         n_pictures: number of pictures behind fid and accuracies.
         source: "live", or the origin of stored statistics.
+        distances: with intervals; None where there are too few pictures for them.
     """
 
     name: str
@@ -121,6 +123,7 @@ class ResultRow:
     attributes: dict[str, float] = field(default_factory=dict)
     n_pictures: int = 0
     source: str = "live"
+    distances: Distances | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
