@@ -246,20 +246,20 @@ def testsetup_seconds_come_from_the_environment(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_distance_stands_with_its_interval_and_says_what_it_settles() -> None:
-    def kid(value: float, half: float) -> dict[str, float]:
+    def mmd(value: float, half: float) -> dict[str, float]:
         return {"value": value, "low": value - half, "high": value + half, "level": 0.95}
 
-    overs = (None, kid(0.05, 0.02), kid(-0.004, 0.02))
+    overs = (None, mmd(5.04, 2.0), mmd(-0.4, 2.0))
     rows = [
-        row(name, distances={"kid": kid(0.1, 0.031), "kid_over_first": over, "fid_inf": None})
+        row(name, distances={"mmd": mmd(10.0, 3.14), "mmd_over_first": over, "fid_inf": None})
         for name, over in zip(NAMES, overs, strict=True)
     ]
-    assert report.kid_text(rows[0]) == "0.100 ± 0.031"
-    assert report.kid_text(row("old")) == report.kid_text(row("few", distances=None)) == "–"
+    assert report.mmd_text(rows[0]) == "10.0 ± 3.1"
+    assert report.mmd_text(row("old")) == report.mmd_text(row("few", distances=None)) == "–"
     lines = report.difference_lines({"rows": rows})
     assert lines == [
-        "teacher, 4 steps: KID +0.050 [+0.030, +0.070] over teacher, 28 steps (worse)",
-        "student, 4 steps, scale-wise: KID -0.004 [-0.024, +0.016] over teacher, 28 steps (not told apart)",
+        "teacher, 4 steps: MMD +5.0 [+3.0, +7.0] over teacher, 28 steps (worse)",
+        "student, 4 steps, scale-wise: MMD -0.4 [-2.4, +1.6] over teacher, 28 steps (not told apart)",
     ]
     text = "".join(Reader(report.render(build_page(results=dict(build_page().results) | {"rows": rows}))).text)
     assert all(line in text for line in lines)
