@@ -100,7 +100,7 @@ ALLOWED: Mapping[str, Collection[str]] = {
     "swd.metrics.dinov2": ("Dinov2Features",),
     "swd.metrics.clip_pictures": ("ClipPictureFeatures",),
     "swd.metrics.preparation": ("CentreCrop", "ShortSide", "Squash"),
-    "swd.shapes.metrics": ("JudgeFeatures", "ShapesAccuracy"),
+    "swd.shapes.metrics": ("JudgeFeatures", "JudgeMmd", "ShapesAccuracy"),
     "lightning": ("Trainer",),
     "lightning.pytorch": ("Trainer",),
     "lightning.pytorch.loggers": (

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from swd.metrics.base import Drawn, Extractor, PictureMetric, Reference, Score, features_of, real_features
-from swd.metrics.functional import kernel_distances, mmd_parts, polynomial_kernel, whitening
-from swd.types import UserError
+from swd.metrics.functional import kernel_distances, mmd_parts, polynomial_kernel
 
 
 class Kid(PictureMetric):
@@ -18,42 +17,22 @@ class Kid(PictureMetric):
         size: pictures a side in each subset; the common 1,000.
         seed: of the subsets.
         name: key in configurations and tables; KID is the distance of Inception's features.
-        white: whether features are whitened by the real ones first (`whitening`), which published numbers do not; for
-            features of very different scales, of which few would otherwise decide alone.
     """
 
     needs_reference = True
 
     def __init__(
-        self,
-        extractor: Extractor,
-        subsets: int | None = None,
-        size: int = 1000,
-        seed: int = 0,
-        name: str = "kid",
-        white: bool = False,
+        self, extractor: Extractor, subsets: int | None = None, size: int = 1000, seed: int = 0, name: str = "kid"
     ) -> None:
         self.extractors = (extractor,)
         self.name = name
-        self.white = white
         self.subsets = subsets
         self.size = size
         self.seed = seed
 
-    def check(self, reference: Reference | None = None) -> None:
-        super().check(reference)
-        count, width = real_features(reference, self.extractors[0]).shape
-        if self.white and count < 2 * width:
-            raise UserError(
-                f"{self.name}: whitening {width} features needs {2 * width} real pictures, got {count}; give more"
-            )
-
     def score(self, drawn: Drawn, reference: Reference | None = None) -> Score:
         x = features_of(drawn.features, self.extractors[0], "drawn pictures")
         y = real_features(reference, self.extractors[0])
-        if self.white:
-            white = whitening(y)
-            x, y = white(x), white(y)
         if self.subsets is None:
             parts = mmd_parts(x, y, polynomial_kernel, unbiased=True)
             return Score({self.name: float(parts.mean())}, parts)

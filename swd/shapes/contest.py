@@ -30,6 +30,7 @@ from swd.modules.distiller import Distiller
 from swd.modules.requests import Requests
 from swd.modules.student import load_student
 from swd.shapes.dataset import ShapesDataset
+from swd.shapes.distances import Distances
 from swd.shapes.judge import ATTRIBUTES, Judge, Score, pack_score, score_pictures, summarise
 from swd.shapes.metrics import JudgeFeatures, ShapesAccuracy, statements_of
 from swd.shapes.rendered import SPLIT, prompts_of
@@ -86,6 +87,7 @@ class ResultRow:
         attributes: accuracy of each attribute.
         n_pictures: number of pictures behind fid and accuracies.
         source: "live", or the origin of stored statistics.
+        distances: with intervals; None where there are too few pictures for them.
     """
 
     name: str
@@ -99,6 +101,7 @@ class ResultRow:
     attributes: dict[str, float] = field(default_factory=dict)
     n_pictures: int = 0
     source: str = "live"
+    distances: Distances | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

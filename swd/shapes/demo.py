@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from swd.metrics.fid import frechet_distance
 from swd.modules.distiller import Distiller
 from swd.shapes import contest, report
 from swd.shapes.contest import Judged, ResultRow
+from swd.shapes.distances import distances
 from swd.shapes.judge import Judge
 from swd.shapes.rendered import FLOOR_SEED, REFERENCE_SEED, prompts_of
 from swd.types import UserError
@@ -75,7 +76,8 @@ def compare(cfg: DictConfig, task: Distiller, judge: Judge, judge_folder: Path, 
         advance(n)
         floor = contest.reference_features(judge, n, FLOOR_SEED, device)
         advance(n)
-    rows, pictures = [], []
+    prompts = prompts_of(n)
+    rows, pictures, features = [], [], []
     timing = Timing(TIMED_BATCH, cfg.timing_batches, 1)
     contenders = contest.teachers(task) | contest.student(task, run)
     for number, (name, candidate) in enumerate(contenders.items()):
@@ -87,9 +89,11 @@ def compare(cfg: DictConfig, task: Distiller, judge: Judge, judge_folder: Path, 
             judged = contest.judged_pictures(plan, str(judge_folder)) if stored is None else stored
             source = "live" if stored is None else f"stored: {STORE_COMMAND}"
             rows.append(contest.make_row(name, costs, judged, reference, source))
+            features.append(judged.features)
             pictures.append(torch.stack([*read_pictures(plan.pictures(candidate).files[: cfg.shown])]) / 127.5 - 1)
-    floor_distance = frechet_distance(reference, floor)
-    return Study(rows, pictures, prompts_of(n), floor_distance, contest.full_size_gflop(task))
+    found = distances(features, torch.cat([reference, floor]), prompts)
+    rows = [replace(row, distances=each) for row, each in zip(rows, found, strict=True)]
+    return Study(rows, pictures, prompts, frechet_distance(reference, floor), contest.full_size_gflop(task))
 
 
 def stored_statistics(cfg: DictConfig, task: Distiller, judge_folder: Path, name: str) -> Judged | None:
@@ -243,7 +247,7 @@ def finish(cfg: DictConfig, results: dict[str, Any], page: report.Page) -> None:
         write_text(folder / "report.html", html)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(terminal_table(results["rows"]))
-    for line in report.ratio_lines(results):
+    for line in report.ratio_lines(results) + report.difference_lines(results):
         console.print(line, markup=False, highlight=False)
     print(f"{results['wall_seconds']['total'] / 60:.1f} minutes")
     print(latest / "report.html")

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from swd.metrics.base import Drawn, Extractor, PictureMetric, Reference, Score, features_of
+from swd.metrics.base import Drawn, Extractor, PictureMetric, Reference, Score, features_of, real_features
 from swd.metrics.preparation import CentreCrop, ShortSide, Step, names, prepare
 from swd.metrics.weights import weights_hash
 from swd.modules.family_folder import resolve_asset
 from swd.shapes.dataset import PLACES, RESOLUTION, parse_caption
+from swd.shapes.distances import mmd_to_rendered
 from swd.shapes.judge import ATTRIBUTES, Judge, pack_score, reading_of, score_reading
 from swd.types import UserError
 
@@ -82,6 +83,26 @@ class JudgeReadings(_JudgeExtractor):
     def embed(self, network: nn.Module, prepared: Tensor) -> Tensor:
         assert isinstance(network, Judge)
         return network.choices(prepared).float()
+
+
+class JudgeMmd(PictureMetric):
+    """The distance that tells models of shapes apart: `mmd_to_rendered`. The reference are rendered pictures.
+
+    Args:
+        path: folder of the judge; the default ships with the package.
+        name: key in configurations and tables.
+    """
+
+    needs_reference = True
+
+    def __init__(self, path: str = JUDGE, name: str = "judge_mmd") -> None:
+        self.extractors = (JudgeFeatures(path),)
+        self.name = name
+
+    def score(self, drawn: Drawn, reference: Reference | None = None) -> Score:
+        features = features_of(drawn.features, self.extractors[0], "drawn pictures")
+        parts = mmd_to_rendered(features, real_features(reference, self.extractors[0]))
+        return Score({self.name: float(parts.mean())}, parts)
 
 
 class ShapesAccuracy(PictureMetric):

@@ -14,7 +14,7 @@ from swd.metrics.base import PictureMetric
 from swd.types import UserError
 
 NAMES = sorted(file.stem for file in (CONF / "metric").glob("*.yaml"))
-SHIPPED = ("judge_fid", "judge_kid", "shapes_accuracy", "shapes_diversity", "shapes_exact")
+SHIPPED = ("judge_fid", "judge_kid", "judge_mmd", "shapes_accuracy", "shapes_diversity", "shapes_exact")
 """Metrics whose weights come with the package."""
 
 

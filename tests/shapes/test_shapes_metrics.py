@@ -12,8 +12,9 @@ from swd.metrics.base import Drawn, Reference
 from swd.metrics.bootstrap import Resamples, interval, mean_of
 from swd.metrics.fid import Frechet, frechet_distance
 from swd.shapes.dataset import ShapesDataset
+from swd.shapes.distances import mmd_to_rendered
 from swd.shapes.judge import ATTRIBUTES, Judge, prompt_accuracy, reading_of
-from swd.shapes.metrics import JudgeFeatures, JudgeReadings, ShapesAccuracy, accuracy_of
+from swd.shapes.metrics import JudgeFeatures, JudgeMmd, JudgeReadings, ShapesAccuracy, accuracy_of
 from swd.types import UserError
 
 
@@ -101,6 +102,9 @@ def test_the_judges_distance_is_a_metric_like_any_other(judge: Judge, shapes: tu
     metric = Frechet(extractor, "judge_fid")
     found = metric.score(Drawn({extractor.name: drawn}), Reference({extractor.name: real}))
     assert found.values["judge_fid"] == pytest.approx(frechet_distance(real, drawn))
+    many = torch.cat([real + 0.1 * torch.randn(12, 64, generator=torch.Generator().manual_seed(i)) for i in range(20)])
+    kernel = JudgeMmd().score(Drawn({extractor.name: drawn}), Reference({extractor.name: many}))
+    assert kernel.values == {"judge_mmd": pytest.approx(mmd_to_rendered(drawn, many).mean().item())}
 
 
 def test_what_cannot_be_judged_is_one_line_before_anything_is_drawn(tmp_path: Path) -> None:
