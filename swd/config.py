@@ -11,7 +11,6 @@ import pkgutil
 import re
 import types
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -22,6 +21,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
+from swd.io.limits import LARGEST_FLOAT, LARGEST_INTEGER, RANGES
 from swd.io.masking import is_secret, mask, mask_url, secrets_of_environment
 from swd.types import UserError
 
@@ -33,6 +33,8 @@ OPTIONAL = ("callbacks", "logger")
 """Groups that may be left out: `callbacks=null`."""
 GIVEN: Mapping[str, Sequence[str]] = {"task": ("model", "schedule", "loss")}
 """Groups that are built once and given to what another group names, as far as its constructor has such arguments."""
+REFERRED = ("recipe", "sample_prompts")
+"""Keys at the root that are read only where another one refers to them, as in `lr: ${recipe.lr}`."""
 GROUP = Any
 """Among the types of a command's root keys: one of the groups above, which is checked by what it builds."""
 SPECIAL = {"_target_", "_convert_", "_partial_"}
@@ -156,62 +158,6 @@ MOVED: Mapping[str, str] = {
 """Names of version 0.1.0 and the names that the same classes have now: its configurations still build and compare."""
 
 
-@dataclass(frozen=True)
-class Range:
-    """Numbers from `least` to `most`, both included; `above`: `least` itself is not."""
-
-    least: float = 0
-    most: float = math.inf
-    above: bool = False
-
-    def problem(self, value: Any) -> str | None:
-        """What to use instead of `value`; None if it is inside, or is no number."""
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return None
-        if value < self.least or (self.above and value == self.least):
-            return f"use a number above {self.least:g}" if self.above else f"use {self.least:g} or more"
-        return f"use at most {self.most:,.15g}" if value > self.most else None
-
-
-LARGEST_FLOAT = 3.4028234663852886e38
-"""Of float32, which losses and optimizers compute in."""
-LARGEST_INTEGER = 2**63 - 1
-
-SHARE, COUNT, WEIGHT = Range(0, 1), Range(1, 2**31 - 1), Range(0, 1e6)
-RATE = Range(0, 1e6, above=True)
-"""Of learning: AdamW moves every weight by about the rate at each step, so anything near 1 destroys a network already;
-the bound refuses what cannot be meant at all."""
-RANGES: Mapping[str, Range] = {
-    "lr": RATE,
-    "critic_lr": RATE,
-    "muon_lr": RATE,
-    "weight_decay": Range(0, 1e3),
-    "critic_updates": Range(0, 10_000),
-    "weight": WEIGHT,
-    "discriminator_weight": WEIGHT,
-    "kl_weight": WEIGHT,
-    "square_weight": WEIGHT,
-    "edge_weight": WEIGHT,
-    "size_weights": WEIGHT,
-    "layers": Range(1, 64),  # of the discriminator's head, whose widths fall from the network's to 1
-    "ema": SHARE,
-    "caption_dropout": SHARE,
-    "crop_chance": SHARE,
-    "max_bad": SHARE,
-    "seed": Range(0, LARGEST_INTEGER),
-    "batch_size": Range(1, 2**16),  # over all processes; the paper's is 64
-    "warmup": Range(0, 2**31 - 1),
-    "every": COUNT,
-    "keep": COUNT,
-    "save_every": COUNT,
-    "reuse": Range(1, 10_000),
-    "memory": COUNT,
-    "max_steps": COUNT,
-    "num_nodes": Range(1, 100_000),
-}
-"""What arguments of the project's constructors and of the Trainer may be: a name means the same everywhere."""
-
-
 # What is allowed
 
 
@@ -326,6 +272,8 @@ def check(cfg: DictConfig, root: Mapping[str, Any] | None = None, allow: Collect
     _check_node({key: plain[key] for key in order}, "", allow)
     for key, value in plain.items() if root is not None else ():
         _check_group(key, value)
+    if root is not None:
+        check_read(cfg, allow)
 
 
 def _check_root(plain: dict[str, Any], root: Mapping[str, Any]) -> None:
@@ -346,9 +294,8 @@ def _check_values(plain: Any, known: Mapping[str, Any], path: str) -> None:
             _check_values(value, hint, f"{where}.")
         elif not fits(value, hint):
             raise UserError(_bad_value(where, value, hint))
-        if where == "seed" and (problem := RANGES[key].problem(value)):
-            _check_number(value, key)
-            raise UserError(f"{key}={value}; {problem}")
+        if where == "seed":  # the one number at the root of every command that has it
+            _check_range(key, value, where)
         if value == "":
             raise UserError(f"{where} is empty; give {where}=VALUE")
 
@@ -358,6 +305,64 @@ def _check_group(key: str, value: Any) -> None:
         raise UserError(f"{key}={value!r} names no {key}; leave it out for the default, or choose one: {key}=NAME")
     if key in (*COLLECTIONS, *OPTIONAL) and not (value is None or isinstance(value, dict)):
         raise UserError(f"{key}={value!r} is no option of {key}; --help lists them")
+
+
+def check_read(cfg: DictConfig, allow: Collection[str]) -> None:
+    """Raise UserError for a key of the command line that nothing reads in this configuration.
+
+    A group that is built is read whole. `REFERRED`, and what the task is not given, is read where another value refers
+    to it.
+    """
+    raw: Any = OmegaConf.to_container(cfg, resolve=False)
+    indirect = [key for key in REFERRED if key in raw]
+    if isinstance(raw.get("task"), dict):
+        taken = inspect.signature(target_of(raw["task"].get("_target_"), "task", allow)).parameters
+        indirect += [part for part in GIVEN["task"] if part not in taken]
+    read = references({key: value for key, value in raw.items() if key not in indirect}, raw)
+    for key in given_keys():
+        nested = [name for name in read if f"{key}.".startswith(f"{name}.") or f"{name}.".startswith(f"{key}.")]
+        if key.partition(".")[0] in indirect and not nested:
+            raise UserError(
+                f"{key} is read by nothing here: whatever could refer to it has a value of its own; remove it"
+            )
+
+
+def references(value: Any, plain: Any) -> set[str]:
+    """Dotted names that unresolved values refer to, directly or through one another.
+
+    Args:
+        value: where to begin.
+        plain: the whole configuration, unresolved.
+    """
+    found: set[str] = set()
+    waiting = [value]
+    while waiting:
+        names = set(re.findall(r"\$\{([\w.]+)\}", str(waiting.pop()))) - found
+        found |= names
+        for name in names:
+            part = plain
+            for key in name.split("."):
+                part = part.get(key) if isinstance(part, dict) else None
+            waiting.append(part)
+    return found
+
+
+def overrides() -> list[str]:
+    """Arguments of the command line; empty if the program was not started from one."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def given_keys() -> list[str]:
+    """Keys that the command line sets or removes, dotted; choices of a group's option are none."""
+    found = []
+    for argument in overrides():
+        key, sign, _ = argument.partition("=")
+        key = key.lstrip("+~")
+        if not re.search("[@/]", key) and (
+            not sign or key not in (*NODES, *COLLECTIONS, "experiment", "recipe", "sheet")
+        ):
+            found.append(key)
+    return found
 
 
 def check_names(name: Any, output: Any) -> None:
@@ -429,6 +434,14 @@ def _check_number(value: float, path: str) -> None:
         raise UserError(f"{path}={value} is not a finite number of 32 bits; use one below 3.4e38")
 
 
+def _check_range(key: str, value: Any, path: str) -> None:
+    """Raise UserError unless a number is in the range that arguments of the name `key` have, if they have one."""
+    problem = RANGES[key].problem(value) if key in RANGES else None
+    if problem:
+        _check_number(value, path)
+        raise UserError(f"{path}={value}; {problem}")
+
+
 def _check_call(node: dict[str, Any], path: str, allow: Collection[str]) -> None:
     target = target_of(node["_target_"], path, allow)
     function = target.__init__ if inspect.isclass(target) else target
@@ -455,10 +468,8 @@ def _check_call(node: dict[str, Any], path: str, allow: Collection[str]) -> None
         if key in hints and not fits(value, hints[key]):
             raise UserError(_bad_value(f"{path}.{key}", value, hints[key]))
         for number in value if isinstance(value, list) else [value]:
-            problem = RANGES[key].problem(number) if ours and key in RANGES else None
-            if problem:
-                _check_number(number, f"{path}.{key}")
-                raise UserError(f"{path}.{key}={number}; {problem}")
+            if ours:
+                _check_range(key, number, f"{path}.{key}")
     for key, parameter in parameters.items():
         required = parameter.default is parameter.empty and parameter.kind in (
             parameter.POSITIONAL_OR_KEYWORD,

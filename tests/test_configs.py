@@ -31,8 +31,8 @@ from swd.types import UserError
 
 
 def options(group: str) -> list[str]:
-    """The options of a config group; what options have in common is no option."""
-    return sorted(file.stem for file in (CONF / group).glob("*.yaml") if not file.stem.startswith("_"))
+    """The options of a config group."""
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
 
 
 # Groups that can be combined freely when a model is distilled; what belongs to other tasks comes with its experiment.
@@ -300,8 +300,8 @@ def test_every_model_goes_with_every_task(model: str, task: str, tmp_path: Path,
 @pytest.mark.parametrize("model", options("model"))
 def test_a_model_file_holds_arguments_alone(model: str) -> None:
     plain = yaml.safe_load((CONF / "model" / f"{model}.yaml").read_text())
-    assert plain.pop("defaults")[::2] == ["_base", "_self_"]
-    base = yaml.safe_load((CONF / "model" / "_base.yaml").read_text())
+    assert plain.pop("defaults")[::2] == ["/model_base@_here_", "_self_"]
+    base = yaml.safe_load((CONF / "model_base.yaml").read_text())
     assert set(plain) | set(base) <= {"_target_", *inspect.signature(Pretrained).parameters}
 
 
@@ -375,7 +375,9 @@ def included(file: Path) -> set[Path]:
     """Files that a file's defaults list names."""
     found = set()
     for entry in (yaml.safe_load(file.read_text()) or {}).get("defaults", []):
-        key, option = next(iter(entry.items())) if isinstance(entry, dict) else ("", entry)
+        key, option = (
+            next(iter(entry.items())) if isinstance(entry, dict) else ("", entry.lstrip("/").partition("@")[0])
+        )
         group = key.removeprefix("override ").split("@")[0].lstrip("/")
         for folder in (file.parent, CONF):
             if option and "$" not in option and (folder / group / f"{option}.yaml").is_file():

@@ -382,7 +382,7 @@ def _hydra_message(text: str, reason: str = "") -> str:
         r"Could not find '([^']+)' Available options in '([^']+)':\s*(.*?)(?:Config search path.*)?$", text
     )
     if group:
-        options = [option for option in group.group(3).split() if not option.startswith("_")]
+        options = group.group(3).split()
         close = nearest(group.group(1).rpartition("/")[2], options)
         hint = f"did you mean {close}? " if close else ""
         return f"there is no {group.group(1)}; {hint}options of {group.group(2)} are: {', '.join(options)}"

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from swd import __version__
 from swd.commands import shared
-from swd.config import GROUP, build, check, fits
+from swd.config import GROUP, build, check, fits, given_keys
 from swd.data.cache import TEXT, Precision, latents_name, pack_latents, pack_text, relative_error
 from swd.data.datamodule import GuardedLoader, check_pixels
 from swd.data.identity import identity
@@ -50,6 +50,8 @@ ROOT = shared.ROOT | {
     "limit": int | None,
     "max_bad": float,
 }
+UNREAD = ("endless", "prefetch", "window", "max_bad", "seed")
+"""Keys of `data` that say how a training goes through samples."""
 NOTES = "notes"
 """Folder with what each finished shard measured."""
 LOOKED_AT = 1000
@@ -114,13 +116,18 @@ class EncodingPlan:
     max_bad: float
 
 
-def check_batch_size(cfg: DictConfig) -> None:
-    """Raise UserError for the batch size of a training, which is another one."""
+def check_unread(cfg: DictConfig) -> None:
+    """Raise UserError for keys of a training that are not read here, such as its batch size."""
     plain: Any = OmegaConf.to_container(cfg, resolve=False)
     for group, taken in (("data", "${recipe.batch_size}"), ("recipe", "${batch_size}")):
         given = (plain.get(group) or {}).get("batch_size", taken)
         if given != taken:
             raise UserError(f"{group}.batch_size={given} is of a training; here it is batch_size=NUMBER")
+    for key in given_keys():
+        group, _, name = key.partition(".")
+        if group == "data" and name in UNREAD:
+            here = f"; here it is {name}=VALUE" if name in ROOT else "; remove it"
+            raise UserError(f"{key} is of a training{here}")
     if fits(cfg.batch_size, int):
         limits.whole("batch_size", cfg.batch_size, 1, limits.AT_ONCE, "no device encodes more at once")
 
@@ -133,7 +140,7 @@ def prepare(cfg: DictConfig) -> EncodingPlan:
     """
     if OmegaConf.is_missing(cfg, "out"):
         raise UserError("out is missing; give out=FOLDER")
-    check_batch_size(cfg)
+    check_unread(cfg)
     check(cfg, ROOT)
     limits.whole("shard_size", cfg.shard_size, 1, MOST_IN_A_SHARD, "a shard is kept in memory until it is complete")
     limits.whole("limit", cfg.limit, 1)
@@ -209,8 +216,8 @@ def buckets_of(dataset: Any, model: Pretrained, schedule: ScaleSchedule) -> tupl
 
 def told_name(dataset: Any) -> str:
     """What people call the data."""
-    told = told_of(dataset)
-    return str(told.get("path", told.get("kind")))
+    source = told_of(dataset)
+    return str(source.get("path", source.get("kind")))
 
 
 def told_of(dataset: Any) -> dict[str, Any]:
@@ -219,10 +226,10 @@ def told_of(dataset: Any) -> dict[str, Any]:
         shards = [str(entry["sha256"]) for entry in dataset.shards.manifest["shards"]]
         size = list(dataset.pixels)
         return {"path": dataset.shards.root, "size": size, "samples": len(dataset), "shards": shards}
-    told: dict[str, Any] = {"kind": type(dataset).__name__, "samples": len(dataset)}
+    source: dict[str, Any] = {"kind": type(dataset).__name__, "samples": len(dataset)}
     if hasattr(dataset, "folder"):
-        return told | {"path": str(dataset.folder), "size": list(dataset.size)}
-    return told | {name: getattr(dataset, name, None) for name in ("seed", "split")}
+        return source | {"path": str(dataset.folder), "size": list(dataset.size)}
+    return source | {name: getattr(dataset, name, None) for name in ("seed", "split")}
 
 
 # Encoding
@@ -280,16 +287,16 @@ class Encoder:
         latents = values * BYTES[plan.precision] * (2 if plan.posterior == "keep" else 1)
         left = job.rows_left
         needed, free = left * (latents + different * text), shutil.disk_usage(job.folder).free
-        told = (
+        estimate = (
             f"{left} samples take about {needed / 1e9:.3g} GB (each {latents / 1e6:.3g} MB of latents at "
             f"{len(plan.schedules[0])} sizes and {text / 1e6:.3g} MB of text; {different:.0%} of the prompts differ)"
         )
         if needed > free:
             raise UserError(
-                f"{told}, but {job.folder} has {free / 1e9:.3g} GB free; use precision=int8 or another out="
+                f"{estimate}, but {job.folder} has {free / 1e9:.3g} GB free; use precision=int8 or another out="
             )
         if share()[0] == 0:
-            print(f"model {plan.model.name}: {told}, in {job.shards} shards at {job.folder}", flush=True)
+            print(f"model {plan.model.name}: {estimate}, in {job.shards} shards at {job.folder}", flush=True)
 
     def samples(self, rows: range, advance: Callable[[int], object]) -> Iterator[Sample]:
         """The samples of a shard, and what was measured on the way as a note beside it."""
@@ -459,11 +466,11 @@ class Encoder:
                 add(sums, name, pair)
         errors = {name: (wrong / max(whole, 1e-30)) ** 0.5 for name, (wrong, whole) in sorted(sums.items())}
         reasons = self._unusable()
-        told: dict[str, Any] = {"relative_error": errors, "unusable": len(reasons), "problems": reasons}
+        summary: dict[str, Any] = {"relative_error": errors, "unusable": len(reasons), "problems": reasons}
         if self.text_limit.limit is not None:
             counts, most = zip(*(note.get("beyond", (0, 0)) for note in notes), strict=True)
-            told["beyond_token_limit"] = {"limit": self.text_limit.limit, "samples": sum(counts), "most": max(most)}
-        return told | {"empty_sha256": self._empty_hashes()}
+            summary["beyond_token_limit"] = {"limit": self.text_limit.limit, "samples": sum(counts), "most": max(most)}
+        return summary | {"empty_sha256": self._empty_hashes()}
 
     def _empty_hashes(self) -> dict[str, str]:
         """SHA-256 of each encoded empty prompt; one that is no longer what it was is made again."""

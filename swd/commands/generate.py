@@ -29,6 +29,7 @@ from swd.data.shards import is_done, shard_name
 from swd.io import limits, video
 from swd.io.files import write_aside
 from swd.io.pictures import picture_bytes, to_pil
+from swd.modules.backbones import known_families, load_family
 from swd.modules.backbones.sdxl_refiner import build_refiner, draw_refined, load_refiner
 from swd.modules.drawing import build_pipeline, draw
 from swd.modules.pretrained import Pretrained
@@ -126,8 +127,8 @@ def run(cfg: DictConfig) -> None:
 def beyond_limit(plan: DrawingPlan) -> dict[str, Any]:
     """For the manifest: how many pictures were drawn of a prompt that the model did not see to its end."""
     found = TextLimit(plan.model).beyond(prompt for prompt, _ in plan.requests.rows)
-    told = found.metadata() | {"samples": found.count * plan.requests.copies}
-    return {"beyond_token_limit": told} if found.limit else {}
+    counts = found.metadata() | {"samples": found.count * plan.requests.copies}
+    return {"beyond_token_limit": counts} if found.limit else {}
 
 
 # What is asked for
@@ -205,9 +206,10 @@ def refiner_of(cfg: DictConfig, model: Pretrained) -> Pretrained | None:
     """
     if cfg.refiner is None:
         return None
-    if model.family != "sdxl":
+    if not model.backbone_class.has_refiner:
+        families = " and ".join(name for name in known_families() if load_family(name).has_refiner)
         raise UserError(
-            f"refiner={cfg.refiner}, but only sdxl has refiners and this model is {model.family}; leave it out"
+            f"refiner={cfg.refiner}, but only {families} has refiners and this model is {model.family}; leave it out"
         )
     if not 0 < cfg.refiner_start < 1:
         raise UserError(f"refiner_start={cfg.refiner_start}; use a part of the steps between 0 and 1, e.g. 0.8")
@@ -249,13 +251,13 @@ def announce(plan: DrawingPlan) -> None:
     area = torch.Size(pixels).numel()
     left = job.rows_left
     needed, free = left * area * BYTES[plan.ending], shutil.disk_usage(job.folder).free
-    told = f"{left} {job.unit}s of {'x'.join(map(str, reversed(pixels)))} take about {needed / 1e9:.3g} GB"
+    estimate = f"{left} {job.unit}s of {'x'.join(map(str, reversed(pixels)))} take about {needed / 1e9:.3g} GB"
     if needed > free:
-        raise UserError(f"{told}, but {job.folder} has {free / 1e9:.3g} GB free; choose another out= or format=jpg")
+        raise UserError(f"{estimate}, but {job.folder} has {free / 1e9:.3g} GB free; choose another out= or format=jpg")
     rank, world = share()
     if rank == 0:
         processes = f", by {world} processes" if world > 1 else ""
-        print(f"model {plan.model.name}: {told}, in {job.shards} shards at {job.folder}{processes}", flush=True)
+        print(f"model {plan.model.name}: {estimate}, in {job.shards} shards at {job.folder}{processes}", flush=True)
 
 
 # Drawing
@@ -323,11 +325,11 @@ class Painter:
         plan, request = self.plan, self.plan.requests[row]
         *frames, height, width = plan.model.pixel_size(plan.size)
         columns = {"width": width, "height": height} | ({"frames": frames[0]} if frames else {})
-        told = {"index": row, "prompt": request.prompt, "seed": request.seed, **columns}
+        metadata = {"index": row, "prompt": request.prompt, "seed": request.seed, **columns}
         files: Mapping[str, bytes] = {
             plan.ending: data,
             "txt": request.prompt.encode(),
-            "json": json.dumps(told, ensure_ascii=False).encode(),
+            "json": json.dumps(metadata, ensure_ascii=False).encode(),
         }
         return f"{row:08d}", files, columns
 

@@ -203,7 +203,7 @@ def make(
         source: the rows.
         plan: what to do with them.
         rows: their numbers.
-        done: told of every row.
+        done: called with the number of rows done.
     """
     problems = []
     # Threads, since Pillow frees the interpreter while it works.
@@ -252,19 +252,19 @@ def sample_of(row: PictureRow, number: int, plan: ImportPlan) -> Sample | Proble
         ending = ENDINGS.get(Path(row.file).suffix.lower()[1:]) or STORED_AS[str(opened.format)]
         opened.verify()  # PNG's checksums, which decoding passes over
     image = decode(io.BytesIO(data), plan.max_pixels)
-    told = {"index": number if index is None else index, "file": row.file}
+    metadata = {"index": number if index is None else index, "file": row.file}
     sizes = plan.sizes
     if sizes:
         height, width = sizes[nearest_bucket(image.height, image.width, sizes)]
         if image.height < height or image.width < width:
             return Problem("too small", row.file, f"{image.width}x{image.height}, smaller than {width}x{height}")
     if plan.resize:
-        told |= {"original_width": image.width, "original_height": image.height}
+        metadata |= {"original_width": image.width, "original_height": image.height}
         image = cover_and_crop(image, (height, width))
         image.info = {}  # no metadata
         data, ending = picture_bytes(image, plan.format, QUALITY), plan.format
     columns = {"width": image.width, "height": image.height}
-    files = {ending: data, "txt": caption.encode(), "json": json.dumps(told | columns).encode()}
+    files = {ending: data, "txt": caption.encode(), "json": json.dumps(metadata | columns).encode()}
     return f"{number:08d}", files, columns
 
 

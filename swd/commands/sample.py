@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from swd import __version__
 from swd.commands import shared
-from swd.config import check, node_of, stored
+from swd.config import check, given_keys, node_of, stored
 from swd.data.buckets import aspect_size
 from swd.data.job import say
 from swd.export.student_folder import build_model, recorded_model, schedule_of
@@ -88,12 +88,12 @@ def run(cfg: DictConfig) -> None:
             batch = requests[start : start + cfg.batch_size]
             final, sizes = draw(pipe, model, batch, size, show_sizes=cfg.show_sizes)
             for i, request in enumerate(batch):
-                told = {"prompt": request.prompt, "seed": request.seed, **info}
-                tqdm.write(str(save(final[i], folder / f"{request.stem}.{ending}", told, cfg.fps)))
+                metadata = {"prompt": request.prompt, "seed": request.seed, **info}
+                tqdm.write(str(save(final[i], folder / f"{request.stem}.{ending}", metadata, cfg.fps)))
                 for number, drawn in enumerate(sizes, 1):
                     side = "x".join(map(str, reversed(drawn[i].shape[-2:])))
                     file = folder / f"{request.stem}_step{number}_{side}.{ending}"
-                    tqdm.write(str(save(drawn[i], file, told, cfg.fps)))
+                    tqdm.write(str(save(drawn[i], file, metadata, cfg.fps)))
             progress.advance(len(batch))
 
 
@@ -101,12 +101,13 @@ def origin(cfg: DictConfig, job: SamplingPlan) -> dict[str, Any]:
     """What pictures say of the model and the adapter: no value of the environment, no credential."""
     shown, plain = stored(cfg), node_of(cfg, "model")
     typed = shown.get("model", {})
-    # What the command line gave is told as it was typed, the rest as the run recorded it.
+    # What the command line gave is kept as it was typed, the rest as the run recorded it.
     model = {key: typed[key] if key in plain and plain[key] == value else value for key, value in job.node.items()}
     adapter = None if job.source is None else str(job.source)
     if adapter is not None and "${" in str(shown["adapter"]):
         adapter = shown["adapter"]
-    return mask({"model": model, "adapter": adapter})  # type: ignore[no-any-return]
+    masked: dict[str, Any] = mask({"model": model, "adapter": adapter})
+    return masked
 
 
 # What is asked for
@@ -142,6 +143,8 @@ def prepare(cfg: DictConfig) -> SamplingPlan:
         UserError: naming what is wrong and the fix.
     """
     check(cfg, ROOT)
+    if cfg.adapter is None and (given := [key for key in given_keys() if key.partition(".")[0] == "schedule"]):
+        raise UserError(f"{given[0]} is of a student, and with adapter=null the teacher draws with its own; remove it")
     requests = plan(cfg)
     source = None if cfg.adapter is None else locate(cfg.adapter, Path(cfg.output))
     node = node_of(cfg, "model") if source is None else recorded_model(source, cfg)
@@ -296,11 +299,13 @@ def save(drawn: Tensor, path: Path, info: dict[str, Any], fps: int = 16) -> Path
         raise UserError(f"{path} exists already; choose another folder or seed")
     if not drawn.isfinite().all():
         raise UserError(f"{path} would hold values that are not finite; try model.precision=fp32, or another adapter")
-    told = {key: str(value) for key, value in {**info, "software": f"swd {__version__}"}.items() if value is not None}
+    metadata = {
+        key: str(value) for key, value in {**info, "software": f"swd {__version__}"}.items() if value is not None
+    }
     if drawn.ndim == 4:
-        return write_aside(path, lambda new: video.write(new, drawn, fps, json.dumps(told)))
+        return write_aside(path, lambda new: video.write(new, drawn, fps, json.dumps(metadata)))
     meta = PngImagePlugin.PngInfo()
-    for key, value in told.items():
+    for key, value in metadata.items():
         meta.add_text(key, value)
     image: Image.Image = to_pil(drawn)
     return write_aside(path, lambda new: image.save(new, format="PNG", pnginfo=meta))

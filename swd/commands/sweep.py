@@ -72,8 +72,8 @@ def masked_texts(value: Any) -> Any:
 
 def jobs(config: DictConfig) -> list[list[str]]:
     """The command-line arguments of every job of a sweep."""
-    arguments = list(OmegaConf.to_container(config.hydra.overrides.task))  # type: ignore[arg-type]
+    arguments = [str(argument) for argument in config.hydra.overrides.task]
     params = config.hydra.sweeper.get("params") or {}
     arguments += [f"{key}={value}" for key, value in params.items()]
-    overrides = OverridesParser.create().parse_overrides(arguments)  # type: ignore[arg-type]
+    overrides = OverridesParser.create().parse_overrides(arguments)
     return [job for batch in BasicSweeper.split_arguments(overrides, None) for job in batch]

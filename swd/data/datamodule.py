@@ -21,8 +21,6 @@ from swd.modules.tokens import evenly, warn_beyond
 from swd.schedule import ScaleSchedule
 from swd.types import Batch, PictureBatch, Size, UserError, stable_hash
 
-MOST_SAMPLES = 2**16
-"""Samples of one global batch: hundreds of times the largest of the paper's; `swd.config.RANGES` has the same."""
 LOOKED_AT = 1000
 """Captions whose length is looked at before training: all of a small set, a sample of a large one."""
 
@@ -220,7 +218,7 @@ def check_pixels(
 
 def check_loading(batch_size: int, workers: int, seed: int) -> None:
     """Raise UserError unless these are a batch size, a number of loader processes and a seed."""
-    limits.whole("data.batch_size", batch_size, 1, MOST_SAMPLES, "all processes together")
+    limits.whole("data.batch_size", batch_size, 1, limits.BATCH, "all processes together")
     limits.workers("data.workers", workers)
     limits.seed("data.seed", seed)
 

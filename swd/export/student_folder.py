@@ -16,7 +16,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -31,6 +30,7 @@ from swd.config import (
     check_recorded,
     node_of,
     one_line,
+    overrides,
     read_recorded,
     to_plain,
 )
@@ -100,11 +100,6 @@ def build_model(node: dict[str, Any], cfg: DictConfig) -> Pretrained:
     """Build the model from the configuration that `recorded_model` returned."""
     model: Pretrained = build_node({"_target_": PRETRAINED} | node, "model", allowed_here(cfg))
     return model
-
-
-def overrides() -> list[str]:
-    """Overrides on the command line; empty if the program was not started from one."""
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def schedule_of(source: Path, cfg: DictConfig, model: Pretrained) -> ScaleWiseScheduler:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from swd.types import UserError
 
@@ -23,6 +26,66 @@ MOST_ROWS = 10**7
 """Rows of one job at most: ten times the largest published training set of generated pictures."""
 FPS = 240
 """Frames a second at most: those of the fastest displays."""
+BATCH = 2**16
+"""Samples of one batch over all processes at most: hundreds of times the largest of the paper's."""
+HEAD_LAYERS = 64
+"""Layers of the discriminator's head at most: their widths fall from the network's to 1."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `least` to `most`, both included; `above`: `least` itself is not."""
+
+    least: float = 0
+    most: float = math.inf
+    above: bool = False
+
+    def problem(self, value: Any) -> str | None:
+        """What to use instead of `value`; None if it is inside, or is no number."""
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None
+        if value < self.least or (self.above and value == self.least):
+            return f"use a number above {self.least:g}" if self.above else f"use {self.least:g} or more"
+        return f"use at most {self.most:,.15g}" if value > self.most else None
+
+
+LARGEST_FLOAT = 3.4028234663852886e38
+"""Of float32, which losses and optimizers compute in."""
+LARGEST_INTEGER = 2**63 - 1
+
+SHARE, COUNT, WEIGHT = Range(0, 1), Range(1, 2**31 - 1), Range(0, 1e6)
+RATE = Range(0, 1e6, above=True)
+"""Of learning: AdamW moves every weight by about the rate at each step, so anything near 1 destroys a network already;
+the bound refuses what cannot be meant at all."""
+RANGES: Mapping[str, Range] = {
+    "lr": RATE,
+    "critic_lr": RATE,
+    "muon_lr": RATE,
+    "weight_decay": Range(0, 1e3),
+    "critic_updates": Range(0, 10_000),
+    "weight": WEIGHT,
+    "discriminator_weight": WEIGHT,
+    "kl_weight": WEIGHT,
+    "square_weight": WEIGHT,
+    "edge_weight": WEIGHT,
+    "size_weights": WEIGHT,
+    "layers": Range(1, HEAD_LAYERS),
+    "ema": SHARE,
+    "caption_dropout": SHARE,
+    "crop_chance": SHARE,
+    "max_bad": SHARE,
+    "seed": Range(0, LARGEST_INTEGER),
+    "batch_size": Range(1, BATCH),
+    "warmup": Range(0, 2**31 - 1),
+    "every": COUNT,
+    "keep": COUNT,
+    "save_every": COUNT,
+    "reuse": Range(1, 10_000),
+    "memory": COUNT,
+    "max_steps": COUNT,
+    "num_nodes": Range(1, 100_000),
+}
+"""What arguments of the project's constructors and of the Trainer may be: a name means the same everywhere."""
 
 
 def whole(key: str, value: int | None, least: int = 1, most: int | None = None, why: str = "") -> None:

@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 
 from swd.diffusion import IndexRange
+from swd.io.limits import HEAD_LAYERS
 from swd.losses.base import CriticStep, FakePass, GeneratorStep, LossTerm, Metrics, ModelFacts
 from swd.losses.functional import discriminator_logits, gan_discriminator_loss, gan_generator_loss
 from swd.losses.gan_head import GANHead
 from swd.schedule import ScaleSchedule
 from swd.types import UserError, check_number
-
-MOST_LAYERS = 64
-"""Of the head; the released configuration has 4."""
 
 
 class GAN(LossTerm):
@@ -47,9 +45,9 @@ class GAN(LossTerm):
         super().__init__()
         if not blocks:
             raise UserError("loss.gan.blocks is empty; name at least one feature block")
-        if not 1 <= layers <= MOST_LAYERS:
+        if not 1 <= layers <= HEAD_LAYERS:
             raise UserError(
-                f"loss.gan.layers={layers}; use 1 to {MOST_LAYERS}: widths fall from layer to layer, and more of them "
+                f"loss.gan.layers={layers}; use 1 to {HEAD_LAYERS}: widths fall from layer to layer, and more of them "
                 "would hardly differ"
             )
         self.weight = check_number("loss.gan.weight", weight, least=0)

@@ -449,4 +449,12 @@ def test_a_misspelt_key_or_option_names_the_nearest(
     refused: Refused, command: str, argument: str, nearest: str
 ) -> None:
     message = refused(argument, command=command)
-    assert f"did you mean {nearest}" in message and "_base" not in message
+    assert f"did you mean {nearest}" in message
+
+
+@pytest.mark.parametrize("command", ["train", "sample"])
+def test_listings_name_only_what_can_be_chosen(refused: Refused, command: str) -> None:
+    models = {file.stem for file in (Path(cli.config_path()) / "model").glob("*.yaml")}
+    message = refused("model=_base", command=command)
+    assert set(message.partition("options of model are: ")[2].strip().split(", ")) == models
+    assert "shapes" in models and not [name for name in models if "base" in name]

@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 from swd.modules.backbones import load_family
 
 NETWORKS = Path(__file__).parents[1] / "data" / "networks"
-CONF = Path(__file__).parents[2] / "conf" / "model"
+CONF = Path(__file__).parents[2] / "conf"
 MODELS = tuple(sorted(file.stem for file in NETWORKS.glob("*.json")))
 
 
 def options(name: str) -> dict[str, Any]:
     """The model node of a shipped configuration."""
-    base, own = (yaml.safe_load((CONF / f"{file}.yaml").read_text()) for file in ("_base", name))
+    base, own = (yaml.safe_load((CONF / f"{file}.yaml").read_text()) for file in ("model_base", f"model/{name}"))
     return {key: value for key, value in (base | own).items() if key not in ("_target_", "defaults")}
 
 

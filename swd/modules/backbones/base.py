@@ -100,6 +100,7 @@ class Backbone(nn.Module, ABC):
         pipeline_aliases: pipelines of the same parts, for other uses of the same weights.
         encoders_type: text encoders and VAE of that pipeline.
         video: whether it draws videos.
+        has_refiner: whether there are refiners, networks of their own that take over for the last steps.
         packed: whether its pipeline carries latents as tokens.
         float_latents: whether its pipeline carries latents in float32 whatever the network's dtype.
         unknown_settings: of the pipeline's `model_index.json`, those of variants that work otherwise.
@@ -115,6 +116,7 @@ class Backbone(nn.Module, ABC):
     pipeline_aliases: ClassVar[tuple[str, ...]] = ()
     encoders_type: ClassVar[type[Encoders]]
     video: ClassVar[bool] = False
+    has_refiner: ClassVar[bool] = False
     packed: ClassVar[bool] = False
     float_latents: ClassVar[bool] = False
     unknown_settings: ClassVar[tuple[str, ...]] = ()

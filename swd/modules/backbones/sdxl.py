@@ -45,6 +45,7 @@ class SDXLBackbone(Backbone):
     pipeline_aliases: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPAGPipeline",)
     encoders_type: ClassVar[type[Encoders]] = SDXLEncoders
     comfyui: ClassVar[bool] = True
+    has_refiner: ClassVar[bool] = True
     poor_at_low_resolution: ClassVar[bool] = True  # SwD paper, appendix B
 
     @staticmethod

@@ -1,0 +1,140 @@
+"""A key on the command line that the command never reads is refused: every command, every group."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from tiny import CONF
+
+from swd.commands import cli
+
+NEEDED = {
+    "train": ["folder=run"],
+    "demo": ["folder=run"],
+    "sample": ["folder=run"],
+    "export": ["to=out"],
+    "generate": ["out=out", "prompts=list.txt"],
+    "encode": ["out=out", "limit=2"],
+    "import": ["out=out", "source=list.csv"],
+}
+KEYS = {
+    "model": "model.rank=3",
+    "schedule": "schedule.process=flow",
+    "loss": "loss.mmd.weight=2",
+    "task": "task.clip=2",
+    "data": "data.workers=1",
+    "trainer": "trainer.max_steps=3",
+    "callbacks": "callbacks.samples.every=3",
+    "logger": "logger.name=x",
+    "recipe": "recipe.lr=1e-4",
+    "sheet": "sample_prompts=[a]",
+}
+"""One key of every group, by the group."""
+TRAINING = frozenset(KEYS)
+READ = {
+    "train": TRAINING,
+    "demo": TRAINING,
+    "sample": {"model", "schedule"},
+    "export": {"model", "schedule"},
+    "generate": {"model"},
+    "encode": {"model", "schedule", "data"},
+    "import": set(),
+}
+"""Groups that a command reads; of the others it must refuse the keys."""
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], command: str, *given: str) -> str:
+    """The message that a command line ends with; the command itself is replaced by its checks."""
+    GlobalHydra.instance().clear()
+    capfd.readouterr()
+    module = sys.modules[cli.COMMANDS[command][0]]
+    monkeypatch.setattr(module, "run", lambda cfg: module.check(cfg, module.ROOT))
+    monkeypatch.setattr(sys, "argv", [command, *NEEDED[command], *given])
+    try:
+        cli.launch(command)
+    except SystemExit as error:
+        assert error.code == 2
+    finally:
+        HydraConfig.instance().cfg = None
+    return capfd.readouterr().err
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for module, _ in cli.COMMANDS.values():
+        __import__(module)
+
+
+def test_every_group_has_a_key_here() -> None:
+    groups = {folder.name for folder in CONF.iterdir() if folder.is_dir()}
+    assert groups - {"experiment"} == set(KEYS) and set(NEEDED) == set(READ) == set(cli.COMMANDS)
+
+
+@pytest.mark.parametrize("group", list(KEYS))
+@pytest.mark.parametrize("command", list(NEEDED))
+def test_keys_of_groups(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], command: str, group: str
+) -> None:
+    message = refusal(monkeypatch, capfd, command, f"++{KEYS[group]}")  # which Hydra takes as it is
+    if group in READ[command]:
+        assert message == ""
+    else:
+        assert message.startswith("error: ") and message.count("\n") == 1
+        assert "unknown key" in message or "is read by nothing here" in message
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "refused"),
+    [
+        ("encode", ["recipe.lr=1"], "recipe.lr"),
+        ("encode", ["recipe.iterations=1"], "recipe.iterations"),
+        ("encode", ["recipe.checkpointing=true"], "recipe.checkpointing"),
+        ("train", ["task=flow", "task.out=x", "recipe.lr=1"], "recipe.lr"),
+        ("train", ["task=flow", "task.out=x", "recipe.iterations=1"], None),
+        ("train", ["task=flow", "task.out=x", "loss.mmd.weight=2"], "loss.mmd.weight"),
+        ("train", ["task=flow", "task.out=x", "schedule.sizes=[8]"], None),
+        ("train", ["task=flow", "task.out=x", "schedule.sigmas=[1]"], "schedule.sigmas"),
+        ("train", ["task=vae", "model.rank=3"], "model.rank"),
+        ("train", ["task=vae", "++model.rank=3"], "model.rank"),
+        ("train", ["task=vae", "model=shapes"], None),
+        ("train", ["task.lr=1e-3", "recipe.lr=1e-4"], "recipe.lr"),
+        ("train", ["experiment=paper_sdxl", "recipe.lr=1e-4"], "recipe.lr"),
+        ("train", ["callbacks=none", "sample_prompts=[a]"], "sample_prompts"),
+        ("train", ["~loss.gan"], None),
+    ],
+)
+def test_a_key_is_read_where_something_refers_to_it(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    command: str,
+    given: list[str],
+    refused: str | None,
+) -> None:
+    message = refusal(monkeypatch, capfd, command, *given)
+    assert message.startswith(f"error: {refused} is read by nothing here") if refused else message == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "words"),
+    [
+        ("encode", ["data=webdataset", "data.path=x", "data.max_bad=0.5"], "data.max_bad is of a training; here it is"),
+        ("encode", ["data=webdataset", "data.path=x", "data.window=2"], "data.window is of a training; remove it"),
+        ("encode", ["data.endless=false"], "data.endless is of a training; remove it"),
+        ("encode", ["data.seed=2"], "data.seed is of a training; here it is seed=VALUE"),
+        ("sample", ["adapter=null", "schedule.sigmas=[1]"], "schedule.sigmas is of a student"),
+    ],
+)
+def test_keys_of_a_part_that_is_not_read(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], command: str, given: list[str], words: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", [command, *NEEDED[command], *given])
+    GlobalHydra.instance().clear()
+    with pytest.raises(SystemExit):
+        cli.launch(command)
+    assert words in capfd.readouterr().err
+    HydraConfig.instance().cfg = None
