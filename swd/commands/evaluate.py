@@ -22,7 +22,7 @@ from swd import __version__
 from swd.commands import shared
 from swd.commands.cli import config_path
 from swd.commands.sample import final_size
-from swd.config import allowed_here, build_node, check, fits, node_of, to_plain
+from swd.config import allowed_here, build_node, check, fits, given_keys, node_of, to_plain
 from swd.data.job import MOST_IN_A_SHARD, is_first
 from swd.evaluation import table
 from swd.evaluation.candidates import (
@@ -394,6 +394,9 @@ def candidates_of(cfg: DictConfig, requests: Requests) -> tuple[Candidate, ...]:
     names = [entry["name"] for entry in entries]
     check_names(names)
     found = tuple(candidate_of(entry, entries, cfg, requests) for entry in entries)
+    given = [key for key in given_keys() if key.partition(".")[0] == "schedule"]
+    if given and not any(isinstance(c, DrawingModel) and c.student for c in found):
+        raise UserError(f"{given[0]} is of a student, and models has none; remove it")
     sizes = {c.name: c.model.pixel_size(c.size) for c in found if isinstance(c, DrawingModel)}
     for name, size in sizes.items():
         first = next(iter(sizes))

@@ -99,6 +99,12 @@ class JudgeMmd(PictureMetric):
         self.extractors = (JudgeFeatures(path),)
         self.name = name
 
+    def check(self, reference: Reference | None = None) -> None:
+        super().check(reference)
+        count, width = real_features(reference, self.extractors[0]).shape
+        if count < 2 * width:  # as whitening wants
+            raise UserError(f"{self.name} needs {2 * width} real pictures, got {count}; give more")
+
     def score(self, drawn: Drawn, reference: Reference | None = None) -> Score:
         features = features_of(drawn.features, self.extractors[0], "drawn pictures")
         parts = mmd_to_rendered(features, real_features(reference, self.extractors[0]))
