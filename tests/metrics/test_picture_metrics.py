@@ -72,6 +72,9 @@ def test_kid_equals_its_published_form_in_expectation() -> None:
     subsets = Kid(EXTRACTOR, subsets=300, size=25).score(DRAWN, REAL).values
     assert list(subsets) == ["kid", "kid_std"]
     assert subsets["kid"] == pytest.approx(everything, abs=4 * subsets["kid_std"] / 300**0.5)
+    seeded = Kid(EXTRACTOR, subsets=3, size=25, seed=7).score(DRAWN, REAL).values["kid"]
+    values = functional.kernel_distances(DRAWN.features["tiny"], REAL.features["tiny"], 3, 25, seed=7)
+    assert seeded == pytest.approx(float(values.mean()))
 
 
 def test_cmmd_is_a_thousand_discrepancies_of_kernel_width_ten() -> None:
