@@ -318,7 +318,6 @@ def test_the_metric_is_the_mean_of_scores(
     tmp_path: Path, pictures: Path, packages: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SWD_SCORER_HPSV3", f"{interpreter(tmp_path, packages)} --batch 3")
-    monkeypatch.setenv("PYTHONPATH", "/nowhere")
     metric = External("hpsv3")
     metric.check()
     assert not (packages / "hpsv3.py.calls").exists()
@@ -331,6 +330,15 @@ def test_the_metric_is_the_mean_of_scores(
     monkeypatch.delenv("SWD_SCORER_HPSV3")
     assert torch.equal(External("hpsv3", run=False).outside(pictures), rows)
     assert (packages / "hpsv3.py.calls").read_text().split() == ["3"]
+
+
+def test_another_environment_does_not_see_this_ones_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/here")
+    monkeypatch.setenv("VIRTUAL_ENV", "/here")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert external.environment() == {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")
+    }
 
 
 def test_pictures_without_a_score_and_groups_by_hand() -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from swd.metrics.bootstrap import Resamples, mean_of, paired
 from swd.metrics.functional import frechet_parts, gaussian, whitening
+from swd.shapes import report
+from swd.shapes.contest import ResultRow
 from swd.shapes.distances import Distances, distances, extrapolated, mmd_to_rendered
 from swd.types import UserError
 
@@ -95,6 +97,13 @@ def test_the_extrapolated_distance_is_that_of_the_distributions() -> None:
         assert found is not None
         held += found.low <= 16 <= found.high
     assert held >= 16
+
+
+def test_a_rows_distances_reach_the_report() -> None:
+    found = measured(models(0, worse=2), draw(0, 3 * COUNT))
+    rows = [ResultRow(f"model {i}", 4, 4, 1.0, 1.0, 1.0, 1.0, 1.0, distances=found[i]).as_dict() for i in range(2)]
+    assert report.mmd_text(rows[1]).startswith(f"{found[1].mmd.value:.1f} ± ")
+    assert report.difference_lines({"rows": rows})[0].endswith("over model 0 (worse)")
 
 
 def test_few_rendered_pictures_give_no_distances() -> None:
