@@ -74,6 +74,7 @@ FOREIGN_TO: Mapping[str, Mapping[str, str]] = {
     "sample": {name: FOREIGN[name] for name in ("precision", "output_dir", "out", "prompt")}
     | {"checkpoint": "adapter=RUN", "ckpt_path": "adapter=RUN"},
     "generate": {"precision": FOREIGN["precision"], "prompt": "prompts=FILE", "output_dir": "out=FOLDER"},
+    "evaluate": {"precision": FOREIGN["precision"], "prompt": "prompts=FILE", "adapter": "models='[RUN]'"},
     "encode": {"output_dir": "out=FOLDER"},
     "import": {"output_dir": "out=FOLDER"},
     "export": {"output_dir": "to=FOLDER", "out": "to=FOLDER", "adapter": "run=RUN", "checkpoint": "run=RUN"},
@@ -98,6 +99,18 @@ ALLOWED: Mapping[str, Collection[str]] = {
     "swd.data.webdataset": ("ShardData",),
     "swd.callbacks": ("Checkpoint", "Progress", "Samples", "SaveAdapter"),
     "swd.callbacks.fixed_losses": ("FixedLosses",),
+    "swd.metrics.fid": ("Frechet",),
+    "swd.metrics.kid": ("Kid",),
+    "swd.metrics.cmmd": ("Cmmd",),
+    "swd.metrics.precision_recall": ("Precision", "Recall"),
+    "swd.metrics.text_image": ("ClipFeatures", "ClipScore", "PickScore"),
+    "swd.metrics.diversity": ("Diversity",),
+    "swd.metrics.external": ("External",),
+    "swd.metrics.inception": ("InceptionFeatures",),
+    "swd.metrics.dinov2": ("Dinov2Features",),
+    "swd.metrics.clip_pictures": ("ClipPictureFeatures",),
+    "swd.metrics.preparation": ("CentreCrop", "ShortSide", "Squash"),
+    "swd.shapes.metrics": ("JudgeFeatures", "JudgeMmd", "ShapesAccuracy"),
     "lightning": ("Trainer",),
     "lightning.pytorch": ("Trainer",),
     "lightning.pytorch.loggers": (
@@ -554,6 +567,8 @@ def describe(hint: Any) -> str:
         return f"a list of {len(args)} values ({', '.join(describe(a) for a in args)})"
     if origin in (list, tuple, Sequence):
         return f"a list of {describe(args[0])}"
+    if origin in (dict, Mapping):
+        return "keys with values"
     return getattr(hint, "__name__", str(hint))
 
 

@@ -19,10 +19,11 @@ from shards import make_pictures
 from tiny import CONF, composed
 
 from swd import config
-from swd.commands import demo, encode, export, generate, import_pictures, sample, train
+from swd.commands import cli, demo, encode, evaluate, export, generate, import_pictures, sample, train
 from swd.config import build, check, with_schedules
 from swd.diffusion import rectified_flow_table
 from swd.losses import DMD, GAN, MMD
+from swd.metrics.base import PictureMetric
 from swd.modules import hub
 from swd.modules.distiller import Distiller
 from swd.modules.pretrained import Pretrained
@@ -361,6 +362,13 @@ def test_the_import_passes_the_schema() -> None:
     assert import_pictures.prepare(composed(["source=a", "out=b"], "import")) == import_pictures.ImportPlan()
 
 
+@pytest.mark.parametrize("option", options("metric"))
+def test_every_metric_is_built_by_its_name(option: str) -> None:
+    built, _ = evaluate.metrics_of(composed(["models=[teacher]", "prompts=x", f"metrics=[{option}]"], "evaluate"))
+    (name,) = built
+    assert name == option and isinstance(built[name], PictureMetric)
+
+
 @pytest.mark.parametrize("option", options("model"))
 def test_every_model_can_be_sampled(option: str, tmp_path: Path) -> None:
     cfg = composed(arguments(tmp_path, model=option), "sample")
@@ -391,8 +399,8 @@ def included(file: Path) -> set[Path]:
 
 
 def test_every_file_is_reached_by_a_test_above() -> None:
-    primary = {CONF / f"{name}.yaml" for name in ("train", "sample", "demo", "export", "generate", "import", "encode")}
-    groups = (*FREE, "model", "recipe", "experiment", "task")
+    primary = {CONF / f"{name}.yaml" for name in cli.COMMANDS}
+    groups = (*FREE, "model", "recipe", "experiment", "task", "metric")
     reached = primary | {CONF / group / f"{option}.yaml" for group in groups for option in options(group)}
     while more := set().union(*map(included, reached)) - reached:
         reached |= more
@@ -418,10 +426,13 @@ def test_every_file_names_only_files_that_exist(file: Path) -> None:
         (export, "to=x", "+seed=3"),
         (generate, "out=x", "schedule=image_4step"),
         (encode, "out=x", "loss=mmd"),
+        (evaluate, "folder=x", "+frames=9"),
+        (evaluate, "folder=x", "+task.lr=1"),
     ],
 )
 def test_a_key_that_a_command_does_not_read_is_refused(command: Any, needed: str, unread: str) -> None:
-    name, more = command.__name__.rpartition(".")[2], ["prompts=y"] if command is generate else []
+    name, more = command.__name__.rpartition(".")[2], ["prompts=y"] if command in (generate, evaluate) else []
+    more += ["models=[teacher]", "metrics=[clip]"] if command is evaluate else []
     check(composed([needed, *more], name), command.ROOT)
     with pytest.raises(UserError, match="unknown key"):
         check(composed([needed, *more, unread], name), command.ROOT)

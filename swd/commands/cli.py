@@ -25,6 +25,7 @@ COMMANDS = {
         "distil a model, or train one of the embedded ones (experiment=shapes_teacher ...)",
     ),
     "sample": ("swd.commands.sample", "draw pictures of prompts"),
+    "evaluate": ("swd.commands.evaluate", "draw the same prompts with several models, and compare quality and cost"),
     "export": ("swd.commands.export", "write a student as one folder for diffusers, peft and, mostly, ComfyUI"),
     "generate": ("swd.commands.generate", "let a teacher draw its own training set"),
     "import": ("swd.commands.import_pictures", "make shards of captioned pictures"),

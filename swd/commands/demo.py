@@ -8,16 +8,17 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+from swd.callbacks import SaveAdapter
 from swd.callbacks.fixed_losses import FixedLosses
 from swd.commands import shared, train
-from swd.config import build, check
+from swd.config import build, check, node_of
 from swd.modules.distiller import Distiller
 from swd.modules.family_folder import resolve_asset
 from swd.modules.pretrained import Pretrained
 from swd.schedule import ScaleSchedule
 from swd.shapes import contest
 from swd.shapes.dataset import RESOLUTION
-from swd.shapes.demo import BATCH, STORE_COMMAND, Clock, bar, compare, describe, finish, setup_seconds
+from swd.shapes.demo import STORE_COMMAND, Clock, compare, describe, finish, setup_seconds
 from swd.shapes.judge import Judge
 from swd.types import UserError
 
@@ -45,12 +46,12 @@ def run(cfg: DictConfig) -> None:
         judge_folder = prepare(cfg)
         judge = Judge.from_pretrained(judge_folder)
     if cfg.store_teacher:
-        store_teacher(cfg, judge, judge_folder)
+        store_teacher(cfg, judge_folder)
         return
 
     with clock.phase("distil"):
         fixed = FixedLosses()
-        task, trainer = train.fit(cfg, fixed)
+        task, trainer = train.fit(cfg, fixed, *missing_callbacks(cfg))
     if not trainer.is_global_zero:
         return
     assert isinstance(task, Distiller)
@@ -118,6 +119,12 @@ def _judge_folder(path: str) -> Path:
     return folder
 
 
+def missing_callbacks(cfg: DictConfig) -> list[SaveAdapter]:
+    """What writes the student, which the evaluation reads, where the configuration has left it out."""
+    targets = [str(node["_target_"]) for node in node_of(cfg, "callbacks").values()]
+    return [] if any(target.endswith(".SaveAdapter") for target in targets) else [SaveAdapter()]
+
+
 def place(task: Distiller, judge: Judge, device: torch.device) -> tuple[Distiller, Judge]:
     """Everything on one device and in evaluation mode; training leaves the networks on the CPU."""
     task.to(device).eval()
@@ -125,20 +132,18 @@ def place(task: Distiller, judge: Judge, device: torch.device) -> tuple[Distille
     return task, judge.to(device).eval()
 
 
-def store_teacher(cfg: DictConfig, judge: Judge, judge_folder: Path) -> None:
+def store_teacher(cfg: DictConfig, judge_folder: Path) -> None:
     """Draw and judge the teacher's full-length pictures, and keep the statistics beside the judge."""
     task: Distiller = build(cfg, "task")
     if not os.access(judge_folder, os.W_OK):
         raise UserError(f"{judge_folder} cannot be written; use a checkout of the repository, or judge=FOLDER")
-    task.configure_model()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    task, judge = place(task, judge, device)
     store = contest.teacher_store(task, judge_folder)
-    contender = contest.contenders(task)[0]
-    with bar(f"{contender.name}: judge {STORED} pictures", STORED) as advance:
-        judged = contest.store_statistics(
-            store, contender, judge, contest.prompts_of(STORED), STORE_COMMAND, BATCH, advance
-        )
+    candidate = next(iter(contest.teachers(task).values()))
+    plan = contest.plan_of(Path(cfg.output) / cfg.name / "teacher", candidate, STORED)
+    plan.claim()
+    contest.draw_pictures(plan)
+    judged = contest.judged_pictures(plan, str(judge_folder))
+    store.save(judged, STORE_COMMAND)
     accuracy = judged.accuracy()
     print(f"prompt accuracy {accuracy['mean']:.3f}, exact match {accuracy['exact_match']:.3f}")
     print(store.path)

@@ -27,7 +27,7 @@ from swd.data.datamodule import GuardedLoader, check_pixels
 from swd.data.decoders import PictureDecoder, empty_name
 from swd.data.identity import identity
 from swd.data.indexed import IndexedShards
-from swd.data.job import MOST_IN_A_SHARD, MOST_ROWS, Job, Sample, in_shared_memory, is_first, say, share
+from swd.data.job import MOST_IN_A_SHARD, Job, Sample, in_shared_memory, is_first, say, share
 from swd.data.shard_writer import is_done, shard_name
 from swd.data.shards import CorruptSample
 from swd.io import limits
@@ -237,10 +237,10 @@ def rows_of(dataset: Any, limit: int | None) -> int:
             exceeds either of them.
     """
     count = len(dataset)
-    if limit is None and count > MOST_ROWS:
+    if limit is None and count > limits.MOST_ROWS:
         raise UserError(f"data has {count} samples, drawn as they are asked for; give limit=, e.g. limit=5000")
-    if limit is not None and limit > MOST_ROWS:
-        raise UserError(f"limit={limit} is more than one cache holds; use at most {MOST_ROWS}")
+    if limit is not None and limit > limits.MOST_ROWS:
+        raise UserError(f"limit={limit} is more than one cache holds; use at most {limits.MOST_ROWS}")
     if limit is not None and limit > count:
         raise UserError(f"limit={limit}, but data has {count} samples; use at most {count}")
     return count if limit is None else limit

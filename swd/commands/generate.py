@@ -6,10 +6,9 @@ are kept as files until their shard is complete: a kill costs one batch, and a r
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -22,17 +21,19 @@ from torch import Tensor
 
 from swd import __version__
 from swd.commands import shared
-from swd.commands.sample import Request, build_pipeline, draw, final_size, read_prompts
+from swd.commands.sample import final_size
 from swd.config import build, check, to_plain
 from swd.data.identity import whole_fingerprint
-from swd.data.job import MOST_IN_A_SHARD, MOST_ROWS, PARTIAL, Job, Sample, is_first, say, share
+from swd.data.job import MOST_IN_A_SHARD, PARTIAL, Job, Sample, is_first, say, share
 from swd.data.shard_writer import is_done, shard_name
 from swd.io import limits, video
 from swd.io.files import write_aside
 from swd.io.pictures import picture_bytes, to_pil
 from swd.modules.backbones import known_families, load_family
 from swd.modules.backbones.sdxl_refiner import build_refiner, draw_refined, load_refiner
+from swd.modules.drawing import build_pipeline, draw
 from swd.modules.pretrained import Pretrained
+from swd.modules.requests import Requests, read_prompts
 from swd.modules.tokens import TextLimit, warn_beyond
 from swd.types import Size, UserError
 
@@ -69,57 +70,6 @@ NOT_DRAWN_WITH = {"_target_", "path", "tuning", "rank", "alpha", "targets", "fea
     "embedded_guidance",
 }
 """Keys of a model that do not change what its teacher draws, or that the manifest records elsewhere."""
-
-
-class Requests(Sequence[Request]):
-    """One request for each row: `copies` of each prompt, with seeds that count up. Each is made when it is read.
-
-    Args:
-        rows: prompts, and their seeds where the list gives any.
-        copies: pictures of each prompt.
-        seed: seed of the first row; row i takes `seed + i` if its prompt has no seed.
-
-    Raises:
-        UserError: if there are too many, or a seed is out of range.
-    """
-
-    def __init__(self, rows: Sequence[tuple[str, int | None]], copies: int, seed: int) -> None:
-        self.rows = rows
-        self.copies = copies
-        self.seed = seed
-        count = len(rows) * copies
-        if count > MOST_ROWS:
-            raise UserError(
-                f"images_per_prompt={copies} of {len(rows)} prompts are {count} pictures, more than one folder holds; "
-                f"use at most {max(1, MOST_ROWS // len(rows))}"
-            )
-        for number in range(len(rows)):
-            for row in (number * copies, number * copies + copies - 1):
-                limits.seed("seed", self._seed(row))
-
-    def __len__(self) -> int:
-        return len(self.rows) * self.copies
-
-    def __getitem__(self, row: Any) -> Any:
-        if isinstance(row, slice):
-            return [self[i] for i in range(*row.indices(len(self)))]
-        if not 0 <= row < len(self):
-            raise IndexError(row)
-        return Request(self.rows[row // self.copies][0], self._seed(row))
-
-    def _seed(self, row: int) -> int:
-        own = self.rows[row // self.copies][1]
-        return self.seed + row if own is None else own + row % self.copies
-
-    def hash(self) -> str:
-        """SHA-256 of all prompts and seeds."""
-        digest = hashlib.sha256(b"[")
-        for number, request in enumerate(self):
-            digest.update(
-                (", " * (number > 0) + json.dumps([request.prompt, request.seed], ensure_ascii=False)).encode()
-            )
-        digest.update(b"]")
-        return digest.hexdigest()
 
 
 @dataclass(frozen=True)

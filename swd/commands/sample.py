@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderTiny
 from omegaconf import DictConfig
 from PIL import Image, PngImagePlugin
 from torch import Tensor
@@ -29,13 +27,13 @@ from swd.io.files import claim_folder, write_aside
 from swd.io.job_log import JobLog
 from swd.io.masking import mask, mask_text
 from swd.io.pictures import to_pil
-from swd.io.tables import NoText, read_table, text_of
+from swd.io.tables import NoText, text_of
 from swd.modules import hub
 from swd.modules.adapters import locate
+from swd.modules.drawing import build_pipeline, draw
 from swd.modules.model_folders import check_model_folder, read_json
 from swd.modules.pretrained import Pretrained
-from swd.modules.quantize import quantize
-from swd.modules.requests import Request
+from swd.modules.requests import Request, read_prompts
 from swd.modules.student import Student, load_student
 from swd.modules.tokens import warn_beyond
 from swd.scheduler import ScaleWiseScheduler
@@ -251,46 +249,6 @@ def plan(cfg: DictConfig) -> list[Request]:
     return requests
 
 
-def read_prompts(file: Path, key: str = "prompts_file") -> list[tuple[str, int | None]]:
-    """Read prompts from a file, with their seeds where it gives any.
-
-    Args:
-        file: a text file (a prompt a line), or a `.csv`, `.tsv` or `.jsonl` table with a column "prompt" and, if
-            seeds are given, one "seed".
-        key: the option that names the file, for messages.
-
-    Raises:
-        UserError: if the file is missing, empty, has no such column, or a line of it is faulty.
-    """
-    table = read_table(file, f"{key}=")
-    if not table.rows:
-        raise UserError(f"{key}={file} holds no prompt")
-    faulty = next((row for row in table.rows if row.fault), None)
-    if faulty is not None:
-        raise UserError(f"{key}={file}, line {faulty.line}: {faulty.fault}")
-    prompts = table.needed(("prompt",), f"{key}=")
-    seeds = table.column(("seed",))
-    rows: list[tuple[str, int | None]] = []
-    for row in table.rows:
-        where = f"{key}={file}, line {row.line}"
-        try:
-            prompt = text_of(row.cells[prompts]).strip()
-        except NoText as error:
-            raise UserError(f"{where}: the prompt {error}; mend the line, or take it out") from None
-        rows.append((prompt, None if seeds is None else _seed(row.cells[seeds], where)))
-    return rows
-
-
-def _seed(cell: Any, where: str) -> int | None:
-    """A seed in a table; None for an empty cell."""
-    text = "" if cell is None else str(cell).strip()
-    if not text:
-        return None
-    if isinstance(cell, str | int) and re.fullmatch("[0-9]{1,19}", text) and int(text) < 2**63:
-        return int(text)
-    raise UserError(f"{where}: seed {text[:40]!r} is not a whole number of 0 or more, below 2^63")
-
-
 def final_size(cfg: DictConfig, model: Pretrained, native: Size | None = None) -> Size:
     """Latent size of finished pictures: from `height` and `width`, from `aspect`, or the native one.
 
@@ -323,7 +281,7 @@ def final_size(cfg: DictConfig, model: Pretrained, native: Size | None = None) -
             width = old if pixels is None else pixels // factor
 
     # Frames.
-    if cfg.frames is not None:
+    if cfg.get("frames") is not None:
         if not frames:
             raise UserError(f"frames={cfg.frames}, but {model.family} draws pictures; leave it out")
         if cfg.frames < 1 or (cfg.frames - 1) % model.frame_factor:
@@ -353,113 +311,7 @@ def claim_files(folder: Path, requests: list[Request], ending: str) -> Path:
     return folder
 
 
-# Drawing
-
-
-def build_pipeline(
-    model: Pretrained,
-    student: Student | None = None,
-    schedule: ScaleWiseScheduler | None = None,
-    cfg: DictConfig | None = None,
-) -> Any:
-    """The stock pipeline of the model; with a student, its weights and its scale-wise scheduler.
-
-    Args:
-        model: the base.
-        student: an adapter, or a network that was trained whole; None: the teacher draws.
-        schedule: the student's sampler.
-        cfg: holds `tiny_vae`, `compile` and `offload`, checked by `prepare`; None: none of them is used.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = model.dtype(device)
-    part = model.backbone_class.subfolder
-    network: Any = student.network(model, device) if student else model.network(device).network
-    pipe = model.pipeline(dtype, **{part: network})
-    pipe.set_progress_bar_config(disable=True)
-    if student is not None:
-        assert schedule is not None
-        student.load_into(pipe, model)
-        schedule.attach(pipe)
-    if model.quantization:
-        # After the adapter is loaded, or its weights would be quantized too. `base_layer` is a layer that it wraps.
-        inner = [f"{target}.base_layer" for target in model.targets]
-        quantize(network, [*model.targets, *inner], model.quantization)
-    if cfg is None:
-        return pipe.to(device)
-    if cfg.tiny_vae is not None:
-        pipe.vae = load_tiny_vae(cfg.tiny_vae, dtype)
-    if cfg.compile:
-        # Some diffusers classes do not say which of their blocks repeat.
-        blocks = model.backbone_class(network).block_list
-        network._repeated_blocks = network._repeated_blocks or [type(blocks[0]).__name__]
-        network.compile_repeated_blocks(dynamic=True)
-    if cfg.offload == "none":
-        return pipe.to(device)
-    pipe.enable_model_cpu_offload() if cfg.offload == "model" else pipe.enable_sequential_cpu_offload()
-    return pipe
-
-
-def load_tiny_vae(path: str, dtype: torch.dtype) -> Any:
-    """Load a distilled decoder in place of the VAE: much faster, with a small loss of quality.
-
-    Raises:
-        UserError: if it cannot be loaded.
-    """
-    try:
-        return AutoencoderTiny.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"tiny_vae={path} cannot be loaded ({reason[:160]})") from None
-
-
-@torch.no_grad()
-def draw(
-    pipe: Any, model: Pretrained, requests: list[Request], size: Size | None = None, show_sizes: bool = True
-) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """Pictures `[3, H, W]` or videos `[3, F, H, W]` in [-1, 1] of a batch of requests.
-
-    Args:
-        pipe: from `build_pipeline`.
-        model: the pipeline's model.
-        requests: prompts and seeds.
-        size: latent size of finished pictures; None: the model's own.
-        show_sizes: also decode the prediction of every step, if the scheduler is scale-wise.
-
-    Returns:
-        The finished pictures, and for every step its predictions.
-    """
-    # Arguments of the pipeline.
-    backbone = model.backbone_class
-    scheduler = pipe.scheduler
-    size = size or model.size
-    pixels = model.pixel_size(size)
-    arguments: dict[str, Any] = {"height": pixels[-2], "width": pixels[-1], "output_type": "latent"}
-    if backbone.video:
-        arguments["num_frames"] = pixels[0]
-    generators = [torch.Generator().manual_seed(request.seed) for request in requests]
-    arguments |= backbone.sampling_arguments(model.max_text_tokens, model.embedded_guidance)
-    if isinstance(scheduler, ScaleWiseScheduler):
-        scheduler.keep_x0 = show_sizes
-        latents = scheduler.initial_latents(
-            len(requests), model.channels, size[-2], size[-1], size[0] if backbone.video else None, generators
-        )
-        arguments |= {
-            "latents": backbone.to_pipeline(latents).to(pipe._execution_device, model.latent_dtype(pipe)),
-            "num_inference_steps": scheduler.num_inference_steps,
-        }
-    else:
-        arguments |= {"num_inference_steps": model.teacher_steps, "generator": generators}
-        if model.drawing_guidance_scale != 1.0:
-            arguments |= backbone.guidance_arguments(model.drawing_guidance_scale)
-
-    # Drawing and decoding.
-    latents = pipe([request.prompt for request in requests], **arguments)[0]
-    latents = backbone.from_pipeline(latents, size)
-    encoders = backbone.encoders_type(pipe, model.max_text_tokens)
-    final = list(encoders.decode(latents).cpu())
-    if not (show_sizes and isinstance(scheduler, ScaleWiseScheduler)):
-        return final, []
-    return final, [list(encoders.decode(x0.to(latents.device)).cpu()) for x0 in scheduler.x0_predictions]
+# Writing
 
 
 def save(drawn: Tensor, path: Path, info: dict[str, Any], fps: int = 16) -> Path:

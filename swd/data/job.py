@@ -25,6 +25,7 @@ from swd.data.shard_writer import fault, is_done, shard_name, write_manifest, wr
 from swd.io import job_log
 from swd.io.files import claim_folder, file_hash, write_json
 from swd.io.job_log import JobLog
+from swd.io.limits import MOST_ROWS
 from swd.io.masking import mask
 from swd.modules.model_folders import read_json
 from swd.types import UserError
@@ -33,8 +34,6 @@ JOB = "job.json"
 PARTIAL = ".partial"
 """Folder for finished rows of shards that are not complete yet; only some jobs use it."""
 
-MOST_ROWS = 10**7
-"""Rows of one job at most: ten times the largest published training set of generated pictures."""
 MOST_IN_A_SHARD = 10**6
 """Rows of one shard at most, since a shard is begun again after a kill; WebDataset's examples have 10,000."""
 

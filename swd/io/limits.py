@@ -23,6 +23,8 @@ LARGEST_SIDE = 2**14
 """Side of a latent, or a number that latents are divided by: far beyond any model, small enough to compute with."""
 FRAMES = 1000
 """Frames of a video at most: ten times the number that these models were trained on."""
+MOST_ROWS = 10**7
+"""Rows of one job at most: ten times the largest published training set of generated pictures."""
 FPS = 240
 """Frames a second at most: those of the fastest displays."""
 BATCH = 2**16

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,12 @@ def to_pil(pixels: Tensor) -> Image.Image:
         pixels = pixels[:, pixels.shape[1] // 2]
     array = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().cpu().permute(1, 2, 0).numpy()
     return Image.fromarray(array)
+
+
+def png(pixels: Tensor) -> Callable[[Path], None]:
+    """A function that writes `[3, H, W]` in [-1, 1] as a PNG file, for `write_aside`."""
+    image = to_pil(pixels)
+    return lambda path: image.save(path, format="PNG")
 
 
 def grid(rows: Sequence[Sequence[Tensor]], gap: int = 2) -> Image.Image:

@@ -12,17 +12,20 @@ class Kid(PictureMetric):
     Args:
         extractor: whose features are compared.
         subsets: None: one estimate of all pictures, with values per picture for intervals. Published numbers are the
-            mean over 100 random subsets of 1,000; it estimates the same quantity with more noise, and `kid_std` is the
+            mean over 100 random subsets of 1,000; it estimates the same quantity with more noise, and `NAME_std` is the
             deviation between subsets.
         size: pictures a side in each subset; the common 1,000.
         seed: of the subsets.
+        name: key in configurations and tables; KID is the distance of Inception's features.
     """
 
-    name = "kid"
     needs_reference = True
 
-    def __init__(self, extractor: Extractor, subsets: int | None = None, size: int = 1000, seed: int = 0) -> None:
+    def __init__(
+        self, extractor: Extractor, subsets: int | None = None, size: int = 1000, seed: int = 0, name: str = "kid"
+    ) -> None:
         self.extractors = (extractor,)
+        self.name = name
         self.subsets = subsets
         self.size = size
         self.seed = seed
@@ -32,6 +35,6 @@ class Kid(PictureMetric):
         y = real_features(reference, self.extractors[0])
         if self.subsets is None:
             parts = mmd_parts(x, y, polynomial_kernel, unbiased=True)
-            return Score({"kid": float(parts.mean())}, parts)
+            return Score({self.name: float(parts.mean())}, parts)
         values = kernel_distances(x, y, self.subsets, self.size, self.seed)
-        return Score({"kid": float(values.mean()), "kid_std": float(values.std(correction=0))})
+        return Score({self.name: float(values.mean()), f"{self.name}_std": float(values.std(correction=0))})

@@ -1,70 +1,45 @@
-"""Rows of an evaluation table: a judge reads pictures batch by batch, and their features and scores are summarised.
+"""Rows of the demo's table: an evaluation of the teacher, of the teacher in few steps, and of the student.
 
-contender -> batches of pictures -> Judged (features and scores of each picture) -> ResultRow
+candidates -> pictures and features (swd.evaluation) -> Judged (features and statements of each picture) -> ResultRow
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from swd.evaluation.candidates import Candidate, DrawingModel
+from swd.evaluation.draw import Painter, draw_share
+from swd.evaluation.plan import Plan, chunks_of
+from swd.evaluation.score import Bootstrap, Scoring
+from swd.evaluation.timing import Costs, Timing
 from swd.io.files import blocks, joint_hash, write_aside, write_json
-from swd.metrics.fid import frechet_distance
+from swd.metrics.fid import Frechet, frechet_distance
 from swd.metrics.flops import forward_gflop
+from swd.modules.adapters import locate
 from swd.modules.distiller import Distiller
-from swd.modules.networks import Networks, SharedBase
-from swd.modules.sampling import initial_latents, sample_latents
+from swd.modules.requests import Requests
+from swd.modules.student import load_student
 from swd.shapes.dataset import ShapesDataset
-from swd.shapes.judge import ATTRIBUTES, Judge, Score, score_pictures, summarise
+from swd.shapes.distances import Distances
+from swd.shapes.judge import ATTRIBUTES, Judge, Score, pack_score, score_pictures, summarise
+from swd.shapes.metrics import JudgeFeatures, ShapesAccuracy, statements_of
+from swd.shapes.rendered import SPLIT, prompts_of
 from swd.types import UserError
 
-SPLIT = "heldout"
-"""Captions with combinations of colour and shape that training never drew."""
-PROMPT_SEED = 0
-"""Seed of the prompts' data set."""
-REFERENCE_SEED = 1
-"""Seed of the rendered pictures that FID compares with."""
-FLOOR_SEED = 2
-"""Seed of a second set of rendered pictures, whose FID is the lowest that can be expected."""
-
-Draw = Callable[[list[str], list[int]], Tensor]
-"""Draws pictures `[B, 3, H, W]` in [-1, 1] from B prompts and B seeds."""
-Advance = Callable[[int], object]
-"""Called with the number of pictures that were done since the last call."""
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A model with a way of sampling it; it becomes one row of the table.
-
-    Attributes:
-        name: name of the row.
-        steps: generation steps.
-        nfe: network evaluations per picture; guidance takes two in each step.
-        gflop: cost of the network per picture.
-        draw: draws a batch of pictures.
-        ready: makes a context in which the model is ready to be timed and judged, e.g. with its LoRA merged.
-    """
-
-    name: str
-    steps: int
-    nfe: int
-    gflop: float
-    draw: Draw
-    ready: Callable[[], AbstractContextManager[None]] = nullcontext
+BATCH, CHUNK = 16, 64
+"""Pictures drawn at once, and pictures whose features are one file."""
+ALONE = (0, 1)
+"""The demo draws in one process, whatever trained."""
 
 
 @dataclass(frozen=True)
@@ -101,17 +76,18 @@ class ResultRow:
     """One row of the table.
 
     Attributes:
-        name: see `Contender`.
-        steps: see `Contender`.
-        nfe: see `Contender`.
-        gflop: see `Contender`.
-        ms_per_image: time of network and VAE per picture, median over batches.
+        name: who draws.
+        steps: generation steps.
+        nfe: network evaluations per picture; guidance takes two in each step.
+        gflop: cost of the network per picture.
+        ms_per_image: time of network and VAE per picture, mean over batches.
         fid: Fréchet distance of the judge's features to those of rendered pictures.
         prompt_accuracy: mean over attributes, in [0, 1].
         exact_match: share of pictures for which every statement of the caption holds.
         attributes: accuracy of each attribute.
         n_pictures: number of pictures behind fid and accuracies.
         source: "live", or the origin of stored statistics.
+        distances: with intervals; None where there are too few pictures for them.
     """
 
     name: str
@@ -125,113 +101,40 @@ class ResultRow:
     attributes: dict[str, float] = field(default_factory=dict)
     n_pictures: int = 0
     source: str = "live"
+    distances: Distances | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Speed of a contender, and the pictures drawn while it was measured.
+# Who draws
 
-    Attributes:
-        ms_per_image: median over batches, milliseconds.
-        pictures: `[N, 3, H, W]` in [-1, 1] for the first N prompts.
+
+def teachers(task: Distiller) -> dict[str, DrawingModel]:
+    """By name of the row: the teacher with all its steps, and with the student's noise levels.
+
+    Both draw at the schedule's last size with classifier-free guidance.
     """
-
-    ms_per_image: float
-    pictures: Tensor
-
-
-# Prompts and references
-
-
-def prompts_of(n: int) -> list[str]:
-    """The first `n` captions of the held-out split."""
-    dataset = ShapesDataset(SPLIT, PROMPT_SEED, length=n)
-    return [dataset.draw(i)[1].caption() for i in range(n)]
+    schedule, size = task.schedule, task.schedule.sizes[-1]
+    few, many = len(schedule), task.model.teacher_steps
+    # Steps are set on the model that a row draws with, so each has one of its own.
+    quick = copy.copy(task.model)
+    quick.teacher_steps = few
+    levels = tuple(schedule.sigmas)
+    return {
+        f"teacher, {many} steps": DrawingModel("teacher", "teacher", copy.copy(task.model), None, None, size, many),
+        f"teacher, {few} steps": DrawingModel("teacher_few", "teacher", quick, None, None, size, few, levels),
+    }
 
 
-def reference_features(judge: Judge, n: int, seed: int, device: torch.device, batch: int = 32) -> Tensor:
-    """Features `[n, D]` of `n` rendered pictures of the held-out split."""
-    dataset = ShapesDataset(SPLIT, seed, length=n)
-    parts = []
-    for chunk in batches(n, batch):
-        pixels = torch.stack([dataset[i]["pixels"] for i in chunk])
-        parts.append(judge.features(pixels.to(device)).cpu())
-    return torch.cat(parts)
-
-
-def batches(n: int, size: int) -> Iterator[range]:
-    """0..n-1 in ranges of `size`, the last one shorter."""
-    return (range(start, min(start + size, n)) for start in range(0, n, size))
-
-
-# Contenders
-
-
-class _Euler(FlowMatchEulerDiscreteScheduler):
-    """Euler steps in float32, whatever dtype the network computes in, at given noise levels or the scheduler's own.
-
-    Args:
-        levels: noise levels of the steps; None: the scheduler's own.
-        **config: configuration of the diffusers scheduler.
-    """
-
-    def __init__(self, levels: Sequence[float] | None = None, **config: Any) -> None:
-        super().__init__(**config)
-        self.levels = levels
-
-    def set_timesteps(self, num_inference_steps: int | None = None, device: Any = None, **kwargs: Any) -> None:
-        if self.levels is None:
-            super().set_timesteps(num_inference_steps, device=device, **kwargs)
-        else:
-            super().set_timesteps(sigmas=list(self.levels), device=device)
-
-    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
-        return super().step(model_output.float(), timestep, sample, **kwargs)
-
-
-def contenders(task: Distiller) -> tuple[Contender, Contender, Contender]:
-    """The rows of the demo: the teacher with all its steps, the teacher with as many steps as the student, the student.
-
-    The teacher draws at the schedule's last size with classifier-free guidance; the student needs no guidance.
-    """
-    # Costs of the steps.
-    model = task.model
-    schedule = task.schedule
-    row = task.encode_prompts([""])
-    costs = {size: forward_gflop(model, size, row) for size in set(schedule.sizes)}
-    full = costs[schedule.sizes[-1]]
-    few = len(schedule)
-    many = model.teacher_steps
-    passes = 2 if model.drawing_guidance_scale > 1 else 1
-
-    # One row for each way of drawing.
-    def teacher(scheduler: Any, steps: int) -> Draw:
-        return lambda prompts, seeds: teacher_pictures(task, scheduler, steps, prompts, seeds)
-
-    return (
-        Contender(
-            f"teacher, {many} steps", many, passes * many, passes * many * full, teacher(_Euler(shift=3.0), many)
-        ),
-        Contender(
-            f"teacher, {few} steps",
-            few,
-            passes * few,
-            passes * few * full,
-            teacher(_Euler(schedule.sigmas, shift=1.0), few),
-        ),
-        Contender(
-            f"student, {few} steps, scale-wise",
-            few,
-            few,
-            sum(costs[size] for size in schedule.sizes),
-            lambda prompts, seeds: task.sample(prompts, seeds)[0],
-            lambda: merged_student(task.networks),
-        ),
-    )
+def student(task: Distiller, run: Path) -> dict[str, DrawingModel]:
+    """By name of the row: the student of a run, which needs no guidance."""
+    model, schedule = copy.copy(task.model), task.schedule
+    sampler = schedule.scheduler(model.limits.divisor, model.backbone_class.process.prediction_type)
+    found, few = load_student(locate(str(run), run)), len(schedule)
+    name = f"student, {few} steps, scale-wise"
+    return {name: DrawingModel("student", str(run), model, found, sampler, schedule.sizes[-1], few)}
 
 
 def full_size_gflop(task: Distiller) -> float:
@@ -240,40 +143,44 @@ def full_size_gflop(task: Distiller) -> float:
     return len(task.schedule) * forward_gflop(task.model, task.schedule.sizes[-1], row)
 
 
-@torch.no_grad()
-def teacher_pictures(task: Distiller, scheduler: Any, steps: int, prompts: list[str], seeds: list[int]) -> Tensor:
-    """Pictures `[B, 3, H, W]` of the frozen teacher at the schedule's last size, with the model's guidance scale."""
-    latents = initial_latents(seeds, task.model.channels, task.schedule.sizes[-1]).to(task.device)
-    conditioning = task.encode_prompts(prompts)
-    latents = sample_latents(
-        task.networks, scheduler, latents, conditioning, task.empty, task.model.drawing_guidance_scale, "teacher", steps
-    )
-    return task.encoders.decode(latents)
-
-
-@contextmanager
-def merged_student(networks: Networks) -> Iterator[None]:
-    """Context in which the student's LoRA is merged into the weights, as in use; afterwards the weights are restored.
-
-    Does nothing for a network that was trained whole, which has no LoRA, and for 8-bit weights, which cannot be merged.
-    """
-    if not isinstance(networks, SharedBase) or networks.quantized:
-        yield
-        return
-    modules = networks.backbone.network.modules()
-    layers: list[LoraLayer] = [module for module in modules if isinstance(module, LoraLayer)]
-    kept = [layer.get_base_layer().weight.detach().clone() for layer in layers]
-    try:
-        for layer in layers:
-            layer.merge(adapter_names=["student"])
-        yield
-    finally:
-        for layer, weight in zip(layers, kept, strict=True):
-            layer.merged_adapters.clear()
-            layer.get_base_layer().weight.data.copy_(weight)  # unmerging would leave rounding errors behind
-
-
 # Measuring
+
+
+def plan_of(folder: Path, candidate: Candidate, n: int) -> Plan:
+    """The pictures of a row: of the first `n` held-out captions, picture i from seed i."""
+    requests = Requests([(prompt, None) for prompt in prompts_of(n)], 1, 0)
+    return Plan(folder, "shapes", requests, (candidate,), BATCH, CHUNK, ALONE)
+
+
+def draw_pictures(plan: Plan, timing: Timing | None = None) -> dict[str, Any]:
+    """Draw the pictures of a row; returns what they cost."""
+    (candidate,) = plan.candidates
+    assert isinstance(candidate, DrawingModel)
+    painter, costs = Painter(plan, candidate), Costs(plan, candidate, timing)
+    draw_share(painter)
+    costs.measure(painter)
+    painter.free()
+    return costs.load() or {}
+
+
+def judged_pictures(plan: Plan, judge_path: str) -> Judged:
+    """Features and statements of the drawn pictures of a row, as the judge reads them."""
+    (candidate,) = plan.candidates
+    features, readings = JudgeFeatures(judge_path), ShapesAccuracy(judge_path)
+    scoring = Scoring(plan, {"fid": Frechet(features), "accuracy": readings}, None, Bootstrap())
+    scoring.extract_share()
+    choices = scoring.stored(readings.extractors[0], candidate.name).long().tolist()
+    return Judged(scoring.stored(features, candidate.name), statements_of(choices, scoring.prompts))
+
+
+def reference_features(judge: Judge, n: int, seed: int, device: torch.device, batch: int = 32) -> Tensor:
+    """Features `[n, D]` of `n` rendered pictures of the held-out split."""
+    dataset = ShapesDataset(SPLIT, seed, length=n)
+    parts = []
+    for chunk in chunks_of(n, batch):
+        pixels = torch.stack([torch.as_tensor(dataset[i]["pixels"]) for i in chunk])
+        parts.append(judge.features(pixels.to(device)).cpu())
+    return torch.cat(parts)
 
 
 def judge_pictures(judge: Judge, pixels: Tensor, prompts: Sequence[str]) -> Judged:
@@ -282,90 +189,29 @@ def judge_pictures(judge: Judge, pixels: Tensor, prompts: Sequence[str]) -> Judg
     return Judged(judge.features(pixels).cpu(), torch.stack([pack_score(s) for s in scores]))
 
 
-def pack_score(score: Score) -> Tensor:
-    """A score as `[A, 2]` int64; attributes that the caption does not mention are (0, 0)."""
-    return torch.tensor([score.get(name, (0, 0)) for name in ATTRIBUTES])
-
-
 def unpack_score(row: Tensor) -> Score:
     """Inverse of `pack_score`."""
     pairs = zip(ATTRIBUTES, row.tolist(), strict=True)
     return {name: (int(hits), int(count)) for name, (hits, count) in pairs if count}
 
 
-def judged_batches(
-    contender: Contender, judge: Judge, prompts: Sequence[str], start: int = 0, batch: int = 32
-) -> Iterator[Judged]:
-    """Draw and judge pictures from number `start` on, batch by batch; picture i has prompt i and seed i."""
-    for chunk in batches(len(prompts) - start, batch):
-        wanted = [start + i for i in chunk]
-        texts = [prompts[i] for i in wanted]
-        yield judge_pictures(judge, contender.draw(texts, wanted), texts)
-
-
-def run_contender(
-    contender: Contender, judge: Judge, prompts: Sequence[str], batch: int = 32, advance: Advance = lambda n: None
-) -> Judged:
-    """Draw and judge all pictures of a contender."""
-    parts = []
-    for part in judged_batches(contender, judge, prompts, batch=batch):
-        parts.append(part)
-        advance(len(part))
-    return Judged.cat(parts)
-
-
-def time_contender(
-    contender: Contender,
-    prompts: Sequence[str],
-    batch: int = 8,
-    repeats: int = 5,
-    seconds: float = 20.0,
-    least: int = 3,
-    advance: Advance = lambda n: None,
-) -> Timing:
-    """Milliseconds per picture for network and VAE, after the prompts are encoded and a first picture was drawn.
+def make_row(name: str, costs: Mapping[str, Any], judged: Judged, reference: Tensor, source: str = "live") -> ResultRow:
+    """A row from its measurements.
 
     Args:
-        contender: the model to time.
-        prompts: prompts in order; after the last one it starts again.
-        batch: pictures drawn together.
-        repeats: largest number of batches; the result is their median.
-        seconds: after this time no further batch begins, unless `least` is not reached.
-        least: smallest number of batches.
-        advance: called after every batch.
+        name: who draws.
+        costs: as `draw_pictures` returns them.
+        judged: of the pictures.
+        reference: features of rendered pictures `[N, D]`.
+        source: see `ResultRow`.
     """
-    # Warm up, which also encodes the prompts.
-    size = min(batch, len(prompts))
-    contender.draw(list(prompts[:1]), [0])
-
-    # Time batches, and keep the first picture of every prompt.
-    times: list[float] = []
-    pictures: list[Tensor] = []
-    began = time.perf_counter()
-    while len(times) < least or (len(times) < repeats and time.perf_counter() - began < seconds):
-        first = len(times) * size
-        wanted = [(first + i) % len(prompts) for i in range(size)]
-        texts = [prompts[i] for i in wanted]
-        start = time.perf_counter()
-        drawn = contender.draw(texts, wanted).cpu()  # the copy waits for the device
-        times.append((time.perf_counter() - start) / size)
-        if first < len(prompts):
-            pictures.append(drawn[: len(prompts) - first])
-        advance(size)
-    return Timing(1000 * statistics.median(times), torch.cat(pictures))
-
-
-def make_row(
-    contender: Contender, judged: Judged, reference: Tensor, ms_per_image: float, source: str = "live"
-) -> ResultRow:
-    """The row of a contender from its measurements; `reference`: features of rendered pictures `[N, D]`."""
-    accuracy = judged.accuracy()
+    accuracy, latency = judged.accuracy(), costs["latency"]
     return ResultRow(
-        name=contender.name,
-        steps=contender.steps,
-        nfe=contender.nfe,
-        gflop=contender.gflop,
-        ms_per_image=ms_per_image,
+        name=name,
+        steps=costs["steps"],
+        nfe=costs["evaluations"],
+        gflop=1000 * costs["tflop"],
+        ms_per_image=1000 * (latency["denoise_s"] + latency["decode_s"]),
         fid=frechet_distance(reference, judged.features),
         prompt_accuracy=accuracy["mean"],
         exact_match=accuracy["exact_match"],
@@ -424,31 +270,6 @@ class Store:
         self.about.unlink(missing_ok=True)  # an interruption must not leave a description of other arrays
         write_aside(self.path, write)
         write_json(self.about, self.facts | {"n_pictures": len(judged), "command": command})
-
-
-def store_statistics(
-    store: Store,
-    contender: Contender,
-    judge: Judge,
-    prompts: Sequence[str],
-    command: str,
-    batch: int = 32,
-    advance: Advance = lambda n: None,
-) -> Judged:
-    """Judge all pictures of a contender and store the result; goes on where an interrupted call stopped."""
-    begun = Store(store.path.with_name(f"{store.path.stem}.partial.npz"), store.facts)
-    parts = [begun.load()] if begun.why_not(1) is None else []
-    done = sum(map(len, parts))
-    advance(done)
-    for part in judged_batches(contender, judge, prompts, done, batch):
-        parts.append(part)
-        begun.save(Judged.cat(parts), command)
-        advance(len(part))
-    judged = Judged.cat(parts)
-    store.save(judged, command)
-    for path in (begun.path, begun.about):
-        path.unlink(missing_ok=True)
-    return judged
 
 
 def teacher_store(task: Distiller, judge_folder: Path) -> Store:

@@ -9,9 +9,9 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,24 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from swd.config import stored
+from swd.evaluation.timing import Timing
 from swd.io.files import write_json, write_text
 from swd.io.job_log import JobLog, say
+from swd.metrics.features import read_pictures
 from swd.metrics.fid import frechet_distance
 from swd.modules.distiller import Distiller
 from swd.shapes import contest, report
-from swd.shapes.contest import Advance, Contender, Judged, ResultRow, Timing
+from swd.shapes.contest import Judged, ResultRow
+from swd.shapes.distances import distances
 from swd.shapes.judge import Judge
+from swd.shapes.rendered import FLOOR_SEED, REFERENCE_SEED, prompts_of
 from swd.types import UserError
 
 STORE_COMMAND = "swd demo store_teacher=true"
 """The command that makes the stored statistics of the teacher."""
-BATCH = 16
-"""Pictures drawn in one batch for judging."""
 TIMED_BATCH = 8
 """Pictures drawn in one batch for timing."""
 
@@ -47,14 +50,14 @@ class Study:
 
     Attributes:
         rows: rows of the table, the student last.
-        timings: timing of each row, with pictures of the first prompts.
+        pictures: `[N, 3, H, W]` in [-1, 1] of the first prompts, of each row.
         prompts: prompts of the evaluation.
         fid_floor: FID between two sets of rendered pictures, the lowest that can be expected.
         full_size_gflop: cost of the student's number of steps if all were at full size.
     """
 
     rows: list[ResultRow]
-    timings: list[Timing]
+    pictures: list[Tensor]
     prompts: list[str]
     fid_floor: float
     full_size_gflop: float
@@ -66,47 +69,43 @@ class Study:
 
 
 def compare(cfg: DictConfig, task: Distiller, judge: Judge, judge_folder: Path, clock: Clock) -> Study:
-    """Time and judge every contender on the same prompts."""
-    n = cfg.n_pictures
-    device = task.device
-    prompts = contest.prompts_of(n)
+    """Draw, time and judge the pictures of every row, on the same prompts and seeds."""
+    n, device, run = cfg.n_pictures, task.device, Path(cfg.folder)
     with clock.phase("reference"), bar("render reference pictures", 2 * n) as advance:
-        reference = contest.reference_features(judge, n, contest.REFERENCE_SEED, device)
+        reference = contest.reference_features(judge, n, REFERENCE_SEED, device)
         advance(n)
-        floor = contest.reference_features(judge, n, contest.FLOOR_SEED, device)
+        floor = contest.reference_features(judge, n, FLOOR_SEED, device)
         advance(n)
+    prompts = prompts_of(n)
+    rows, pictures, features = [], [], []
+    timing = Timing(TIMED_BATCH, cfg.timing_batches, 1)
+    contenders = contest.teachers(task) | contest.student(task, run)
+    for number, (name, candidate) in enumerate(contenders.items()):
+        with clock.phase(name):
+            stored = stored_statistics(cfg, task, judge_folder, name) if number == 0 else None
+            # With stored statistics only the pictures that the report shows are drawn.
+            plan = contest.plan_of(run / "evaluation", candidate, n if stored is None else cfg.shown)
+            costs = contest.draw_pictures(plan, timing)
+            judged = contest.judged_pictures(plan, str(judge_folder)) if stored is None else stored
+            source = "live" if stored is None else f"stored: {STORE_COMMAND}"
+            rows.append(contest.make_row(name, costs, judged, reference, source))
+            features.append(judged.features)
+            pictures.append(torch.stack([*read_pictures(plan.pictures(candidate).files[: cfg.shown])]) / 127.5 - 1)
+    found = distances(features, torch.cat([reference, floor]), prompts)
+    rows = [replace(row, distances=each) for row, each in zip(rows, found, strict=True)]
+    return Study(rows, pictures, prompts, frechet_distance(reference, floor), contest.full_size_gflop(task))
+
+
+def stored_statistics(cfg: DictConfig, task: Distiller, judge_folder: Path, name: str) -> Judged | None:
+    """The teacher's stored statistics; None if they are not wanted, or are of something else."""
+    if cfg.recompute:
+        return None
     store = contest.teacher_store(task, judge_folder)
-    rows = []
-    timings = []
-    for number, contender in enumerate(contest.contenders(task)):
-        with clock.phase(contender.name):
-            with contender.ready():
-                timing = measure_speed(cfg, contender, prompts)
-                judged, source = measure_quality(cfg, contender, judge, prompts, store if number == 0 else None)
-            rows.append(contest.make_row(contender, judged, reference, timing.ms_per_image, source))
-            timings.append(timing)
-    return Study(rows, timings, prompts, frechet_distance(reference, floor), contest.full_size_gflop(task))
-
-
-def measure_speed(cfg: DictConfig, contender: Contender, prompts: Sequence[str]) -> Timing:
-    """Time per picture; draws at least as many pictures as the report shows."""
-    size = min(TIMED_BATCH, len(prompts))
-    least = max(min(3, cfg.timing_batches), -(-cfg.shown // size))
-    with bar(f"{contender.name}: time", max(cfg.timing_batches, least) * size) as advance:
-        return contest.time_contender(contender, prompts, TIMED_BATCH, cfg.timing_batches, least=least, advance=advance)
-
-
-def measure_quality(
-    cfg: DictConfig, contender: Contender, judge: Judge, prompts: Sequence[str], store: contest.Store | None
-) -> tuple[Judged, str]:
-    """Judged pictures of a contender, and their source: "live" or the command that stored them."""
-    if store is not None and not cfg.recompute:
-        reason = store.why_not(len(prompts))
-        if reason is None:
-            return store.load().first(len(prompts)), f"stored: {STORE_COMMAND}"
-        say(f"{contender.name}: drawing every picture now, because {reason}")
-    with bar(f"{contender.name}: judge {len(prompts)} pictures", len(prompts)) as advance:
-        return contest.run_contender(contender, judge, prompts, BATCH, advance), "live"
+    reason = store.why_not(cfg.n_pictures)
+    if reason is not None:
+        say(f"{name}: drawing every picture now, because {reason}")
+        return None
+    return store.load().first(cfg.n_pictures)
 
 
 def ratios_of(study: Study) -> dict[str, dict[str, Any]]:
@@ -207,7 +206,7 @@ def describe(cfg: DictConfig, task: Distiller, judge: Judge, study: Study) -> tu
 def comparisons_of(cfg: DictConfig, judge: Judge, study: Study) -> list[report.Comparison]:
     """The first prompts of the evaluation, with the picture of every contender and the judge's score."""
     prompts = study.prompts[: cfg.shown]
-    pictures = {name: t.pictures[: cfg.shown] for name, t in zip(study.names, study.timings, strict=True)}
+    pictures = dict(zip(study.names, study.pictures, strict=True))
     marks = {}
     for name, drawn in pictures.items():
         scores = contest.judge_pictures(judge, drawn.to(next(judge.parameters()).device), prompts).scores.sum(1)
@@ -250,7 +249,7 @@ def finish(cfg: DictConfig, results: dict[str, Any], page: report.Page) -> None:
         write_text(folder / "report.html", html)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(terminal_table(results["rows"]))
-    for line in report.ratio_lines(results):
+    for line in report.ratio_lines(results) + report.difference_lines(results):
         console.print(line, markup=False, highlight=False)
     print(f"{results['wall_seconds']['total'] / 60:.1f} minutes")
     print(latest / "report.html")
@@ -324,7 +323,7 @@ def _process_seconds() -> float:
 
 
 @contextmanager
-def bar(title: str, total: int) -> Iterator[Advance]:
+def bar(title: str, total: int) -> Iterator[Callable[[int], object]]:
     """Report the progress of a part of the demo, in pictures; see `JobLog`."""
     with JobLog(title, total, "picture") as log:
         yield log.advance

@@ -347,7 +347,7 @@ FAILURES = [
 
 
 @pytest.mark.parametrize(("error", "words"), FAILURES, ids=lambda value: type(value).__name__)
-@pytest.mark.parametrize("command", ["train", "sample", "export", "generate", "encode", "import"])
+@pytest.mark.parametrize("command", ["train", "sample", "export", "generate", "encode", "import", "evaluate"])
 def test_a_failing_machine_is_one_line_in_every_command(
     refused: Refused, monkeypatch: pytest.MonkeyPatch, command: str, error: Exception, words: str
 ) -> None:
@@ -356,7 +356,8 @@ def test_a_failing_machine_is_one_line_in_every_command(
 
     module = importlib.import_module(cli.COMMANDS[command][0])
     monkeypatch.setattr(module, "run", fail)
-    where = {"train": ["folder=run"], "sample": ["folder=run"], "export": ["to=run"]}.get(command, ["out=run"])
+    folders = {key: ["folder=run"] for key in ("train", "sample", "evaluate")}
+    where = (folders | {"export": ["to=run"]}).get(command, ["out=run"])
     assert words in refused(*where, command=command)
 
 

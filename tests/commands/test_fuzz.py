@@ -84,7 +84,7 @@ OPTIONS = (
 ADDED = ("trainer.precision", "trainer.limit_train_batches", "trainer.max_epochs", "trainer.fast_dev_run")
 ADDED += ("trainer.max_time", "trainer.profiler", "trainer.gradient_clip_val", "trainer.overfit_batches", "nothing")
 ADDED += ("model._args_", "task._partial_", "callbacks.mine._target_", "logger.api_key", "callbacks.samples.seed")
-COMMANDS = ("sample", "generate", "encode", "import", "export")
+COMMANDS = ("sample", "generate", "encode", "import", "export", "evaluate")
 
 
 def keys_of(node: Any, path: str = "") -> list[str]:
@@ -135,6 +135,7 @@ def run_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: Path, 
         "generate": ["prompts=p.txt", "out=out"],
         "encode": ["limit=2", "out=out"],
         "import": ["source=.", "out=out"],
+        "evaluate": [f"model.path={tiny_model}", "models=[teacher]", "prompts=shapes", "n=2", "metrics=[shapes_exact]"],
     }
 
     def run(command: str, arguments: list[str]) -> None:

@@ -13,14 +13,21 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from swd.evaluation.candidates import DrawingModel, GivenPictures
+from swd.evaluation.draw import Painter
+from swd.evaluation.plan import Plan
+from swd.io.pictures import to_pil
 from swd.losses import MMD
 from swd.metrics.fid import frechet_distance
+from swd.modules.adapters import save_adapter
 from swd.modules.distiller import Distiller
 from swd.modules.pretrained import Pretrained
+from swd.modules.requests import Requests
 from swd.shapes import contest
-from swd.shapes.contest import Contender, Judged, Store
+from swd.shapes.contest import Judged, Store
 from swd.shapes.dataset import ShapesDataset
 from swd.shapes.judge import ATTRIBUTES, Judge, prompt_accuracy
+from swd.shapes.rendered import FLOOR_SEED, PROMPT_SEED, REFERENCE_SEED, SPLIT, prompts_of
 from swd.types import UserError
 
 
@@ -80,25 +87,39 @@ def judge() -> Judge:
 
 def rendered(prompts: list[str], seeds: list[int]) -> Tensor:
     """A model that is always right: the picture that belongs to the prompt."""
-    dataset = ShapesDataset(contest.SPLIT, contest.PROMPT_SEED)
+    dataset = ShapesDataset(SPLIT, PROMPT_SEED)
     items = [dataset[seed] for seed in seeds]
     assert [item["prompt"] for item in items] == prompts
     return torch.stack([torch.as_tensor(item["pixels"]) for item in items])
 
 
-def contender(draw: contest.Draw = rendered) -> Contender:
-    return Contender("renderer", steps=1, nfe=1, gflop=0.5, draw=draw)
+def write_pictures(folder: Path, prompts: list[str]) -> GivenPictures:
+    """Files of the right pictures, as a row of the table that draws nothing."""
+    files = tuple(folder / f"{row}.png" for row in range(len(prompts)))
+    folder.mkdir(exist_ok=True)
+    for file, pixels in zip(files, rendered(prompts, list(range(len(prompts)))), strict=True):
+        to_pil(pixels).save(file)
+    return GivenPictures("renderer", str(folder), files)
 
 
-def test_streaming_in_batches_equals_all_at_once(judge: Judge) -> None:
-    prompts = contest.prompts_of(10)
-    told: list[int] = []
-    judged = contest.run_contender(contender(), judge, prompts, batch=4, advance=told.append)
+COSTS = {"steps": 1, "evaluations": 1, "tflop": 5e-4, "latency": {"text_s": 9.0, "denoise_s": 0.002, "decode_s": 5e-4}}
+
+
+def judge_files(folder: Path, judge: Judge, n: int) -> Judged:
+    """The judge's reading of the right pictures, from files."""
+    judge.save_pretrained(folder / "judge")
+    candidate = write_pictures(folder / "pictures", prompts_of(n))
+    return contest.judged_pictures(contest.plan_of(folder / "evaluation", candidate, n), str(folder / "judge"))
+
+
+def test_pictures_from_files_are_judged_as_those_in_memory(judge: Judge, tmp_path: Path) -> None:
+    prompts = prompts_of(10)
+    judged = judge_files(tmp_path, judge, 10)
     pixels = rendered(prompts, list(range(10)))
-    assert told == [4, 4, 2]
-    assert torch.allclose(judged.features, judge.features(pixels), atol=1e-6)
-    assert judged.accuracy() == pytest.approx(prompt_accuracy(judge, pixels, prompts))
-    assert judged.first(3).accuracy() == pytest.approx(prompt_accuracy(judge, pixels[:3], prompts[:3]))
+    levels = (127.5 * (pixels + 1)).round() / 127.5 - 1
+    assert torch.allclose(judged.features, judge.features(levels), atol=1e-6)
+    assert judged.accuracy() == pytest.approx(prompt_accuracy(judge, levels, prompts))
+    assert judged.first(3).accuracy() == pytest.approx(prompt_accuracy(judge, levels[:3], prompts[:3]))
 
 
 def test_scores_pack_and_unpack() -> None:
@@ -109,34 +130,22 @@ def test_scores_pack_and_unpack() -> None:
 
 
 def test_prompts_are_a_prefix_and_references_differ(judge: Judge) -> None:
-    assert contest.prompts_of(12)[:5] == contest.prompts_of(5)
+    assert prompts_of(12)[:5] == prompts_of(5)
     device = torch.device("cpu")
-    some = contest.reference_features(judge, 6, contest.REFERENCE_SEED, device, batch=4)
-    assert torch.allclose(some[:3], contest.reference_features(judge, 3, contest.REFERENCE_SEED, device), atol=1e-6)
-    assert not torch.allclose(some, contest.reference_features(judge, 6, contest.FLOOR_SEED, device), atol=1e-4)
+    some = contest.reference_features(judge, 6, REFERENCE_SEED, device, batch=4)
+    assert torch.allclose(some[:3], contest.reference_features(judge, 3, REFERENCE_SEED, device), atol=1e-6)
+    assert not torch.allclose(some, contest.reference_features(judge, 6, FLOOR_SEED, device), atol=1e-4)
 
 
-def test_row_of_the_reference_itself_has_no_distance(judge: Judge) -> None:
-    judged = contest.run_contender(contender(), judge, contest.prompts_of(8))
-    row = contest.make_row(contender(), judged, judged.features, ms_per_image=2.5)
+def test_row_of_the_reference_itself_has_no_distance(judge: Judge, tmp_path: Path) -> None:
+    judged = judge_files(tmp_path, judge, 8)
+    row = contest.make_row("renderer", COSTS, judged, judged.features)
     accuracy = judged.accuracy()
     assert row.fid == pytest.approx(0, abs=1e-6)
     assert (row.prompt_accuracy, row.exact_match) == (accuracy["mean"], accuracy["exact_match"])
     assert row.prompt_accuracy == pytest.approx(sum(row.attributes.values()) / len(row.attributes))
     assert json.loads(json.dumps(row.as_dict()))["n_pictures"] == 8
-
-
-def test_timing_is_a_median_and_keeps_pictures_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, costs = [0.0], iter([9.0, 0.8, 0.2, 0.6])  # the first one warms up
-
-    def draw(prompts: list[str], seeds: list[int]) -> Tensor:
-        now[0] += next(costs)
-        return torch.tensor(seeds)[:, None, None, None].expand(-1, 3, 2, 2).float()
-
-    monkeypatch.setattr(contest.time, "perf_counter", lambda: now[0])
-    timing = contest.time_contender(contender(draw), ["a"] * 10, batch=4, repeats=3)
-    assert timing.ms_per_image == pytest.approx(1000 * 0.6 / 4)
-    assert timing.pictures[:, 0, 0, 0].tolist() == list(range(10))
+    assert (row.gflop, row.ms_per_image) == (pytest.approx(0.5), pytest.approx(2.5))  # text is not in it
 
 
 # The demo's models
@@ -155,18 +164,35 @@ def task(tiny_model: Path) -> Distiller:
     return task.eval()
 
 
-def test_costs_of_the_three_models(task: Distiller) -> None:
-    many, few, student = contest.contenders(task)
+@pytest.fixture
+def contenders(task: Distiller, tmp_path: Path) -> list[DrawingModel]:
+    """The rows of the demo, with the task's student read from a run's folder."""
+    state, model = task.networks.adapter_state("student"), task.model
+    save_adapter(tmp_path / "run" / "adapter", state, 4, 4, task.scheduler(), model.name, "transformer")
+    return [*contest.teachers(task).values(), *contest.student(task, tmp_path / "run").values()]
+
+
+def drawn_by(candidate: DrawingModel, folder: Path, prompts: list[str], seeds: list[int]) -> Tensor:
+    """Pictures of one batch, each with its own seed."""
+    requests = Requests(list(zip(prompts, seeds, strict=True)), 1, 0)
+    painter = Painter(Plan(folder, "p", requests, (candidate,), 8, 8), candidate)
+    return torch.stack(painter.draw(range(len(prompts))))
+
+
+def test_costs_of_the_three_models(task: Distiller, contenders: list[DrawingModel], tmp_path: Path) -> None:
+    many, few, student = (contest.draw_pictures(contest.plan_of(tmp_path / "out", each, 2)) for each in contenders)
     full = contest.full_size_gflop(task) / 3
-    assert [c.steps for c in (many, few, student)] == [5, 3, 3]
-    assert [c.nfe for c in (many, few, student)] == [10, 6, 3]
-    assert many.gflop == pytest.approx(10 * full) and few.gflop == pytest.approx(6 * full)
-    assert full < student.gflop < 3 * full
+    assert [c["steps"] for c in (many, few, student)] == [5, 3, 3]
+    assert [c["evaluations"] for c in (many, few, student)] == [10, 6, 3]
+    assert 1000 * many["tflop"] == pytest.approx(10 * full) and 1000 * few["tflop"] == pytest.approx(6 * full)
+    assert full < 1000 * student["tflop"] < 3 * full
 
 
-def test_teacher_at_the_students_levels_is_plain_guided_euler(task: Distiller) -> None:
+def test_teacher_at_the_students_levels_is_plain_guided_euler(
+    task: Distiller, contenders: list[DrawingModel], tmp_path: Path
+) -> None:
     prompts, seeds = ["a red star", "a blue ring"], [3, 4]
-    drawn = contest.contenders(task)[1].draw(prompts, seeds)
+    drawn = drawn_by(contenders[1], tmp_path, prompts, seeds)
     x = torch.cat([torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in seeds])
     text = task.encoders.encode_prompts(prompts)
     levels = [*tiny.SIGMAS, 0.0]
@@ -179,7 +205,9 @@ def test_teacher_at_the_students_levels_is_plain_guided_euler(task: Distiller) -
     assert torch.allclose(drawn, task.encoders.decode(x), atol=1e-4)
 
 
-def test_teacher_in_full_follows_the_stock_pipeline(task: Distiller) -> None:
+def test_teacher_in_full_follows_the_stock_pipeline(
+    task: Distiller, contenders: list[DrawingModel], tmp_path: Path
+) -> None:
     pipe = task.model.pipeline()
     pipe.set_progress_bar_config(disable=True)
     assert isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler) and pipe.scheduler.config.shift == 3.0
@@ -193,58 +221,34 @@ def test_teacher_in_full_follows_the_stock_pipeline(task: Distiller) -> None:
         max_sequence_length=12,
         output_type="pt",
     ).images
-    drawn = contest.contenders(task)[0].draw(["a red star"], [3])
+    drawn = drawn_by(contenders[0], tmp_path, ["a red star"], [3])
     assert torch.allclose(drawn / 2 + 0.5, stock, atol=1e-4)
 
 
-def test_merged_student_draws_the_same_and_leaves_no_trace(task: Distiller) -> None:
-    prompts, seeds = ["a red star"], [0]
-    before = {key: value.clone() for key, value in task.networks.state_dict().items()}
+def test_the_student_read_back_draws_what_the_task_draws(
+    task: Distiller, contenders: list[DrawingModel], tmp_path: Path
+) -> None:
+    prompts, seeds = ["a red star", "a blue ring"], [0, 5]
     apart = task.sample(prompts, seeds)[0]
-    teacher = contest.contenders(task)[1].draw(prompts, seeds)
-    assert not torch.allclose(apart, teacher, atol=1e-2)
-    with contest.merged_student(task.networks):
-        together = task.sample(prompts, seeds)[0]
-    assert torch.allclose(apart, together, atol=1e-4)
-    after = task.networks.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    assert torch.equal(task.sample(prompts, seeds)[0], apart)
-    assert torch.equal(contest.contenders(task)[1].draw(prompts, seeds), teacher)
+    assert torch.allclose(drawn_by(contenders[2], tmp_path, prompts, seeds), apart, atol=1e-4)
+    assert not torch.allclose(apart, drawn_by(contenders[1], tmp_path, prompts, seeds), atol=1e-2)
 
 
 # Stored statistics
 
 
 def test_stored_statistics_are_the_prefix_of_what_was_judged(judge: Judge, tmp_path: Path) -> None:
-    store, prompts = Store(tmp_path / "teacher.npz", {"weights": "abc"}), contest.prompts_of(9)
+    store = Store(tmp_path / "stored" / "teacher.npz", {"weights": "abc"})
+    store.path.parent.mkdir()
     assert "not there" in (store.why_not(1) or "")
-    judged = contest.store_statistics(store, contender(), judge, prompts, "make it", batch=4)
+    judged = judge_files(tmp_path, judge, 9)
+    store.save(judged, "make it")
     assert store.why_not(9) is None and "10 are asked for" in (store.why_not(10) or "")
     loaded = store.load()
     assert torch.equal(loaded.features, judged.features) and torch.equal(loaded.scores, judged.scores)
     assert "another weights" in (Store(store.path, {"weights": "abd"}).why_not(2) or "")
     assert json.loads(store.about.read_text())["command"] == "make it"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["teacher.json", "teacher.npz"]
-
-
-def test_storing_continues_where_it_was_interrupted(judge: Judge, tmp_path: Path) -> None:
-    store, prompts = Store(tmp_path / "teacher.npz", {"weights": "abc"}), contest.prompts_of(9)
-    drawn: list[int] = []
-
-    def fragile(prompts: list[str], seeds: list[int]) -> Tensor:
-        if len(drawn) == 8:
-            raise KeyboardInterrupt
-        drawn.extend(seeds)
-        return rendered(prompts, seeds)
-
-    with pytest.raises(KeyboardInterrupt):
-        contest.store_statistics(store, contender(fragile), judge, prompts, "", batch=4)
-    rest: list[int] = []
-    patient = contender(lambda texts, seeds: (rest.extend(seeds), rendered(texts, seeds))[1])
-    judged = contest.store_statistics(store, patient, judge, prompts, "", batch=4)
-    assert (drawn, rest) == ([*range(8)], [8])
-    whole = contest.run_contender(contender(), judge, prompts, batch=4)
-    assert torch.allclose(judged.features, whole.features, atol=1e-6) and torch.equal(judged.scores, whole.scores)
+    assert sorted(path.name for path in store.path.parent.iterdir()) == ["teacher.json", "teacher.npz"]
 
 
 def test_statistics_depend_on_every_weight(task: Distiller, judge: Judge, tmp_path: Path) -> None:

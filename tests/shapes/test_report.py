@@ -245,6 +245,26 @@ def testsetup_seconds_come_from_the_environment(monkeypatch: pytest.MonkeyPatch)
         demo.setup_seconds()
 
 
+def test_a_distance_stands_with_its_interval_and_says_what_it_settles() -> None:
+    def mmd(value: float, half: float) -> dict[str, float]:
+        return {"value": value, "low": value - half, "high": value + half, "level": 0.95}
+
+    overs = (None, mmd(5.04, 2.0), mmd(-0.4, 2.0))
+    rows = [
+        row(name, distances={"mmd": mmd(10.0, 3.14), "mmd_over_first": over, "fid_inf": None})
+        for name, over in zip(NAMES, overs, strict=True)
+    ]
+    assert report.mmd_text(rows[0]) == "10.0 ± 3.1"
+    assert report.mmd_text(row("old")) == report.mmd_text(row("few", distances=None)) == "–"
+    lines = report.difference_lines({"rows": rows})
+    assert lines == [
+        "teacher, 4 steps: MMD +5.0 [+3.0, +7.0] over teacher, 28 steps (worse)",
+        "student, 4 steps, scale-wise: MMD -0.4 [-2.4, +1.6] over teacher, 28 steps (not told apart)",
+    ]
+    text = "".join(Reader(report.render(build_page(results=dict(build_page().results) | {"rows": rows}))).text)
+    assert all(line in text for line in lines)
+
+
 def test_terminal_table_has_the_reports_columns() -> None:
     table = demo.terminal_table([row(name) for name in NAMES])
     assert [column.header for column in table.columns] == [column.title for column in report.COLUMNS]

@@ -1,0 +1,531 @@
+"""`swd evaluate`: the same prompts and seeds drawn by several models, metrics with intervals, and what a picture costs.
+
+Two phases that go on where they were stopped, over all processes: draw, then score.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from swd import __version__
+from swd.commands import shared
+from swd.commands.cli import config_path
+from swd.commands.sample import final_size
+from swd.config import allowed_here, build_node, check, fits, given_keys, node_of, to_plain
+from swd.data.job import MOST_IN_A_SHARD, is_first
+from swd.evaluation import table
+from swd.evaluation.candidates import (
+    Candidate,
+    DrawingModel,
+    check_names,
+    given_pictures,
+    holds_pictures,
+    name_of,
+    real_pictures,
+)
+from swd.evaluation.draw import Painter, check_levels, check_space, draw_share
+from swd.evaluation.plan import Plan, chunks_of, mine
+from swd.evaluation.score import Bootstrap, Real, Scoring
+from swd.evaluation.timing import Costs, Timing
+from swd.export.student_folder import build_model, recorded_model, schedule_of
+from swd.io import limits
+from swd.io.masking import mask_text
+from swd.metrics.base import PictureMetric
+from swd.modules.adapters import locate
+from swd.modules.hub import is_hub_id
+from swd.modules.pretrained import Pretrained
+from swd.modules.requests import Requests, read_prompts
+from swd.modules.student import load_student
+from swd.modules.tokens import warn_beyond
+from swd.schedule import ScaleSchedule
+from swd.scheduler import ScaleWiseScheduler
+from swd.shapes.rendered import RenderedPictures, prompts_of
+from swd.types import UserError
+
+ROOT = shared.ROOT | {
+    "models": list[str | dict[str, Any]],
+    "prompts": str,
+    "n": int | None,
+    "images_per_prompt": int,
+    "seed": int,
+    "metrics": list[str | dict[str, Any]],
+    "reference": str | None,
+    "batch_size": int,
+    "chunk_size": int,
+    "height": int | None,
+    "width": int | None,
+    "aspect": str | None,
+    "bootstrap": {"draws": int, "level": float, "seed": int},
+    "timing": dict[str, int] | None,
+    "published": bool,
+    "name": str,
+    "output": str,
+    "folder": str,
+}
+TEACHER = "teacher"
+SHAPES = "shapes"
+"""What `prompts` and `reference` are called for the embedded model."""
+SHAPES_PROMPTS = 1024
+"""Prompts of shapes where no number is given, and rendered pictures at least: as many as assets/shapes-judge is of."""
+OPTIONS = {
+    "name": str,
+    "model": str,
+    "steps": int,
+    "guidance_scale": int | float,
+    "sigmas": list[float],
+    "schedule": str | dict[str, Any],
+}
+"""Keys of an entry of `models` that is a mapping."""
+OF_TEACHERS, OF_STUDENTS = ("steps", "guidance_scale", "sigmas"), ("schedule",)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a configuration asks for, checked; nothing large is loaded yet."""
+
+    plan: Plan
+    scoring: Scoring
+    timing: Timing | None
+    published: bool
+
+
+def run(cfg: DictConfig) -> None:
+    """Evaluate what the configuration says; prints the table and where it lies."""
+    shared.quiet()
+    evaluation = prepare(cfg)
+    plan, scoring = evaluation.plan, evaluation.scoring
+    plan.claim()
+    check_space(plan)
+    if scoring.real is not None and isinstance(scoring.real.pictures, RenderedPictures):
+        chunks = chunks_of(len(scoring.real.pictures.files), plan.chunk_size)
+        scoring.real.pictures.render(row for _, rows in mine(chunks, plan.share) for row in rows)
+    shared.use_own_gpu()
+    warn_of_long_prompts(plan)
+    for candidate in plan.candidates:
+        if isinstance(candidate, DrawingModel):
+            draw_and_measure(plan, candidate, evaluation.timing)
+    scoring.extract_share()
+    if not is_complete(evaluation):
+        rank, world = plan.share
+        print(f"process {rank + 1} of {world} is through; the last one scores")
+        return
+    for candidate in plan.candidates:
+        plan.write_index(candidate)
+    results = results_of(evaluation)
+    table.write(plan.folder, results)
+    for grid in table.grids(results):
+        print_grid(grid)
+    print(plan.folder / table.HTML)
+
+
+def draw_and_measure(plan: Plan, candidate: DrawingModel, timing: Timing | None) -> None:
+    """This process's share of one model's pictures; the first process also measures what they cost."""
+    painter, costs = Painter(plan, candidate), Costs(plan, candidate, timing)
+    draw_share(painter)
+    if is_first() and costs.load() is None:
+        costs.measure(painter)
+    painter.free()
+
+
+def is_complete(evaluation: Evaluation) -> bool:
+    """Whether everything that the results are made of is there, of all processes."""
+    plan = evaluation.plan
+    drawing = [candidate for candidate in plan.candidates if isinstance(candidate, DrawingModel)]
+    drawn = all(file.is_file() for candidate in drawing for file in plan.pictures(candidate).files)
+    measured = all(Costs(plan, candidate, evaluation.timing).load() is not None for candidate in drawing)
+    return drawn and measured and evaluation.scoring.is_complete
+
+
+def warn_of_long_prompts(plan: Plan) -> None:
+    """Warn once for each base whose text encoder does not see some prompts to their end."""
+    prompts, warned = [prompt for prompt, _ in plan.requests.rows], set()
+    for candidate in plan.candidates if is_first() else ():
+        if isinstance(candidate, DrawingModel) and candidate.model.name not in warned:
+            warned.add(candidate.model.name)
+            warn_beyond(candidate.model, prompts)
+
+
+# What comes out
+
+
+def results_of(evaluation: Evaluation) -> dict[str, Any]:
+    """Everything for `results.json`."""
+    plan, scoring = evaluation.plan, evaluation.scoring
+    scores = scoring.scores()
+    rows = []
+    for candidate in plan.candidates:
+        costs: Mapping[str, Any] = {}
+        if isinstance(candidate, DrawingModel):
+            costs = Costs(plan, candidate, evaluation.timing).load() or {}
+        known = {key: costs.get(key) for key in ("steps", "evaluations", "tflop", "latency", "peak_memory_bytes")}
+        metrics = {name: scores[name]["models"][candidate.name] for name in scoring.metrics}
+        rows.append({"name": candidate.name, "source": mask_text(candidate.source), **known, "metrics": metrics})
+    return {
+        "format": 1,
+        "prompts": {"file": plan.prompts, "n": len(plan.requests.rows), "hash": plan.rows_hash},
+        "images_per_prompt": plan.requests.copies,
+        "seeds": {"first": plan.requests.seed, "own": any(seed is not None for _, seed in plan.requests.rows)},
+        "command": mask_text(" ".join(["swd evaluate", *sys.argv[1:]])),
+        "version": __version__,
+        "bootstrap": {"draws": scoring.bootstrap.draws, "level": scoring.bootstrap.level},
+        "models": rows,
+        "pairs": [pair for name in scoring.metrics for pair in scores[name]["pairs"]],
+        "published": table.published_rows() if evaluation.published else [],
+    }
+
+
+def print_grid(grid: table.Grid) -> None:
+    """Print a table on standard output."""
+    printed = Table(title=grid.title, title_justify="left")
+    for i, column in enumerate(grid.columns):
+        printed.add_column(column, justify="right" if i else "left")
+    for row in grid.rows:
+        printed.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 160).print(printed, markup=False)
+
+
+# What is asked for
+
+
+def prepare(cfg: DictConfig) -> Evaluation:
+    """Check everything that can be checked before anything is drawn.
+
+    Raises:
+        UserError: naming what is wrong and the fix.
+    """
+    for key, example in (("models", "'[teacher, RUN]'"), ("prompts", "coco.csv"), ("metrics", "'[fid, clip]'")):
+        if OmegaConf.is_missing(cfg, key):
+            raise UserError(f"{key} is missing; give {key}={example}")
+    check(cfg, ROOT)
+    check_numbers(cfg)
+    timing = timing_of(cfg)
+    requests = requests_of(cfg)
+    metrics, settings = metrics_of(cfg)
+    candidates = candidates_of(cfg, requests)
+    plan = Plan(Path(cfg.folder), Path(cfg.prompts).name, requests, candidates, cfg.batch_size, cfg.chunk_size)
+    bootstrap = Bootstrap(cfg.bootstrap.draws, cfg.bootstrap.level, cfg.bootstrap.seed)
+    scoring = Scoring(plan, metrics, real_of(cfg, requests), bootstrap, settings)
+    scoring.check()
+    return Evaluation(plan, scoring, timing, cfg.published)
+
+
+def check_numbers(cfg: DictConfig) -> None:
+    """Raise UserError for a number out of range."""
+    limits.whole("n", cfg.n, 2)
+    limits.whole("images_per_prompt", cfg.images_per_prompt, 1)
+    limits.whole("batch_size", cfg.batch_size, 1, limits.AT_ONCE, "no device draws more at once")
+    limits.whole("chunk_size", cfg.chunk_size, 1, MOST_IN_A_SHARD, "the features of a chunk are one file")
+    limits.whole("bootstrap.draws", cfg.bootstrap.draws, 2, 10**6, "far more than an interval needs")
+    if not 0 < cfg.bootstrap.level < 1:
+        raise UserError(f"bootstrap.level={cfg.bootstrap.level}; use a number between 0 and 1, e.g. 0.95")
+    limits.seed("seed", cfg.seed)
+    limits.seed("bootstrap.seed", cfg.bootstrap.seed)
+
+
+def timing_of(cfg: DictConfig) -> Timing | None:
+    """How latency is measured; None: not at all.
+
+    Raises:
+        UserError: for an unknown key, or a number out of range.
+    """
+    if cfg.timing is None:
+        return None
+    given = to_plain(cfg.timing)
+    known = ("batch", "runs", "warmup")
+    for key in given:
+        if key not in known:
+            raise UserError(f"unknown key timing.{key}; known keys are {', '.join(known)}")
+    timing = Timing(**given)
+    limits.whole("timing.batch", timing.batch, 1, limits.AT_ONCE, "no device draws more at once")
+    limits.whole("timing.runs", timing.runs, 1, 10**6)
+    limits.whole("timing.warmup", timing.warmup, 0, 10**6)
+    return timing
+
+
+def requests_of(cfg: DictConfig) -> Requests:
+    """The first `n` prompts of the list, with their seeds.
+
+    Raises:
+        UserError: if the list cannot be read, or is too short.
+    """
+    if cfg.prompts == SHAPES and not Path(SHAPES).exists():
+        count = SHAPES_PROMPTS if cfg.n is None else cfg.n
+        limits.whole("n", count, 2, limits.MOST_ROWS, "more than one folder holds")
+        return Requests([(prompt, None) for prompt in prompts_of(count)], cfg.images_per_prompt, cfg.seed)
+    rows = read_prompts(Path(cfg.prompts), "prompts", ("prompt", "caption"))
+    if cfg.n is not None and cfg.n > len(rows):
+        raise UserError(f"n={cfg.n}, but {cfg.prompts} has {len(rows)} prompts; use at most that many")
+    rows = rows[: cfg.n]
+    for number, (prompt, _) in enumerate(rows, 1):
+        if not prompt:
+            raise UserError(f"prompts={cfg.prompts}: prompt {number} is empty; remove the line")
+    return Requests(rows, cfg.images_per_prompt, cfg.seed)
+
+
+def real_of(cfg: DictConfig, requests: Requests) -> Real | None:
+    """What the metrics compare with; of shapes, at least twice as many as each model draws: halves make a floor.
+
+    Raises:
+        UserError: if it is neither a folder of pictures nor a file of statistics.
+    """
+    if cfg.reference is None:
+        return None
+    path = Path(cfg.reference)
+    if cfg.reference == SHAPES and not path.exists():
+        count = max(2 * len(requests), SHAPES_PROMPTS)
+        return Real(pictures=RenderedPictures.at(Path(cfg.folder) / "reference", count))
+    if path.is_dir():
+        return Real(pictures=real_pictures(path))
+    if path.is_file() and path.suffix == ".npz":
+        return Real(statistics=path)
+    reason = "is no folder and no .npz" if path.exists() else "does not exist"
+    raise UserError(f"reference={path} {reason}; give a folder of real pictures, or an .npz with mu and sigma")
+
+
+# Metrics
+
+
+def metrics_of(cfg: DictConfig) -> tuple[dict[str, PictureMetric], dict[str, Any]]:
+    """The metrics by the name of their column, and their options as plain values.
+
+    Raises:
+        UserError: for an entry that is none, a name that two have, or an option that is wrong.
+    """
+    metrics: dict[str, PictureMetric] = {}
+    settings: dict[str, Any] = {}
+    for entry in to_plain(cfg.metrics):
+        name, node = metric_node(entry)
+        metric = build_node(node, f"metrics.{name}" if name else "metrics", allowed_here(cfg))
+        if not isinstance(metric, PictureMetric):
+            raise UserError(f"metrics: {entry!r} is a {type(metric).__name__}, no metric of pictures")
+        name = name or metric.name
+        check_names([name])
+        if name in metrics:
+            raise UserError(f"metrics: two are called {name}; give one another name: {{name: NAME, metric: ...}}")
+        metrics[name], settings[name] = metric, node
+    if not metrics:
+        raise UserError(f"metrics is empty; choose some of {', '.join(options('metric'))}")
+    return metrics, settings
+
+
+def metric_node(entry: Any) -> tuple[str | None, dict[str, Any]]:
+    """Name and constructor of an entry of `metrics`: a name, or a mapping that changes some of its options.
+
+    The name is None for a constructor (`_target_`), whose metric names itself.
+    """
+    if isinstance(entry, str):
+        return entry, option("metric", entry, "metrics")
+    if isinstance(entry, dict) and "_target_" in entry:
+        return None, entry
+    if not isinstance(entry, dict) or not isinstance(entry.get("metric"), str):
+        raise UserError(f"metrics: {entry!r} is no metric; give a name, or {{metric: NAME, OPTION: VALUE}}")
+    name = entry.get("name", entry["metric"])
+    if not isinstance(name, str):
+        raise UserError(f"metrics: name={name!r} is no name; use letters and digits")
+    more = {key: value for key, value in entry.items() if key not in ("metric", "name")}
+    merged: Any = OmegaConf.to_container(OmegaConf.merge(option("metric", entry["metric"], "metrics"), more))
+    return name, merged
+
+
+# Options of groups by name
+
+
+@contextmanager
+def hydra_ready() -> Iterator[None]:
+    """Hydra's composition, where no command line has started it."""
+    if GlobalHydra.instance().is_initialized():
+        yield
+        return
+    folder = config_path()
+    start: Any = initialize_config_module if folder.startswith("pkg://") else initialize_config_dir
+    with start(folder.removeprefix("pkg://"), version_base="1.3"):
+        yield
+
+
+def options(group: str) -> list[str]:
+    """Names of the options of a group of the configuration."""
+    with hydra_ready():
+        found: list[str] = GlobalHydra.instance().config_loader().get_group_options(group)
+    return [name for name in found if not name.startswith("_")]
+
+
+def option(group: str, name: Any, key: str) -> dict[str, Any]:
+    """An option of a group as plain values.
+
+    Args:
+        group: a folder of the configuration.
+        name: the option's.
+        key: what the user calls the setting.
+
+    Raises:
+        UserError: if there is no such option.
+    """
+    known = options(group)
+    if name not in known:
+        raise UserError(f"{key}: there is no {group} {name!r}; choose from {', '.join(known)}")
+    with hydra_ready():
+        node: dict[str, Any] = to_plain(compose(f"{group}/{name}"))[group]
+    return node
+
+
+# Models
+
+
+def candidates_of(cfg: DictConfig, requests: Requests) -> tuple[Candidate, ...]:
+    """What is compared, in order.
+
+    Raises:
+        UserError: for an entry that is none, a name that two have, or pictures of different sizes.
+    """
+    entries = [entry_of(entry) for entry in to_plain(cfg.models)]
+    if not entries:
+        raise UserError("models is empty; give models='[teacher, RUN]'")
+    names = [entry["name"] for entry in entries]
+    check_names(names)
+    found = tuple(candidate_of(entry, entries, cfg, requests) for entry in entries)
+    given = [key for key in given_keys() if key.partition(".")[0] == "schedule"]
+    if given and not any(isinstance(c, DrawingModel) and c.student for c in found):
+        raise UserError(f"{given[0]} is of a student, and models has none; remove it")
+    sizes = {c.name: c.model.pixel_size(c.size) for c in found if isinstance(c, DrawingModel)}
+    for name, size in sizes.items():
+        first = next(iter(sizes))
+        if size != sizes[first]:
+            raise UserError(
+                f"models: {name} draws {_pixels(size)} and {first} {_pixels(sizes[first])} pixels; give one size to "
+                "all: height= and width="
+            )
+    return found
+
+
+def _pixels(size: Sequence[int]) -> str:
+    return "x".join(map(str, reversed(size)))
+
+
+def entry_of(entry: Any) -> dict[str, Any]:
+    """An entry of `models` as a mapping with a name.
+
+    Raises:
+        UserError: for an unknown key, or a value of another type.
+    """
+    given = {"model": entry} if isinstance(entry, str) else entry
+    if not isinstance(given, dict) or "model" not in given:
+        raise UserError(f"models: {entry!r} is no model; give a path, or {{name: NAME, model: PATH, OPTION: VALUE}}")
+    for key, value in given.items():
+        if key not in OPTIONS:
+            raise UserError(f"models: unknown key {key} in {entry!r}; known keys are {', '.join(OPTIONS)}")
+        if not fits(value, OPTIONS[key]) or isinstance(value, bool):
+            raise UserError(f"models: {key}={value!r} is not valid")
+    if not given["model"].strip():
+        raise UserError("models: an entry is empty; give a path, or teacher")
+    return {"name": name_of(given["model"])} | given
+
+
+def candidate_of(
+    entry: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], cfg: DictConfig, requests: Requests
+) -> Candidate:
+    """One model, or one folder of pictures."""
+    name, source = entry["name"], entry["model"]
+    if source == TEACHER:
+        refuse(entry, OF_STUDENTS, "a teacher has no schedule of sizes")
+        return teacher(entry, teacher_node(entries, cfg), cfg)
+    if not is_hub_id(source) and is_pictures(source, cfg):
+        refuse(entry, (*OF_TEACHERS, *OF_STUDENTS), "these pictures are drawn already")
+        return given_pictures(name, source, requests)
+    refuse(entry, OF_TEACHERS, "a student draws as its schedule says, without guidance")
+    return student(entry, cfg)
+
+
+def refuse(entry: Mapping[str, Any], keys: Sequence[str], why: str) -> None:
+    """Raise UserError for an option that an entry cannot have."""
+    for key in keys:
+        if key in entry:
+            raise UserError(f"models: {entry['name']} has {key}, but {why}; leave it out")
+
+
+def is_pictures(source: str, cfg: DictConfig) -> bool:
+    """Whether a path holds pictures and no student.
+
+    Raises:
+        UserError: if it holds neither.
+    """
+    try:
+        locate(source, Path(cfg.output), "models")
+        return False
+    except UserError as error:
+        if source != "latest" and holds_pictures(Path(source)):
+            return True
+        hint = " or a folder of pictures" if source != "latest" else ""
+        raise UserError(f"{error}{hint}") from None
+
+
+def teacher_node(entries: Sequence[Mapping[str, Any]], cfg: DictConfig) -> Any:
+    """The teacher of the first student that has one recorded, unless the command line names a model."""
+    for entry in entries:
+        source = entry["model"]
+        if source != TEACHER and (is_hub_id(source) or not is_pictures(source, cfg)):
+            return recorded_model(locate(source, Path(cfg.output), "models"), cfg)
+    return node_of(cfg, "model")
+
+
+def teacher(entry: Mapping[str, Any], node: Any, cfg: DictConfig) -> DrawingModel:
+    """The teacher with its own sampler, its steps and its guidance, or those of the entry."""
+    name = entry["name"]
+    model = build_pictures_model(node, name, cfg)
+    sigmas = entry.get("sigmas")
+    if sigmas is not None:
+        if "steps" in entry:
+            raise UserError(f"models: {name} has both steps and sigmas; each sigma is a step, give one of them")
+        check_levels(name, sigmas, model)
+    steps = len(sigmas) if sigmas is not None else entry.get("steps", model.teacher_steps)
+    limits.whole(f"models: steps of {name}", steps, 1, limits.STEPS)
+    limits.number(f"models: guidance_scale of {name}", entry.get("guidance_scale"), 1, limits.GUIDANCE, "1 for none")
+    model.teacher_steps = steps
+    if "guidance_scale" in entry:
+        if model.network_config.get("guidance_embeds"):
+            model.embedded_guidance = float(entry["guidance_scale"])
+        else:
+            model.drawing_guidance_scale = float(entry["guidance_scale"])
+    levels = None if sigmas is None else tuple(map(float, sigmas))
+    return DrawingModel(name, TEACHER, model, None, None, final_size(cfg, model), steps, levels)
+
+
+def student(entry: Mapping[str, Any], cfg: DictConfig) -> DrawingModel:
+    """An adapter or a network with its schedule, or the one of the entry."""
+    name = entry["name"]
+    source = locate(entry["model"], Path(cfg.output), "models")
+    found = load_student(source)
+    model = build_pictures_model(recorded_model(source, cfg), name, cfg)
+    found.check_fits(model)
+    schedule = own_schedule(entry["schedule"], model, cfg) if "schedule" in entry else schedule_of(source, cfg, model)
+    size = final_size(cfg, model, schedule.base_sizes[-1])
+    return DrawingModel(name, entry["model"], model, found, schedule, size, len(schedule.config.sigmas))
+
+
+def own_schedule(given: str | dict[str, Any], model: Pretrained, cfg: DictConfig) -> ScaleWiseScheduler:
+    """The sampler of a schedule that an entry names, or gives as sigmas and sizes."""
+    node = option("schedule", given, "models") if isinstance(given, str) else given
+    target = {"_target_": "swd.schedule.ScaleSchedule"}
+    schedule: ScaleSchedule = build_node(target | node, "models.schedule", allowed_here(cfg))
+    sampler = schedule.scheduler(model.limits.divisor, model.backbone_class.process.prediction_type)
+    for size in sampler.base_sizes:
+        model.limits.check_size(size)
+    return sampler
+
+
+def build_pictures_model(node: Any, name: str, cfg: DictConfig) -> Pretrained:
+    """A base that draws pictures; each row has one of its own, since steps and guidance are set on it."""
+    model = build_model(node, cfg)
+    if model.backbone_class.video:
+        raise UserError(f"models: {name} draws videos, and these metrics are of pictures; sample it with swd sample")
+    return model

@@ -1,0 +1,1 @@
+"""Draws the same prompts with several models, and scores the pictures: plan, draw, features, score, table."""

@@ -1,0 +1,184 @@
+"""The table of an evaluation, from its results: in Markdown, CSV and HTML, and as text for the terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from swd.io.files import write_json, write_text
+
+RESULTS, MARKDOWN, CSV, HTML = "results.json", "table.md", "table.csv", "report.html"
+PUBLISHED = Path(__file__).with_name("published.json")
+
+ARROWS = {"higher": "↑", "lower": "↓"}
+"""Which way a metric is better."""
+
+Results = Mapping[str, Any]
+"""What `results.json` holds."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table as text: its title, the titles of its columns, and its rows."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def published_rows() -> list[dict[str, Any]]:
+    """The published numbers, each row with where it is from."""
+    known = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    return [row | {"source": known["source"]} for row in known["rows"]]
+
+
+def write(folder: Path, results: Results) -> None:
+    """Write the results and every form of the table."""
+    tables = grids(results)
+    write_json(folder / RESULTS, results)
+    write_text(folder / MARKDOWN, markdown(tables))
+    write_text(folder / CSV, comma_separated(results))
+    write_text(folder / HTML, html(results, tables))
+
+
+# Content
+
+
+def grids(results: Results) -> list[Grid]:
+    """The tables of a report: models, differences to the first one, and published numbers if they are there."""
+    found = [models_grid(results)]
+    if results["pairs"]:
+        found.append(pairs_grid(results))
+    if results["published"]:
+        found.append(published_grid(results))
+    return found
+
+
+def models_grid(results: Results) -> Grid:
+    """One row a model: metrics with intervals and costs."""
+    names = metric_names(results)
+    better = {name: metric["better"] for row in results["models"] for name, metric in row["metrics"].items()}
+    columns = ["model", *(f"{name} {ARROWS[better[name]]}" for name in names)]
+    columns += ["steps", "evaluations", "TFLOP", "s / picture", "text + denoising + decoding", "memory, GB"]
+    rows = []
+    for row in results["models"]:
+        time = row["latency"]
+        parts = [time["text_s"], time["denoise_s"], time["decode_s"]] if time else []
+        memory = row["peak_memory_bytes"]
+        rows.append(
+            [
+                row["name"],
+                *(with_interval(row["metrics"].get(name)) for name in names),
+                shown(row["steps"]),
+                shown(row["evaluations"]),
+                shown(row["tflop"]),
+                shown(time["per_picture_s"] if time else None),
+                " + ".join(map(shown, parts)) or shown(None),
+                shown(None if memory is None else memory / 1e9),
+            ]
+        )
+    n = results["prompts"]["n"] * results["images_per_prompt"]
+    return Grid(f"Models, {n:,} pictures each", columns, rows)
+
+
+def pairs_grid(results: Results) -> Grid:
+    """Differences to the first model; they are settled where the interval leaves out 0."""
+    rows = []
+    for pair in results["pairs"]:
+        settled = pair["low"] is not None and (pair["low"] > 0 or pair["high"] < 0)
+        verdict = "yes" if settled else "no" if pair["low"] is not None else "–"
+        rows.append([pair["b"], pair["metric"], with_interval(pair | {"value": pair["difference"]}), verdict])
+    first = results["pairs"][0]["a"]
+    return Grid(f"Differences to {first}", ["model", "metric", f"minus {first}", "settled"], rows)
+
+
+def published_grid(results: Results) -> Grid:
+    """Published numbers: measured by others, with other programs, on other machines."""
+    names = list(dict.fromkeys(name for row in results["published"] for name in row.get("metrics", {})))
+    rows = [
+        [
+            row["name"],
+            row["data"],
+            shown(row["steps"]),
+            *(shown(row.get("metrics", {}).get(name)) for name in names),
+            shown(row.get("per_picture_s")),
+        ]
+        for row in results["published"]
+    ]
+    source = results["published"][0]["source"]
+    return Grid(f"Published, not measured here ({source})", ["model", "data", "steps", *names, "s / picture"], rows)
+
+
+def metric_names(results: Results) -> list[str]:
+    """Names of all metrics, in order."""
+    return list(dict.fromkeys(name for row in results["models"] for name in row["metrics"]))
+
+
+def with_interval(metric: Mapping[str, Any] | None) -> str:
+    """A value as "2.68 [2.51, 2.90]", with its floor where it has one."""
+    if metric is None:
+        return shown(None)
+    text = shown(metric["value"])
+    if metric.get("low") is not None:
+        text += f" [{shown(metric['low'])}, {shown(metric['high'])}]"
+    return f"{text}, floor {shown(metric['floor'])}" if metric.get("floor") is not None else text
+
+
+def shown(value: Any) -> str:
+    """A number with 4 significant digits, a whole number as it is, and a dash for none."""
+    if value is None:
+        return "–"
+    if isinstance(value, int) or not isinstance(value, float):
+        return str(value)
+    return f"{value:#.4g}".rstrip(".") if 1e-4 <= abs(value) < 1e4 or value == 0 else f"{value:.3g}"
+
+
+# Forms
+
+
+def markdown(tables: Sequence[Grid]) -> str:
+    """Tables in Markdown; a bar inside a cell is escaped."""
+    parts = []
+    for grid in tables:
+        lines = [grid.columns, ["---"] * len(grid.columns), *grid.rows]
+        body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        parts.append(f"**{grid.title}**\n\n{body}\n")
+    return "\n".join(parts)
+
+
+def comma_separated(results: Results) -> str:
+    """One line a model, one column a number, at full precision."""
+    names = metric_names(results)
+    found = [_flat(row) for row in results["models"]]
+    columns = ["name", "source", *(f"{name}{end}" for name in names for end in ("", "_low", "_high"))]
+    columns += list(dict.fromkeys(key for row in found for key in row if key not in columns))
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(found)
+    return stream.getvalue()
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    flat = {key: row[key] for key in ("name", "source", "steps", "evaluations", "tflop", "peak_memory_bytes")}
+    for key, value in (row["latency"] or {}).items():
+        flat[f"latency_{key}"] = value
+    for name, metric in row["metrics"].items():
+        for key, value in metric.items():
+            flat[name if key == "value" else f"{name}_{key}"] = value
+    return flat
+
+
+def html(results: Results, tables: Sequence[Grid]) -> str:
+    """A page that loads no other file; all texts are escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template("table.html.j2").render(results=results, grids=tables)

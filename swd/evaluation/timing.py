@@ -1,0 +1,220 @@
+"""What a picture costs: network evaluations, FLOPs, latency as the paper measures it, and memory.
+
+The paper's Table 4: batch 8, the mean of 100 runs after warming up, divided by the batch, text encoding and decoding
+included. Here text, denoising and decoding are also given apart.
+"""
+
+from __future__ import annotations
+
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swd.evaluation.candidates import DrawingModel
+from swd.evaluation.draw import Painter
+from swd.evaluation.plan import Plan, key_of
+from swd.io.files import write_json
+from swd.io.job_log import JobLog
+from swd.metrics.flops import forward_gflop
+from swd.modules.adapters import Adapter
+from swd.modules.drawing import draw
+from swd.modules.model_folders import read_json
+from swd.types import UserError
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How latency is measured; the defaults are the paper's (section 7 of its supplement: Table 4).
+
+    Attributes:
+        batch: pictures drawn at once.
+        runs: batches that are timed.
+        warmup: batches before them.
+    """
+
+    batch: int = 8
+    runs: int = 100
+    warmup: int = 3
+
+
+class Costs:
+    """The costs of one model, stored beside its pictures.
+
+    Args:
+        plan: whose folder holds them.
+        candidate: the model.
+        timing: None leaves latency and memory out.
+    """
+
+    def __init__(self, plan: Plan, candidate: DrawingModel, timing: Timing | None) -> None:
+        self.plan = plan
+        self.candidate = candidate
+        self.timing = timing
+        self.file = plan.folder / "costs" / f"{candidate.name}.json"
+        asked = None if timing is None else [timing.batch, timing.runs, timing.warmup]
+        self.key = key_of({"model": plan.model_settings[candidate.name], "timing": asked, "device": device_name()})
+
+    def load(self) -> dict[str, Any] | None:
+        """What was measured on such a device; None if it was not."""
+        if not self.file.is_file():
+            return None
+        stored = read_json(self.file)
+        return stored["costs"] if stored.get("key") == self.key else None
+
+    def measure(self, painter: Painter) -> None:
+        """Measure and store; loads the pipeline if it is not there."""
+        model, candidate = self.candidate.model, self.candidate
+        encoders = model.backbone_class.encoders_type(painter.pipe, model.max_text_tokens)
+        row = encoders.encode_prompts([""], candidate.size)
+        gflop = {size: forward_gflop(model, size, row) for size in set(candidate.step_sizes)}
+        costs = {
+            "steps": candidate.steps,
+            "evaluations": candidate.evaluations,
+            "tflop": candidate.passes * sum(gflop[size] for size in candidate.step_sizes) / 1000,
+        }
+        if self.timing is not None:
+            costs |= latency(painter, self.timing)
+        write_json(self.file, {"key": self.key, "costs": costs})
+
+
+def latency(painter: Painter, timing: Timing) -> dict[str, Any]:
+    """Seconds for text, denoising and decoding of a batch, per picture, and the peak of memory in bytes.
+
+    A LoRA is merged into the weights meanwhile, as in use.
+    """
+    candidate, prompts = painter.candidate, painter.plan.requests
+    requests = [prompts[i % len(prompts)] for i in range(timing.batch)]
+    log = JobLog(f"timing {candidate.name}", timing.warmup + timing.runs, "run")
+    with merged(painter), Stopwatch(painter) as watch, log as progress:
+        reset_peak()
+        for number in range(timing.warmup + timing.runs):
+            try:
+                watch.measure(lambda: draw(painter.pipe, candidate.model, requests, candidate.size, show_sizes=False))
+            except torch.OutOfMemoryError:
+                raise UserError(
+                    f"timing.batch={timing.batch} does not fit the device's memory; use a smaller one, or timing=null"
+                ) from None
+            if number < timing.warmup:
+                watch.forget()
+            progress.advance()
+    text, decode, total = (statistics.fmean(each) / timing.batch for each in (watch.text, watch.decode, watch.total))
+    return {
+        "latency": {
+            "batch": timing.batch,
+            "runs": timing.runs,
+            "text_s": text,
+            "denoise_s": total - text - decode,
+            "decode_s": decode,
+            "per_picture_s": total,
+            "device": device_name(),
+        },
+        "peak_memory_bytes": peak(),
+    }
+
+
+class Stopwatch:
+    """Times drawing, and inside it the pipeline's text encoding and the VAE's decoding.
+
+    Attributes:
+        text, decode, total: seconds of every call.
+    """
+
+    def __init__(self, painter: Painter) -> None:
+        self.pipe = painter.pipe
+        self.text: list[float] = []
+        self.decode: list[float] = []
+        self.total: list[float] = []
+
+    def __enter__(self) -> Stopwatch:
+        self.pipe.encode_prompt = self._timed(self.pipe.encode_prompt, self.text)
+        self.pipe.vae.decode = self._timed(self.pipe.vae.decode, self.decode)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        del self.pipe.encode_prompt, self.pipe.vae.decode  # those of their classes again
+
+    def measure(self, call: Callable[[], object]) -> None:
+        """Time one call."""
+        before = len(self.text), len(self.decode)
+        self._timed(call, self.total)()
+        # Pipelines may encode, and VAEs decode, in several parts.
+        self.text[before[0] :] = [sum(self.text[before[0] :])]
+        self.decode[before[1] :] = [sum(self.decode[before[1] :])]
+
+    def forget(self) -> None:
+        """Drop what was timed so far."""
+        for each in (self.text, self.decode, self.total):
+            each.clear()
+
+    @staticmethod
+    def _timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            synchronize()
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            synchronize()
+            seconds.append(time.perf_counter() - start)
+            return result
+
+        return call
+
+
+@contextmanager
+def merged(painter: Painter) -> Iterator[None]:
+    """Context in which a LoRA is merged into the network; 8-bit weights stay as they are."""
+    candidate, pipe = painter.candidate, painter.pipe
+    if not isinstance(candidate.student, Adapter) or candidate.model.quantization:
+        yield
+        return
+    part = candidate.model.backbone_class.subfolder
+    pipe.fuse_lora(components=[part])
+    try:
+        yield
+    finally:
+        painter.free()  # unmerging would leave rounding errors behind
+
+
+# The machine
+
+
+def device_name() -> str:
+    """The device that draws, for the record."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
+
+
+def synchronize() -> None:
+    """Wait for the device."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def reset_peak() -> None:
+    """Count the peak of memory from now on, where the system can."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the peak to what is in use now
+    except OSError:
+        return
+
+
+def peak() -> int:
+    """The peak of memory in bytes: of the device, or of this process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+    except (OSError, StopIteration, ValueError, IndexError):
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else 1024 * most

@@ -1,0 +1,117 @@
+"""The stock diffusers pipeline with a student in it, and the pictures that it draws."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderTiny
+from omegaconf import DictConfig
+from torch import Tensor
+
+from swd.modules.pretrained import Pretrained
+from swd.modules.quantize import quantize
+from swd.modules.requests import Request
+from swd.modules.student import Student
+from swd.scheduler import ScaleWiseScheduler
+from swd.types import Size, UserError
+
+
+def build_pipeline(
+    model: Pretrained,
+    student: Student | None = None,
+    schedule: ScaleWiseScheduler | None = None,
+    cfg: DictConfig | None = None,
+) -> Any:
+    """The stock pipeline of the model; with a student, its weights and its scale-wise scheduler.
+
+    Args:
+        model: the base.
+        student: the student: an adapter, or a network that was trained whole; None: the teacher.
+        schedule: the student's sampler.
+        cfg: `tiny_vae`, `compile` and `offload`, as `prepare` checked them; None: none of them.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype, part = model.dtype(device), model.backbone_class.subfolder
+    network: Any = student.network(model, device) if student else model.network(device).network
+    pipe = model.pipeline(dtype, **{part: network})
+    pipe.set_progress_bar_config(disable=True)
+    if student is not None:
+        assert schedule is not None
+        student.load_into(pipe, model)
+        schedule.attach(pipe)
+    if model.quantization:
+        # After the adapter: loaders would give it the base's 8 bits. Its layers hold the base under this name.
+        inner = [f"{target}.base_layer" for target in model.targets]
+        quantize(network, [*model.targets, *inner], model.quantization)
+    if cfg is None:
+        return pipe.to(device)
+    if cfg.tiny_vae is not None:
+        pipe.vae = load_tiny_vae(cfg.tiny_vae, dtype)
+    if cfg.compile:
+        # Some diffusers classes do not say which of their blocks repeat.
+        blocks = model.backbone_class(network).block_list
+        network._repeated_blocks = network._repeated_blocks or [type(blocks[0]).__name__]
+        network.compile_repeated_blocks(dynamic=True)
+    if cfg.offload == "none":
+        return pipe.to(device)
+    pipe.enable_model_cpu_offload() if cfg.offload == "model" else pipe.enable_sequential_cpu_offload()
+    return pipe
+
+
+def load_tiny_vae(path: str, dtype: torch.dtype) -> Any:
+    """A distilled decoder in place of the VAE: a small fraction of its time, at some loss.
+
+    Raises:
+        UserError: if it cannot be loaded.
+    """
+    try:
+        return AutoencoderTiny.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"tiny_vae={path} cannot be loaded ({reason[:160]})") from None
+
+
+@torch.no_grad()
+def draw(
+    pipe: Any, model: Pretrained, requests: list[Request], size: Size | None = None, show_sizes: bool = True
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Pictures `[3, H, W]` or videos `[3, F, H, W]` in [-1, 1] of a batch of requests.
+
+    Args:
+        pipe: from `build_pipeline`.
+        model: its model.
+        requests: prompts and seeds.
+        size: latent size of the finished ones; None: the model's own.
+        show_sizes: also decode the prediction of every step, if the scheduler is scale-wise.
+
+    Returns:
+        The finished ones, and for every step its predictions.
+    """
+    backbone, scheduler, size = model.backbone_class, pipe.scheduler, size or model.size
+    pixels = model.pixel_size(size)
+    arguments: dict[str, Any] = {"height": pixels[-2], "width": pixels[-1], "output_type": "latent"}
+    if backbone.video:
+        arguments["num_frames"] = pixels[0]
+    generators = [torch.Generator().manual_seed(request.seed) for request in requests]
+    arguments |= backbone.sampling_arguments(model.max_text_tokens, model.embedded_guidance)
+    if isinstance(scheduler, ScaleWiseScheduler):
+        scheduler.keep_x0 = show_sizes
+        latents = scheduler.initial_latents(
+            len(requests), model.channels, size[-2], size[-1], size[0] if backbone.video else None, generators
+        )
+        arguments |= {
+            "latents": backbone.to_pipeline(latents).to(pipe._execution_device, model.latent_dtype(pipe)),
+            "num_inference_steps": scheduler.num_inference_steps,
+        }
+    else:
+        arguments |= {"num_inference_steps": model.teacher_steps, "generator": generators}
+        if model.drawing_guidance_scale != 1.0:
+            arguments |= backbone.guidance_arguments(model.drawing_guidance_scale)
+    latents = pipe([request.prompt for request in requests], **arguments)[0]
+    latents = backbone.from_pipeline(latents, size)
+    encoders = backbone.encoders_type(pipe, model.max_text_tokens)
+    final = list(encoders.decode(latents).cpu())
+    if not (show_sizes and isinstance(scheduler, ScaleWiseScheduler)):
+        return final, []
+    return final, [list(encoders.decode(x0.to(latents.device)).cpu()) for x0 in scheduler.x0_predictions]

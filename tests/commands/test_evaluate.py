@@ -1,0 +1,403 @@
+"""`swd evaluate`: equal pictures and numbers whoever draws them, nothing computed twice, wrong input refused early."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from swd.commands import evaluate, sample
+from swd.commands.evaluate import Painter
+from swd.evaluation.features import Store
+from swd.evaluation.plan import Plan
+from swd.modules.adapters import save_adapter
+from swd.modules.pretrained import Pretrained
+from swd.types import UserError
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = ["a red star above a blue ring", "a green circle", "a small cross", "two rings", "a heart, left of a ring"]
+SEEDS = [7, 8, 3, 10, 11]
+BRIGHT = "{_target_: toy_metrics.Brightness, name: bright, extractor: {_target_: toy_metrics.Colours}}"
+AGREE = "{_target_: toy_metrics.Agreement, extractor: {_target_: toy_metrics.Words}}"
+FID = "{_target_: swd.metrics.fid.Frechet, name: fid, extractor: {_target_: toy_metrics.Colours}}"
+ALLOWED = "[toy_metrics.Brightness,toy_metrics.Agreement,toy_metrics.Colours,toy_metrics.Words,swd.metrics.fid.Frechet]"
+
+Arguments = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def student(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an adapter that is not zero."""
+    folder = tmp_path_factory.mktemp("run") / "mine"
+    model = Pretrained("sd3", str(tiny_model), rank=4, precision="fp32", feature_blocks=[1], max_text_tokens=12)
+    networks = model.networks(["student"])
+    generator = torch.Generator().manual_seed(5)
+    for parameter in networks.role_parameters("student"):
+        parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    state = networks.adapter_state("student")
+    save_adapter(folder / "adapter", state, 4, 4, tiny.build_schedule().scheduler(2), "tiny", "transformer")
+    return folder
+
+
+@pytest.fixture
+def arguments(tiny_model: Path, student: Path, tmp_path: Path) -> Arguments:
+    """The command line of an evaluation of the tiny teacher and its student; `__` in a keyword stands for a dot."""
+    file = tmp_path / "prompts.csv"
+    rows = [f'"{prompt}",{3 if i == 2 else ""}' for i, prompt in enumerate(PROMPTS)]
+    file.write_text("\n".join(["prompt,seed", *rows]) + "\n")
+
+    def make(folder: Path, **more: Any) -> list[str]:
+        values = {
+            "models": f"[{{name: teacher_3, model: teacher, steps: 3, guidance_scale: 2.0}}, {student}]",
+            "prompts": file,
+            "metrics": f"[{BRIGHT}, {AGREE}]",
+            "allow": ALLOWED,
+            "seed": 7,
+            "batch_size": 2,
+            "chunk_size": 2,
+            "model__max_text_tokens": 12,
+        } | more
+        if not any(key.startswith("timing") for key in values):
+            values["timing"] = None
+        return tiny.drawing(tiny_model, folder, **values)
+
+    return make
+
+
+@pytest.fixture
+def config(arguments: Arguments) -> Callable[..., Any]:
+    return lambda folder, **more: tiny.composed(arguments(folder, **more), "evaluate")
+
+
+def results(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return found
+
+
+def values(folder: Path) -> dict[tuple[str, str, str], float]:
+    """All numbers of the metrics, by model, metric and kind."""
+    return {
+        (row["name"], metric, key): value
+        for row in results(folder)["models"]
+        for metric, numbers in row["metrics"].items()
+        for key, value in numbers.items()
+        if isinstance(value, float)
+    }
+
+
+def pixels(file: Path) -> np.ndarray:
+    with Image.open(file) as image:
+        return np.asarray(image).astype(int)
+
+
+def assert_same(a: Path, b: Path) -> None:
+    """Pictures equal to one of 256 levels, numbers near rounding."""
+    files = sorted(file.relative_to(a) for file in a.glob("pictures/*/*.png"))
+    assert files and files == sorted(file.relative_to(b) for file in b.glob("pictures/*/*.png"))
+    for file in files:
+        assert np.abs(pixels(a / file) - pixels(b / file)).max() <= 1, file
+    assert values(a) == pytest.approx(values(b), rel=1e-5, abs=1e-5)
+
+
+def launch(arguments: list[str], rank: int = 0, world: int = 1) -> subprocess.Popen[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "SWD_COMMAND"}
+    environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'helpers'}", "OMP_NUM_THREADS": "1"}
+    environment |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    command = [sys.executable, "-c", "from swd.commands.cli import launch; launch('evaluate')", *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+# What comes out
+
+
+def test_pictures_are_those_of_sample_and_the_table_holds_what_was_computed(
+    config: Callable[..., Any], student: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    evaluate.run(config(folder))
+    assert str(folder / "report.html") in capsys.readouterr().out
+    for name, adapter, more in (
+        ("mine", student, {}),
+        ("teacher_3", None, {"model__teacher_steps": 3, "model__drawing_guidance_scale": 2.0}),
+    ):
+        pictures = tmp_path / name
+        cfg = tiny.composed(
+            tiny.drawing(
+                tiny_model, pictures, model__max_text_tokens=12, adapter=adapter, batch_size=2,
+                prompts_file=tmp_path / "prompts.csv", seed=7, **more,
+            ),
+            "sample",
+        )  # fmt: skip
+        sample.run(cfg)
+        index = [json.loads(line) for line in (folder / "pictures" / name / "index.jsonl").read_text().splitlines()]
+        assert [line["index"] for line in index] == [0, 1, 2, 3, 4]
+        assert [(line["prompt"], line["seed"]) for line in index] == list(zip(PROMPTS, SEEDS, strict=True))
+        for line in index:
+            (expected,) = pictures.glob(f"*_seed{line['seed']}.png")
+            assert np.array_equal(pixels(folder / "pictures" / name / line["file"]), pixels(expected))
+
+    # Numbers, from the files by hand.
+    found = results(folder)
+    assert [(row["name"], row["steps"], row["evaluations"]) for row in found["models"]] == [
+        ("teacher_3", 3, 6),
+        ("mine", 3, 3),
+    ]
+    means = {}
+    for row in found["models"]:
+        each = [pixels(file).mean() / 255 for file in sorted((folder / "pictures" / row["name"]).glob("*.png"))]
+        means[row["name"]] = np.mean(each)
+        bright = row["metrics"]["bright"]
+        assert bright["value"] == pytest.approx(np.mean(each), abs=1e-6)
+        assert bright["low"] < bright["value"] < bright["high"] and bright["floor"] == 0.25
+        assert bright["better"] == "higher"
+        assert min(each) <= bright["low"] and bright["high"] <= max(each)
+    (pair,) = [pair for pair in found["pairs"] if pair["metric"] == "bright"]
+    assert (pair["a"], pair["b"]) == ("teacher_3", "mine")
+    assert pair["difference"] == pytest.approx(means["mine"] - means["teacher_3"], abs=1e-6)
+    assert pair["low"] <= pair["difference"] <= pair["high"]
+    assert found["prompts"]["n"] == 5 and found["seeds"] == {"first": 7, "own": True}
+    assert found["published"] == [] and found["models"][0]["latency"] is None
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_any_number_of_processes_and_any_batch_give_the_same(
+    config: Callable[..., Any], arguments: Arguments, tmp_path: Path, world: int
+) -> None:
+    evaluate.run(config(tmp_path / "one", batch_size=5, chunk_size=5))
+    # In chunks of 1 each of 4 processes has some.
+    many = tmp_path / "many"
+    started = [launch(arguments(many, chunk_size=1), rank, world) for rank in range(world)]
+    said = [process.communicate(timeout=300) for process in started]
+    assert [process.returncode for process in started] == [0] * world, said
+    assert_same(tmp_path / "one", many)
+    assert sum("report.html" in out for out, _ in said) >= 1
+    assert not list(many.rglob(".*"))
+    assert len(list((many / "features" / "mine" / "colours-plain").iterdir())) == 5
+
+
+def test_the_share_of_a_process_is_its_chunks_alone(
+    config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    folder = tmp_path / "out"
+    evaluate.run(config(folder))
+    assert sorted(int(file.stem) for file in folder.glob("pictures/mine/*.png")) == [2, 3]
+    assert not (folder / "results.json").exists()
+    assert "process 2 of 2 is through" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "0")
+    evaluate.run(config(folder))
+    assert (folder / "results.json").is_file()
+
+
+def test_a_second_run_computes_nothing_again(
+    config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out"
+    evaluate.run(config(folder))
+    before = results(folder)
+    changed = {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
+    for target, name in ((Pretrained, "pipeline"), (Store, "write"), (evaluate.Scoring, "score")):
+        monkeypatch.setattr(target, name, None)
+    evaluate.run(config(folder))
+    assert results(folder) == before
+    tables = {"results.json", "table.md", "table.csv", "report.html"}
+    assert {file.name for file, when in changed.items() if file.stat().st_mtime_ns != when} == tables
+
+
+def test_a_killed_evaluation_goes_on_with_the_batch_it_was_at(
+    config: Callable[..., Any], arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, more = tmp_path / "out", {"images_per_prompt": 12, "batch_size": 3, "chunk_size": 30}
+    process = launch(arguments(folder, **more))
+    pictures = folder / "pictures" / "teacher_3"
+    while process.poll() is None and len(list(pictures.glob("[0-9]*.png"))) < 7:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    there = {int(file.stem) for file in pictures.glob("[0-9]*.png")}
+    assert 7 <= len(there) < 60, "it was through before the kill"
+
+    drawn: list[int] = []
+    original = Painter.draw
+
+    def draw(self: Painter, rows: range) -> Any:
+        drawn.extend(rows if self.candidate.name == "teacher_3" else [])
+        return original(self, rows)
+
+    monkeypatch.setattr(Painter, "draw", draw)
+    evaluate.run(config(folder, **more))
+    assert sorted({*drawn, *there}) == list(range(60))
+    assert len(set(drawn) & there) < 3, "more than a batch was drawn again"
+    assert not list(folder.rglob(".*"))
+
+
+def test_models_and_metrics_may_be_added_and_the_rest_is_kept(
+    config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out"
+    teacher = "{name: teacher_3, model: teacher, steps: 3, guidance_scale: 2.0}"
+    evaluate.run(config(folder, models=f"[{teacher}]", metrics=f"[{BRIGHT}]"))
+    drawn: list[str] = []
+    original = Painter.paint
+    monkeypatch.setattr(Painter, "paint", lambda self, rows: (drawn.append(self.candidate.name), original(self, rows)))
+    evaluate.run(config(folder))
+    assert set(drawn) == {"mine"}
+    assert [row["name"] for row in results(folder)["models"]] == ["teacher_3", "mine"]
+    whole = tmp_path / "whole"
+    evaluate.run(config(whole))
+    assert values(folder) == pytest.approx(values(whole))
+
+
+@pytest.mark.parametrize(
+    ("more", "difference"),
+    [
+        ({"seed": 8}, "seed was 7, now 8"),
+        ({"n": 4}, "prompts.count was 5, now 4"),
+        ({"images_per_prompt": 2}, "images_per_prompt was 1, now 2"),
+        ({"chunk_size": 3}, "chunk_size was 2, now 3"),
+        (
+            {"models": "[{name: teacher_3, model: teacher, steps: 2, guidance_scale: 2.0}]"},
+            "models.teacher_3.steps was 3, now 2",
+        ),
+    ],
+)
+def test_another_evaluation_in_the_folder_is_refused(
+    config: Callable[..., Any], tmp_path: Path, more: dict[str, Any], difference: str
+) -> None:
+    folder = tmp_path / "out"
+    evaluate.prepare(config(folder)).plan.claim()
+    evaluate.prepare(config(folder)).plan.claim()
+    with pytest.raises(UserError, match=difference):
+        evaluate.prepare(config(folder, **more)).plan.claim()
+
+
+def test_other_weights_pictures_or_reference_do_not_reuse_features(config: Callable[..., Any], tmp_path: Path) -> None:
+    folder, real = tmp_path / "out", tmp_path / "real"
+    dice = np.random.default_rng(0)
+    real.mkdir()
+    for i in range(30):
+        Image.fromarray(dice.integers(0, 255, (16, 16, 3), np.uint8)).save(real / f"{i}.png")
+    more = {"metrics": f"[{FID}]", "reference": real, "models": "[{name: t, model: teacher, steps: 1}]"}
+    evaluate.run(config(folder, **more))
+    first = values(folder)["t", "fid", "value"]
+    more["metrics"] = f"[{FID.replace('toy_metrics.Colours', 'toy_metrics.Colours, scale: 3.0')}]"
+    evaluate.run(config(folder, **more))
+    assert values(folder)["t", "fid", "value"] == pytest.approx(9 * first, rel=1e-4)
+    Image.new("RGB", (16, 16), "white").save(real / "0.png")
+    evaluate.run(config(folder, **more))
+    assert abs(values(folder)["t", "fid", "value"] / (9 * first) - 1) > 1e-3
+
+
+def test_pictures_of_somebody_else_are_scored_as_our_own(
+    config: Callable[..., Any], student: Path, tmp_path: Path
+) -> None:
+    evaluate.run(config(tmp_path / "a"))
+    theirs = tmp_path / "theirs"
+    shutil.copytree(tmp_path / "a" / "pictures" / "mine", theirs)  # with our index
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for i in range(5):
+        shutil.copy(theirs / f"{i:08d}.png", bare / f"{i}.png")
+    evaluate.run(config(tmp_path / "b", models=f"[{student}, {theirs}, {bare}]"))
+    rows = {row["name"]: row for row in results(tmp_path / "b")["models"]}
+    assert rows["theirs"]["metrics"] == rows["bare"]["metrics"] == rows["mine"]["metrics"]
+    assert rows["theirs"]["steps"] is None and rows["theirs"]["tflop"] is None
+    assert all(pair["difference"] == pair["low"] == pair["high"] == 0 for pair in results(tmp_path / "b")["pairs"])
+
+
+def test_the_released_list_of_captions_is_read_as_it_is(config: Callable[..., Any], tmp_path: Path) -> None:
+    file = tmp_path / "coco.csv"
+    file.write_text(',file_name,caption\n132871,a.jpg,A red star.\n31526,b.jpg,"Two, rings\n"\n7,a.jpg,A heart\n')
+    requests = evaluate.prepare(config(tmp_path / "out", prompts=file, n=2)).plan.requests
+    assert [(request.prompt, request.seed) for request in requests[:]] == [("A red star.", 7), ("Two, rings", 8)]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"models": "[]"}, "models is empty"),
+        ({"models": "[nowhere]"}, "models=nowhere does not exist"),
+        ({"models": "[{name: a}]"}, "is no model"),
+        ({"models": "[{model: teacher, stepz: 4}]"}, "unknown key stepz"),
+        ({"models": "[{model: teacher, steps: many}]"}, "steps='many' is not valid"),
+        ({"models": "[{model: teacher, steps: 0}]"}, "steps of teacher=0; use at least 1"),
+        ({"models": "[{model: teacher, steps: 2, sigmas: [1.0, 0.5]}]"}, "both steps and sigmas"),
+        ({"models": "[{model: teacher, sigmas: [0.5, 1.0]}]"}, "use falling numbers"),
+        ({"models": "[{model: teacher, schedule: shapes_4step}]"}, "has schedule, but a teacher has no"),
+        ({"models": "[teacher, teacher]"}, "two are called teacher"),
+        ({"models": "[teacher, {name: Teacher, model: teacher}]"}, "two are called"),
+        ({"models": "[{name: ../x, model: teacher}]"}, "is no name of a row"),
+        ({"n": 6}, "n=6, but .* has 5 prompts"),
+        ({"n": 1}, "n=1; use at least 2"),
+        ({"prompts": "none.csv"}, "prompts=none.csv does not exist"),
+        ({"metrics": "[]"}, "metrics is empty"),
+        ({"metrics": "[nothing]"}, "there is no metric 'nothing'; choose from"),
+        ({"metrics": f"[{BRIGHT}, {BRIGHT}]"}, "two are called bright"),
+        (
+            {"metrics": f"[{BRIGHT}, {BRIGHT.replace('Colours', 'Colours, scale: 2.0').replace('bright,', 'b,')}]"},
+            "b has other weights of colours-plain",
+        ),
+        ({"metrics": f"[{FID}]"}, "fid compares with real pictures; give reference"),
+        ({"metrics": f"[{FID}]", "reference": "none"}, "reference=none does not exist"),
+        ({"height": 100}, "height=100 is not a multiple of 16"),
+        ({"timing__runs": "many"}, "timing.*runs.*many"),
+        ({"timing__runs": 0}, "timing.runs=0; use at least 1"),
+        ({"bootstrap__level": 1.5}, "bootstrap.level=1.5"),
+        ({"batch_size": 0}, "batch_size=0; use at least 1"),
+    ],
+)
+def test_wrong_input_is_refused_before_anything_is_made(
+    config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Pretrained, "pipeline", None)
+    with pytest.raises(UserError, match=message):
+        evaluate.run(config(tmp_path / "out", **more))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_student_has_no_steps_and_must_fit(config: Callable[..., Any], student: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="mine has steps, but a student draws as its schedule says"):
+        evaluate.prepare(config(tmp_path / "out", models=f"[{{model: {student}, steps: 4}}]"))
+    other = f"[teacher, {{model: {student}, schedule: {{sigmas: [1.0, 0.7], sizes: [4, 6]}}}}]"
+    with pytest.raises(UserError, match="mine draws 48x48 and teacher 64x64 pixels; give one size to all"):
+        evaluate.prepare(config(tmp_path / "out", models=other))
+    found = evaluate.prepare(config(tmp_path / "out", models=other, height=64, width=64)).plan.candidates[1]
+    assert found.steps == 2 and found.step_sizes == [(6, 6), (8, 8)]  # type: ignore[union-attr]
+
+
+def test_a_folder_of_pictures_must_hold_one_for_each_row(config: Callable[..., Any], tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for i in (0, 1, 3, 4):
+        Image.new("RGB", (8, 8)).save(theirs / f"{i:03d}.png")
+    more = {"models": f"[teacher, {theirs}]"}
+    with pytest.raises(UserError, match=r"theirs has no picture of row 2 \(of 5\)"):
+        evaluate.prepare(config(tmp_path / "out", **more))
+    (theirs / "2.jpg").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"2\.jpg is missing or no picture"):
+        evaluate.prepare(config(tmp_path / "out", **more))
+    Image.new("RGB", (8, 8)).save(theirs / "2.jpg")
+    assert isinstance(evaluate.prepare(config(tmp_path / "out", **more)).plan, Plan)
+    plain = [prompt.replace(",", "") for prompt in PROMPTS]
+    lines = [f"{i},{plain[i]},{file.name}" for i, file in enumerate(sorted(theirs.iterdir()))]
+    (theirs / "index.csv").write_text("\n".join(["index,prompt,file", *lines]))
+    with pytest.raises(UserError, match="row 4 is of 'a heart left of a ring', and here it is 'a heart, left"):
+        evaluate.prepare(config(tmp_path / "out", **more))

@@ -1,0 +1,119 @@
+"""Costs: evaluations, FLOPs, and latency by parts with a clock of our own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from swd.evaluation import timing
+from swd.evaluation.candidates import DrawingModel
+from swd.evaluation.draw import Painter
+from swd.evaluation.plan import Plan
+from swd.evaluation.timing import Costs, Timing
+from swd.metrics.flops import forward_gflop
+from swd.modules.adapters import load, save_adapter
+from swd.modules.pretrained import Pretrained
+from swd.modules.requests import Requests
+
+ROWS = [("a red star", None), ("a green circle", None)]
+
+
+@pytest.fixture
+def model(tiny_model: Path) -> Pretrained:
+    return Pretrained(
+        "sd3", str(tiny_model), rank=4, precision="fp32", feature_blocks=[1], max_text_tokens=12, teacher_steps=3
+    )
+
+
+def painter(candidate: DrawingModel, folder: Path) -> Painter:
+    return Painter(Plan(folder, "p", Requests(ROWS, 1, 0), (candidate,), 2, 2), candidate)
+
+
+@pytest.fixture
+def student(model: Pretrained, tmp_path: Path) -> DrawingModel:
+    networks = model.networks(["student"])
+    generator = torch.Generator().manual_seed(5)
+    for parameter in networks.role_parameters("student"):
+        parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    schedule = tiny.build_schedule().scheduler(2)
+    folder = save_adapter(
+        tmp_path / "adapter", networks.adapter_state("student"), 4, 4, schedule, "tiny", "transformer"
+    )
+    return DrawingModel("mine", "x", model, load(folder), schedule, (8, 8), 3)
+
+
+def test_flops_are_those_of_every_step_at_its_size(model: Pretrained, student: DrawingModel, tmp_path: Path) -> None:
+    row = model.encoders().encode_prompts([""])
+    gflop = {side: forward_gflop(model, (side, side), row) for side in tiny.SIZES}
+    teacher = DrawingModel("teacher", "teacher", model, None, None, (8, 8), 3)
+    for candidate, evaluations, expected in (
+        (teacher, 6, 6 * gflop[8]),
+        (student, 3, sum(gflop.values())),
+    ):
+        drawer = painter(candidate, tmp_path)
+        costs = Costs(drawer.plan, candidate, None)
+        assert costs.load() is None
+        costs.measure(drawer)
+        assert costs.load() == {
+            "steps": 3,
+            "evaluations": evaluations,
+            "tflop": pytest.approx(expected / 1000),
+        }
+        assert Costs(drawer.plan, candidate, Timing()).load() is None  # asked for other things
+
+
+def test_latency_is_a_mean_by_parts_without_the_first_runs(
+    model: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text takes 1, decoding 2, and all of a batch 2, 4, 6 and 8 seconds, of which the first batch warms up."""
+    drawer = painter(DrawingModel("teacher", "teacher", model, None, None, (8, 8), 3), tmp_path)
+    now, longer = [0.0], iter([7.0, 4.0, 6.0, 8.0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def spend(seconds: float) -> None:
+        now[0] += seconds
+
+    pipe: Any = drawer.pipe
+    pipe.encode_prompt = lambda: spend(1)
+    pipe.vae.decode = lambda: spend(2)
+
+    def draw(given: Any, model: Any, requests: Any, size: Any, show_sizes: bool) -> None:
+        assert [request.prompt for request in requests] == ["a red star", "a green circle"] * 2
+        given.encode_prompt()
+        given.vae.decode()
+        spend(next(longer) - 3)
+
+    monkeypatch.setattr(timing, "draw", draw)
+    found = timing.latency(drawer, Timing(batch=4, runs=3, warmup=1))
+    assert found["latency"].pop("device")
+    assert found["latency"] == pytest.approx(
+        {
+            "batch": 4,
+            "runs": 3,
+            "text_s": 1 / 4,
+            "denoise_s": (6 - 3) / 4,
+            "decode_s": 2 / 4,
+            "per_picture_s": 6 / 4,
+        }
+    )
+    assert found["peak_memory_bytes"] > 10_000_000
+
+
+def test_the_student_is_merged_while_it_is_timed_and_draws_as_before(student: DrawingModel, tmp_path: Path) -> None:
+    drawer = painter(student, tmp_path)
+    before = drawer.draw(range(2))
+    with timing.merged(drawer):
+        merged = drawer.draw(range(2))
+        assert all(layer.merged for layer in drawer.pipe.transformer.modules() if hasattr(layer, "merged"))
+    torch.testing.assert_close(torch.stack(merged), torch.stack(before), rtol=0, atol=1e-4)
+    assert torch.equal(torch.stack(drawer.draw(range(2))), torch.stack(before))
+
+
+def test_latency_of_a_real_pipeline_has_all_parts(student: DrawingModel, tmp_path: Path) -> None:
+    found = timing.latency(painter(student, tmp_path), Timing(batch=1, runs=2, warmup=1))["latency"]
+    parts = [found[f"{part}_s"] for part in ("text", "denoise", "decode")]
+    assert min(parts) > 0 and sum(parts) == pytest.approx(found["per_picture_s"])
