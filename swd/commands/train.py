@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 
 from swd import __version__
-from swd.callbacks import Checkpoint, Progress, Samples, SaveAdapter
+from swd.callbacks import Checkpoint, Progress, Samples, SaveAdapter, Students
 from swd.callbacks.checkpoint import clear_runs, find_checkpoint
 from swd.callbacks.fixed_losses import FixedLosses
 from swd.commands import shared
@@ -144,7 +144,7 @@ def _turn(callback: Callback) -> int:
     """Order of callbacks: checkpoint and student are written before anything that draws or measures can fail."""
     if isinstance(callback, ModelCheckpoint):
         return 1
-    if isinstance(callback, SaveAdapter):
+    if isinstance(callback, SaveAdapter | Students):
         return 2
     return 4 if isinstance(callback, Progress) else 3 if isinstance(callback, Samples | FixedLosses) else 0
 
@@ -284,7 +284,7 @@ def build_trainer(cfg: DictConfig, folder: Path, *more: Callback) -> Trainer:
     callbacks = list(build_group(cfg, "callbacks").values())
     logger: Any = build_group(cfg, "logger") or False
     if is_trial(cfg):
-        callbacks = [c for c in callbacks if not isinstance(c, Checkpoint | SaveAdapter | Samples)]
+        callbacks = [c for c in callbacks if not isinstance(c, Checkpoint | SaveAdapter | Samples | Students)]
         logger = False
     callbacks += more
     fixed = {
