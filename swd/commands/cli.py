@@ -97,17 +97,18 @@ def launch(command: str) -> None:
 
     for_command(command)
     quiet_warnings()
-    run: Callable[..., None] = importlib.import_module(COMMANDS[command][0]).run
+    run: Callable[..., float | None] = importlib.import_module(COMMANDS[command][0]).run
     main = hydra.main(version_base="1.3", config_path=config_path(), config_name=command)
     started = False
 
-    def job(cfg: Any) -> None:
+    def job(cfg: Any) -> float | None:
+        """Run the command; what it returns is the objective of a sweep."""
         nonlocal started
         started = True
         quiet_warnings()  # again: a sweep's job may run in a process of its own
         try:
             with user_errors(where=results_of(cfg)):  # here, before Hydra adds lines to them
-                run(cfg)
+                return run(cfg)
         finally:
             remove_empty_output()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import os
 import platform
@@ -18,7 +19,7 @@ from urllib.parse import urlsplit
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
@@ -28,6 +29,7 @@ from swd import __version__
 from swd.callbacks import Checkpoint, Progress, Samples, SaveAdapter, Students
 from swd.callbacks.checkpoint import clear_runs, find_checkpoint
 from swd.callbacks.fixed_losses import FixedLosses
+from swd.callbacks.stopping import CheckStopping
 from swd.commands import shared
 from swd.commands.shared import quiet
 from swd.config import GROUP, arguments_of, check, node_of, one_line, stored, to_yaml
@@ -56,14 +58,43 @@ ROOT = shared.ROOT | {
     "output": str,
     "folder": str,
     "resume": str | None,
+    "optimized_metric": str | None,
 }
 PACKAGES = ("torch", "lightning", "hydra-core", "diffusers", "peft", "transformers", "torchmetrics")
 
 
-def run(cfg: DictConfig) -> None:
-    """Train what the configuration says."""
+def run(cfg: DictConfig) -> float | None:
+    """Train what the configuration says.
+
+    Returns:
+        The last value of `optimized_metric`, for a sweep that looks for the best settings; None without one.
+    """
     check(cfg, ROOT)
-    fit(cfg)
+    trained = fit(cfg)
+    return None if cfg.optimized_metric is None else objective(cfg.optimized_metric, trained[1], Path(cfg.folder))
+
+
+def objective(name: str, trainer: Trainer, folder: Path) -> float:
+    """The last value of a logged metric; of a run that was done already, from its `metrics.csv`.
+
+    Raises:
+        UserError: if nothing of that name was logged.
+    """
+    if name in trainer.callback_metrics:
+        return float(trainer.callback_metrics[name])
+    logged = last_row(folder / "metrics.csv")
+    if name not in logged:
+        known = ", ".join(sorted({*trainer.callback_metrics, *logged}))
+        raise UserError(f"optimized_metric={name} was not logged; the run is whole, and has {known}")
+    return logged[name]
+
+
+def last_row(file: Path) -> dict[str, float]:
+    """The last value of every metric in a run's `metrics.csv`; empty without the file."""
+    if not file.is_file():
+        return {}
+    with file.open(newline="", encoding="utf-8") as stream:
+        return {key: float(value) for row in csv.DictReader(stream) for key, value in row.items() if value}
 
 
 def fit(cfg: DictConfig, *more: Callback) -> tuple[LightningModule, Trainer]:
@@ -131,6 +162,8 @@ def _train(trainer: Trainer, task: LightningModule, data: Any, checkpoint: str |
             f"training stopped: {one_line(error)}; make room; last good checkpoint: {last_checkpoint(trainer)}"
         ) from None
     except Exception as error:
+        if isinstance(error, RuntimeError) and str(error).startswith("Early stopping conditioned on metric"):
+            raise UserError(f"callbacks: {one_line(error)}") from None
         if type(error).__module__.partition(".")[0] != "wandb":
             raise
         raise UserError(f"logger=wandb: {one_line(error)[:300]}; {WITHOUT_WANDB}") from error
@@ -141,12 +174,19 @@ def _train(trainer: Trainer, task: LightningModule, data: Any, checkpoint: str |
 
 
 def _turn(callback: Callback) -> int:
-    """Order of callbacks: checkpoint and student are written before anything that draws or measures can fail."""
-    if isinstance(callback, ModelCheckpoint):
-        return 1
-    if isinstance(callback, SaveAdapter | Students):
-        return 2
-    return 4 if isinstance(callback, Progress) else 3 if isinstance(callback, Samples | FixedLosses) else 0
+    """Order of callbacks: checkpoint and student are written before anything that draws or measures can fail.
+
+    What looks at measurements, the checkpoints of the best of them too, comes after what takes them.
+    """
+    turns: tuple[tuple[type[Callback], ...], ...] = (
+        (Checkpoint, OnExceptionCheckpoint),
+        (SaveAdapter, Students),
+        (Samples, FixedLosses),
+        (CheckStopping,),
+        (ModelCheckpoint,),
+        (Progress,),
+    )
+    return next((turn for turn, kinds in enumerate(turns, 1) if isinstance(callback, kinds)), 0)
 
 
 def run_of(checkpoint: str) -> Path:
@@ -180,7 +220,7 @@ def finish(
     plain = OmegaConf.merge(cfg, {"logger": None})  # a logger would start its files afresh
     trainer = build_trainer(cast(DictConfig, plain), run, *more)
     callbacks: list[Callback] = cast(Any, trainer).callbacks
-    callbacks[:] = [c for c in callbacks if not isinstance(c, ModelCheckpoint)]  # nothing to save
+    callbacks[:] = [c for c in callbacks if not isinstance(c, ModelCheckpoint | EarlyStopping)]  # nothing to save
     late = [c for c in callbacks if isinstance(c, SaveAdapter | Samples)]
     missing: dict[str, Callable[[], None]] = {
         path: partial(c.write, trainer, task) for c in sorted(late, key=_turn) if (path := c.missing(run, task, done))
@@ -287,6 +327,8 @@ def build_trainer(cfg: DictConfig, folder: Path, *more: Callback) -> Trainer:
         callbacks = [c for c in callbacks if not isinstance(c, Checkpoint | SaveAdapter | Samples | Students)]
         logger = False
     callbacks += more
+    if any(isinstance(callback, EarlyStopping) for callback in callbacks):
+        callbacks.append(CheckStopping())
     fixed = {
         "max_epochs": -1,  # steps count; a finished epoch must not keep a longer run from continuing
         "default_root_dir": str(folder),

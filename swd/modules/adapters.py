@@ -183,8 +183,9 @@ def _choose(folder: Path, ema: bool | None, where: str) -> Path:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path is that of a checkpoint in the folder of a run."""
-    return path.suffix == ".ckpt" and path.parent.name == CHECKPOINTS
+    """Whether a path is that of a checkpoint in a folder of a run."""
+    inside = path.parent.name == CHECKPOINTS or (path.parent.parent / "config.yaml").is_file()
+    return path.suffix == ".ckpt" and inside
 
 
 def run_folder(source: Path) -> Path | None:

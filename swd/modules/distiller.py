@@ -322,8 +322,8 @@ class Distiller(LightningModule):
         """Log the metrics of an iteration, averaged over the processes, as one row, and keep them for callbacks."""
         values = self.trainer.strategy.reduce(torch.stack([v.float() for v in local.values()]), reduce_op="mean")
         self.last_metrics = dict(zip(local, values, strict=True))
-        row = {f"train/{name}": value for name, value in self.last_metrics.items()}
-        row["train/interval"] = torch.tensor(float(interval.index))
+        row = {f"loss/{name}": value for name, value in self.last_metrics.items()}
+        row["monitor/interval"] = torch.tensor(float(interval.index))
         self.log_dict(row, logger=False)  # into `trainer.callback_metrics`
         # `self.log` hands a row to the loggers after the callbacks. A run killed while they draw would lose the row of
         # an iteration whose checkpoint it wrote, and the run that goes on from there does not write it again.
