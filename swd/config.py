@@ -68,6 +68,7 @@ FOREIGN_TO: Mapping[str, Mapping[str, str]] = {
     "generate": {"precision": FOREIGN["precision"], "prompt": "prompts=FILE", "output_dir": "out=FOLDER"},
     "encode": {"output_dir": "out=FOLDER"},
     "import": {"output_dir": "out=FOLDER"},
+    "dashboard": {"out": "to=FILE", "name": "title=TEXT"},
     "export": {"output_dir": "to=FOLDER", "out": "to=FOLDER", "adapter": "run=RUN", "checkpoint": "run=RUN"},
 }
 """The same by command: the others share keys of training, but do not look at them."""
