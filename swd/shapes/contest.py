@@ -229,7 +229,7 @@ def contenders(task: Distiller) -> tuple[Contender, Contender, Contender]:
             few,
             sum(costs[size] for size in schedule.sizes),
             lambda prompts, seeds: task.sample(prompts, seeds)[0],
-            lambda: merged_student(task.networks),
+            lambda: student_in_use(task),
         ),
     )
 
@@ -249,6 +249,13 @@ def teacher_pictures(task: Distiller, scheduler: Any, steps: int, prompts: list[
         task.networks, scheduler, latents, conditioning, task.empty, task.model.drawing_guidance_scale, "teacher", steps
     )
     return task.encoders.decode(latents)
+
+
+@contextmanager
+def student_in_use(task: Distiller) -> Iterator[None]:
+    """Context in which the student is as it will be used: the average of its weights if there is one, merged."""
+    with task.averaged_student(), merged_student(task.networks):
+        yield
 
 
 @contextmanager

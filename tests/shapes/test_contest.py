@@ -17,6 +17,7 @@ from swd.losses import MMD
 from swd.metrics.fid import frechet_distance
 from swd.modules.distiller import Distiller
 from swd.modules.pretrained import Pretrained
+from swd.modules.training_task import averaged
 from swd.shapes import contest
 from swd.shapes.contest import Contender, Judged, Store
 from swd.shapes.dataset import ShapesDataset
@@ -210,6 +211,23 @@ def test_merged_student_draws_the_same_and_leaves_no_trace(task: Distiller) -> N
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     assert torch.equal(task.sample(prompts, seeds)[0], apart)
     assert torch.equal(contest.contenders(task)[1].draw(prompts, seeds), teacher)
+
+
+def test_the_student_is_drawn_with_the_average_of_its_weights(task: Distiller) -> None:
+    prompts, seeds = ["a red star"], [0]
+    trained = task.sample(prompts, seeds)[0]
+    try:
+        task.average = averaged(task._student_weights(), 0.9)
+        for weight in task.average.parameters():
+            weight.mul_(0.5)
+        student = contest.contenders(task)[2]
+        with student.ready():
+            drawn = student.draw(prompts, seeds)
+        assert torch.allclose(drawn, task.sample(prompts, seeds)[0], atol=1e-4)
+    finally:
+        task.average = None
+    assert not torch.allclose(drawn, trained, atol=1e-2)
+    assert torch.equal(task.sample(prompts, seeds)[0], trained)
 
 
 # Stored statistics
