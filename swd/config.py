@@ -77,6 +77,7 @@ FOREIGN_TO: Mapping[str, Mapping[str, str]] = {
     "evaluate": {"precision": FOREIGN["precision"], "prompt": "prompts=FILE", "adapter": "models='[RUN]'"},
     "encode": {"output_dir": "out=FOLDER"},
     "import": {"output_dir": "out=FOLDER"},
+    "dashboard": {"out": "to=FILE", "name": "title=TEXT"},
     "export": {"output_dir": "to=FOLDER", "out": "to=FOLDER", "adapter": "run=RUN", "checkpoint": "run=RUN"},
 }
 """The same for every command: those that do not train know fewer of these settings, some under other names."""
@@ -97,7 +98,7 @@ ALLOWED: Mapping[str, Collection[str]] = {
     "swd.data.picture_files": ("FolderDataset",),
     "swd.shapes.dataset": ("ShapesDataset",),
     "swd.data.webdataset": ("ShardData",),
-    "swd.callbacks": ("Checkpoint", "Progress", "Samples", "SaveAdapter"),
+    "swd.callbacks": ("Checkpoint", "Progress", "Samples", "SaveAdapter", "Students"),
     "swd.callbacks.fixed_losses": ("FixedLosses",),
     "swd.metrics.fid": ("Frechet",),
     "swd.metrics.kid": ("Kid",),

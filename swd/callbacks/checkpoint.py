@@ -7,18 +7,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
-from safetensors import SafetensorError
 
-from swd.config import GIVEN, first_difference, one_line, read_recorded, renamed, stored
+from swd.config import GIVEN, first_difference, read_recorded, renamed, stored
 from swd.io.files import clear_leftovers
-from swd.modules.adapters import NETWORK_CONFIG, PEFT_CONFIG, PEFT_WEIGHTS, SCHEDULER_CONFIG, save_adapter, save_student
+from swd.modules.adapters import CHECKPOINTS, STUDENTS
 from swd.modules.checkpoints import CheckpointFiles, Resumable, damage, tensors
 from swd.modules.distiller import Distiller
-from swd.modules.finite import all_finite, last_checkpoint, stop_unless_finite
-from swd.modules.networks import SharedBase
+from swd.modules.finite import all_finite, stop_unless_finite
 from swd.types import UserError
 
 COMPARED = ("seed", "model", "schedule", "loss", "data", "task")
@@ -26,7 +24,7 @@ NO_MATTER = ("workers", "prefetch", "max_bad")
 """Keys of `data` that change neither the samples nor their order."""
 GUIDANCE = ("guidance_scale", "dmd_guidance_scale", "drawing_guidance_scale")
 """Keys of `model` that training does not read, since the loss has its own; earlier versions had the first alone."""
-FOLDERS = (".", "checkpoints", "samples")
+FOLDERS = (".", CHECKPOINTS, "samples", STUDENTS)
 """Folders that a run writes to, relative to its own."""
 
 
@@ -60,7 +58,7 @@ class Checkpoint(ModelCheckpoint):
         self._first = 0  # iterations done when this run was started
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
+        self.dirpath = str(Path(trainer.default_root_dir) / CHECKPOINTS)
         trainer.strategy.checkpoint_io = self.files
         super().setup(trainer, pl_module, stage)
 
@@ -88,10 +86,9 @@ class Checkpoint(ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         module = trainer.lightning_module
-        trained = [p.detach() for p in module.parameters() if p.requires_grad]
-        weights = trained if isinstance(module, Distiller) else list(module.state_dict().values())
+        kept = module.kept_state() if isinstance(module, Distiller) else module.state_dict()
         moments = tensors([optimizer.state_dict() for optimizer in trainer.optimizers])
-        checks = {"weights": all_finite(weights), "optimizer moments": all_finite(moments)}
+        checks = {"weights": all_finite(kept.values()), "optimizer moments": all_finite(moments)}
         if isinstance(module, Distiller):
             checks |= module.predictions()
         place = f"iteration {trainer.global_step}, before its checkpoint"
@@ -122,68 +119,9 @@ def checkpoint_bytes(task: LightningModule) -> int:
     """Approximate bytes of a checkpoint of `task`: the weights that it stores, and two moments of each trained one."""
     trained = sum(p.numel() * p.element_size() for p in task.parameters() if p.requires_grad)
     if isinstance(task, Distiller):
-        return 3 * trained
+        average = [] if task.average is None else task.average.parameters()
+        return 3 * trained + sum(p.numel() * p.element_size() for p in average)
     return 2 * trained + sum(value.numel() * value.element_size() for value in task.state_dict().values())
-
-
-class SaveAdapter(Callback):
-    """Write the student and its schedule into the run folder when training ends.
-
-    An adapter goes to `adapter/`; a student that was trained whole to `student/`, as a diffusers model.
-    """
-
-    def missing(self, run: Path, task: LightningModule, iterations: int) -> str | None:
-        """The student's folder if a run of so many iterations lacks its student, else None."""
-        if not isinstance(task, Distiller):
-            return None
-        if task.model.tuning == "full":
-            there = (run / "student" / NETWORK_CONFIG).is_file() and any((run / "student").glob("*.safetensors"))
-            return None if there else str(run / "student")
-        needed = (PEFT_CONFIG, PEFT_WEIGHTS, SCHEDULER_CONFIG)
-        return None if all((run / "adapter" / name).is_file() for name in needed) else str(run / "adapter")
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.write(trainer, pl_module)
-
-    def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the student.
-
-        Raises:
-            UserError: if it or its predictions are not finite, or there is no room.
-        """
-        # Before the first iteration there is no student, only fresh weights.
-        if not (isinstance(pl_module, Distiller) and trainer.global_step):
-            return
-        trained = [p.detach() for p in pl_module.networks.role_parameters("student")]
-        checks = {"weights of the student": all_finite(trained)} | pl_module.predictions()
-        place = f"iteration {trainer.global_step}, before the student is written"
-        stop_unless_finite(trainer, checks, place, "no student was written")
-        if not trainer.is_global_zero:
-            return
-        try:
-            self._save(trainer, pl_module)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"the student cannot be written to {trainer.default_root_dir} ({one_line(error)}); make room and give "
-                f"the same command with resume={last_checkpoint(trainer)}"
-            ) from None
-
-    def _save(self, trainer: Trainer, task: Distiller) -> None:
-        model = task.model
-        networks = task.networks
-        if isinstance(networks, SharedBase):
-            save_adapter(
-                Path(trainer.default_root_dir) / "adapter",
-                networks.adapter_state("student"),
-                model.rank,
-                model.rank if model.alpha is None else model.alpha,
-                task.scheduler(),
-                base=model.name,
-                part=model.backbone_class.subfolder,
-            )
-        else:
-            network: Any = networks.backbone_of("student").network
-            save_student(Path(trainer.default_root_dir) / "student", network, task.scheduler())
 
 
 def find_checkpoint(resume: str | None, runs: Path, cfg: DictConfig, task: Resumable | None = None) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
+from swd.callbacks.pictures_log import log_pictures
 from swd.config import one_line
 from swd.io.files import write_aside
 from swd.io.pictures import grid
@@ -65,9 +66,7 @@ class Samples(Callback):
         sheet = grid([[pictures[i] for pictures in sizes] for i in range(len(self.prompts))])
         path = self._path(Path(trainer.default_root_dir), trainer.global_step)
         write_aside(path, lambda new: sheet.save(new, format="PNG"))
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):
-                logger.log_image("samples", [sheet], caption=["; ".join(self.prompts)])
+        log_pictures(trainer, "samples", [sheet], ["; ".join(self.prompts)])
 
     @staticmethod
     def _path(run: Path, iteration: int) -> Path:

@@ -30,6 +30,7 @@ COMMANDS = {
     "generate": ("swd.commands.generate", "let a teacher draw its own training set"),
     "import": ("swd.commands.import_pictures", "make shards of captioned pictures"),
     "encode": ("swd.commands.encode", "encode a data set once, for all trainings of one model"),
+    "dashboard": ("swd.commands.dashboard", "write a wandb workspace: losses, metrics by size, samples, throughput"),
     "demo": ("swd.commands.demo", "distil, sample, evaluate and report on the embedded teacher"),
 }
 """For each command, the module whose `run` it calls, and its purpose."""
@@ -99,19 +100,20 @@ def launch(command: str) -> None:
 
     for_command(command)
     quiet_warnings()
-    run: Callable[..., None] = importlib.import_module(COMMANDS[command][0]).run
+    run: Callable[..., float | None] = importlib.import_module(COMMANDS[command][0]).run
     main = hydra.main(version_base="1.3", config_path=config_path(), config_name=command)
 
     # The job, once its configuration is composed.
     started = False
 
-    def job(cfg: Any) -> None:
+    def job(cfg: Any) -> float | None:
+        """Run the command; what it returns is the objective of a sweep."""
         nonlocal started
         started = True
         quiet_warnings()  # again: a sweep's job may run in a process of its own
         try:
             with user_errors(where=results_of(cfg)):  # here, before Hydra adds lines to them
-                run(cfg)
+                return run(cfg)
         finally:
             remove_empty_output()
 

@@ -38,8 +38,12 @@ DISTILLER = "swd.modules.distiller.Distiller"
 # The command
 
 
-def run(cfg: DictConfig) -> None:
-    """Do the whole demo; its files go to `cfg.folder`, copies of results and report beside that folder."""
+def run(cfg: DictConfig) -> float | None:
+    """Do the whole demo; its files go to `cfg.folder`, copies of results and report beside that folder.
+
+    Returns:
+        As `train.run`.
+    """
     clock = Clock(setup=setup_seconds())
     with clock.phase("start"):
         shared.quiet()
@@ -47,13 +51,14 @@ def run(cfg: DictConfig) -> None:
         judge = Judge.from_pretrained(judge_folder)
     if cfg.store_teacher:
         store_teacher(cfg, judge_folder)
-        return
+        return None
 
     with clock.phase("distil"):
         fixed = FixedLosses()
         task, trainer = train.fit(cfg, fixed, *missing_callbacks(cfg))
+    value = None if cfg.optimized_metric is None else train.objective(cfg.optimized_metric, trainer, Path(cfg.folder))
     if not trainer.is_global_zero:
-        return
+        return value
     assert isinstance(task, Distiller)
     task, judge = place(task, judge, trainer.strategy.root_device)
     study = compare(cfg, task, judge, judge_folder, clock)
@@ -62,6 +67,7 @@ def run(cfg: DictConfig) -> None:
         results["fixed_losses"] = fixed.losses
     results["wall_seconds"] = clock.seconds()
     finish(cfg, results, page)
+    return value
 
 
 def prepare(cfg: DictConfig) -> Path:

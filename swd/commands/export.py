@@ -14,7 +14,7 @@ from swd.modules.adapters import locate
 from swd.modules.student import load_student
 from swd.types import UserError
 
-ROOT = shared.ROOT | {"run": str, "to": str, "verify": bool, "output": str}
+ROOT = shared.ROOT | {"run": str, "to": str, "verify": bool, "output": str, "ema": bool | None}
 
 
 def run(cfg: DictConfig) -> None:
@@ -25,8 +25,8 @@ def run(cfg: DictConfig) -> None:
     shared.quiet()
     target = Path(cfg.to)
     check_target(target)
-    source = locate(cfg.run, Path(cfg.output), "run")
-    student = load_student(source)
+    source = locate(cfg.run, Path(cfg.output), "run", cfg.ema)
+    student = load_student(source, cfg.ema)
     model = build_model(recorded_model(source, cfg), cfg)
     student.check_fits(model)
     schedule = schedule_of(source, cfg, model)

@@ -49,6 +49,7 @@ ROOT = shared.ROOT | {
     "images_per_prompt": int,
     "batch_size": int,
     "adapter": str | None,
+    "ema": bool | None,
     "height": int | None,
     "width": int | None,
     "aspect": str | None,
@@ -152,13 +153,15 @@ def prepare(cfg: DictConfig) -> SamplingPlan:
     check(cfg, ROOT)
     if cfg.adapter is None and (given := [key for key in given_keys() if key.partition(".")[0] == "schedule"]):
         raise UserError(f"{given[0]} is of a student, and with adapter=null the teacher draws with its own; remove it")
+    if cfg.adapter is None and cfg.ema is not None:
+        raise UserError(f"ema={cfg.ema} is of a student, and with adapter=null the teacher draws; remove it")
     requests = plan(cfg)
-    source = None if cfg.adapter is None else locate(cfg.adapter, Path(cfg.output))
+    source = None if cfg.adapter is None else locate(cfg.adapter, Path(cfg.output), ema=cfg.ema)
     node = node_of(cfg, "model") if source is None else recorded_model(source, cfg)
     model = build_model(node, cfg)
     student = schedule = None
     if source is not None:
-        student = load_student(source)
+        student = load_student(source, cfg.ema)
         student.check_fits(model)
         schedule = schedule_of(source, cfg, model)
     if model.backbone_class.video:

@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import os
 import platform
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import urlsplit
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 
 from swd import __version__
-from swd.callbacks import Checkpoint, Progress, Samples, SaveAdapter
+from swd.callbacks import Checkpoint, Progress, Samples, SaveAdapter, Students
 from swd.callbacks.checkpoint import clear_runs, find_checkpoint
 from swd.callbacks.fixed_losses import FixedLosses
+from swd.callbacks.stopping import CheckStopping
 from swd.commands import shared
+from swd.commands.loggers import WITHOUT_WANDB, build_loggers, check_logger, end_loggers, recorded_id, start_loggers
 from swd.commands.shared import quiet
-from swd.config import GROUP, arguments_of, check, node_of, one_line, stored, to_yaml
+from swd.config import GROUP, arguments_of, check, one_line, stored, to_yaml
 from swd.config import build as build_group
 from swd.io.files import claim_folder, write_json, write_text
 from swd.io.job_log import say
@@ -56,14 +58,43 @@ ROOT = shared.ROOT | {
     "output": str,
     "folder": str,
     "resume": str | None,
+    "optimized_metric": str | None,
 }
 PACKAGES = ("torch", "lightning", "hydra-core", "diffusers", "peft", "transformers", "torchmetrics")
 
 
-def run(cfg: DictConfig) -> None:
-    """Train as the configuration says."""
+def run(cfg: DictConfig) -> float | None:
+    """Train as the configuration says.
+
+    Returns:
+        The last value of `optimized_metric`, for a sweep that looks for the best settings; None without one.
+    """
     check(cfg, ROOT)
-    fit(cfg)
+    trained = fit(cfg)
+    return None if cfg.optimized_metric is None else objective(cfg.optimized_metric, trained[1], Path(cfg.folder))
+
+
+def objective(name: str, trainer: Trainer, folder: Path) -> float:
+    """The last value of a logged metric; of a run that was done already, from its `metrics.csv`.
+
+    Raises:
+        UserError: if nothing of that name was logged.
+    """
+    if name in trainer.callback_metrics:
+        return float(trainer.callback_metrics[name])
+    logged = last_row(folder / "metrics.csv")
+    if name not in logged:
+        known = ", ".join(sorted({*trainer.callback_metrics, *logged}))
+        raise UserError(f"optimized_metric={name} was not logged; the run is whole, and has {known}")
+    return logged[name]
+
+
+def last_row(file: Path) -> dict[str, float]:
+    """The last value of every metric in a run's `metrics.csv`; empty without the file."""
+    if not file.is_file():
+        return {}
+    with file.open(newline="", encoding="utf-8") as stream:
+        return {key: float(value) for row in csv.DictReader(stream) for key, value in row.items() if value}
 
 
 def fit(cfg: DictConfig, *more: Callback) -> tuple[LightningModule, Trainer]:
@@ -95,13 +126,13 @@ def _fit(cfg: DictConfig, folder: Path, *more: Callback) -> tuple[LightningModul
     checkpoint = find_checkpoint(cfg.resume, folder.parent, cfg, cast(Resumable, task))
     if checkpoint and iterations(checkpoint) >= cfg.trainer.max_steps:
         return finish(cfg, task, data, checkpoint, *more)
-    trainer = build_trainer(cfg, folder, *more)
+    trainer = build_trainer(cfg, folder, *more, checkpoint=checkpoint)
     if owner:
         claim_folder(folder, reserve=True)
     try:
         if owner:
-            record(cfg, folder, checkpoint)
-        _train(trainer, task, data, checkpoint)
+            record(cfg, folder, checkpoint, trainer.loggers)
+        _train(cfg, trainer, task, data, checkpoint)
     except (UserError, OSError, KeyboardInterrupt):
         if owner:
             drop_record(folder)
@@ -114,13 +145,15 @@ def _fit(cfg: DictConfig, folder: Path, *more: Callback) -> tuple[LightningModul
     return task, trainer
 
 
-def _train(trainer: Trainer, task: LightningModule, data: Any, checkpoint: str | None) -> None:
+def _train(cfg: DictConfig, trainer: Trainer, task: LightningModule, data: Any, checkpoint: str | None) -> None:
     """Call `trainer.fit`; failures that a user can do something about are raised as UserError."""
     callbacks: list[Callback] = cast(Any, trainer).callbacks
     callbacks.sort(key=_turn)
+    done = False
     try:
-        start_loggers(trainer)
+        start_loggers(trainer, cfg)
         trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+        done = True
     except MisconfigurationException as error:
         raise UserError(f"trainer: {one_line(error)}") from None
     except (OSError, SafetensorError) as error:
@@ -131,6 +164,8 @@ def _train(trainer: Trainer, task: LightningModule, data: Any, checkpoint: str |
             f"training stopped: {one_line(error)}; make room; last good checkpoint: {last_checkpoint(trainer)}"
         ) from None
     except Exception as error:
+        if isinstance(error, RuntimeError) and str(error).startswith("Early stopping conditioned on metric"):
+            raise UserError(f"callbacks: {one_line(error)}") from None
         if type(error).__module__.partition(".")[0] != "wandb":
             raise
         raise UserError(f"logger=wandb: {one_line(error)[:300]}; {WITHOUT_WANDB}") from error
@@ -138,15 +173,24 @@ def _train(trainer: Trainer, task: LightningModule, data: Any, checkpoint: str |
         if trainer.interrupted:
             raise KeyboardInterrupt from None
         raise
+    finally:
+        end_loggers(trainer, failed=not done)
 
 
 def _turn(callback: Callback) -> int:
-    """Order of callbacks: checkpoint and student are written before anything that draws or measures can fail."""
-    if isinstance(callback, ModelCheckpoint):
-        return 1
-    if isinstance(callback, SaveAdapter):
-        return 2
-    return 4 if isinstance(callback, Progress) else 3 if isinstance(callback, Samples | FixedLosses) else 0
+    """Order of callbacks: checkpoint and student are written before anything that draws or measures can fail.
+
+    What looks at measurements, the checkpoints of the best of them too, comes after what takes them.
+    """
+    turns: tuple[tuple[type[Callback], ...], ...] = (
+        (Checkpoint, OnExceptionCheckpoint),
+        (SaveAdapter, Students),
+        (Samples, FixedLosses),
+        (CheckStopping,),
+        (ModelCheckpoint,),
+        (Progress,),
+    )
+    return next((turn for turn, kinds in enumerate(turns, 1) if isinstance(callback, kinds)), 0)
 
 
 def run_of(checkpoint: str) -> Path:
@@ -187,7 +231,7 @@ def finish(
 
     # Files that are missing, and how each is written.
     callbacks: list[Callback] = cast(Any, trainer).callbacks
-    callbacks[:] = [c for c in callbacks if not isinstance(c, ModelCheckpoint)]  # nothing to save
+    callbacks[:] = [c for c in callbacks if not isinstance(c, ModelCheckpoint | EarlyStopping)]  # nothing to save
     late = [c for c in callbacks if isinstance(c, SaveAdapter | Samples)]
     missing: dict[str, Callable[[], None]] = {
         path: partial(c.write, trainer, task) for c in sorted(late, key=_turn) if (path := c.missing(run, task, done))
@@ -199,7 +243,7 @@ def finish(
     if missing or more:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Total length of .* is zero")  # true: no batch is left
-            _train(trainer, task, data, checkpoint)
+            _train(cfg, trainer, task, data, checkpoint)
         task.to(trainer.strategy.root_device)
     for write in missing.values():
         write()
@@ -244,7 +288,7 @@ def build(cfg: DictConfig) -> tuple[LightningModule, Any]:
     options = trainer_options(cfg)
     check_trainer(options, task)
     check_data(task, data)
-    check_logger(cfg)
+    check_logger(cfg, is_trial(cfg))
     processes = _processes(options)
     if data.batch_size % processes:
         raise UserError(
@@ -290,24 +334,31 @@ def is_trial(cfg: DictConfig) -> bool:
     return bool(OmegaConf.select(cfg, "trainer.fast_dev_run", default=False))
 
 
-def build_trainer(cfg: DictConfig, folder: Path, *more: Callback) -> Trainer:
-    """The Trainer, with options that this project sets itself: steps are iterations, and data keep their own order."""
+def build_trainer(cfg: DictConfig, folder: Path, *more: Callback, checkpoint: str | None = None) -> Trainer:
+    """The Trainer, with options that this project sets itself: steps are iterations, and data keep their own order.
+
+    Args:
+        cfg: the configuration.
+        folder: of the run.
+        more: callbacks beside the configured ones.
+        checkpoint: the one that the run goes on from.
+    """
     options = trainer_options(cfg)
     if options.get("strategy") == "auto" and _processes(options) > 1:
         # Student and fake network step in turn, so some parameters have no gradient in each update.
         # Buffers never change, and SD3.5 Medium's hold 0.45 GB.
         options["strategy"] = DDPStrategy(find_unused_parameters=True, broadcast_buffers=False)
     callbacks = list(build_group(cfg, "callbacks").values())
-    logger: Any = build_group(cfg, "logger") or False
     if is_trial(cfg):
-        callbacks = [c for c in callbacks if not isinstance(c, Checkpoint | SaveAdapter | Samples)]
-        logger = False
+        callbacks = [c for c in callbacks if not isinstance(c, Checkpoint | SaveAdapter | Samples | Students)]
     callbacks += more
-    fixed = {
+    if any(isinstance(callback, EarlyStopping) for callback in callbacks):
+        callbacks.append(CheckStopping())
+    fixed: dict[str, Any] = {
         "max_epochs": -1,  # only steps end a run: a finished epoch must not keep a longer run from continuing
         "default_root_dir": str(folder),
         "callbacks": callbacks,
-        "logger": logger,
+        "logger": [] if is_trial(cfg) else build_loggers(cfg, folder, checkpoint),
         "log_every_n_steps": 1,
         "enable_progress_bar": False,
         "enable_model_summary": False,
@@ -419,46 +470,6 @@ def mps_is_available() -> bool:
     return bool(torch.backends.mps.is_available())
 
 
-WITHOUT_WANDB = "logger.offline=true keeps the log in the run's folder, logger=csv does without wandb"
-
-
-def check_logger(cfg: DictConfig) -> None:
-    """Raise UserError where wandb would ask for a login and there is no terminal to answer at."""
-    node = node_of(cfg, "logger")
-    settings = node.get("settings") or {}
-    offline = node.get("offline") or is_trial(cfg) or settings.get("mode") in WANDB_SILENT
-    if not str(node.get("_target_")).endswith(".WandbLogger") or offline:
-        return
-    if os.environ.get("WANDB_MODE") in WANDB_SILENT or settings.get("api_key") or sys.stdin.isatty():
-        return
-    if any(os.environ.get(key) for key in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
-        return
-    for file in (os.environ.get("NETRC", "~/.netrc"), "~/_netrc", "~/.config/wandb/settings", "wandb/settings"):
-        with suppress(OSError, ValueError):
-            text = Path(file).expanduser().read_text(encoding="utf-8")
-            host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or "wandb"
-            if host in text or "api_key" in text:
-                return
-    raise UserError(f"logger=wandb: nobody is logged in; run `wandb login`, or {WITHOUT_WANDB}")
-
-
-WANDB_SILENT = ("offline", "dryrun", "disabled")
-
-
-def start_loggers(trainer: Trainer) -> None:
-    """Start wandb with the credentials masked in the command line, which it stores; do nothing if there are none."""
-    shown = [mask_text(argument) for argument in sys.argv]
-    if shown == sys.argv or not any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
-        return
-    given, sys.argv = sys.argv, shown
-    try:
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.experiment  # noqa: B018 - reading it starts the run
-    finally:
-        sys.argv = given
-
-
 def _processes(options: dict[str, Any]) -> int:
     devices = options.get("devices", 1)
     nodes = options.get("num_nodes", 1)
@@ -469,7 +480,7 @@ def _processes(options: dict[str, Any]) -> int:
     return max(devices if isinstance(devices, int) else len(devices), 1) * max(int(nodes), 1)
 
 
-def record(cfg: DictConfig, folder: Path, checkpoint: str | None) -> None:
+def record(cfg: DictConfig, folder: Path, checkpoint: str | None, loggers: Sequence[Logger] = ()) -> None:
     """Write configuration, command and versions into the run folder, without credentials (see `swd.config.stored`)."""
     program = Path(sys.argv[0]).name
     program = "swd" if program in ("__main__.py", "cli.py") else program  # python -m swd
@@ -481,6 +492,7 @@ def record(cfg: DictConfig, folder: Path, checkpoint: str | None) -> None:
             "resumed_from": checkpoint,
             "python": platform.python_version(),
             "versions": {"swd": __version__} | {name: version(name) for name in PACKAGES},
-        },
+        }
+        | recorded_id(loggers),
     )
     write_text(folder / "config.yaml", to_yaml(stored(cfg)))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -36,7 +35,7 @@ from swd.config import (
     with_schedules,
 )
 from swd.export.verification import COMFY_WEIGHTS, check_adapter, check_network
-from swd.io.files import check_checksums, write_aside, write_checksums, write_json
+from swd.io.files import check_checksums, write_aside, write_checksums
 from swd.io.limits import LARGEST_SIDE, STEPS
 from swd.modules.adapters import (
     DIFFUSERS_WEIGHTS,
@@ -45,9 +44,12 @@ from swd.modules.adapters import (
     PEFT_WEIGHTS,
     SCHEDULER_CONFIG,
     Adapter,
+    is_checkpoint,
+    run_folder,
     write_layouts,
 )
 from swd.modules.backbones.base import Backbone
+from swd.modules.checkpoint_student import CheckpointNetwork
 from swd.modules.hub import is_hub_id
 from swd.modules.model_folders import read_json
 from swd.modules.pretrained import Pretrained
@@ -58,6 +60,7 @@ from swd.types import Size, UserError, WrongProcess
 
 SCHEDULER_FILE = "scale_wise_scheduler.py"
 """Name of the sampler's source in the exported folder."""
+SCHEDULE = "swd.schedule.ScaleSchedule"
 ASSET = "swd://"
 """Beginning of the paths of models that ship with the package."""
 
@@ -85,11 +88,11 @@ def recorded_model(source: Path, cfg: DictConfig) -> Any:
     Raises:
         UserError: if the run's configuration is damaged, or holds anything but a model's plain values.
     """
-    folder = source if source.is_dir() else source.parent
-    file = folder.parent / "config.yaml"
+    run = run_folder(source)
     named = any(re.match(r"\+*(model|experiment)[=@]", override) for override in overrides())
-    if named or folder.name not in ("adapter", "student") or not file.is_file():
+    if named or run is None or not (run / "config.yaml").is_file():
         return node_of(cfg, "model")
+    file = run / "config.yaml"
     node = read_recorded(file).get("model")
     if isinstance(node, dict):
         node |= _changed_here(node_of(cfg, "model"))
@@ -120,6 +123,8 @@ def schedule_of(source: Path, cfg: DictConfig, model: Pretrained) -> ScaleWiseSc
     file = (source if source.is_dir() else source.parent) / SCHEDULER_CONFIG
     chosen = any(re.match(r"\+*schedule[.=@]", override) for override in overrides())
     expected = model.backbone_class.process.prediction_type
+    if is_checkpoint(source) and not chosen:
+        return recorded_schedule(source.parent.parent / "config.yaml", model)
     if file.is_file() and not chosen:
         sampler = read_schedule(file)
         if sampler.config.prediction_type != expected:
@@ -147,6 +152,23 @@ def schedule_of(source: Path, cfg: DictConfig, model: Pretrained) -> ScaleWiseSc
     if not chosen:
         check_checksums(file.parent, (file.name,))
     return sampler
+
+
+def recorded_schedule(file: Path, model: Pretrained) -> ScaleWiseScheduler:
+    """The sampler of the schedule that a run's configuration records.
+
+    Raises:
+        UserError: if that is damaged, or does not fit the model.
+    """
+    node = read_recorded(file).get("schedule")
+    check_recorded(node, "schedule", SCHEDULE, file)
+    assert isinstance(node, dict)  # `check_recorded` takes nothing else
+    schedule: ScaleSchedule = build_node({"_target_": SCHEDULE} | node, "schedule")
+    expected = model.backbone_class.process.prediction_type
+    schedule.check_process(expected)
+    for size in schedule.sizes:
+        model.limits.check_size(size)
+    return schedule.scheduler(model.limits.divisor, expected)
 
 
 def read_schedule(file: Path) -> ScaleWiseScheduler:
@@ -310,7 +332,7 @@ class NetworkContent:
     files = f"`{NETWORK_CONFIG}` and the `.safetensors` beside it for diffusers"
 
     def __init__(self, student: Student, model: Pretrained) -> None:
-        assert isinstance(student, FullStudent)
+        assert isinstance(student, FullStudent | CheckpointNetwork)
         self.student = student
         self.model = model
         backbone = model.backbone_class
@@ -326,11 +348,7 @@ class NetworkContent:
         )
 
     def write(self, folder: Path) -> None:
-        config = read_json(self.student.folder / NETWORK_CONFIG)
-        config.pop("_name_or_path", None)  # a folder of the machine that it was trained on
-        write_json(folder / NETWORK_CONFIG, config)
-        for file in [*self.student.weights, *self.student.folder.glob("*.safetensors.index*.json")]:
-            shutil.copyfile(file, folder / file.name)
+        self.student.write(folder, self.model)
 
     def check(self, folder: Path, size: Size) -> None:
         check_network(folder, self.student, self.model, size)

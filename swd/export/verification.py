@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from swd.config import one_line
-from swd.modules.adapters import DIFFUSERS_WEIGHTS, MERGE, PEFT_WEIGHTS, Adapter, Lora, read_lora
+from swd.modules.adapters import DIFFUSERS_WEIGHTS, MERGE, PEFT_WEIGHTS, Adapter, Lora, is_checkpoint, read_lora
+from swd.modules.checkpoint_student import CheckpointNetwork
 from swd.modules.pretrained import Pretrained
 from swd.modules.student import FullStudent
 from swd.types import Size, UserError
@@ -69,7 +70,7 @@ def check_adapter(folder: Path, adapter: Adapter, model: Pretrained, size: Size)
 
 
 @torch.no_grad()
-def check_network(folder: Path, student: FullStudent, model: Pretrained, size: Size) -> None:
+def check_network(folder: Path, student: FullStudent | CheckpointNetwork, model: Pretrained, size: Size) -> None:
     """Raise UserError unless diffusers loads the student's network from `folder`."""
     expected = predict(student.network(model).float().eval(), model, size)
     actual = predict(FullStudent(folder).network(model).float().eval(), model, size)
@@ -155,13 +156,13 @@ def as_published(network: Any, adapter: Adapter, model: Pretrained, gain: float)
         gain: factor from `gain_of`.
 
     Returns:
-        The reading library and the file, in words for messages, empty for an adapter without a file; and the network.
+        The reading library and the file, in words for messages, empty where no library reads the file; and the network.
 
     Raises:
         UserError: if that loader refuses the file.
     """
     file = adapter.source
-    if not file.is_file():
+    if not file.is_file() or is_checkpoint(file):
         add(network, adapter.state, gain)
         return "", network
     reader, load = _reader_of(file, network, model)

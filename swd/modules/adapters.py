@@ -29,6 +29,12 @@ PEFT_CONFIG = "adapter_config.json"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 SCHEDULER_CONFIG = "scheduler_config.json"
 NETWORK_CONFIG = "config.json"
+STUDENTS = "students"
+"""Folder of a run with the students that were written while it trained."""
+CHECKPOINTS = "checkpoints"
+"""Folder of a run with its checkpoints."""
+AVERAGE = "ema"
+"""Folder inside a student's with the moving average of its weights, where one was kept (`task.ema`)."""
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Types of the layers that a LoRA can adapt."""
@@ -124,33 +130,73 @@ class Adapter:
         pipe.load_lora_weights({f"{part}.{key}": value.to(dtype) for key, value in self.state.items()})
 
 
-def locate(path: str, outputs: Path, key: str = "adapter") -> Path:
-    """Find the folder or file of an adapter, or of a network that was trained whole, that a user names.
+def locate(path: str, outputs: Path, key: str = "adapter", ema: bool | None = None) -> Path:
+    """Find the folder or file of a student that a user names.
 
     Args:
         path: an adapter folder, the folder of a network that was trained whole, a run folder, a `.safetensors` file, a
-            repository on the hub, or "latest" for the newest run under `outputs`.
+            checkpoint in a run's folder of checkpoints, a repository on the hub, or "latest" for the newest student of
+            a run under `outputs`. A run that has not ended has the newest student that it wrote so far.
         outputs: folder of the runs.
         key: name of the option in messages.
+        ema: True: the moving average of its weights; False: its weights as they were trained; None: the average if
+            there is one. Of a checkpoint, `load_student` chooses.
 
     Raises:
         UserError: if there is none.
     """
     if path == "latest":
-        found = [*outputs.glob(f"**/adapter/{PEFT_CONFIG}"), *outputs.glob(f"**/student/{NETWORK_CONFIG}")]
-        if not found:
-            raise UserError(f"{key}=latest, but no run under {outputs} holds one; train first, or give {key}=FOLDER")
-        return max(found, key=lambda file: file.stat().st_mtime).parent
+        return _choose(_latest(outputs, key), ema, f"{key}={path}")
     given = hub.adapter(path, key) if hub.is_hub_id(path) else Path(path)
     if given.is_file():
-        if given.suffix != ".safetensors":
+        if given.suffix != ".safetensors" and not is_checkpoint(given):
             raise UserError(f"{key}={path} is not a .safetensors file; other formats can run code and are never read")
+        if given.suffix == ".safetensors" and ema:
+            raise UserError(f"{key}={path} is one file, so there is no average beside it; leave out ema=true")
         return given
-    for candidate in (given, given / "adapter", given / "student"):
+    written = sorted((given / STUDENTS).glob("iteration-*"), reverse=True)
+    for candidate in (given, given / "adapter", given / "student", *written):
         if any((candidate / file).is_file() for file in (PEFT_CONFIG, DIFFUSERS_WEIGHTS)) or is_network(candidate):
-            return candidate
+            return _choose(candidate, ema, f"{key}={path}")
     reason = "holds no adapter" if given.exists() else "does not exist"
     raise UserError(f"{key}={path} {reason}; give a run folder or a folder with {PEFT_CONFIG} and {PEFT_WEIGHTS}")
+
+
+def _latest(outputs: Path, key: str) -> Path:
+    """The newest student of all runs under `outputs`."""
+    places = [("adapter", PEFT_CONFIG), ("student", NETWORK_CONFIG)]
+    places += [(f"{STUDENTS}/*", PEFT_CONFIG), (f"{STUDENTS}/*", NETWORK_CONFIG)]
+    found = [file for folder, name in places for file in outputs.glob(f"**/{folder}/{name}")]
+    if not found:
+        raise UserError(f"{key}=latest, but no run under {outputs} holds one; train first, or give {key}=FOLDER")
+    return max(found, key=lambda file: file.stat().st_mtime).parent
+
+
+def _choose(folder: Path, ema: bool | None, where: str) -> Path:
+    """The folder of a student's average, or of its trained weights."""
+    average = folder / AVERAGE
+    if ema is False and folder.name == AVERAGE:
+        raise UserError(f"{where} is an average; for the trained weights give {folder.parent}, or leave out ema=false")
+    if ema is True and folder.name != AVERAGE and not average.is_dir():
+        raise UserError(f"{where} holds no average of its weights: task.ema was off when it was trained; leave out ema")
+    return average if ema is not False and average.is_dir() else folder
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is that of a checkpoint in a folder of a run."""
+    inside = path.parent.name == CHECKPOINTS or (path.parent.parent / "config.yaml").is_file()
+    return path.suffix == ".ckpt" and inside
+
+
+def run_folder(source: Path) -> Path | None:
+    """The folder of the run that a student is part of, as `locate` returned it; None if it is part of none."""
+    if is_checkpoint(source):
+        return source.parent.parent
+    folder = source if source.is_dir() else source.parent
+    folder = folder.parent if folder.name == AVERAGE else folder
+    if folder.parent.name == STUDENTS:
+        return folder.parent.parent
+    return folder.parent if folder.name in ("adapter", "student") else None
 
 
 def is_network(folder: Path) -> bool:
@@ -165,6 +211,8 @@ def load(path: Path) -> Adapter:
     Raises:
         UserError: if weights are missing or damaged, or are no LoRA that can be folded.
     """
+    if is_checkpoint(path):
+        raise UserError(f"{path} is a checkpoint; make an adapter of it first: swd export run={path} to=FOLDER")
     if path.is_file():
         if path.name != PEFT_WEIGHTS:
             return _from_diffusers(path)
@@ -462,10 +510,17 @@ def check_modules(adapter: Adapter, model: Pretrained) -> None:
 def save_adapter(
     folder: Path, state: dict[str, Tensor], rank: int, alpha: float, scheduler: ScaleWiseScheduler, base: str, part: str
 ) -> Path:
+    """Write an adapter as `fill_adapter` does, aside; a folder that is there is replaced as a whole."""
+    return write_aside(folder, lambda new: fill_adapter(new, state, rank, alpha, scheduler, base, part))
+
+
+def fill_adapter(
+    new: Path, state: dict[str, Tensor], rank: int, alpha: float, scheduler: ScaleWiseScheduler, base: str, part: str
+) -> None:
     """Write the adapter of a run, for `PeftModel.from_pretrained` and `pipe.load_lora_weights`, and its schedule.
 
     Args:
-        folder: replaced as a whole once the new one is complete.
+        new: the folder, which is made.
         state: LoRA weights in peft's layout without a prefix, `MODULE.lora_A.weight` `[r, in]`, `MODULE.lora_B.weight`
             `[out, r]`.
         rank: r.
@@ -474,26 +529,27 @@ def save_adapter(
         base: name of the model that the adapter was trained on, for the record.
         part: the pipeline's name of the network, "transformer" or "unet".
     """
-    folded = {k: v * (alpha / rank) if ".lora_B." in k else v for k, v in state.items()}
+    new.mkdir()
+    write_layouts(new, fold_alpha(state, rank, alpha), base, part)
+    scheduler.save_pretrained(new)
+    write_checksums(new)
 
-    def write(new: Path) -> None:
-        new.mkdir()
-        write_layouts(new, folded, base, part)
-        scheduler.save_pretrained(new)
-        write_checksums(new)
 
-    return write_aside(folder, write)
+def fold_alpha(state: dict[str, Tensor], rank: int, alpha: float) -> dict[str, Tensor]:
+    """LoRA weights whose `lora_B` are multiplied by alpha / rank."""
+    return {k: v * (alpha / rank) if ".lora_B." in k else v for k, v in state.items()}
 
 
 def save_student(folder: Path, network: Any, scheduler: ScaleWiseScheduler) -> Path:
+    """Write a student that was trained whole as `fill_student` does, aside."""
+    return write_aside(folder, lambda new: fill_student(new, network, scheduler))
+
+
+def fill_student(new: Path, network: Any, scheduler: ScaleWiseScheduler) -> None:
     """Write a student that was trained whole: a diffusers model, for a pipeline's `transformer=`, and its schedule."""
-
-    def write(new: Path) -> None:
-        network.save_pretrained(new)
-        scheduler.save_pretrained(new)
-        write_checksums(new)
-
-    return write_aside(folder, write)
+    network.save_pretrained(new)
+    scheduler.save_pretrained(new)
+    write_checksums(new)
 
 
 def write_layouts(folder: Path, state: dict[str, Tensor], base: str, part: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -12,9 +12,10 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.profilers import Profiler
 from torch import Tensor
-from torch.nn import ModuleDict, Parameter
+from torch.nn import ModuleDict, Parameter, ParameterDict
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from swd.io import limits
 from swd.losses.base import CriticStep, GeneratorStep, LossTerm, Metrics, ModelFacts
@@ -27,6 +28,7 @@ from swd.modules.inputs import InputBuilder, Inputs
 from swd.modules.networks import Networks, SharedBase
 from swd.modules.pretrained import Pretrained
 from swd.modules.sampling import initial_latents, sample_latents
+from swd.modules.training_task import averaged
 from swd.schedule import Interval, ScaleSchedule
 from swd.scheduler import ScaleWiseScheduler
 from swd.types import CachedBatch, Checks, Conditioning, PictureBatch, Role, SeededDraws, UserError
@@ -50,6 +52,10 @@ class Distiller(LightningModule):
         weight_decay: of AdamW.
         clip: gradient norm is clipped to this, for each optimizer.
         checkpointing: recompute activations in the backward pass.
+        ema: decay of a moving average of the student's weights, in [0, 1); None or 0: none, as in the paper.
+
+    Attributes:
+        average: the average, of trained weights alone; None without one.
 
     Raises:
         UserError: if schedule, loss and model do not fit together.
@@ -71,6 +77,7 @@ class Distiller(LightningModule):
         weight_decay: float = 0.01,
         clip: float = 10.0,
         checkpointing: bool = False,
+        ema: float | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -92,6 +99,11 @@ class Distiller(LightningModule):
         self.weight_decay = weight_decay
         self.clip = clip
         self.checkpointing = checkpointing
+        if ema is not None and not 0 <= ema < 1:
+            raise UserError(f"task.ema={ema}; use a decay from 0 to below 1, such as 0.999, or null for no average")
+        self.ema = ema or None
+        self.average: AveragedModel | None = None
+        self._plays_average = False
         self.last_metrics: Metrics = {}
         self._seen: Inputs | None = None  # of the last update, one sample: what is tried before weights are saved
         self.networks: Networks
@@ -131,6 +143,8 @@ class Distiller(LightningModule):
                 term.build(self.model.limits.width)
         if self.checkpointing:
             self.networks.enable_checkpointing()
+        if self.ema is not None:
+            self.average = averaged(self._student_weights(), self.ema)
         self.inputs.load(self._root_device)
 
     @property
@@ -183,6 +197,8 @@ class Distiller(LightningModule):
         inputs = self._next_inputs(batches, self.critic_updates)
         with self.phase("generator"):
             generator = self._generator_update(inputs)
+        if self.average is not None:
+            self.average.update_parameters(self._student_weights())
         self._report(generator | mean_metrics(critic), inputs.interval)
         self._seen = inputs.first()
 
@@ -307,8 +323,8 @@ class Distiller(LightningModule):
         """Log the metrics of an iteration, averaged over the processes, as one row, and keep them for callbacks."""
         values = self.trainer.strategy.reduce(torch.stack([v.float() for v in local.values()]), reduce_op="mean")
         self.last_metrics = dict(zip(local, values, strict=True))
-        row = {f"train/{name}": value for name, value in self.last_metrics.items()}
-        row["train/interval"] = torch.tensor(float(interval.index))
+        row = {f"loss/{name}": value for name, value in self.last_metrics.items()}
+        row["monitor/interval"] = torch.tensor(float(interval.index))
         self.log_dict(row, logger=False)  # into `trainer.callback_metrics`
         # `self.log` hands a row to the loggers after the callbacks. A run killed while they draw would lose the row of
         # an iteration whose checkpoint it wrote, and the run that goes on from there does not write it again.
@@ -316,11 +332,36 @@ class Distiller(LightningModule):
             logger.log_metrics({name: float(value) for name, value in row.items()}, step=self.global_step)
             logger.save()
 
+    # The average of the student's weights
+
+    def _student_weights(self) -> ParameterDict:
+        """The student's trained parameters by their names in `networks`, with slashes for dots."""
+        student = set(self.networks.role_parameters("student"))
+        named = self.networks.named_parameters()
+        return ParameterDict({average_name(name): parameter for name, parameter in named if parameter in student})
+
+    @contextmanager
+    def averaged_student(self) -> Iterator[None]:
+        """Context in which the student has the average of its weights; without an average nothing changes."""
+        if self.average is None or self._plays_average:
+            yield
+            return
+        pairs = list(zip(self._student_weights().parameters(), self.average.module.parameters(), strict=True))
+        self._plays_average = True
+        swap(pairs)
+        try:
+            yield
+        finally:
+            swap(pairs)
+            self._plays_average = False
+
     # Sampling
 
     @torch.no_grad()
     def sample(self, prompts: list[str], seeds: list[int], keep_x0: bool = False) -> tuple[Tensor, list[Tensor]]:
         """Draw pictures with the student, by the sampler that the exported model uses.
+
+        The student has the average of its weights, if there is one.
 
         Returns:
             Pictures `[B, 3, H, W]` in [-1, 1], and on request the decoded prediction of every step.
@@ -329,7 +370,8 @@ class Distiller(LightningModule):
         scheduler.keep_x0 = keep_x0
         latents = initial_latents(seeds, self.model.channels, self.schedule.sizes[0]).to(self.device)
         conditioning = self.encode_prompts(prompts)
-        latents = sample_latents(self.networks, scheduler, latents, conditioning)
+        with self.averaged_student():
+            latents = sample_latents(self.networks, scheduler, latents, conditioning)
         return self.encoders.decode(latents), [self.encoders.decode(x) for x in scheduler.x0_predictions]
 
     def scheduler(self) -> ScaleWiseScheduler:
@@ -338,9 +380,18 @@ class Distiller(LightningModule):
 
     # Checkpoints: only what is trained, and where the data stands
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def kept_state(self, state: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+        """The part of a state dict that a checkpoint holds: what is trained, and the average.
+
+        Args:
+            state: of the whole task; None: as it is now.
+        """
+        state = self.state_dict() if state is None else state
         trained = {key for key, parameter in self.named_parameters() if parameter.requires_grad}
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        return {key: value for key, value in state.items() if key in trained or key.startswith("average.")}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = self.kept_state(checkpoint["state_dict"])
         checkpoint["swd"] = {"updates": self.updates}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -356,7 +407,10 @@ class Distiller(LightningModule):
             return f"it counts {updates} updates rather than {expected}, or is not of a distillation with this program"
         trained = self._shapes()
         state = {key: tuple(value.shape) for key, value in checkpoint["state_dict"].items()}
-        for key, shape in {key: shape for each in trained for key, shape in each.items()}.items():
+        needed = {key: shape for each in trained for key, shape in each.items()}
+        if self.ema is not None:
+            needed |= {average_key(key): shape for key, shape in trained[0].items()} | {"average.n_averaged": ()}
+        for key, shape in needed.items():
             if state.get(key) != shape:
                 return f"{key} is missing or has another shape"
         stored = checkpoint["optimizer_states"]
@@ -376,6 +430,23 @@ class Distiller(LightningModule):
         names = {parameter: name for name, parameter in whole.named_parameters()}
         groups = self._trained(networks, terms)
         return [{names[parameter]: tuple(parameter.shape) for parameter in group} for group in groups]
+
+
+def average_name(name: str) -> str:
+    """The name in the average of a parameter of the networks: torch allows no dots in it."""
+    return name.replace(".", "/")
+
+
+def average_key(key: str) -> str:
+    """The key in a checkpoint of the average of a weight of the student."""
+    return f"average.module.{average_name(key.removeprefix('networks.'))}"
+
+
+@torch.no_grad()
+def swap(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Exchange the values of the tensors of each pair, without a copy."""
+    for a, b in pairs:
+        a.data, b.data = b.data, a.data
 
 
 def mean_metrics(rows: Sequence[Metrics]) -> Metrics:

@@ -1,17 +1,22 @@
-"""Trained students for sampling and export: an adapter on the base, or a network that was trained whole."""
+"""Trained students for sampling and export: an adapter on the base, or a network that was trained whole.
+
+They are read from folders, or from the checkpoint of a run.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from swd.io.files import check_checksums, file_hash
+from swd.io.files import check_checksums, file_hash, write_json
 from swd.modules import adapters
 from swd.modules.adapters import NETWORK_CONFIG
+from swd.modules.checkpoint_student import from_checkpoint
 from swd.modules.model_folders import check_model_folder, first_misfit, read_json, weight_files
 from swd.modules.pretrained import Pretrained
 from swd.types import UserError
@@ -81,13 +86,27 @@ class FullStudent:
     def load_into(self, pipe: Any, model: Pretrained) -> None:
         """Do nothing: `network` has loaded all of the student."""
 
+    def write(self, folder: Path, model: Pretrained) -> None:
+        """Copy its files into a folder."""
+        config = read_json(self.folder / NETWORK_CONFIG)
+        config.pop("_name_or_path", None)  # a folder of the machine that it was trained on
+        write_json(folder / NETWORK_CONFIG, config)
+        for file in [*self.weights, *self.folder.glob("*.safetensors.index*.json")]:
+            shutil.copyfile(file, folder / file.name)
 
-def load_student(path: Path) -> Student:
+
+def load_student(path: Path, ema: bool | None = None) -> Student:
     """Read the student at a path that `adapters.locate` returned.
+
+    Args:
+        path: its folder or file, or a checkpoint.
+        ema: of a checkpoint, as in `locate`; of a folder `locate` has chosen.
 
     Raises:
         UserError: if it is incomplete or damaged.
     """
+    if adapters.is_checkpoint(path):
+        return from_checkpoint(path, ema)
     if path.is_dir() and adapters.is_network(path):
         check_model_folder(path, f"student {path}")
         return FullStudent(path)

@@ -136,15 +136,16 @@ def ratio(
 
 
 def read_losses(path: Path) -> dict[str, list[float]]:
-    """The curve of every loss in a run's `metrics.csv`, one value per iteration."""
+    """The curve of every loss in a run's `metrics.csv`, one value per iteration; version 0.1.0 called them `train/`."""
     curves: dict[str, list[float]] = {}
     if not path.is_file():
         return curves
     with path.open(newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
             for key, value in line.items():
-                if key.startswith("train/") and key != "train/interval" and value:
-                    curves.setdefault(key.removeprefix("train/"), []).append(float(value))
+                group, _, name = key.partition("/")
+                if group in ("loss", "train") and name != "interval" and value:
+                    curves.setdefault(name, []).append(float(value))
     return curves
 
 

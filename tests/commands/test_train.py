@@ -71,7 +71,7 @@ def test_two_iterations_of_every_loss(tiny_model: Path, tmp_path: Path, loss: st
     assert [int(float(row["step"])) for row in metrics] == [1, 2]
     for row in metrics:
         for name in (*names, "loss", "x0_mse"):
-            assert torch.tensor(float(row[f"train/{name}"])).isfinite(), name
+            assert torch.tensor(float(row[f"loss/{name}"])).isfinite(), name
     fresh = Distiller(task.model, task.schedule, dict(task.terms), seed=0, critic_updates=2)
     fresh.configure_model()
     for role in task.roles:
@@ -344,7 +344,7 @@ def test_a_sweep_leaves_one_folder_a_run(tiny_model: Path, tmp_path: Path, monke
     runs = sorted(file for file in sweep.iterdir() if file.is_dir())
     assert [run.name for run in runs] == ["0_shapes-mmd", "1_shapes-dmd_gan"]
     for run, term in zip(runs, ("mmd", "dmd"), strict=True):
-        assert f"train/{term}" in rows(run)[0]
+        assert f"loss/{term}" in rows(run)[0]
         assert (run / "checkpoints" / "iteration-1.ckpt").is_file()
 
 
@@ -371,7 +371,7 @@ def test_a_run_killed_at_any_moment_resumes_bit_for_bit(tiny_model: Path, tmp_pa
 def test_sizes_may_repeat(tiny_model: Path, tmp_path: Path) -> None:
     task, trainer = train(tiny_model, tmp_path, loss="mmd", schedule__sizes="[4,4,8]", trainer__max_steps=3)
     assert trainer.global_step == 3
-    assert [row["train/interval"] for row in rows(tmp_path)] == ["0.0", "1.0", "2.0"]
+    assert [row["monitor/interval"] for row in rows(tmp_path)] == ["0.0", "1.0", "2.0"]
     pictures, steps = task.sample(["a red star"], [0], keep_x0=True)
     assert pictures.shape == (1, 3, 64, 64) and [s.shape[-1] for s in steps] == [32, 32, 64]
 
@@ -382,7 +382,7 @@ def test_a_bf16_base_trains_float32_adapters(tiny_model: Path, tmp_path: Path, l
     for key, parameter in task.networks.named_parameters():
         assert parameter.dtype == (torch.float32 if "lora_" in key else torch.bfloat16), key
     assert all(t.dtype == torch.float32 for t in optimizer_tensors(trainer))
-    assert torch.tensor(float(rows(tmp_path)[-1]["train/loss"])).isfinite()
+    assert torch.tensor(float(rows(tmp_path)[-1]["loss/loss"])).isfinite()
 
 
 def test_checkpointing_changes_nothing(tiny_model: Path, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_only_listed_classes_are_built(name: str, place: Any, monkeypatch: pytes
     "name", ["lightning.pytorch.callbacks.EarlyStopping", "lightning.pytorch.callbacks.early_stopping.EarlyStopping"]
 )
 def test_lightning_s_callbacks_go_on_working(name: str) -> None:
-    assert config.build_node({"_target_": name, "monitor": "train/loss"}, "callbacks.stop").monitor == "train/loss"
+    assert config.build_node({"_target_": name, "monitor": "loss/loss"}, "callbacks.stop").monitor == "loss/loss"
     for other in ("LearningRateMonitor", "DeviceStatsMonitor"):
         assert config.build_node({"_target_": f"lightning.pytorch.callbacks.{other}"}, "callbacks.more") is not None
     profiler = config.build_node({"_target_": "lightning.pytorch.profilers.SimpleProfiler"}, "trainer.profiler")

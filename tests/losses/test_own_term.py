@@ -103,9 +103,9 @@ def test_it_joins_dmd_and_gan(tiny_model: Path, tmp_path: Path, modules: Path) -
     found = rows(tmp_path / "run")
     assert len(found) == 2
     for row in found:
-        parts = row["train/dmd"] + 5e-3 * row["train/gan"] + 0.5 * row["train/mine"]
-        assert row["train/mine"] != 0 and row["train/loss"] == pytest.approx(parts, rel=1e-5)
-        assert row["train/fake_score"] > 0 and row["train/discriminator"] > 0
+        parts = row["loss/dmd"] + 5e-3 * row["loss/gan"] + 0.5 * row["loss/mine"]
+        assert row["loss/mine"] != 0 and row["loss/loss"] == pytest.approx(parts, rel=1e-5)
+        assert row["loss/fake_score"] > 0 and row["loss/discriminator"] > 0
 
 
 def test_it_trains_alone(tiny_model: Path, tmp_path: Path, modules: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +113,7 @@ def test_it_trains_alone(tiny_model: Path, tmp_path: Path, modules: Path, monkey
     arguments = [*overrides(tiny_model, tmp_path / "run", loss="mmd"), "~loss.mmd", *MINE, "+loss.mine.weight=0.25"]
     swd(monkeypatch, *arguments)
     for row in rows(tmp_path / "run"):
-        assert row["train/mine"] != 0 and row["train/loss"] == pytest.approx(0.25 * row["train/mine"], rel=1e-5)
+        assert row["loss/mine"] != 0 and row["loss/loss"] == pytest.approx(0.25 * row["loss/mine"], rel=1e-5)
 
 
 def test_the_term_of_the_page_trains_by_its_command(
@@ -124,8 +124,8 @@ def test_the_term_of_the_page_trains_by_its_command(
     (command,) = re.findall(r"^python train\.py (.*)$", DOC, re.M)
     swd(monkeypatch, *overrides(tiny_model, tmp_path / "run"), *shlex.split(command))
     for row in rows(tmp_path / "run"):
-        parts = row["train/dmd"] + 5e-3 * row["train/gan"] + 0.5 * row["train/mine"]
-        assert row["train/mine"] > 0 and row["train/loss"] == pytest.approx(parts, rel=1e-5)
+        parts = row["loss/dmd"] + 5e-3 * row["loss/gan"] + 0.5 * row["loss/mine"]
+        assert row["loss/mine"] > 0 and row["loss/loss"] == pytest.approx(parts, rel=1e-5)
 
 
 def test_it_checks_itself(

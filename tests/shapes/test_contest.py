@@ -19,10 +19,11 @@ from swd.evaluation.plan import Plan
 from swd.io.pictures import to_pil
 from swd.losses import MMD
 from swd.metrics.fid import frechet_distance
-from swd.modules.adapters import save_adapter
+from swd.modules.adapters import AVERAGE, save_adapter
 from swd.modules.distiller import Distiller
 from swd.modules.pretrained import Pretrained
 from swd.modules.requests import Requests
+from swd.modules.training_task import averaged
 from swd.shapes import contest
 from swd.shapes.contest import Judged, Store
 from swd.shapes.dataset import ShapesDataset
@@ -167,9 +168,13 @@ def task(tiny_model: Path) -> Distiller:
 @pytest.fixture
 def contenders(task: Distiller, tmp_path: Path) -> list[DrawingModel]:
     """The rows of the demo, with the task's student read from a run's folder."""
-    state, model = task.networks.adapter_state("student"), task.model
-    save_adapter(tmp_path / "run" / "adapter", state, 4, 4, task.scheduler(), model.name, "transformer")
+    save_task_adapter(task, tmp_path / "run" / "adapter")
     return [*contest.teachers(task).values(), *contest.student(task, tmp_path / "run").values()]
+
+
+def save_task_adapter(task: Distiller, folder: Path) -> None:
+    state = task.networks.adapter_state("student")
+    save_adapter(folder, state, 4, 4, task.scheduler(), task.model.name, "transformer")
 
 
 def drawn_by(candidate: DrawingModel, folder: Path, prompts: list[str], seeds: list[int]) -> Tensor:
@@ -232,6 +237,25 @@ def test_the_student_read_back_draws_what_the_task_draws(
     apart = task.sample(prompts, seeds)[0]
     assert torch.allclose(drawn_by(contenders[2], tmp_path, prompts, seeds), apart, atol=1e-4)
     assert not torch.allclose(apart, drawn_by(contenders[1], tmp_path, prompts, seeds), atol=1e-2)
+
+
+def test_the_student_is_drawn_with_the_average_of_its_weights(task: Distiller, tmp_path: Path) -> None:
+    prompts, seeds, run = ["a red star"], [0], tmp_path / "run"
+    trained = task.sample(prompts, seeds)[0]
+    try:
+        task.average = averaged(task._student_weights(), 0.9)
+        for weight in task.average.parameters():
+            weight.mul_(0.5)
+        save_task_adapter(task, run / "adapter")
+        with task.averaged_student():
+            save_task_adapter(task, run / "adapter" / AVERAGE)
+        (student,) = contest.student(task, run).values()
+        drawn = drawn_by(student, tmp_path, prompts, seeds)
+        assert torch.allclose(drawn, task.sample(prompts, seeds)[0], atol=1e-4)
+    finally:
+        task.average = None
+    assert not torch.allclose(drawn, trained, atol=1e-2)
+    assert torch.equal(task.sample(prompts, seeds)[0], trained)
 
 
 # Stored statistics

@@ -206,6 +206,8 @@ def test_losses_are_read_from_the_runs_table(tmp_path: Path) -> None:
     table = tmp_path / "metrics.csv"
     table.write_text("epoch,step,train/interval,train/mmd,train/gan\n0,1,0.0,0.5,\n0,2,1.0,0.25,0.75\n")
     assert demo.read_losses(table) == {"mmd": [0.5, 0.25], "gan": [0.75]}
+    table.write_text("epoch,loss/mmd,monitor/interval,step,time/data\n0,0.5,0.0,1,0.1\n0,0.25,1.0,2,0.1\n")
+    assert demo.read_losses(table) == {"mmd": [0.5, 0.25]}
     assert demo.read_losses(tmp_path / "none.csv") == {}
 
 

@@ -1,0 +1,114 @@
+"""Students inside checkpoints: what `swd sample` and `swd export` take of a run that has written no other student."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swd.config import read_recorded
+from swd.io.files import file_hash
+from swd.modules.adapters import Adapter, fold_alpha
+from swd.modules.checkpoints import damage
+from swd.modules.pretrained import Pretrained
+from swd.modules.tuning import ALPHAS
+from swd.types import UserError
+
+AVERAGED = "average.module."
+"""Beginning of the keys of the average of the student's weights."""
+ADAPTER = "networks.backbone.network."
+"""Beginning of the keys of a student that is an adapter on the base."""
+WHOLE = "networks.copies.student.network."
+"""Beginning of the keys of a student that is trained whole."""
+
+
+@dataclass(frozen=True)
+class CheckpointNetwork:
+    """A network that is trained whole, as a checkpoint holds it.
+
+    Attributes:
+        source: the checkpoint.
+        state: its parameters, float32, by name in the diffusers model.
+    """
+
+    source: Path
+    state: dict[str, Tensor]
+
+    @property
+    def hash(self) -> str:
+        return file_hash(self.source)[:16]
+
+    def check_fits(self, model: Pretrained) -> None:
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.meta_network.named_parameters()}
+        for name in sorted({*shapes, *self.state}):
+            found = tuple(self.state[name].shape) if name in self.state else None
+            if shapes.get(name) != found:
+                raise UserError(
+                    f"checkpoint {self.source} does not fit model {model.name}: {name} is {found or 'missing'} rather "
+                    f"than {shapes.get(name) or 'no weight'}"
+                )
+
+    def network(self, model: Pretrained, device: torch.device | str = "cpu") -> Any:
+        """The base's network with these parameters; what is no parameter is the base's."""
+        network = model.network(device).network
+        network.load_state_dict(self.state, strict=False)
+        return network
+
+    def load_into(self, pipe: Any, model: Pretrained) -> None:
+        """Do nothing: `network` has loaded all of the student."""
+
+    def write(self, folder: Path, model: Pretrained) -> None:
+        """Write it in float32, as a run does when it ends."""
+        network: Any = model.network("cpu").network.float()
+        network.load_state_dict(self.state, strict=False)
+        network.save_pretrained(folder)
+
+
+def from_checkpoint(path: Path, ema: bool | None = None) -> Adapter | CheckpointNetwork:
+    """The student in a checkpoint, which is read as plain tensors and never runs code.
+
+    Args:
+        path: a checkpoint that `adapters.locate` returned.
+        ema: as in `adapters.locate`.
+
+    Raises:
+        UserError: if it is damaged, or of another task than a distillation, or has no average that is asked for.
+    """
+    reason = damage(path)
+    if reason:
+        raise UserError(f"checkpoint {path} is damaged ({reason}); give another one")
+    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    stored = {key.removeprefix(AVERAGED): value for key, value in state.items() if key.startswith(AVERAGED)}
+    average = {f"networks.{name.replace('/', '.')}": value for name, value in stored.items()}
+    if ema and not average:
+        raise UserError(f"checkpoint {path} has no average: task.ema was off when it was trained; leave out ema")
+    return _student(average if average and ema is not False else state, path)
+
+
+def _student(state: dict[str, Tensor], path: Path) -> Adapter | CheckpointNetwork:
+    """The student among the weights of a checkpoint."""
+    whole = {key.removeprefix(WHOLE): value.float() for key, value in state.items() if key.startswith(WHOLE)}
+    if whole:
+        return CheckpointNetwork(path, whole)
+    mine = {key: value for key, value in state.items() if key.startswith(ADAPTER) and ".student." in key}
+    lora = {key.removeprefix(ADAPTER).replace(".student.", "."): value.float() for key, value in mine.items()}
+    if not lora:
+        raise UserError(f"checkpoint {path} holds no student; give one of a distillation")
+    rank = max(value.shape[0] for key, value in lora.items() if ".lora_A." in key)
+    return Adapter(fold_alpha(lora, rank, _recorded_alpha(path.parent.parent / "config.yaml", rank)), path)
+
+
+def _recorded_alpha(file: Path, rank: int) -> float:
+    """The LoRA alpha of a run, from the configuration that it recorded; null there stands for the rank."""
+    node = read_recorded(file).get("model")
+    if not isinstance(node, dict):
+        raise UserError(f"{file} has no model; copy the run again")
+    alpha = node.get("alpha")
+    if alpha is None:
+        return rank
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not ALPHAS[0] <= alpha <= ALPHAS[1]:
+        raise UserError(f"{file}: model.alpha={alpha!r} is no LoRA alpha; copy the run again")
+    return alpha
