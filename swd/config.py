@@ -88,7 +88,7 @@ ALLOWED: Mapping[str, Collection[str]] = {
     "swd.data.picture_files": ("FolderDataset",),
     "swd.shapes.dataset": ("ShapesDataset",),
     "swd.data.webdataset": ("ShardData",),
-    "swd.callbacks": ("Checkpoint", "Progress", "Samples", "SaveAdapter"),
+    "swd.callbacks": ("Checkpoint", "Monitor", "Progress", "Samples", "SaveAdapter", "Sentinel"),
     "swd.callbacks.fixed_losses": ("FixedLosses",),
     "lightning": ("Trainer",),
     "lightning.pytorch": ("Trainer",),

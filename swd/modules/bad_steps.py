@@ -110,7 +110,8 @@ class BadSteps:
         """Whether the norm is not beyond its running median times the rule's factor; empty while there is no median."""
         if self.rule.exploding is None or record.good < ENOUGH:
             return {}
-        beyond = norm.isfinite() & (norm > self.rule.exploding * record.norms.nanmedian())
+        median = record.norms.nanmedian()
+        beyond = norm.isfinite() & (norm > self.rule.exploding * median) & (median > 0)
         owner = "the student" if role == "student" else "the critic"
         return {f"gradient norm of {owner} over {self.rule.exploding:g} times its median": ~beyond}
 

@@ -61,7 +61,7 @@ class Distiller(LightningModule):
             then, since every update has data of its own.
         skips_in_all: skipped updates after which it ends; 100: half a percent of a run of 3,000 iterations.
         exploding: a gradient norm above this many times its running median is bad too; None: none is. 100 is ours: in
-            healthy trainings on shapes the largest was 7 times the median.
+            healthy trainings on shapes the largest was 4 times the median.
 
     Raises:
         UserError: if schedule, loss and model do not fit together.
