@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -17,8 +18,10 @@ from tiny import composed, overrides
 from torch import Tensor
 
 from swd.callbacks import Sentinel
-from swd.callbacks.sentinel import VISITS, WINDOW
+from swd.callbacks.sentinel import COLLAPSED, VISITS, WINDOW
 from swd.commands.train import fit
+from swd.losses import GeneratorStep, LossTerm
+from swd.losses.base import Metrics
 from swd.modules.distiller import Distiller
 from swd.modules.inputs import InputBuilder, Inputs
 from swd.types import UserError
@@ -222,6 +225,37 @@ def test_faults_on_shapes(tmp_path: Path, fault: str) -> None:
     arguments, words = FAULTS[fault]
     *_, said = run([*SHAPES, *arguments, f"folder={tmp_path}", f"trainer.max_steps={WINDOW}"])
     assert len(said) == 1 and words in said[0]
+
+
+class Collapse(LossTerm):
+    """Draws all predictions of a batch together, so that training itself makes one picture of them."""
+
+    def generator(self, step: GeneratorStep) -> tuple[Tensor, Metrics]:
+        loss = (step.x0_hat - step.x0_hat.mean(0, keepdim=True)).square().mean()
+        return 20 * loss, {"collapse": loss.detach()}
+
+
+class Spreads(Callback):
+    """Notes the spread of each iteration's predictions."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        self.values.append(float(pl_module.last_metrics["monitor/x0_spread"]))
+
+
+@pytest.mark.slow
+def test_a_student_that_is_trained_to_collapse_on_shapes(tmp_path: Path) -> None:
+    term = [f"allow=[{__name__}.Collapse]", f"+loss.collapse._target_={__name__}.Collapse", "task.lr=3e-3"]
+    spreads = Spreads()
+    arguments = [*SHAPES, "loss=mmd", *term, f"folder={tmp_path}", "trainer.max_steps=50"]
+    *_, said = run(arguments, spreads)
+    assert len(said) == 1 and "collapses to one picture" in said[0]
+    noticed = int(said[0].split(":")[0].removeprefix("iteration "))
+    visits = spreads.values[(noticed - 1) % 2 : noticed : 2]
+    limit = COLLAPSED * median(visits[:VISITS])
+    assert sum(value < limit for value in visits) <= VISITS
 
 
 @pytest.mark.slow
