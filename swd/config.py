@@ -98,7 +98,7 @@ ALLOWED: Mapping[str, Collection[str]] = {
     "swd.data.picture_files": ("FolderDataset",),
     "swd.shapes.dataset": ("ShapesDataset",),
     "swd.data.webdataset": ("ShardData",),
-    "swd.callbacks": ("Checkpoint", "Progress", "Samples", "SaveAdapter", "Students"),
+    "swd.callbacks": ("Checkpoint", "Monitor", "Progress", "Samples", "SaveAdapter", "Sentinel", "Students"),
     "swd.callbacks.fixed_losses": ("FixedLosses",),
     "swd.metrics.fid": ("Frechet",),
     "swd.metrics.kid": ("Kid",),

@@ -24,6 +24,8 @@ NO_MATTER = ("workers", "prefetch", "max_bad")
 """Keys of `data` that change neither the samples nor their order."""
 GUIDANCE = ("guidance_scale", "dmd_guidance_scale", "drawing_guidance_scale")
 """Keys of `model` that training does not read, since the loss has its own; earlier versions had the first alone."""
+WATCHING = ("on_bad_step", "skips_in_a_row", "skips_in_all", "exploding")
+"""Keys of the task that a good update does not depend on; a run that they ended may go on with others."""
 FOLDERS = (".", CHECKPOINTS, "samples", STUDENTS)
 """Folders that a run writes to, relative to its own."""
 
@@ -208,7 +210,7 @@ def config_difference(path: Path, cfg: DictConfig) -> str | None:
             plain["data"] = {key: value for key, value in plain["data"].items() if key not in NO_MATTER}
         for key in GUIDANCE:
             (plain.get("model") or {}).pop(key, None)
-        for part in GIVEN["task"]:  # version 0.1.0 repeated these groups in the task
+        for part in (*GIVEN["task"], *WATCHING):  # version 0.1.0 repeated these groups in the task
             (plain.get("task") or {}).pop(part, None)
     for section in COMPARED:
         difference = first_difference(old.get(section), new.get(section), section)

@@ -74,5 +74,7 @@ def describe(task: LightningModule) -> str:
 def losses_text(module: LightningModule) -> str:
     """The latest losses in one short line."""
     metrics = getattr(module, "last_metrics", {})
-    shown = [name for name in SHOWN if name in metrics] or [name for name in metrics if name != "step"]
+    shown = [name for name in SHOWN if name in metrics] or [
+        name for name in metrics if name != "step" and "/" not in name
+    ]
     return "  ".join(f"{name} {float(metrics[name]):.4g}" for name in shown)

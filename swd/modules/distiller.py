@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
+from time import perf_counter
 from typing import Any, Literal, cast
 
 import torch
@@ -21,17 +22,22 @@ from swd.io import limits
 from swd.losses.base import CriticStep, GeneratorStep, LossTerm, Metrics, ModelFacts
 from swd.losses.update import critic_loss, generator_gradient, settle, student_x0, trainers, wanted
 from swd.modules.adapters import check_start, read_adapter
+from swd.modules.bad_steps import Action, BadStepRule, BadSteps
 from swd.modules.checkpoints import optimizer_misfit, progress_in_iterations
 from swd.modules.encoders import Encoders
-from swd.modules.finite import all_finite, step_or_stop, stop_unless_finite
+from swd.modules.finite import all_finite, step_or_stop
 from swd.modules.inputs import InputBuilder, Inputs
 from swd.modules.networks import Networks, SharedBase
 from swd.modules.pretrained import Pretrained
 from swd.modules.sampling import initial_latents, sample_latents
+from swd.modules.statistics import prediction_statistics
 from swd.modules.training_task import averaged
-from swd.schedule import Interval, ScaleSchedule
+from swd.schedule import ScaleSchedule
 from swd.scheduler import ScaleWiseScheduler
 from swd.types import CachedBatch, Checks, Conditioning, PictureBatch, Role, SeededDraws, UserError
+
+Observer = Callable[[Inputs], Metrics]
+"""Takes the inputs of an iteration's generator update; returns scalars by name, the same names on every process."""
 
 
 class Distiller(LightningModule):
@@ -53,6 +59,13 @@ class Distiller(LightningModule):
         clip: gradient norm is clipped to this, for each optimizer.
         checkpointing: recompute activations in the backward pass.
         ema: decay of a moving average of the student's weights, in [0, 1); None or 0: none, as in the paper.
+        on_bad_step: "skip" leaves out an update whose loss, gradient or data are not finite on any process, on all of
+            them; "stop" ends the run at it.
+        skips_in_a_row: skipped updates of one optimizer in a row after which the run ends; 5: the weights are broken
+            then, since every update has data of its own.
+        skips_in_all: skipped updates after which it ends; 100: half a percent of a run of 3,000 iterations.
+        exploding: a gradient norm above this many times its running median is bad too; None: none is. 100 is ours: in
+            healthy trainings on shapes the largest was 4 times the median.
 
     Attributes:
         average: the average, of trained weights alone; None without one.
@@ -63,6 +76,12 @@ class Distiller(LightningModule):
 
     deed = "distilling"
     """Description of the task for messages."""
+    bad_steps: BadSteps
+    """Record of the updates that were skipped."""
+    seconds: dict[str, float]
+    """Seconds of each phase of the iteration that runs, by its name; whoever reads them clears them."""
+    observers: list[Observer]
+    """Called on every process at the end of an iteration; what they return is logged in its row."""
 
     def __init__(
         self,
@@ -78,6 +97,10 @@ class Distiller(LightningModule):
         clip: float = 10.0,
         checkpointing: bool = False,
         ema: float | None = None,
+        on_bad_step: Action = "skip",
+        skips_in_a_row: int = 5,
+        skips_in_all: int = 100,
+        exploding: float | None = 100.0,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -104,6 +127,9 @@ class Distiller(LightningModule):
         self.ema = ema or None
         self.average: AveragedModel | None = None
         self._plays_average = False
+        self.bad_steps = BadSteps(BadStepRule(on_bad_step, skips_in_a_row, skips_in_all, exploding))
+        self.seconds: dict[str, float] = {}
+        self.observers: list[Observer] = []
         self.last_metrics: Metrics = {}
         self._seen: Inputs | None = None  # of the last update, one sample: what is tried before weights are saved
         self.networks: Networks
@@ -197,18 +223,23 @@ class Distiller(LightningModule):
         inputs = self._next_inputs(batches, self.critic_updates)
         with self.phase("generator"):
             generator = self._generator_update(inputs)
-        if self.average is not None:
-            self.average.update_parameters(self._student_weights())
-        self._report(generator | mean_metrics(critic), inputs.interval)
-        self._seen = inputs.first()
+        self._report(generator | mean_metrics([row for row in critic if row]), inputs)
+        if generator:
+            if self.average is not None:
+                self.average.update_parameters(self._student_weights())
+            self._seen = inputs.first()
 
-    def phase(self, name: str) -> AbstractContextManager[None]:
-        """A part of an iteration that the trainer's profiler measures: waiting for data, inputs, critic, generator.
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A part of an iteration whose time is measured: waiting for data, inputs, critic, generator.
 
-        `trainer.profiler=simple` adds up the time of each.
+        It is added to `seconds`; `trainer.profiler=simple` adds up the time of each over the run.
         """
         profiler: Profiler = cast(Any, self.trainer).profiler
-        return profiler.profile(f"[Distiller]{name}")
+        start = perf_counter()
+        with profiler.profile(f"[Distiller]{name}"):
+            yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
 
     def _next_inputs(self, batches: Iterator[PictureBatch | CachedBatch], update: int) -> Inputs:
         """The inputs of an update of this iteration, made of its next batch.
@@ -237,6 +268,7 @@ class Distiller(LightningModule):
         return f"iteration {iteration + 1}, {where}, {which if update < self.critic_updates else 'generator update'}"
 
     def _critic_update(self, inputs: Inputs) -> Metrics:
+        """The critic's metrics; none if the update was skipped."""
         with torch.no_grad():
             x0_hat = self._student_x0(inputs)
         step = CriticStep(
@@ -251,10 +283,11 @@ class Distiller(LightningModule):
         )
         checks = inputs.finite() | {"the student's prediction": all_finite([x0_hat])}
         loss, metrics = critic_loss(self.terms, step, checks)
-        self._descend("fake", loss, checks, inputs.place)
-        return metrics
+        norm = self._descend("fake", loss, checks, inputs.place)
+        return {} if norm is None else metrics | {"monitor/gradient_norm_critic": norm}
 
     def _generator_update(self, inputs: Inputs) -> Metrics:
+        """The generator's metrics; none if the update was skipped."""
         x0_hat = self._student_x0(inputs)
         leaf = x0_hat.detach().requires_grad_()
         step = GeneratorStep(
@@ -269,12 +302,19 @@ class Distiller(LightningModule):
         )
         checks = inputs.finite() | {"the student's prediction": all_finite([leaf])}
         loss, gradient, metrics = generator_gradient(self.terms, step, checks)
-        self._descend("student", (x0_hat * gradient).sum(), checks, inputs.place)
+        norm = self._descend("student", (x0_hat * gradient).sum(), checks, inputs.place)
+        if norm is None:
+            return {}
         distance = (leaf.detach() - inputs.target).square().mean()
-        return {"loss": loss, "x0_mse": distance} | metrics
+        watched = {"monitor/gradient_norm_student": norm} | prediction_statistics(leaf.detach(), inputs.target)
+        return {"loss": loss, "x0_mse": distance} | metrics | watched
 
-    def _descend(self, role: Literal["student", "fake"], loss: Tensor, checks: Checks, place: str) -> None:
-        """One optimizer step down the gradient of `loss`, if that and everything in `checks` is finite."""
+    def _descend(self, role: Literal["student", "fake"], loss: Tensor, checks: Checks, place: str) -> Tensor | None:
+        """One optimizer step down the gradient of `loss`, if that and everything in `checks` is finite.
+
+        Returns:
+            The gradient's norm before clipping; None if the update was skipped.
+        """
         optimizer = self._optimizer(role)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         optimizer.zero_grad()
@@ -283,8 +323,14 @@ class Distiller(LightningModule):
         norm = clip_grad_norm_(parameters, self.clip)
         owner = "the student" if role == "student" else "the critic"
         checks = checks | {f"gradient norm of {owner}": norm.isfinite()}
-        stop_unless_finite(self.trainer, checks, place, "no weight was changed by it")
-        step_or_stop(partial(self._step, role), self.trainer, parameters, f"weights of {owner}", place)
+        good = self.bad_steps.good(self.trainer, role, norm, checks, place)
+        if good:
+            step_or_stop(partial(self._step, role), self.trainer, parameters, f"weights of {owner}", place)
+            return norm.detach()
+        optimizer.zero_grad()
+        if role == "student":
+            self._step(role)  # without gradients AdamW changes nothing; the iteration counts
+        return None
 
     @torch.no_grad()
     def predictions(self) -> Checks:
@@ -319,12 +365,18 @@ class Distiller(LightningModule):
         else:  # the wrapper does the same and counts: `global_step` would be the sum over both optimizers
             self.trainer.strategy.optimizer_step(optimizer.optimizer, lambda: None)
 
-    def _report(self, local: Metrics, interval: Interval) -> None:
-        """Log the metrics of an iteration, averaged over the processes, as one row, and keep them for callbacks."""
+    def _report(self, local: Metrics, inputs: Inputs) -> None:
+        """Log the metrics of an iteration, averaged over the processes, as one row, and keep them for callbacks.
+
+        Those whose names have no group, as `monitor/` is one, go into the group `loss/`.
+        """
+        for observer in self.observers:
+            local = local | observer(inputs)
+        local = local | {"monitor/skipped": torch.tensor(float(self.bad_steps.total), device=self.device)}
         values = self.trainer.strategy.reduce(torch.stack([v.float() for v in local.values()]), reduce_op="mean")
         self.last_metrics = dict(zip(local, values, strict=True))
-        row = {f"loss/{name}": value for name, value in self.last_metrics.items()}
-        row["monitor/interval"] = torch.tensor(float(interval.index))
+        row = {name if "/" in name else f"loss/{name}": value for name, value in self.last_metrics.items()}
+        row["monitor/interval"] = torch.tensor(float(inputs.interval.index))
         self.log_dict(row, logger=False)  # into `trainer.callback_metrics`
         # `self.log` hands a row to the loggers after the callbacks. A run killed while they draw would lose the row of
         # an iteration whose checkpoint it wrote, and the run that goes on from there does not write it again.
@@ -392,9 +444,10 @@ class Distiller(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = self.kept_state(checkpoint["state_dict"])
-        checkpoint["swd"] = {"updates": self.updates}
+        checkpoint["swd"] = {"updates": self.updates, "bad_steps": self.bad_steps.state_dict()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.bad_steps.load_state_dict(checkpoint.get("swd", {}).get("bad_steps", {}))
         progress_in_iterations(checkpoint, self.batches_per_iteration)
 
     def misfit(self, checkpoint: Mapping[str, Any]) -> str | None:
@@ -416,7 +469,10 @@ class Distiller(LightningModule):
         stored = checkpoint["optimizer_states"]
         if len(stored) != len(trained):
             return f"it has {len(stored)} optimizers rather than {len(trained)}"
-        wrong = (optimizer_misfit(one, list(each.values())) for one, each in zip(stored, trained, strict=True))
+        skipped = checkpoint["swd"].get("bad_steps", {}).get("total", 0)
+        # An optimizer all of whose updates were skipped has no moments yet.
+        pairs = [(one, each) for one, each in zip(stored, trained, strict=True) if one["state"] or not skipped]
+        wrong = (optimizer_misfit(one, list(each.values())) for one, each in pairs)
         return next((reason for reason in wrong if reason), None)
 
     def _shapes(self) -> list[dict[str, tuple[int, ...]]]:

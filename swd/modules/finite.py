@@ -20,6 +20,22 @@ def all_finite(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack([each.to(found[0].device) for each in found]).all() if found else torch.tensor(True)
 
 
+def failed_checks(trainer: Trainer, checks: Checks) -> list[str]:
+    """Names of the checks that failed on any process: the same list on all of them.
+
+    Args:
+        trainer: of the run.
+        checks: by name whether a value is as it should be; the same names on all processes.
+    """
+    device = trainer.strategy.root_device
+    failed = torch.stack([(~check).to(device, torch.float32) for check in checks.values()])
+    # All processes decide alike: if one stopped alone, the others would wait for it in the next exchange of gradients.
+    failed = trainer.strategy.reduce(failed, reduce_op="max")
+    if not failed.any():
+        return []
+    return [name for name, flag in zip(checks, failed.tolist(), strict=True) if flag]
+
+
 def stop_unless_finite(trainer: Trainer, checks: Checks, place: str, state: str) -> None:
     """End the run, on all processes at the same update, if a check failed on any of them.
 
@@ -32,19 +48,16 @@ def stop_unless_finite(trainer: Trainer, checks: Checks, place: str, state: str)
     Raises:
         UserError: with the place, everything that was not finite, and the last good checkpoint.
     """
-    device = trainer.strategy.root_device
-    failed = torch.stack([(~check).to(device, torch.float32) for check in checks.values()])
-    # All processes raise together: if one raised alone, the others would wait for it in the next exchange of gradients.
-    failed = trainer.strategy.reduce(failed, reduce_op="max")
-    if not failed.any():
-        return
-    names = [name for name, flag in zip(checks, failed.tolist(), strict=True) if flag]
+    names = failed_checks(trainer, checks)
+    if names:
+        raise UserError(stop_text(trainer, place, f"not finite: {', '.join(names)}", state))
+
+
+def stop_text(trainer: Trainer, place: str, reason: str, state: str) -> str:
+    """The line that a run ends with: where, why, the state that is kept, and what to try."""
     checkpoint = last_checkpoint(trainer)
     kept = f"last good checkpoint: {checkpoint}" if checkpoint else "no checkpoint had been written"
-    raise UserError(
-        f"training stopped at {place}: not finite: {', '.join(names)}; {state}; {kept}; "
-        "try a lower task.lr, or look for broken data"
-    )
+    return f"training stopped at {place}: {reason}; {state}; {kept}; try a lower task.lr, or look for broken data"
 
 
 def step_or_stop(

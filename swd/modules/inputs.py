@@ -26,6 +26,7 @@ class Inputs:
         empty: the conditioning that guidance takes in place of a prompt's, one row.
         draws: where random numbers come from.
         place: iteration (from 1), step of the schedule (from 1) and update, for messages.
+        bucket: size of finished pictures in pixels where data come in several aspect ratios; None: the schedule's own.
     """
 
     interval: Interval
@@ -35,6 +36,7 @@ class Inputs:
     empty: Conditioning
     draws: SeededDraws
     place: str = ""
+    bucket: Size | None = None
 
     def finite(self) -> Checks:
         """Whether what the data and their encoders gave is finite."""
@@ -93,7 +95,8 @@ class InputBuilder:
             conditioning = batch.cached.conditioning
         else:
             conditioning = self.encode_prompts(batch.prompts, batch.bucket, target.device)
-        return Inputs(interval, source, target, conditioning, self.empty(batch.bucket, target.device), draws, place)
+        empty = self.empty(batch.bucket, target.device)
+        return Inputs(interval, source, target, conditioning, empty, draws, place, batch.bucket)
 
     def latents(
         self, batch: PictureBatch | CachedBatch, interval: Interval, draws: SeededDraws

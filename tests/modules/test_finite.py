@@ -33,7 +33,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def train(model: Path, folder: Path, *arguments: str, **more: Any) -> None:
-    fit(composed([*overrides(model, folder, **more), *arguments]))
+    fit(composed([*overrides(model, folder, **{"task__on_bad_step": "stop"} | more), *arguments]))
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, call: int, change: Callable[[Any], Any]) -> None:
@@ -295,6 +295,7 @@ launch("train")
 def test_all_processes_stop_when_one_of_them_must(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(SECOND_IS_BROKEN)
     arguments = overrides(tiny_model, tmp_path / "run", loss="mmd", trainer="ddp_cpu", trainer__max_steps=4)
+    arguments.append("task.on_bad_step=stop")
     environment = {k: v for k, v in os.environ.items() if k != "SWD_COMMAND"} | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [sys.executable, "program.py", *arguments, "callbacks.checkpoint.every=1"],
