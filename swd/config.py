@@ -67,6 +67,7 @@ FOREIGN_TO: Mapping[str, Mapping[str, str]] = {
     "encode": {"output_dir": "out=FOLDER"},
     "import": {"output_dir": "out=FOLDER"},
     "export": {"output_dir": "to=FOLDER", "out": "to=FOLDER", "adapter": "run=RUN", "checkpoint": "run=RUN"},
+    "report": {"output": "out=FILE", "run": "folders=[RUN]", "runs": "folders=[RUN]"},
 }
 """The same by command: the others share keys of training, but do not look at them."""
 

@@ -19,6 +19,7 @@ from tiny import CONF, composed
 
 from swd import config
 from swd.commands import demo, encode, export, generate, import_pictures, sample, train
+from swd.commands.cli import COMMANDS
 from swd.config import check
 from swd.diffusion import rectified_flow_table
 from swd.losses import DMD, GAN, MMD
@@ -376,7 +377,7 @@ def included(file: Path) -> set[Path]:
 
 
 def test_every_file_is_reached_by_a_test_above() -> None:
-    primary = {CONF / f"{name}.yaml" for name in ("train", "sample", "demo", "export", "generate", "import", "encode")}
+    primary = {CONF / f"{name}.yaml" for name in COMMANDS}
     groups = (*FREE, "model", "recipe", "experiment", "task")
     reached = primary | {CONF / group / f"{option}.yaml" for group in groups for option in options(group)}
     while more := set().union(*map(included, reached)) - reached:
