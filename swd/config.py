@@ -68,6 +68,7 @@ FOREIGN_TO: Mapping[str, Mapping[str, str]] = {
     "import": {"output_dir": "out=FOLDER"},
     "export": {"output_dir": "to=FOLDER", "out": "to=FOLDER", "adapter": "run=RUN", "checkpoint": "run=RUN"},
     "report": {"output": "out=FILE", "run": "folders=[RUN]", "runs": "folders=[RUN]"},
+    "compare": {"output": "out=FILE", "a": "paths=[A,B]", "b": "paths=[A,B]", "votes": "paths=[FILE]"},
 }
 """The same by command: the others share keys of training, but do not look at them."""
 

@@ -31,13 +31,14 @@ COMMANDS = {
     "encode": ("swd.commands.encode", "encode a data set once, for all trainings of one model"),
     "demo": ("swd.commands.demo", "distil, sample, evaluate and report on the embedded teacher"),
     "report": ("swd.commands.report", "write one page about runs and evaluations: report FOLDER ..."),
+    "compare": ("swd.commands.compare", "let people vote blindly between two folders of pictures, and count votes"),
 }
 """The module whose `run` a command calls, and what it is for."""
 
 NEEDED = ("task", "model", "recipe", "schedule", "loss", "data", "sheet", "trainer")
 GROUPS = (*NEEDED, "callbacks", "logger", "experiment")
 """Folders of `conf/`."""
-POSITIONAL = {"report": "folders"}
+POSITIONAL = {"report": "folders", "compare": "paths"}
 """Commands that take paths without a key, and the key that they go to."""
 WITH_VALUE = ("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir")
 """Flags of Hydra whose value is the next argument."""
