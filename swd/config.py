@@ -79,6 +79,8 @@ FOREIGN_TO: Mapping[str, Mapping[str, str]] = {
     "import": {"output_dir": "out=FOLDER"},
     "dashboard": {"out": "to=FILE", "name": "title=TEXT"},
     "export": {"output_dir": "to=FOLDER", "out": "to=FOLDER", "adapter": "run=RUN", "checkpoint": "run=RUN"},
+    "report": {"output": "out=FILE", "run": "folders=[RUN]", "runs": "folders=[RUN]"},
+    "compare": {"output": "out=FILE", "a": "paths=[A,B]", "b": "paths=[A,B]", "votes": "paths=[FILE]"},
 }
 """The same for every command: those that do not train know fewer of these settings, some under other names."""
 

@@ -6,12 +6,15 @@ import os
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from browser import running_browser
 
 from swd.commands import cli
 
@@ -56,6 +59,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny-sd3"
     tiny.build_pipeline().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium. It ends with the module's tests: while it is open, `asyncio.run` fails in this process."""
+    with running_browser() as found:
+        yield found
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,18 @@ COMMANDS = {
     "encode": ("swd.commands.encode", "encode a data set once, for all trainings of one model"),
     "dashboard": ("swd.commands.dashboard", "write a wandb workspace: losses, metrics by size, samples, throughput"),
     "demo": ("swd.commands.demo", "distil, sample, evaluate and report on the embedded teacher"),
+    "report": ("swd.commands.report", "write one page about runs and evaluations: report FOLDER ..."),
+    "compare": ("swd.commands.compare", "let people vote blindly between two folders of pictures, and count votes"),
 }
 """For each command, the module whose `run` it calls, and its purpose."""
 
 NEEDED = ("task", "model", "recipe", "schedule", "loss", "data", "sheet", "trainer")
 GROUPS = (*NEEDED, "callbacks", "logger", "experiment")
 """Folders of `conf/`."""
+POSITIONAL = {"report": "folders", "compare": "paths"}
+"""Commands that take paths without a key, and the key that they go to."""
+WITH_VALUE = ("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir")
+"""Flags of Hydra whose value is the next argument."""
 
 # Notices of libraries that a user cannot act on.
 NOTICES = (
@@ -119,6 +125,8 @@ def launch(command: str) -> None:
 
     # Composing, from the command line.
     with user_errors(), _short_usage():
+        if command in POSITIONAL:
+            sys.argv[1:] = with_paths(sys.argv[1:], POSITIONAL[command])
         sys.argv[1:] = [named for argument in sys.argv[1:] if (named := group_option(argument)) is not None]
         try:
             main(job)()
@@ -130,6 +138,22 @@ def launch(command: str) -> None:
             raise UserError(
                 f"output folder {folder} cannot be written ({reason}); choose another with output="
             ) from None
+
+
+def with_paths(arguments: Sequence[str], key: str) -> list[str]:
+    """A command line in which the arguments that are paths have become one `key=[PATH, ...]` at its end.
+
+    A path is an argument that is no flag and holds no "=", or that exists as it is typed.
+    """
+    paths: list[str] = []
+    others: list[str] = []
+    previous = ""
+    for argument in arguments:
+        plain = not argument.startswith("-") and previous not in WITH_VALUE
+        is_path = plain and ("=" not in argument or Path(argument).exists())
+        (paths if is_path else others).append(argument)
+        previous = argument
+    return [*others, f"{key}=[{','.join(map(_quoted, paths))}]"] if paths else others
 
 
 def group_option(argument: str) -> str | None:

@@ -101,7 +101,8 @@ def test_extrapolation_is_seeded_and_leaves_the_global_generator_alone() -> None
     torch.manual_seed(5)
     before = torch.get_rng_state()
     first = functional.frechet_infinity(real, drawn, seed=1)
-    assert first == functional.frechet_infinity(real, drawn, seed=1) != functional.frechet_infinity(real, drawn, seed=2)
+    again, other = (functional.frechet_infinity(real, drawn, seed=seed) for seed in (1, 2))
+    assert first == pytest.approx(again, rel=1e-9) and first != pytest.approx(other, rel=1e-3)  # sums may be threaded
     assert torch.equal(torch.get_rng_state(), before)
 
 

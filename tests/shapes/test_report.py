@@ -8,70 +8,14 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
+from demo_page import EVIL, NAMES, build_page, ratio, row
 from PIL import Image
 
 from swd.io.pictures import to_pil
 from swd.shapes import demo, report
 from swd.types import UserError
-
-NAMES = ("teacher, 28 steps", "teacher, 4 steps", "student, 4 steps, scale-wise")
-EVIL = "a <script>alert('&')</script> \"star\""
-
-
-def row(name: str, **more: Any) -> dict[str, Any]:
-    return {
-        "name": name,
-        "steps": 4,
-        "nfe": 8,
-        "gflop": 7.944,
-        "ms_per_image": 82.66,
-        "fid": 0.02861,
-        "prompt_accuracy": 0.9312,
-        "exact_match": 0.5,
-        "attributes": {"shape": 0.25, "colour": 0.75},
-        "n_pictures": 8,
-        "source": "live",
-    } | more
-
-
-def ratio(value: float | None, expected: str | None = None, met: bool | None = None) -> dict[str, Any]:
-    return {"value": value, "expected": expected, "met": met}
-
-
-def build_page(**more: Any) -> report.Page:
-    results = {
-        "rows": [row(name) for name in NAMES],
-        "ratios": {
-            "gflop_of_full_size_steps": ratio(0.517, "<= 0.56", True),
-            "accuracy_of_teacher": ratio(0.912, ">= 0.95", False),
-            "fid_of_teacher": ratio(None, "<= 1.5"),
-            "speedup_over_teacher": ratio(23.46),
-        },
-        "fid_floor": 0.0042,
-        "n_pictures": 8,
-        "iterations": 160,
-        "terms": ["dmd", "mmd", "gan"],
-        "schedule": {"pixels": [[48, 48], [64, 64], [96, 96], [128, 128]]},
-        "wall_seconds": {"distil": 14.73, "total": 46.97},
-        "machine": {"device": "CPU"},
-        "versions": {"torch": "2.13.0"},
-        "command": "swd demo experiment=demo_ci",
-        "folder": "outputs/demo/x",
-    }
-    picture = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    parts = {
-        "results": results,
-        "comparisons": [report.Comparison(EVIL, dict.fromkeys(NAMES, picture), dict.fromkeys(NAMES, "7/8"))],
-        "progressions": [report.Progression(EVIL, [("σ 1.00, 6×6", picture[:, :6, :6]), ("σ 0.60, 16×16", picture)])],
-        "curves": {"x0_mse": [2.0, 1.0, 1.5, 0.5], "odd<name": [1.0, math.nan, 3.0]},
-        "cycle": 2,
-        "config": "prompts: ['<b>']\nseed: 0\n",
-    }
-    return report.Page(**(parts | more))
 
 
 class Reader(HTMLParser):
@@ -152,42 +96,6 @@ def test_a_stored_row_is_named_as_such_and_a_run_without_losses_says_so() -> Non
     html = report.render(page)
     assert "recompute=true" in html and "kept no losses" in html
     assert "recompute=true" not in report.render(build_page())
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "ticks"),
-    [(0.0, 1.0, [0.0, 0.5, 1.0]), (0.03, 0.29, [0.0, 0.1, 0.2, 0.3]), (1, 160, [0, 50, 100, 150, 200])],
-)
-def test_ticks_are_round_and_span_the_values(low: float, high: float, ticks: list[float]) -> None:
-    assert report.nice_ticks(low, high) == pytest.approx(ticks)
-
-
-def test_ticks_of_a_constant_and_of_negative_values() -> None:
-    for low, high in ((0.0, 0.0), (5.0, 5.0), (-3.0, -3.0), (-0.4, 0.3), (1e-9, 3e-9), (0, 1e7)):
-        ticks = report.nice_ticks(low, high)
-        assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 8
-        assert len({report.tick_text(t, ticks) for t in ticks}) == len(ticks)
-
-
-def test_rolling_mean_takes_whole_cycles() -> None:
-    assert report.rolling_mean([1.0, 3.0, 5.0, 7.0], 2) == [(1.5, 2.0), (2.5, 4.0), (3.5, 6.0)]
-    assert report.rolling_mean([1.0, 2.0], 4) == [(1.5, 1.5)]
-
-
-def test_curve_is_drawn_where_its_values_are() -> None:
-    svg = report.chart([0.0, 1.0], 1, "loss")
-    points = re.search(r'class="raw" points="([^"]+)"', svg)
-    assert points is not None
-    first, last = (tuple(map(float, point.split(","))) for point in points.group(1).split())
-    assert first == (report.LEFT, report.HEIGHT - report.BOTTOM)
-    assert last == (report.WIDTH - report.RIGHT, report.TOP)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(0.02861, "0.0286"), (12.345, "12.3"), (1234.5, "1234"), (0, "0"), (math.nan, "nan")]
-)
-def test_significant_digits(value: float, text: str) -> None:
-    assert report.significant(value) == text
 
 
 # The demo's arithmetic

@@ -1,0 +1,52 @@
+"""`swd report`: one page about runs and evaluations."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from swd.config import check
+from swd.io import limits
+from swd.io.masking import mask_text
+from swd.report import overview
+from swd.report.page import check_replaceable, write_page
+from swd.types import UserError
+
+ROOT = {
+    "folders": list[str],
+    "out": str,
+    "title": str | None,
+    "megabytes": float,
+    "side": int,
+    "quality": int,
+    "shown": int,
+}
+
+
+def run(cfg: DictConfig) -> None:
+    """Read all folders and write the page; prints its path."""
+    prepare(cfg)
+    runs, evaluations = overview.read([Path(folder) for folder in cfg.folders])
+    counts = [(len(runs), "run"), (len(evaluations), "evaluation")]
+    title = cfg.title or " and ".join(f"{n} {word}{'s' * (n > 1)}" for n, word in counts if n)
+    kept = overview.Limits(cfg.megabytes, cfg.side, cfg.quality, cfg.shown)
+    command = mask_text(" ".join(["swd report", *sys.argv[1:]]))
+    print(write_page(Path(cfg.out), overview.render(runs, evaluations, kept, title, command)))
+
+
+def prepare(cfg: DictConfig) -> None:
+    """Check every setting.
+
+    Raises:
+        UserError: naming the setting and the fix.
+    """
+    if OmegaConf.is_missing(cfg, "folders"):
+        raise UserError("no folder is given; give runs or evaluations: swd report FOLDER ...")
+    check(cfg, ROOT)
+    limits.number("megabytes", cfg.megabytes, 0.1, 1000, "a browser opens no larger page")
+    limits.whole("side", cfg.side, 64, limits.SIDE)
+    limits.whole("quality", cfg.quality, 1, 100)
+    limits.whole("shown", cfg.shown, 0)
+    check_replaceable(Path(cfg.out))
