@@ -247,6 +247,17 @@ class PictureMetric(ABC):
                 fault = "only their mean and covariance" if known else f"no features of {name}"
                 raise UserError(f"{self.name} needs real pictures, and the reference has {fault}; give it a folder")
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuse, before anything is drawn, prompts that could not be scored.
+
+        Args:
+            prompts: of the pictures that are about to be drawn, one each.
+
+        Raises:
+            UserError: for prompts that the metric cannot use; most can use all.
+        """
+        return None
+
     @abstractmethod
     def score(self, drawn: Drawn, reference: Reference | None = None) -> Score:
         """The metric's numbers; equal arguments give equal numbers, and pictures' order matters only where it says so.

@@ -148,6 +148,28 @@ def frechet_floor(real: Tensor, count: int | None = None, seed: int = 0) -> floa
     return frechet_distance(real[order[:size]], real[order[size : 2 * size]])
 
 
+def whitening(real: Tensor) -> Callable[[Tensor], Tensor]:
+    """The affine map that gives real features mean 0 and covariance 1; also for other features of the same network.
+
+    Distances of mapped features do not depend on an invertible affine map of the features before it, so a direction
+    in which real pictures hardly vary counts as much as any other.
+
+    Args:
+        real: features `[R, D]`, R >= 2 D, since the covariance of fewer is mostly chance.
+
+    Raises:
+        UserError: for fewer real pictures, or features that do not vary in some direction.
+    """
+    count, width = real.shape
+    if count < 2 * width:
+        raise UserError(f"whitening {width} features needs {2 * width} real pictures, got {count}; give more")
+    known = gaussian(real)
+    values, vectors = torch.linalg.eigh(known.sigma)
+    if values[0] <= 1e-9 * values[-1]:
+        raise UserError("features of the real pictures do not vary in some direction; give more different pictures")
+    return lambda features: (features.double() - known.mu) @ vectors / values.sqrt()
+
+
 # --- kernel distances --------------------------------------------------------------------------------------------
 
 

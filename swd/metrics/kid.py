@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from swd.metrics.base import Drawn, Extractor, PictureMetric, Reference, Score, features_of, real_features
-from swd.metrics.functional import kernel_distances, mmd_parts, polynomial_kernel
+from swd.metrics.functional import kernel_distances, mmd_parts, polynomial_kernel, whitening
 
 
 class Kid(PictureMetric):
@@ -12,17 +12,29 @@ class Kid(PictureMetric):
     Args:
         extractor: whose features are compared.
         subsets: None: one estimate of all pictures, with values per picture for intervals. Published numbers are the
-            mean over 100 random subsets of 1,000; it estimates the same quantity with more noise, and `kid_std` is the
+            mean over 100 random subsets of 1,000; it estimates the same quantity with more noise, and `NAME_std` is the
             deviation between subsets.
         size: pictures a side in each subset; the common 1,000.
         seed: of the subsets.
+        name: key in configurations and tables; KID is the distance of Inception's features.
+        white: whether features are whitened by the real ones first (`whitening`), which published numbers do not; for
+            features of very different scales, of which few would otherwise decide alone.
     """
 
-    name = "kid"
     needs_reference = True
 
-    def __init__(self, extractor: Extractor, subsets: int | None = None, size: int = 1000, seed: int = 0) -> None:
+    def __init__(
+        self,
+        extractor: Extractor,
+        subsets: int | None = None,
+        size: int = 1000,
+        seed: int = 0,
+        name: str = "kid",
+        white: bool = False,
+    ) -> None:
         self.extractors = (extractor,)
+        self.name = name
+        self.white = white
         self.subsets = subsets
         self.size = size
         self.seed = seed
@@ -30,8 +42,11 @@ class Kid(PictureMetric):
     def score(self, drawn: Drawn, reference: Reference | None = None) -> Score:
         x = features_of(drawn.features, self.extractors[0], "drawn pictures")
         y = real_features(reference, self.extractors[0])
+        if self.white:
+            white = whitening(y)
+            x, y = white(x), white(y)
         if self.subsets is None:
             parts = mmd_parts(x, y, polynomial_kernel, unbiased=True)
-            return Score({"kid": float(parts.mean())}, parts)
+            return Score({self.name: float(parts.mean())}, parts)
         values = kernel_distances(x, y, self.subsets, self.size, self.seed)
-        return Score({"kid": float(values.mean()), "kid_std": float(values.std(correction=0))})
+        return Score({self.name: float(values.mean()), f"{self.name}_std": float(values.std(correction=0))})

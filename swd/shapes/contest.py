@@ -28,7 +28,8 @@ from swd.modules.distiller import Distiller
 from swd.modules.networks import Networks, SharedBase
 from swd.modules.sampling import initial_latents, sample_latents
 from swd.shapes.dataset import ShapesDataset
-from swd.shapes.judge import ATTRIBUTES, Judge, Score, score_pictures, summarise
+from swd.shapes.distances import Distances
+from swd.shapes.judge import ATTRIBUTES, Judge, Score, pack_score, score_pictures, summarise
 from swd.types import UserError
 
 SPLIT = "heldout"
@@ -112,6 +113,7 @@ class ResultRow:
         attributes: accuracy of each attribute.
         n_pictures: number of pictures behind fid and accuracies.
         source: "live", or the origin of stored statistics.
+        distances: with intervals; None where there are too few pictures for them.
     """
 
     name: str
@@ -125,6 +127,7 @@ class ResultRow:
     attributes: dict[str, float] = field(default_factory=dict)
     n_pictures: int = 0
     source: str = "live"
+    distances: Distances | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -280,11 +283,6 @@ def judge_pictures(judge: Judge, pixels: Tensor, prompts: Sequence[str]) -> Judg
     """Features and scores of pictures `[B, 3, 128, 128]` of B prompts."""
     scores = score_pictures(judge, pixels, prompts)
     return Judged(judge.features(pixels).cpu(), torch.stack([pack_score(s) for s in scores]))
-
-
-def pack_score(score: Score) -> Tensor:
-    """A score as `[A, 2]` int64; attributes that the caption does not mention are (0, 0)."""
-    return torch.tensor([score.get(name, (0, 0)) for name in ATTRIBUTES])
 
 
 def unpack_score(row: Tensor) -> Score:

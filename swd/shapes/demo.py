@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from swd.metrics.fid import frechet_distance
 from swd.modules.distiller import Distiller
 from swd.shapes import contest, report
 from swd.shapes.contest import Advance, Contender, Judged, ResultRow, Timing
+from swd.shapes.distances import distances
 from swd.shapes.judge import Judge
 from swd.types import UserError
 
@@ -78,6 +79,7 @@ def compare(cfg: DictConfig, task: Distiller, judge: Judge, judge_folder: Path, 
     store = contest.teacher_store(task, judge_folder)
     rows = []
     timings = []
+    features = []
     for number, contender in enumerate(contest.contenders(task)):
         with clock.phase(contender.name):
             with contender.ready():
@@ -85,6 +87,9 @@ def compare(cfg: DictConfig, task: Distiller, judge: Judge, judge_folder: Path, 
                 judged, source = measure_quality(cfg, contender, judge, prompts, store if number == 0 else None)
             rows.append(contest.make_row(contender, judged, reference, timing.ms_per_image, source))
             timings.append(timing)
+            features.append(judged.features)
+    found = distances(features, torch.cat([reference, floor]), prompts)
+    rows = [replace(row, distances=each) for row, each in zip(rows, found, strict=True)]
     return Study(rows, timings, prompts, frechet_distance(reference, floor), contest.full_size_gflop(task))
 
 
@@ -250,7 +255,7 @@ def finish(cfg: DictConfig, results: dict[str, Any], page: report.Page) -> None:
         write_text(folder / "report.html", html)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(terminal_table(results["rows"]))
-    for line in report.ratio_lines(results):
+    for line in report.ratio_lines(results) + report.difference_lines(results):
         console.print(line, markup=False, highlight=False)
     print(f"{results['wall_seconds']['total'] / 60:.1f} minutes")
     print(latest / "report.html")

@@ -112,22 +112,17 @@ class Judge(nn.Module):
         return self._map(pixels).mean((2, 3)).float()
 
     @torch.no_grad()
+    def choices(self, pixels: Tensor) -> Tensor:
+        """The most likely classes of each picture, as `reading_of` reads them: `[B, 3 P P + 1]` int64.
+
+        Shape, colour and size of each place, then the background. `pixels` as in `forward`.
+        """
+        best = {name: logits.argmax(1) for name, logits in self(pixels).items()}
+        return torch.cat([best[name].reshape(len(pixels), -1) for name in (*self.outputs, "background")], dim=1)
+
     def read(self, pixels: Tensor) -> list[Reading]:
         """The most likely reading of each picture. `pixels` as in `forward`."""
-        best = {name: logits.argmax(1).cpu() for name, logits in self(pixels).items()}
-        shapes = SHAPES
-        colours = tuple(COLOURS)
-        sizes = tuple(SIZES)
-        backgrounds = tuple(BACKGROUNDS)
-        readings = []
-        for i in range(len(pixels)):
-            objects = tuple(
-                Object(shapes[shape], colours[int(best["colour"][i, r, c])], sizes[int(best["size"][i, r, c])], r, c)
-                for r, c in itertools.product(range(PLACES), range(PLACES))
-                if (shape := int(best["shape"][i, r, c])) != NOTHING
-            )
-            readings.append(Reading(objects, backgrounds[int(best["background"][i])]))
-        return readings
+        return [reading_of(row) for row in self.choices(pixels).tolist()]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors`."""
@@ -136,6 +131,22 @@ class Judge(nn.Module):
         (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
 
+    @staticmethod
+    def check_folder(folder: str | Path) -> Path:
+        """The folder, if it holds a judge's files; raises ValueError otherwise."""
+        folder = Path(folder)
+        if not all((folder / name).is_file() for name in ("config.json", "model.safetensors")):
+            raise ValueError(
+                f"no judge in {folder}: it needs config.json and model.safetensors; "
+                "make it with `python train.py experiment=shapes_judge`"
+            )
+        return folder
+
+    @staticmethod
+    def width_of(folder: str | Path) -> int:
+        """Width of the features of the judge in `folder`, without reading its weights."""
+        return int(json.loads((Judge.check_folder(folder) / "config.json").read_text())["features"])
+
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Judge:
         """The judge in `folder`, in evaluation mode.
@@ -143,17 +154,22 @@ class Judge(nn.Module):
         Raises:
             ValueError: when the folder does not hold a judge.
         """
-        folder = Path(folder)
-        config = folder / "config.json"
-        weights = folder / "model.safetensors"
-        if not (config.is_file() and weights.is_file()):
-            raise ValueError(
-                f"no judge in {folder}: it needs config.json and model.safetensors; "
-                "make it with `python train.py experiment=shapes_judge`"
-            )
-        judge = cls(**json.loads(config.read_text()))
-        judge.load_state_dict(load_file(weights))
+        folder = cls.check_folder(folder)
+        judge = cls(**json.loads((folder / "config.json").read_text()))
+        judge.load_state_dict(load_file(folder / "model.safetensors"))
         return judge.eval().requires_grad_(False)
+
+
+def reading_of(choices: Sequence[int]) -> Reading:
+    """The reading that a row of `Judge.choices` stands for."""
+    shapes, colours, sizes = (choices[i * PLACES**2 : (i + 1) * PLACES**2] for i in range(3))
+    names = tuple(COLOURS), tuple(SIZES)
+    objects = tuple(
+        Object(SHAPES[shapes[i]], names[0][colours[i]], names[1][sizes[i]], *divmod(i, PLACES))
+        for i in range(PLACES**2)
+        if shapes[i] != NOTHING
+    )
+    return Reading(objects, tuple(BACKGROUNDS)[choices[-1]])
 
 
 # --- how well a picture follows its caption ----------------------------------------------------------------------
@@ -204,6 +220,11 @@ def score_reading(prompt: Prompt, reading: Reading) -> Score:
         best["background"] = (int(prompt.background == reading.background), 1)
     best["count"] = (int(len(prompt.mentions) == len(reading.objects)), 1)
     return best
+
+
+def pack_score(score: Score) -> Tensor:
+    """A score as `[A, 2]` int64; attributes that the caption does not mention are (0, 0)."""
+    return torch.tensor([score.get(name, (0, 0)) for name in ATTRIBUTES])
 
 
 def summarise(scores: Sequence[Score]) -> dict[str, float]:

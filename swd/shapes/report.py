@@ -34,6 +34,7 @@ COLUMNS = (
     Column("GFLOP", "of the network, per picture", lambda row: f"{row['gflop']:.2f}"),
     Column("ms / image", "network and VAE, per picture, median over batches", lambda row: f"{row['ms_per_image']:.1f}"),
     Column("FID", "Fréchet distance of the judge's features to rendered pictures", lambda row: significant(row["fid"])),
+    Column("KID", "kernel distance of the judge's whitened features, and its interval", lambda row: kid_text(row)),
     Column("accuracy", "of the prompt's attributes, mean", lambda row: f"{row['prompt_accuracy']:.3f}"),
     Column("exact", "pictures that keep all of their prompt", lambda row: f"{row['exact_match']:.3f}"),
 )
@@ -120,6 +121,24 @@ def ratio_lines(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def kid_text(row: Mapping[str, Any]) -> str:
+    """A row's kernel distance and half the width of its interval; a dash where there is none."""
+    kid = (row.get("distances") or {}).get("kid")
+    return f"{kid['value']:.3f} ± {(kid['high'] - kid['low']) / 2:.3f}" if kid else "–"
+
+
+def difference_lines(results: Mapping[str, Any]) -> list[str]:
+    """For every row but the first, whether its kernel distance can be told from the first row's."""
+    lines = []
+    for row in results["rows"][1:]:
+        found = (row.get("distances") or {}).get("kid_over_first")
+        if found:
+            settled = "worse" if found["low"] > 0 else "better" if found["high"] < 0 else "not told apart"
+            numbers = f"{found['value']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
+            lines.append(f"{row['name']}: KID {numbers} over {results['rows'][0]['name']} ({settled})")
+    return lines
+
+
 # The page
 
 WIDTH = 460
@@ -157,6 +176,7 @@ def render(page: Page) -> str:
         attributes=list(dict.fromkeys(name for row in rows for name in row["attributes"])),
         stored=[row["name"] for row in rows if row["source"] != "live"],
         ratios={text: results["ratios"][key] for key, text in RATIOS.items()},
+        differences=difference_lines(results),
         losses={name: LOSSES.get(name, "") for name in order},
         frame=frame(),
         phases=[[name, f"{seconds:.1f}"] for name, seconds in results["wall_seconds"].items()],

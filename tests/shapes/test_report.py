@@ -245,6 +245,26 @@ def testsetup_seconds_come_from_the_environment(monkeypatch: pytest.MonkeyPatch)
         demo.setup_seconds()
 
 
+def test_a_distance_stands_with_its_interval_and_says_what_it_settles() -> None:
+    def kid(value: float, half: float) -> dict[str, float]:
+        return {"value": value, "low": value - half, "high": value + half, "level": 0.95}
+
+    overs = (None, kid(0.05, 0.02), kid(-0.004, 0.02))
+    rows = [
+        row(name, distances={"kid": kid(0.1, 0.031), "kid_over_first": over, "fid_inf": None})
+        for name, over in zip(NAMES, overs, strict=True)
+    ]
+    assert report.kid_text(rows[0]) == "0.100 ± 0.031"
+    assert report.kid_text(row("old")) == report.kid_text(row("few", distances=None)) == "–"
+    lines = report.difference_lines({"rows": rows})
+    assert lines == [
+        "teacher, 4 steps: KID +0.050 [+0.030, +0.070] over teacher, 28 steps (worse)",
+        "student, 4 steps, scale-wise: KID -0.004 [-0.024, +0.016] over teacher, 28 steps (not told apart)",
+    ]
+    text = "".join(Reader(report.render(build_page(results=dict(build_page().results) | {"rows": rows}))).text)
+    assert all(line in text for line in lines)
+
+
 def test_terminal_table_has_the_reports_columns() -> None:
     table = demo.terminal_table([row(name) for name in NAMES])
     assert [column.header for column in table.columns] == [column.title for column in report.COLUMNS]
