@@ -88,7 +88,7 @@ ALLOWED: Mapping[str, Collection[str]] = {
     "swd.data.picture_files": ("FolderDataset",),
     "swd.shapes.dataset": ("ShapesDataset",),
     "swd.data.webdataset": ("ShardData",),
-    "swd.callbacks": ("Checkpoint", "Progress", "Samples", "SaveAdapter"),
+    "swd.callbacks": ("Checkpoint", "Metrics", "Progress", "Samples", "SaveAdapter", "Validation"),
     "swd.callbacks.fixed_losses": ("FixedLosses",),
     "swd.metrics.fid": ("Frechet",),
     "swd.metrics.kid": ("Kid",),

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 
 from swd import __version__
-from swd.callbacks import Checkpoint, Progress, Samples, SaveAdapter
+from swd.callbacks import Checkpoint, Metrics, Progress, Samples, SaveAdapter, Validation
 from swd.callbacks.checkpoint import clear_runs, find_checkpoint
 from swd.callbacks.fixed_losses import FixedLosses
 from swd.commands import shared
@@ -96,6 +96,7 @@ def _fit(cfg: DictConfig, folder: Path, *more: Callback) -> tuple[LightningModul
     if checkpoint and iterations(checkpoint) >= cfg.trainer.max_steps:
         return finish(cfg, task, data, checkpoint, *more)
     trainer = build_trainer(cfg, folder, *more)
+    check_callbacks(trainer, task, data)
     if owner:
         claim_folder(folder, reserve=True)
     try:
@@ -140,13 +141,17 @@ def _train(trainer: Trainer, task: LightningModule, data: Any, checkpoint: str |
         raise
 
 
+MEASURES = (Samples, Metrics, Validation, FixedLosses)
+"""Callbacks that draw or measure, and write nothing that a run needs."""
+
+
 def _turn(callback: Callback) -> int:
     """Order of callbacks: checkpoint and student are written before anything that draws or measures can fail."""
     if isinstance(callback, ModelCheckpoint):
         return 1
     if isinstance(callback, SaveAdapter):
         return 2
-    return 4 if isinstance(callback, Progress) else 3 if isinstance(callback, Samples | FixedLosses) else 0
+    return 4 if isinstance(callback, Progress) else 3 if isinstance(callback, MEASURES) else 0
 
 
 def run_of(checkpoint: str) -> Path:
@@ -208,7 +213,7 @@ def prepare(cfg: DictConfig) -> tuple[LightningModule, Any]:
         UserError: for wrong input.
     """
     built = build(cfg)
-    build_trainer(cfg, Path(cfg.folder))
+    check_callbacks(build_trainer(cfg, Path(cfg.folder)), *built)
     if cfg.resume not in (None, "auto"):
         find_checkpoint(cfg.resume, Path(cfg.output), cfg, cast(Resumable, built[0]))
     return built
@@ -284,7 +289,7 @@ def build_trainer(cfg: DictConfig, folder: Path, *more: Callback) -> Trainer:
     callbacks = list(build_group(cfg, "callbacks").values())
     logger: Any = build_group(cfg, "logger") or False
     if is_trial(cfg):
-        callbacks = [c for c in callbacks if not isinstance(c, Checkpoint | SaveAdapter | Samples)]
+        callbacks = [c for c in callbacks if not isinstance(c, (Checkpoint, SaveAdapter, *MEASURES))]
         logger = False
     callbacks += more
     fixed = {
@@ -305,6 +310,17 @@ def build_trainer(cfg: DictConfig, folder: Path, *more: Callback) -> Trainer:
         raise
     except Exception as error:  # whatever Lightning raises for an option that does not suit this machine
         raise UserError(f"trainer: {one_line(error)[:400]}") from error
+
+
+def check_callbacks(trainer: Trainer, task: LightningModule, data: Any) -> None:
+    """Let callbacks refuse, before any model is loaded, what they could not do with this task and these data.
+
+    Raises:
+        UserError: by a callback's `check_fit`.
+    """
+    for callback in cast(Any, trainer).callbacks:
+        if hasattr(callback, "check_fit"):
+            callback.check_fit(task, data)
 
 
 FIXED = {
