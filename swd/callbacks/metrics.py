@@ -324,7 +324,8 @@ class Metrics(Callback):
         files = {}
         for step, metrics in self._metrics(task).items():
             side = size_name(task.model.pixel_size(task.schedule.sizes[step]))
-            for each in dict.fromkeys(e for metric in metrics if metric.needs_reference for e in metric.extractors):
+            comparing = [metric for metric in metrics if metric.needs_reference]
+            for each in {e.name: e for metric in comparing for e in metric.extractors}.values():
                 key = hashlib.sha256(f"{identity}/{each.weights_id()}".encode()).hexdigest()[:16]
                 files[step, each] = folder / f"real-{side}-{each.name}-{key}.safetensors"
         there = {key: file for key, file in files.items() if trainer.is_global_zero and file.is_file()}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from counted import Cache, Counted
 from extractors import TinyExtractor
 from PIL import Image, ImageChops
 from processes import train_on_two
@@ -27,7 +28,8 @@ COUNT = 10
 
 
 def metrics(extractor: TinyExtractor, **more: Any) -> Metrics:
-    return Metrics({"kid": Kid(extractor)}, {"fid": Frechet(extractor)}, pictures=COUNT, batch_size=4, seed=5, **more)
+    same = TinyExtractor()  # as configurations have it: one for each metric
+    return Metrics({"kid": Kid(same)}, {"fid": Frechet(extractor)}, pictures=COUNT, batch_size=4, seed=5, **more)
 
 
 def run(model: Path, folder: Path, callback: Metrics, *options: str) -> tuple[Distiller, Any]:
@@ -67,8 +69,26 @@ def test_the_numbers_are_those_of_pictures_drawn_by_hand(tiny_model: Path, tmp_p
         assert float(trainer.callback_metrics[name]) == pytest.approx(float(rows[1][name]), rel=1e-6)
         assert float(rows[0][name]) != pytest.approx(value, rel=1e-3), name
     # Its network was freed after each of two scorings, and real pictures were read in the first alone.
-    assert extractor.builds == 2 and not extractor._loaded
+    same = callback.sizes[0].extractors[0]
+    assert isinstance(same, TinyExtractor) and not same._loaded and not extractor._loaded
+    assert extractor.builds + same.builds == 4  # at 32 and 48 pixels the one, at 64 pixels the other
     assert len(list((tmp_path / "metrics").iterdir())) == 3  # three sizes, one extractor
+
+
+def test_with_cached_data_encoders_are_there_only_while_they_are_used(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, trainer = run(tiny_model, tmp_path, metrics(TinyExtractor()))
+    expected = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("metrics/")}
+    task.inputs._encoders = None  # those of training with pictures
+    task.inputs.cache = Cache()
+    counted = Counted(monkeypatch)
+    callback = metrics(TinyExtractor())
+    callback.on_train_start(trainer, task)
+    assert counted.text == [True] and not counted.alive
+    for _ in range(2):
+        assert callback.measure(trainer, task) == pytest.approx(expected, rel=1e-6) and not counted.alive
+    assert counted.text == [True, False, False]
 
 
 def test_real_pictures_are_read_once_for_all_runs_with_one_store(

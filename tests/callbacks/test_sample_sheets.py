@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,45 +9,14 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from counted import Cache, Counted
 
 from swd.callbacks.ranks import Share, attempt
 from swd.callbacks.sample_sheets import Samples
 from swd.commands import train
 from swd.modules.distiller import Distiller
-from swd.modules.encoders import Encoders
-from swd.modules.pretrained import Pretrained
-from swd.types import Conditioning, Size
 
 PROMPTS = ["a red star", "a blue ring", "a green heart"]
-
-
-class Counted:
-    """Every encoder that is loaded, as long as something refers to it, and whether text came with it."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.text: list[bool] = []
-        self.loaded: list[Any] = []
-        load = Pretrained.encoders
-
-        def counted(model: Pretrained, device: Any = "cpu", text: bool = True) -> Encoders:
-            encoders = load(model, device, text)
-            self.text.append(bool(len(encoders.text_models)))
-            self.loaded += [weakref.ref(encoders), weakref.ref(encoders.vae), *map(weakref.ref, encoders.text_models)]
-            return encoders
-
-        monkeypatch.setattr(Pretrained, "encoders", counted)
-
-    @property
-    def alive(self) -> int:
-        gc.collect()
-        return sum(each() is not None for each in self.loaded)
-
-
-class Cache:
-    """Stands for data that are encoded."""
-
-    def empty(self, bucket: Size | None) -> Conditioning:
-        raise AssertionError("drawing needs no empty prompt")
 
 
 def trained(model: Path, folder: Path) -> tuple[Distiller, Any]:
