@@ -14,7 +14,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from swd.callbacks.ranks import Share, attempt, averaged, gather
+from swd.callbacks.ranks import Share, attempt, gather
 from swd.data.held_out import HeldOut
 from swd.data.picture_files import read_picture
 from swd.metrics.base import Drawn, Extractor, PictureMetric, Reference
@@ -100,7 +100,6 @@ class Metrics(Callback):
         prompts: they take turns; None: the captions of the samples that `data.validation` holds out.
         reference: folder of real pictures; None: the samples that `data.validation` holds out.
         store: folder for the features of real pictures, which other runs may use too; None: in the run's folder.
-        ema: whether the moving average of the student's weights draws, where the task keeps one.
     """
 
     def __init__(
@@ -114,7 +113,6 @@ class Metrics(Callback):
         prompts: Sequence[str] | None = None,
         reference: str | None = None,
         store: str | None = None,
-        ema: bool = True,
     ) -> None:
         self.sizes = list((sizes or {}).values())
         self.full = list((full or {}).values())
@@ -129,7 +127,6 @@ class Metrics(Callback):
         self.prompts = None if prompts is None else list(prompts)
         self.folder = reference
         self.store = store
-        self.ema = ema
         self._conditioning: list[Conditioning] = []
         self._reference: dict[int, Reference] = {}
 
@@ -282,7 +279,7 @@ class Metrics(Callback):
         """Draw this process's share of the pictures, and keep their features."""
         conditioning = self._encode(trainer, task)
         share = Share.of(trainer, self.pictures)
-        with averaged(task, self.ema), task.inputs.lent_encoders(trainer.strategy.root_device, text=False) as encoders:
+        with task.inputs.lent_encoders(trainer.strategy.root_device, text=False) as encoders:
             for batch, places in zip(conditioning, share.batches(self.batch_size), strict=True):
                 _, predictions = task.draw_latents(batch, [self.seed + place for place in places], keep_x0=True)
                 for (step, _), stream in streams.items():

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from lightning import Trainer
 from torch import Tensor
 
 from swd.config import one_line
-from swd.modules.distiller import Distiller
 
 T = TypeVar("T")
 
@@ -99,9 +97,3 @@ def _first_reason(trainer: Trainer, error: Exception | None) -> str | None:
     if not flags.any():
         return None
     return trainer.strategy.broadcast(reason, src=int(flags.flatten().argmax()))
-
-
-def averaged(task: Distiller, wanted: bool) -> AbstractContextManager[Any]:
-    """The student with the moving average of its weights, if it is wanted and the task keeps one; else as it is."""
-    enter = getattr(task, "averaged", None)
-    return enter() if wanted and enter is not None else nullcontext()

@@ -10,7 +10,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from swd.callbacks.ranks import Share, attempt, averaged, gather
+from swd.callbacks.ranks import Share, attempt, gather
 from swd.io.files import write_aside
 from swd.io.pictures import grid
 from swd.modules.distiller import Distiller
@@ -26,19 +26,17 @@ class Samples(Callback):
         prompts: what to draw.
         every: iterations between drawings; the last iteration is always drawn.
         seed: of the first prompt, the others count up.
-        ema: whether the moving average of the student's weights draws, where the task keeps one.
 
     Every process draws its share, and the first one writes. Prompts are encoded once; between drawings their embeddings
     alone are kept, in main memory. What goes wrong here is a warning: pictures for looking at are not worth a training.
     """
 
-    def __init__(self, prompts: Sequence[str], every: int = 100, seed: int = 0, ema: bool = True) -> None:
+    def __init__(self, prompts: Sequence[str], every: int = 100, seed: int = 0) -> None:
         if every < 1 or not prompts:
             raise UserError(f"callbacks.samples: every={every} with {len(prompts)} prompts; use at least 1 of each")
         self.prompts = list(prompts)
         self.every = every
         self.seed = seed
-        self.ema = ema
         self._conditioning: Conditioning | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -77,8 +75,7 @@ class Samples(Callback):
     def _draw(self, trainer: Trainer, task: Distiller) -> list[Tensor]:
         """This process's share of the pictures, `[n, 3, H, W]` at every size."""
         places = Share.of(trainer, len(self.prompts)).places
-        with averaged(task, self.ema):
-            _, sizes = task.sample(self._encoded(task).rows(places), [self.seed + i for i in places], keep_x0=True)
+        _, sizes = task.sample(self._encoded(task).rows(places), [self.seed + i for i in places], keep_x0=True)
         if not all_finite(sizes):
             raise ValueError("the student's pictures hold values that are not finite")
         return sizes
