@@ -73,6 +73,8 @@ def pairwise(groups: dict[str, list[str]]) -> list[dict[str, str]]:
 def choices(model: str) -> dict[str, list[str]]:
     """What makes sense with a model."""
     fitting = {"schedule": SCHEDULES[model], "data": DATA.get(model, ("images",))}
+    if model != "shapes":  # other data hold nothing out unless they are told to
+        fitting["callbacks"] = tuple(option for option in options("callbacks") if option != "validation")
     return {group: list(fitting.get(group, options(group))) for group in FREE}
 
 

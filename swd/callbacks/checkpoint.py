@@ -208,6 +208,8 @@ def config_difference(path: Path, cfg: DictConfig) -> str | None:
     for plain in (old, new):
         if isinstance(plain.get("data"), dict):
             plain["data"] = {key: value for key, value in plain["data"].items() if key not in NO_MATTER}
+            if not isinstance(plain["data"].get("validation"), int | float):  # data of their own change no training
+                plain["data"].pop("validation", None)
         for key in GUIDANCE:
             (plain.get("model") or {}).pop(key, None)
         for part in (*GIVEN["task"], *WATCHING):  # version 0.1.0 repeated these groups in the task

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from swd.callbacks.pictures_log import log_pictures
-from swd.config import one_line
+from swd.callbacks.ranks import Share, attempt, gather
 from swd.io.files import write_aside
 from swd.io.pictures import grid
 from swd.modules.distiller import Distiller
 from swd.modules.finite import all_finite
 from swd.modules.tokens import warn_beyond
-from swd.types import UserError
+from swd.types import Conditioning, UserError
 
 
 class Samples(Callback):
@@ -28,6 +29,9 @@ class Samples(Callback):
         prompts: the prompts.
         every: iterations between sheets; there is one of the last iteration in any case.
         seed: seed of the first prompt; prompt i has `seed + i`.
+
+    Every process draws its share, and the first one writes. Prompts are encoded once; between sheets only their
+    embeddings are kept, in main memory.
     """
 
     def __init__(self, prompts: Sequence[str], every: int = 100, seed: int = 0) -> None:
@@ -36,10 +40,15 @@ class Samples(Callback):
         self.prompts = list(prompts)
         self.every = every
         self.seed = seed
+        self._conditioning: Conditioning | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and isinstance(pl_module, Distiller):
             warn_beyond(pl_module.model, self.prompts, "prompts of sample sheets")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(pl_module, Distiller):
+            attempt(trainer, partial(self._encoded, pl_module), "prompts of samples")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if trainer.global_step % self.every == 0:
@@ -50,23 +59,38 @@ class Samples(Callback):
             self.write(trainer, pl_module)
 
     def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw and write the sheet of the current iteration."""
-        if not trainer.is_global_zero or not isinstance(pl_module, Distiller):
+        """Draw the sheet of the current iteration on all processes, and write it on the first."""
+        if not isinstance(pl_module, Distiller):
             return
-        try:
-            self._write_sheet(trainer, pl_module)
-        except Exception as error:
-            warnings.warn(f"no samples of iteration {trainer.global_step}: {one_line(error)}", stacklevel=2)
+        what = f"samples of iteration {trainer.global_step}"
+        drawn = attempt(trainer, partial(self._draw, trainer, pl_module), what)
+        if drawn is None:
+            return
+        sizes = [gather(trainer, pictures, len(self.prompts)) for pictures in drawn]
+        attempt(trainer, partial(self._write_sheet, trainer, sizes), what)
 
-    def _write_sheet(self, trainer: Trainer, task: Distiller) -> None:
-        seeds = [self.seed + i for i in range(len(self.prompts))]
-        _, sizes = task.sample(self.prompts, seeds, keep_x0=True)
+    def _encoded(self, task: Distiller) -> Conditioning:
+        """The prompts' conditioning on the CPU, encoded together at the first call."""
+        if self._conditioning is None:
+            self._conditioning = task.encode_prompts(self.prompts).to("cpu")
+        return self._conditioning
+
+    def _draw(self, trainer: Trainer, task: Distiller) -> list[Tensor]:
+        """This process's share of the pictures, `[n, 3, H, W]` at every size."""
+        places = Share.of(trainer, len(self.prompts)).places
+        _, sizes = task.sample(self._encoded(task).rows(places), [self.seed + i for i in places], keep_x0=True)
         if not all_finite(sizes):
             raise ValueError("the student's pictures hold values that are not finite")
+        return sizes
+
+    def _write_sheet(self, trainer: Trainer, sizes: Sequence[Tensor]) -> bool:
+        if not trainer.is_global_zero:
+            return True
         sheet = grid([[pictures[i] for pictures in sizes] for i in range(len(self.prompts))])
         path = self._path(Path(trainer.default_root_dir), trainer.global_step)
         write_aside(path, lambda new: sheet.save(new, format="PNG"))
         log_pictures(trainer, "samples", [sheet], ["; ".join(self.prompts)])
+        return True
 
     @staticmethod
     def _path(run: Path, iteration: int) -> Path:

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 
 from swd import __version__
-from swd.callbacks import Checkpoint, Progress, Samples, SaveAdapter, Students
+from swd.callbacks import Checkpoint, Metrics, Progress, Samples, SaveAdapter, Students, Validation
 from swd.callbacks.checkpoint import clear_runs, find_checkpoint
 from swd.callbacks.fixed_losses import FixedLosses
 from swd.callbacks.stopping import CheckStopping
@@ -127,6 +127,7 @@ def _fit(cfg: DictConfig, folder: Path, *more: Callback) -> tuple[LightningModul
     if checkpoint and iterations(checkpoint) >= cfg.trainer.max_steps:
         return finish(cfg, task, data, checkpoint, *more)
     trainer = build_trainer(cfg, folder, *more, checkpoint=checkpoint)
+    check_callbacks(trainer, task, data)
     if owner:
         claim_folder(folder, reserve=True)
     try:
@@ -177,6 +178,10 @@ def _train(cfg: DictConfig, trainer: Trainer, task: LightningModule, data: Any, 
         end_loggers(trainer, failed=not done)
 
 
+MEASURES = (Samples, Metrics, Validation, FixedLosses)
+"""Callbacks that draw or measure, and write nothing that a run needs."""
+
+
 def _turn(callback: Callback) -> int:
     """Order of callbacks: checkpoint and student are written before anything that draws or measures can fail.
 
@@ -185,7 +190,7 @@ def _turn(callback: Callback) -> int:
     turns: tuple[tuple[type[Callback], ...], ...] = (
         (Checkpoint, OnExceptionCheckpoint),
         (SaveAdapter, Students),
-        (Samples, FixedLosses),
+        MEASURES,
         (CheckStopping,),
         (ModelCheckpoint,),
         (Progress,),
@@ -261,7 +266,7 @@ def prepare(cfg: DictConfig) -> tuple[LightningModule, Any]:
         UserError: for wrong input.
     """
     built = build(cfg)
-    build_trainer(cfg, Path(cfg.folder))
+    check_callbacks(build_trainer(cfg, Path(cfg.folder)), *built)
     if cfg.resume not in (None, "auto"):
         find_checkpoint(cfg.resume, Path(cfg.output), cfg, cast(Resumable, built[0]))
     return built
@@ -350,7 +355,7 @@ def build_trainer(cfg: DictConfig, folder: Path, *more: Callback, checkpoint: st
         options["strategy"] = DDPStrategy(find_unused_parameters=True, broadcast_buffers=False)
     callbacks = list(build_group(cfg, "callbacks").values())
     if is_trial(cfg):
-        callbacks = [c for c in callbacks if not isinstance(c, Checkpoint | SaveAdapter | Samples | Students)]
+        callbacks = [c for c in callbacks if not isinstance(c, (Checkpoint, SaveAdapter, Students, *MEASURES))]
     callbacks += more
     if any(isinstance(callback, EarlyStopping) for callback in callbacks):
         callbacks.append(CheckStopping())
@@ -372,6 +377,17 @@ def build_trainer(cfg: DictConfig, folder: Path, *more: Callback, checkpoint: st
         raise
     except Exception as error:  # whatever Lightning raises for an option that does not suit this machine
         raise UserError(f"trainer: {one_line(error)[:400]}") from error
+
+
+def check_callbacks(trainer: Trainer, task: LightningModule, data: Any) -> None:
+    """Let callbacks refuse, before any model is loaded, what they could not do with this task and these data.
+
+    Raises:
+        UserError: by a callback's `check_fit`.
+    """
+    for callback in cast(Any, trainer).callbacks:
+        if hasattr(callback, "check_fit"):
+            callback.check_fit(task, data)
 
 
 FIXED = {

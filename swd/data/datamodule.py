@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from lightning import LightningDataModule
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from swd.data.held_out import HeldOut, is_held_out, is_share
 from swd.data.iterations import Iterations
 from swd.data.job import in_shared_memory, is_first
 from swd.data.read_ahead import read_ahead
@@ -272,9 +274,11 @@ class BatchPlan:
     world: int = 1
     per_iteration: int = 1
 
-    def batches(self, length: int | None, batch_size: int, seed: int) -> GlobalBatches:
-        """The indices of these batches, for a dataset of `length` samples; None: endless."""
-        return GlobalBatches(length, batch_size, self.start, self.total, seed, self.rank, self.world)
+    def batches(
+        self, length: int | None, batch_size: int, seed: int, orders: Sequence[Order] | None = None
+    ) -> GlobalBatches:
+        """The indices of these batches, for a dataset of `length` samples (None: endless), or in `orders`."""
+        return GlobalBatches(length, batch_size, self.start, self.total, seed, self.rank, self.world, orders)
 
 
 class TrainingData(LightningDataModule):
@@ -287,6 +291,10 @@ class TrainingData(LightningDataModule):
     def batch_loader(self, plan: BatchPlan) -> Any:
         """A loader of the batches of `plan`, `plan.start` first, whose length is `plan.total`."""
         raise NotImplementedError
+
+    def held_out(self) -> HeldOut | None:
+        """The samples that are never trained on; None if there are none."""
+        return None
 
     def train_dataloader(self) -> Any:
         trainer = self.trainer
@@ -309,14 +317,32 @@ class PairData(TrainingData):
         batch_size: over all processes.
         workers: loader processes, at most four a core or 32; 0 loads in the training process.
         seed: of the order.
+        validation: a share of the dataset that is never trained on, or a dataset of its own; None: neither.
     """
 
     def __init__(
-        self, dataset: Dataset[Any], batch_size: int = 16, workers: int = 0, seed: int = 0, endless: bool = False
+        self,
+        dataset: Dataset[Any],
+        batch_size: int = 16,
+        workers: int = 0,
+        seed: int = 0,
+        endless: bool = False,
+        validation: float | Dataset[Any] | None = None,
     ) -> None:
         super().__init__()
         check_loading(batch_size, workers, seed)
         self.dataset = dataset
+        self.validation = validation
+        self.share = is_held_out(_length(dataset), float(cast(Any, validation))) if is_share(validation) else None
+        if self.share is not None and endless:
+            raise UserError(
+                f"data.validation={validation} with data.endless=true; give it a dataset of its own, or null"
+            )
+        if self.share is not None and not 0 < self.share.sum() < len(self.share):
+            raise UserError(
+                f"data.validation={validation} holds out {self.share.sum()} of {len(self.share)} samples; use another "
+                "share"
+            )
         self.batch_size = batch_size
         self.workers = workers
         self.seed = seed
@@ -326,12 +352,23 @@ class PairData(TrainingData):
         """Raise UserError unless pictures are large enough for the model and the schedule."""
         if hasattr(self.dataset, "size"):
             check_pixels(tuple(self.dataset.size), model, schedule, key="data.dataset.size")
+        size = getattr(self.validation, "size", None)
+        if size is not None:
+            check_pixels(tuple(size), model, schedule, key="data.validation.size")
         warn_long_captions(self.dataset, model, LOOKED_AT_DRAWN if self.endless else LOOKED_AT)
 
     def last(self, count: int, step: int) -> Batch:
         """The last samples of the data set, the last one first, for a step of the schedule."""
         dataset: Any = self.dataset
         return collate([dataset[len(dataset) - 1 - i] for i in range(count)])
+
+    def held_out(self) -> HeldOut | None:
+        if self.validation is None:
+            return None
+        dataset: Any = self.dataset if self.share is not None else self.validation
+        ids = range(len(dataset)) if self.share is None else np.flatnonzero(self.share)
+        caption = getattr(dataset, "caption", lambda i: dataset[i]["prompt"])
+        return HeldOut(ids, lambda numbers, step: collate([dataset[i] for i in numbers]), caption)
 
     def batch_loader(self, plan: BatchPlan) -> DataLoader[Any]:
         length = _length(self.dataset)
@@ -340,9 +377,10 @@ class PairData(TrainingData):
                 f"the dataset has {length} samples, but this run uses {plan.total * self.batch_size} fresh ones; "
                 "set data.endless=false to repeat them"
             )
+        orders = None if self.share is None else [Order(np.flatnonzero(~self.share), f"{self.seed}/order")]
         return GuardedLoader(
             Guarded(self.dataset, collate),
-            batch_sampler=plan.batches(None if self.endless else length, self.batch_size, self.seed),
+            batch_sampler=plan.batches(None if self.endless else length, self.batch_size, self.seed, orders),
             num_workers=self.workers,
             collate_fn=as_it_is,
         )

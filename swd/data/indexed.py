@@ -20,6 +20,8 @@ from swd.types import Batch, UserError
 TRIES = 100
 """Samples tried in place of one that cannot be read: so many bad ones in a row are no accident."""
 
+PARTS = ", once those of data.validation are taken out or alone; use another share"
+
 
 @dataclass(frozen=True, slots=True)
 class IndexedFiles:
@@ -67,6 +69,8 @@ class IndexedShards(Dataset[S], Generic[S]):
     Args:
         shards: the shards.
         decoder: makes samples of their files.
+        chosen: which samples are part of this data set, `[N]`; None: all. No other one is ever read for itself, not
+            even in place of one that cannot be read.
 
     Attributes:
         bucket_of: the bucket of every sample `[N]`; -1 for one that cannot be used.
@@ -76,14 +80,16 @@ class IndexedShards(Dataset[S], Generic[S]):
         UserError: if no sample can be used, or the index lacks what the decoder needs.
     """
 
-    def __init__(self, shards: ShardSet, decoder: Decoder[S]) -> None:
+    def __init__(self, shards: ShardSet, decoder: Decoder[S], chosen: NDArray[np.bool_] | None = None) -> None:
         self.shards = shards
         self.decoder = decoder
         self.bucket_of = decoder.buckets_of(shards)
+        if chosen is not None:
+            self.bucket_of = np.where(chosen, self.bucket_of, -1)
         self.members = [np.flatnonzero(self.bucket_of == bucket) for bucket in range(decoder.bucket_count)]
         self._memory = _PerThread()
         if not len(self):
-            raise UserError(f"data.path={shards.root} holds no sample that can be used")
+            raise UserError(f"data.path={shards.root} holds no sample that can be used" + PARTS * (chosen is not None))
 
     def __len__(self) -> int:
         return sum(map(len, self.members))

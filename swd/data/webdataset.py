@@ -20,6 +20,7 @@ from swd.data.datamodule import (
     warn_long_captions,
 )
 from swd.data.decoders import CacheDecoder, Decoder, PictureDecoder
+from swd.data.held_out import HeldOut, is_held_out, is_share
 from swd.data.indexed import IndexedShards
 from swd.data.iterations import IterationBatches
 from swd.data.manifest import read_manifest
@@ -59,6 +60,8 @@ class ShardData(TrainingData):
         manifest: folder or URL with the manifest of streamed shards; a cache needs it.
         max_bad: share of the samples read that may be unreadable before the run stops.
         max_pixels: pictures of more pixels are unreadable samples, found before they are decoded.
+        validation: a share of the samples that is never trained on, or a folder (URL) of shards of the same kind with
+            samples of its own; None: neither. Shards that are streamed can have the latter only.
 
     Raises:
         UserError: if there are no such shards, or settings contradict each other.
@@ -78,6 +81,7 @@ class ShardData(TrainingData):
         max_bad: float = 0.01,
         manifest: str | None = None,
         max_pixels: int = MAX_PIXELS,
+        validation: float | str | None = None,
     ) -> None:
         # Check what can be checked without looking at the shards.
         super().__init__()
@@ -97,17 +101,33 @@ class ShardData(TrainingData):
         self.window = window
         self.max_bad = max_bad
 
+        self.validation: IndexedShards[Any] | None = None
+
         # Choose how the shards are read, and how their samples are decoded.
         self.source: IndexedShards[Any] | StreamDataset[Any]
+        share = float(validation) if validation is not None and is_share(validation) else None
         if is_stream(path):
             if buckets is not None:
                 raise UserError("data.buckets needs shards with an index; a stream has none: use swd import first")
+            if share is not None:
+                raise UserError(
+                    f"data.validation={validation} of streamed shards, whose samples are not known beforehand; give a "
+                    "folder of shards with an index, or null"
+                )
             self.source = StreamDataset(path, batch_size, seed, stream_decoder(size, manifest, max_pixels))
         else:
             if manifest is not None:
                 raise UserError(f"data.manifest={manifest} is for streamed shards, but data.path={path}; leave it out")
             shards = ShardSet(path)
-            self.source = IndexedShards(shards, indexed_decoder(shards, size, buckets, multiple, max_pixels))
+            decoder = indexed_decoder(shards, size, buckets, multiple, max_pixels)
+            apart = None if share is None else is_held_out(len(shards), share)
+            self.source = IndexedShards(shards, decoder, None if apart is None else ~apart)
+            self.validation = None if apart is None else IndexedShards(shards, decoder, apart)
+        if isinstance(validation, str):
+            own = ShardSet(validation)
+            self.validation = IndexedShards(own, indexed_decoder(own, size, buckets, multiple, max_pixels))
+            if self.validation.decoder.is_cache != self.is_cache:
+                raise UserError(f"data.validation={validation}: one of it and data.path={path} is a cache; use two")
 
         # Known or counted later.
         self.schedule: ScaleSchedule | None = None
@@ -135,9 +155,25 @@ class ShardData(TrainingData):
         """Raise UserError unless these data are for this model and schedule."""
         self.schedule = schedule
         self.source.decoder.check(model, schedule)
+        if self.validation is not None:
+            self.validation.decoder.check(model, schedule)
         if isinstance(self.source, IndexedShards) and not self.is_cache:
             remote = is_url(self.source.shards.root)
             warn_long_captions(self.source, model, LOOKED_AT_REMOTE if remote else LOOKED_AT)
+
+    def held_out(self) -> HeldOut | None:
+        """The samples of the largest bucket that are never trained on; None if there are none."""
+        held = self.validation
+        if held is None:
+            return None
+        bucket = max(range(len(held.members)), key=lambda number: len(held.members[number]))
+
+        def read(numbers: Sequence[int], step: int) -> Batch:
+            return held.collate([held[index, step] for index in numbers])
+
+        members = held.members[bucket]
+        size = read([int(members[0])], 0).bucket
+        return HeldOut(members, read, held.caption, self.is_cache, size)
 
     def last(self, count: int, step: int) -> Batch:
         """The last samples of the largest bucket, the last one first, for a step of the schedule.

@@ -9,9 +9,10 @@ from operator import or_
 import torch
 from torch import Tensor
 
+from swd.diffusion import Process
 from swd.losses.base import CriticStep, FakePass, GeneratorStep, LossTerm, Metrics, Predictors
 from swd.schedule import Interval, upsample
-from swd.types import Checks, Conditioning, Draws, UserError
+from swd.types import Checks, Conditioning, Draws, Noised, UserError
 
 
 def student_x0(
@@ -29,10 +30,15 @@ def student_x0(
     Returns:
         `x0_hat` `[B, C, *interval.target]`, float32.
     """
+    noised = student_input(networks.process, interval, source, draws)
+    return networks.x0("student", noised.x_t, noised.sigma, conditioning)[0]
+
+
+def student_input(process: Process, interval: Interval, source: Tensor, draws: Draws) -> Noised:
+    """The student's input at a step of the schedule: upsampled data, noised; arguments as of `student_x0`."""
     z = upsample(source.float(), interval.target)
     sigma = torch.full((len(z),), interval.sigma, device=z.device)
-    x_t = networks.process.add_noise(z, draws.noise("student/noise", z), sigma)
-    return networks.x0("student", x_t, sigma, conditioning)[0]
+    return Noised(process.add_noise(z, draws.noise("student/noise", z), sigma), sigma)
 
 
 def generator_gradient(

@@ -29,6 +29,7 @@ from swd.modules.finite import all_finite, step_or_stop
 from swd.modules.inputs import InputBuilder, Inputs
 from swd.modules.networks import Networks, SharedBase
 from swd.modules.pretrained import Pretrained
+from swd.modules.reporting import report
 from swd.modules.sampling import initial_latents, sample_latents
 from swd.modules.statistics import prediction_statistics
 from swd.modules.training_task import averaged
@@ -189,7 +190,7 @@ class Distiller(LightningModule):
         return self.inputs.empty(None, self.device)
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        """Conditioning of B prompts, for the schedule's own size."""
+        """Conditioning of B prompts, for the schedule's own size. With cached data the encoders are freed again."""
         return self.inputs.encode_prompts(prompts, None, self.device)
 
     def configure_optimizers(self) -> list[Optimizer]:
@@ -377,12 +378,7 @@ class Distiller(LightningModule):
         self.last_metrics = dict(zip(local, values, strict=True))
         row = {name if "/" in name else f"loss/{name}": value for name, value in self.last_metrics.items()}
         row["monitor/interval"] = torch.tensor(float(inputs.interval.index))
-        self.log_dict(row, logger=False)  # into `trainer.callback_metrics`
-        # `self.log` hands a row to the loggers after the callbacks. A run killed while they draw would lose the row of
-        # an iteration whose checkpoint it wrote, and the run that goes on from there does not write it again.
-        for logger in self.trainer.loggers:
-            logger.log_metrics({name: float(value) for name, value in row.items()}, step=self.global_step)
-            logger.save()
+        report(self.trainer, row)
 
     # The average of the student's weights
 
@@ -410,21 +406,33 @@ class Distiller(LightningModule):
     # Sampling
 
     @torch.no_grad()
-    def sample(self, prompts: list[str], seeds: list[int], keep_x0: bool = False) -> tuple[Tensor, list[Tensor]]:
+    def sample(
+        self, prompts: Sequence[str] | Conditioning, seeds: Sequence[int], keep_x0: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
         """Draw pictures with the student, by the sampler that the exported model uses.
 
-        The student has the average of its weights, if there is one.
+        The student has the average of its weights, if there is one. With cached data, encoders are loaded for this and
+        freed again: of prompts that are encoded, the VAE alone.
 
         Returns:
             Pictures `[B, 3, H, W]` in [-1, 1], and on request the decoded prediction of every step.
         """
+        conditioning = prompts if isinstance(prompts, Conditioning) else self.encode_prompts(list(prompts))
+        latents, predictions = self.draw_latents(conditioning, seeds, keep_x0)
+        with self.inputs.lent_encoders(self._root_device, text=False) as encoders:
+            return encoders.decode(latents), [encoders.decode(x) for x in predictions]
+
+    @torch.no_grad()
+    def draw_latents(
+        self, conditioning: Conditioning, seeds: Sequence[int], keep_x0: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Clean latents `[B, C, *size]` of pictures by the student, and on request the prediction of every step."""
         scheduler = self.scheduler()
         scheduler.keep_x0 = keep_x0
         latents = initial_latents(seeds, self.model.channels, self.schedule.sizes[0]).to(self.device)
-        conditioning = self.encode_prompts(prompts)
         with self.averaged_student():
-            latents = sample_latents(self.networks, scheduler, latents, conditioning)
-        return self.encoders.decode(latents), [self.encoders.decode(x) for x in scheduler.x0_predictions]
+            latents = sample_latents(self.networks, scheduler, latents, conditioning.to(self.device))
+        return latents, scheduler.x0_predictions
 
     def scheduler(self) -> ScaleWiseScheduler:
         """The sampler of this schedule and model."""

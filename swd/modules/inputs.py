@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -126,7 +129,8 @@ class InputBuilder:
 
     def encode_prompts(self, prompts: list[str], bucket: Size | None, device: torch.device) -> Conditioning:
         """Conditioning of B prompts, for finished pictures of `bucket` pixels; None: of the schedule's own size."""
-        return self.encoders(device).encode_prompts(prompts, self.schedule_for(bucket).sizes[-1]).to(device)
+        with self.lent_encoders(device) as encoders:
+            return encoders.encode_prompts(prompts, self.schedule_for(bucket).sizes[-1]).to(device)
 
     def schedule_for(self, bucket: Size | None) -> ScaleSchedule:
         """The schedule stretched to finished pictures of `bucket` pixels; None: as it is."""
@@ -139,6 +143,29 @@ class InputBuilder:
         if self._encoders is None:
             self._encoders = self.model.encoders(device).to(device)
         return self._encoders
+
+    @contextmanager
+    def lent_encoders(self, device: torch.device, text: bool = True) -> Iterator[Encoders]:
+        """Encoders to use for a while: those that training holds, or, with a cache, ones that are freed afterwards.
+
+        A model's text encoders and VAE may take more memory than its network. Whoever uses them here must keep no
+        reference to them.
+
+        Args:
+            device: where they compute.
+            text: False: without text encoders, to decode alone.
+        """
+        if self.cache is None or self._encoders is not None:
+            yield self.encoders(device)
+            return
+        encoders = self.model.encoders(device, text).to(device)
+        try:
+            yield encoders
+        finally:
+            del encoders
+            gc.collect()  # pipelines hold references in cycles
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def load(self, device: torch.device) -> None:
         """Load now what the first update would load."""

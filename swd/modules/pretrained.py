@@ -245,10 +245,12 @@ class Pretrained(FamilyFolder):
         optional = self.backbone_class.encoders_type.optional
         return [*self.files.absent, *(name for name in optional if name not in self.files.index)]
 
-    def encoders(self, device: torch.device | str = "cpu") -> Encoders:
-        """Load text encoders and VAE."""
+    def encoders(self, device: torch.device | str = "cpu", text: bool = True) -> Encoders:
+        """Load text encoders and VAE; the VAE alone unless `text`."""
         backbone = self.backbone_class
-        pipeline = self.pipeline(self.dtype(device), kept=True, **{backbone.subfolder: None})
+        unused = () if text else backbone.encoders_type.text_encoders
+        left_out = dict.fromkeys([backbone.subfolder, *(name for name in unused if name in self.files.index)])
+        pipeline = self.pipeline(self.dtype(device), kept=True, **left_out)
         if self._absent:
             # In place of a missing encoder's text the pipeline puts zeros, and reads their width from its network.
             network = SimpleNamespace(config=SimpleNamespace(**self.network_config))
