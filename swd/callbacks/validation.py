@@ -143,7 +143,7 @@ def student_errors(networks: Predictors, inputs: Inputs, with_teacher: bool) -> 
 def fake_errors(networks: Predictors, x0_hat: Tensor, conditioning: Conditioning, draws: Draws) -> Tensor:
     """Mean squared errors `[B]` of the fake network on noised predictions of the student, which DMD's critic trains."""
     process = networks.process
-    indices: IndexRange = process.ranges["critic"]
+    indices: IndexRange = process.ranges.whole
     sigma = process.level(draws.index("validation/index", *indices, len(x0_hat))).to(x0_hat.device)
     x_t = process.add_noise(x0_hat, draws.noise("validation/noise", x0_hat), sigma)
     return squared(networks.x0("fake", x_t, sigma, conditioning)[0] - x0_hat)
