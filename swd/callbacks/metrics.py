@@ -258,7 +258,7 @@ class Metrics(Callback):
         return dict.fromkeys(each for metric in self.sizes + self.full for each in metric.extractors)
 
     def _metrics(self, task: Distiller) -> dict[int, list[PictureMetric]]:
-        """What is scored at each step of the schedule, the last one of each size."""
+        """The metrics of each step of the schedule that is scored: the last step of each size."""
         steps = {size: step for step, size in enumerate(task.schedule.sizes)}
         last = len(task.schedule) - 1
         found = {step: self.sizes + (self.full if step == last else []) for step in steps.values()}

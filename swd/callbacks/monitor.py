@@ -151,7 +151,7 @@ class Probe:
         self.totals.setdefault(name, []).append(value)
 
     def _draw(self, number: int) -> Drawing:
-        """What the student draws from pure noise, with the sampler that the exported student uses."""
+        """The student's latents from pure noise, by the sampler that the exported student uses."""
         task = self.task
         schedule = task.inputs.schedule_for(self.inputs.bucket)
         scheduler = schedule.scheduler(task.model.limits.divisor, task.model.backbone_class.process.prediction_type)

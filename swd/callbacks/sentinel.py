@@ -92,7 +92,7 @@ class Sentinel(Callback):
     # Checkpoints: a resumed run compares with the start of the whole one
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run cannot see again."""
+        """State that a resumed run cannot observe again."""
         return {
             "moves": {role: list(values) for role, values in self._moves.items()},
             "recent": {step: list(values) for step, values in self._recent.items()},

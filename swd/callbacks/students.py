@@ -102,7 +102,7 @@ class SaveAdapter(Callback):
             if all(student_checks(pl_module).values()):
                 save(folder, pl_module)
                 say(f"the student of iteration {done} is in {folder}")
-        except Exception as error:  # what ended the run is told; this must not hide it
+        except Exception as error:  # the error that ended the run is raised after this one, which must not hide it
             warnings.warn(f"no student of iteration {done} was written: {one_line(error)}", stacklevel=2)
 
 

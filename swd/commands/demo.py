@@ -126,7 +126,7 @@ def _judge_folder(path: str) -> Path:
 
 
 def missing_callbacks(cfg: DictConfig) -> list[SaveAdapter]:
-    """What writes the student, which the evaluation reads, where the configuration has left it out."""
+    """The callback that writes the student, which the evaluation reads, if the configuration has left it out."""
     targets = [str(node["_target_"]) for node in node_of(cfg, "callbacks").values()]
     return [] if any(target.endswith(".SaveAdapter") for target in targets) else [SaveAdapter()]
 

@@ -75,7 +75,7 @@ ROOT = shared.ROOT | {
 }
 TEACHER = "teacher"
 SHAPES = "shapes"
-"""What `prompts` and `reference` are called for the embedded model."""
+"""Value of `prompts` and `reference` that stands for those of the embedded model."""
 SHAPES_PROMPTS = 1024
 """Prompts of shapes where no number is given, and rendered pictures at least: as many as assets/shapes-judge is of."""
 OPTIONS = {
@@ -92,7 +92,7 @@ OF_TEACHERS, OF_STUDENTS = ("steps", "guidance_scale", "sigmas"), ("schedule",)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a configuration asks for, checked; nothing large is loaded yet."""
+    """A checked configuration; no weights are loaded yet."""
 
     plan: Plan
     scoring: Scoring
@@ -274,7 +274,7 @@ def requests_of(cfg: DictConfig) -> Requests:
 
 
 def real_of(cfg: DictConfig, requests: Requests) -> Real | None:
-    """What the metrics compare with; of shapes, at least twice as many as each model draws: halves make a floor.
+    """The reference of the metrics; of shapes, at least twice as many as each model draws: halves make a floor.
 
     Raises:
         UserError: if it is neither a folder of pictures nor a file of statistics.
@@ -383,7 +383,7 @@ def option(group: str, name: Any, key: str) -> dict[str, Any]:
 
 
 def candidates_of(cfg: DictConfig, requests: Requests) -> tuple[Candidate, ...]:
-    """What is compared, in order.
+    """The candidates, in order.
 
     Raises:
         UserError: for an entry that is none, a name that two have, or pictures of different sizes.

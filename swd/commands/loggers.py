@@ -66,7 +66,7 @@ def wandb_id(checkpoint: str | None) -> str:
 
 
 def recorded_id(loggers: Sequence[Logger]) -> dict[str, str]:
-    """What `run.json` says of the run on wandb; empty without one."""
+    """The record of the run on wandb in `run.json`; empty without one."""
     found = [str(logger.version) for logger in loggers if isinstance(logger, WandbLogger)]
     return {WANDB_ID: found[0]} if found else {}
 

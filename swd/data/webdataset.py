@@ -109,11 +109,6 @@ class ShardData(TrainingData):
         if is_stream(path):
             if buckets is not None:
                 raise UserError("data.buckets needs shards with an index; a stream has none: use swd import first")
-            if share is not None:
-                raise UserError(
-                    f"data.validation={validation} of streamed shards, whose samples are not known beforehand; give a "
-                    "folder of shards with an index, or null"
-                )
             self.source = StreamDataset(path, batch_size, seed, stream_decoder(size, manifest, max_pixels))
         else:
             if manifest is not None:
@@ -126,13 +121,22 @@ class ShardData(TrainingData):
         if isinstance(validation, str):
             own = ShardSet(validation)
             self.validation = IndexedShards(own, indexed_decoder(own, size, buckets, multiple, max_pixels))
-            if self.validation.decoder.is_cache != self.is_cache:
-                raise UserError(f"data.validation={validation}: one of it and data.path={path} is a cache; use two")
+        self._check_validation(validation)
 
         # Known or counted later.
         self.schedule: ScaleSchedule | None = None
         self.seen = 0
         self.bad = 0
+
+    def _check_validation(self, validation: float | str | None) -> None:
+        """Raise UserError if samples cannot be held out of streamed shards, or only one of two sets is a cache."""
+        if validation is not None and self.validation is None:
+            raise UserError(
+                f"data.validation={validation} of streamed shards, whose samples are not known beforehand; give a "
+                "folder of shards with an index, or null"
+            )
+        if isinstance(validation, str) and self.validation and self.validation.decoder.is_cache != self.is_cache:
+            raise UserError(f"data.validation={validation}: one of it and data.path={self.path} is a cache; use two")
         self.names = set[str]()
 
     @property

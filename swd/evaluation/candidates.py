@@ -1,4 +1,4 @@
-"""What an evaluation compares: models that draw, and folders of pictures that somebody else drew."""
+"""The candidates of an evaluation: models that draw, and folders of pictures that somebody else drew."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Plan:
-    """What an evaluation draws.
+    """The pictures of an evaluation: who draws which prompts.
 
     Attributes:
         folder: where everything goes.
@@ -67,7 +67,7 @@ class Plan:
         return self.requests.hash()
 
     def settings(self) -> dict[str, Any]:
-        """What every picture in the folder depends on, as plain values."""
+        """Settings that every picture in the folder depends on, as plain values."""
         return {
             "format": FORMAT,
             "prompts": {"count": len(self.requests.rows), "hash": key_of({"rows": list(self.requests.rows)})},
@@ -79,7 +79,7 @@ class Plan:
 
     @cached_property
     def model_settings(self) -> dict[str, dict[str, Any]]:
-        """What the pictures of each candidate depend on beside prompts and seeds; it holds hashes of weights."""
+        """Settings of each candidate that decide its pictures, beside prompts and seeds, with hashes of weights."""
         return {candidate.name: candidate.settings() for candidate in self.candidates}
 
     def claim(self) -> None:

@@ -21,7 +21,7 @@ ARROWS = {"higher": "↑", "lower": "↓"}
 """Which way a metric is better."""
 
 Results = Mapping[str, Any]
-"""What `results.json` holds."""
+"""The content of `results.json`."""
 
 
 @dataclass(frozen=True)

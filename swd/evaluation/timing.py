@@ -1,4 +1,4 @@
-"""What a picture costs: network evaluations, FLOPs, latency as the paper measures it, and memory.
+"""Costs of a picture: network evaluations, FLOPs, latency as the paper measures it, and memory.
 
 The paper's Table 4: batch 8, the mean of 100 runs after warming up, divided by the batch, text encoding and decoding
 included. Here text, denoising and decoding are also given apart.
@@ -64,7 +64,7 @@ class Costs:
         self.key = key_of({"model": plan.model_settings[candidate.name], "timing": asked, "device": device_name()})
 
     def load(self) -> dict[str, Any] | None:
-        """What was measured on such a device; None if it was not."""
+        """The stored measurement on such a device; None if there is none."""
         if not self.file.is_file():
             return None
         stored = read_json(self.file)

@@ -198,7 +198,7 @@ def read_scores(file: Path, folder: Path, scorer: str) -> Tensor:
 
 
 def problem_of(found: Any, scorer: str) -> str | None:
-    """What is wrong with the content of a JSON of scores; None if nothing is."""
+    """The first fault in the content of a JSON of scores; None if there is none."""
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         return f'has no "format": {FORMAT}'
     if found.get("metric") != scorer:

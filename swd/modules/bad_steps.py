@@ -25,7 +25,7 @@ ENOUGH = 16
 
 @dataclass(frozen=True)
 class BadStepRule:
-    """What is done about an update whose loss, gradient or data are not finite, or whose gradient explodes.
+    """Rule for an update whose loss, gradient or data are not finite, or whose gradient explodes.
 
     Attributes:
         action: "skip" changes no weight and goes on; "stop" ends the run.

@@ -123,9 +123,7 @@ class Distiller(LightningModule):
         self.weight_decay = weight_decay
         self.clip = clip
         self.checkpointing = checkpointing
-        if ema is not None and not 0 <= ema < 1:
-            raise UserError(f"task.ema={ema}; use a decay from 0 to below 1, such as 0.999, or null for no average")
-        self.ema = ema or None
+        self.ema = checked_decay(ema)
         self.average: AveragedModel | None = None
         self._plays_average = False
         self.bad_steps = BadSteps(BadStepRule(on_bad_step, skips_in_a_row, skips_in_all, exploding))
@@ -494,6 +492,17 @@ class Distiller(LightningModule):
         names = {parameter: name for name, parameter in whole.named_parameters()}
         groups = self._trained(networks, terms)
         return [{names[parameter]: tuple(parameter.shape) for parameter in group} for group in groups]
+
+
+def checked_decay(ema: float | None) -> float | None:
+    """The decay of the average of the weights, None for no average.
+
+    Raises:
+        UserError: if it is not from 0 to below 1.
+    """
+    if ema is not None and not 0 <= ema < 1:
+        raise UserError(f"task.ema={ema}; use a decay from 0 to below 1, such as 0.999, or null for no average")
+    return ema or None
 
 
 def average_name(name: str) -> str:

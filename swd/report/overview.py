@@ -93,7 +93,7 @@ class SideBySide:
 
 
 def read(folders: Sequence[Path]) -> tuple[list[Run], list[Evaluation]]:
-    """What lies in the folders; one that is a run and an evaluation counts as both.
+    """The runs and evaluations in the folders; one that is a run and an evaluation counts as both.
 
     Raises:
         UserError: if a folder is neither, or there are too many or none.

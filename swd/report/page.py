@@ -1,4 +1,4 @@
-"""What all pages share: templates in which every value is escaped, pictures and data inside the page, short numbers."""
+"""Common parts of all pages: templates that escape every value, pictures and data inside the page, short numbers."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Study:
-    """What is voted on.
+    """The pairs of pictures that people vote on.
 
     Attributes:
         names: of A and B, known from the folders.

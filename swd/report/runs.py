@@ -207,7 +207,7 @@ def _sizes(config: Mapping[str, Any]) -> list[tuple[int, ...]]:
 OWN = ("folder", "task", "logger")
 """Keys that are left out of comparisons: they say where a run lies, or repeat what other keys say."""
 MISSING = "–"
-"""What stands for a key that a configuration lacks."""
+"""Text in place of a key that a configuration lacks."""
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:

@@ -24,7 +24,7 @@ EXACT = "exact_match"
 
 
 class _JudgeExtractor(Extractor):
-    """What both extractors share: the judge, its folder and its preparation.
+    """Common part of both extractors: the judge, its folder and its preparation.
 
     Args:
         path: folder of the judge; the default ships with the package.

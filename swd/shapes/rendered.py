@@ -42,7 +42,7 @@ class RenderedPictures(GivenPictures):
         return cls("reference", "shapes", tuple(folder / f"{row:08d}.png" for row in range(n)))
 
     def settings(self) -> dict[str, Any]:
-        """What they are rendered from; they are the same on every machine."""
+        """Facts that decide the rendered pictures, which are the same on every machine."""
         return {"rendered": [SPLIT, self.seed, RESOLUTION, len(self.files)]}
 
     def render(self, rows: Iterable[int]) -> None:

@@ -115,7 +115,7 @@ def mmd_text(row: Mapping[str, Any]) -> str:
 
 
 def difference_lines(results: Mapping[str, Any]) -> list[str]:
-    """For every row but the first, whether its kernel distance can be told from the first row's."""
+    """For every row but the first, whether its kernel distance differs from the first row's beyond chance."""
     lines = []
     for row in results["rows"][1:]:
         found = (row.get("distances") or {}).get("mmd_over_first")
