@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from lightning import Trainer
@@ -60,7 +60,7 @@ def gather(trainer: Trainer, rows: Tensor, total: int) -> Tensor:
     """
     if trainer.world_size == 1:
         return rows
-    every: Tensor = trainer.strategy.all_gather(rows.to(trainer.strategy.root_device).contiguous())  # type: ignore[assignment]
+    every = _all_gather(trainer, rows.to(trainer.strategy.root_device))
     return every.flatten(0, 1)[:total].to(rows.device)
 
 
@@ -93,7 +93,13 @@ def _first_reason(trainer: Trainer, error: Exception | None) -> str | None:
     if trainer.world_size == 1:
         return reason
     failed = torch.tensor([error is not None], dtype=torch.float32, device=trainer.strategy.root_device)
-    flags: Tensor = trainer.strategy.all_gather(failed)  # type: ignore[assignment]
+    flags = _all_gather(trainer, failed)
     if not flags.any():
         return None
     return trainer.strategy.broadcast(reason, src=int(flags.flatten().argmax()))
+
+
+def _all_gather(trainer: Trainer, rows: Tensor) -> Tensor:
+    """The tensors of all processes `[world, ...]`, which have one shape."""
+    every: Any = trainer.strategy.all_gather(rows.contiguous())
+    return cast(Tensor, every)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
 
 from swd.data.buckets import bucket_sizes
 from swd.data.datamodule import (
@@ -83,16 +84,11 @@ class ShardData(TrainingData):
         max_pixels: int = MAX_PIXELS,
         validation: float | str | None = None,
     ) -> None:
-        # Check what can be checked without looking at the shards.
         super().__init__()
         if path is None:
             raise UserError("data.path is missing; give a folder of shards, made by swd generate, import or encode")
         check_loading(batch_size, workers, seed)
-        limits.whole("data.prefetch", prefetch, 1, MOST_AHEAD, "so many batches of each loader lie in memory")
-        limits.whole("data.window", window, 1)
-        limits.whole("data.multiple", multiple, 1)
-        limits.number("data.max_bad", max_bad, 0, 1, "a share of the samples")
-        check_max_pixels(max_pixels, "data.max_pixels")
+        check_shard_settings(prefetch, window, multiple, max_bad, max_pixels)
         self.path = path
         self.batch_size = batch_size
         self.workers = workers
@@ -101,43 +97,26 @@ class ShardData(TrainingData):
         self.window = window
         self.max_bad = max_bad
 
-        self.validation: IndexedShards[Any] | None = None
-
         # Choose how the shards are read, and how their samples are decoded.
         self.source: IndexedShards[Any] | StreamDataset[Any]
-        share = float(validation) if validation is not None and is_share(validation) else None
+        self.validation: IndexedShards[Any] | None = None
+        decoder_of = partial(indexed_decoder, size=size, buckets=buckets, multiple=multiple, max_pixels=max_pixels)
         if is_stream(path):
-            if buckets is not None:
-                raise UserError("data.buckets needs shards with an index; a stream has none: use swd import first")
+            check_stream(buckets, validation)
             self.source = StreamDataset(path, batch_size, seed, stream_decoder(size, manifest, max_pixels))
         else:
             if manifest is not None:
                 raise UserError(f"data.manifest={manifest} is for streamed shards, but data.path={path}; leave it out")
-            shards = ShardSet(path)
-            decoder = indexed_decoder(shards, size, buckets, multiple, max_pixels)
-            apart = None if share is None else is_held_out(len(shards), share)
-            self.source = IndexedShards(shards, decoder, None if apart is None else ~apart)
-            self.validation = None if apart is None else IndexedShards(shards, decoder, apart)
+            self.source, self.validation = indexed_parts(ShardSet(path), decoder_of, validation)
         if isinstance(validation, str):
-            own = ShardSet(validation)
-            self.validation = IndexedShards(own, indexed_decoder(own, size, buckets, multiple, max_pixels))
-        self._check_validation(validation)
+            self.validation = indexed_parts(ShardSet(validation), decoder_of)[0]
+            if self.validation.decoder.is_cache != self.is_cache:
+                raise UserError(f"data.validation={validation}: one of it and data.path={path} is a cache; use two")
 
         # Known or counted later.
         self.schedule: ScaleSchedule | None = None
         self.seen = 0
         self.bad = 0
-
-    def _check_validation(self, validation: float | str | None) -> None:
-        """Raise UserError if samples cannot be held out of streamed shards, or only one of two sets is a cache."""
-        if validation is not None and self.validation is None:
-            raise UserError(
-                f"data.validation={validation} of streamed shards, whose samples are not known beforehand; give a "
-                "folder of shards with an index, or null"
-            )
-        if isinstance(validation, str) and self.validation and self.validation.decoder.is_cache != self.is_cache:
-            raise UserError(f"data.validation={validation}: one of it and data.path={self.path} is a cache; use two")
-        self.names = set[str]()
 
     @property
     def stream(self) -> StreamDataset[Any] | None:
@@ -232,6 +211,41 @@ class ShardData(TrainingData):
                 f"at least {COUNTED}); the last one: {batch.skipped[-1] if batch.skipped else 'see above'}"
             )
         return batch
+
+
+def check_shard_settings(prefetch: int, window: int | None, multiple: int, max_bad: float, max_pixels: int) -> None:
+    """Raise UserError for a setting of `ShardData` that is out of its range."""
+    limits.whole("data.prefetch", prefetch, 1, MOST_AHEAD, "so many batches of each loader lie in memory")
+    limits.whole("data.window", window, 1)
+    limits.whole("data.multiple", multiple, 1)
+    limits.number("data.max_bad", max_bad, 0, 1, "a share of the samples")
+    check_max_pixels(max_pixels, "data.max_pixels")
+
+
+def check_stream(buckets: Sequence[str] | None, validation: float | str | None) -> None:
+    """Raise UserError for a setting of `ShardData` that streamed shards cannot have."""
+    if buckets is not None:
+        raise UserError("data.buckets needs shards with an index; a stream has none: use swd import first")
+    if is_share(validation):
+        raise UserError(
+            f"data.validation={validation} of streamed shards, whose samples are not known beforehand; give a folder "
+            "of shards with an index, or null"
+        )
+
+
+def indexed_parts(
+    shards: ShardSet, decoder_of: Callable[[ShardSet], Decoder[Any]], validation: float | str | None = None
+) -> tuple[IndexedShards[Any], IndexedShards[Any] | None]:
+    """The samples of shards that are trained on, and those that are held out if `validation` is a share of them.
+
+    Raises:
+        UserError: if either is empty.
+    """
+    decoder = decoder_of(shards)
+    if not is_share(validation):
+        return IndexedShards(shards, decoder), None
+    apart = is_held_out(len(shards), float(cast(Any, validation)))
+    return IndexedShards(shards, decoder, ~apart), IndexedShards(shards, decoder, apart)
 
 
 def indexed_decoder(
