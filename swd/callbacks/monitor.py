@@ -11,7 +11,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from swd.losses import DMD
+from swd.diffusion import IndexRange
 from swd.losses.base import Metrics
 from swd.losses.functional import dmd_direction
 from swd.modules.distiller import Distiller
@@ -194,9 +194,10 @@ class Probe:
     def _matching(self, x0_hat: Tensor, purpose: str) -> None:
         """The direction that DMD would give the drawings, and its two parts."""
         networks, conditioning = self.task.networks, self.conditioning
-        dmd = next((term for term in self.task.terms.values() if isinstance(term, DMD)), None)
-        guidance = dmd.guidance_scale if dmd is not None else 1.0
-        indices = (dmd.indices if dmd is not None else None) or networks.process.ranges.renoise
+        # Whichever term has the teacher guided says by how much, and at which levels.
+        guided_term = next((term for term in self.task.terms.values() if hasattr(term, "guidance_scale")), None)
+        guidance: float = getattr(guided_term, "guidance_scale", 1.0)
+        indices: IndexRange = getattr(guided_term, "indices", None) or networks.process.ranges.renoise
         x_t, sigma = self._noised(x0_hat, purpose, self.draws.index(purpose, *indices, len(x0_hat)))
         fake = networks.x0("fake", x_t, sigma, conditioning)[0]
         teacher = networks.x0("teacher", x_t, sigma, conditioning)[0]
