@@ -117,6 +117,7 @@ class ShardData(TrainingData):
         self.schedule: ScaleSchedule | None = None
         self.seen = 0
         self.bad = 0
+        self.names = set[str]()
 
     @property
     def stream(self) -> StreamDataset[Any] | None:
@@ -171,10 +172,7 @@ class ShardData(TrainingData):
         return self.source.collate([self.source[index, step] for index in chosen])
 
     def batch_loader(self, plan: BatchPlan) -> Any:
-        start = plan.start
-        total = plan.total
-        rank = plan.rank
-        world = plan.world
+        start, total, rank, world = plan.start, plan.total, plan.rank, plan.world
         steps = len(self.schedule) if self.schedule else 1
         more: dict[str, Any] = {"num_workers": self.workers}
         if self.workers:
@@ -185,8 +183,7 @@ class ShardData(TrainingData):
         source: Any = self.source
         orders = source.orders(self.seed, self.window)
         sampler = DueBatches(None, self.batch_size, start, total, self.seed, rank, world, orders)
-        sampler.per_iteration = plan.per_iteration
-        sampler.steps = steps
+        sampler.per_iteration, sampler.steps = plan.per_iteration, steps
         if self.is_cache:
             return ThreadedLoader(source.batch_of, sampler, self.workers, self.prefetch)
         return GuardedLoader(Guarded(source, source.collate), batch_sampler=sampler, collate_fn=as_it_is, **more)
