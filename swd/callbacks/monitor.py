@@ -196,13 +196,8 @@ class Probe:
         # Whichever term has the teacher guided says by how much, and at which levels.
         guided_term = next((term for term in self.task.terms.values() if hasattr(term, "guidance_scale")), None)
         guidance: float = getattr(guided_term, "guidance_scale", 1.0)
-<<<<<<< HEAD
-        indices: IndexRange = getattr(guided_term, "indices", None) or networks.process.ranges.renoise
-        x_t, sigma = self._noised(x0_hat, purpose, self.draws.index(purpose, *indices, len(x0_hat)))
-=======
-        low, high = getattr(guided_term, "indices", None) or networks.process.ranges["dmd"]
+        low, high = getattr(guided_term, "indices", None) or networks.process.ranges.renoise
         x_t, sigma = self._noised(x0_hat, purpose, self.draws.index(purpose, low, high, len(x0_hat)))
->>>>>>> w-mon
         fake = networks.x0("fake", x_t, sigma, conditioning)[0]
         teacher = networks.x0("teacher", x_t, sigma, conditioning)[0]
         guided = teacher
