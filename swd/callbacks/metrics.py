@@ -151,7 +151,11 @@ class Metrics(Callback):
         for metric in self.sizes + self.full:
             if not metric.extractors:
                 raise UserError(f"callbacks.metrics: {metric.name} is scored outside; leave it out of training")
-            known = {each.name: torch.empty(0, 0) for each in metric.extractors}
+            for extractor in metric.extractors:
+                extractor.check()
+            # The features themselves are not known yet; a folder may hold any number of pictures.
+            count = self.pictures if self.folder is None else 2**20
+            known = {each.name: torch.empty(1, each.width).expand(count, -1) for each in metric.extractors}
             metric.check(Reference(known))
             metric.check_prompts(prompts)
 

@@ -37,7 +37,16 @@ def rows(folder: Path) -> list[dict[str, float]]:
         return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
-CHEAP = {"gradient_norm_student", "gradient_norm_critic", "x0_std", "x0_spread", "saturation", "skipped", "memory_host"}
+CHEAP = {
+    "interval",
+    "gradient_norm_student",
+    "gradient_norm_critic",
+    "x0_std",
+    "x0_spread",
+    "saturation",
+    "skipped",
+    "memory_host",
+}
 PROBE = {"similarity", "similarity_first", "critic_error", "teacher_fake_cosine", "direction_over_velocity"}
 PROBE |= {"matching_over_guidance", *(f"critic_error_step_{i}" for i in (1, 2, 3))}
 TIMES = {"data", "inputs", "critic", "generator", "iteration", "samples_per_second"}

@@ -26,6 +26,10 @@ NEEDED = {
     "generate": ["out=out", "prompts=list.txt"],
     "encode": ["out=out", "limit=2"],
     "import": ["out=out", "source=list.csv"],
+    "evaluate": ["models=[teacher]", "prompts=shapes", "metrics=[shapes_accuracy]"],
+    "report": ["folders=[run]"],
+    "compare": ["paths=[a,b]"],
+    "dashboard": [],
 }
 KEYS = {
     "model": "model.rank=3",
@@ -49,6 +53,10 @@ READ = {
     "generate": {"model"},
     "encode": {"model", "schedule", "data"},
     "import": set(),
+    "evaluate": {"model", "schedule"},
+    "report": set(),
+    "compare": set(),
+    "dashboard": set(),
 }
 """Groups that a command reads; of the others it must refuse the keys."""
 
