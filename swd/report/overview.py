@@ -134,7 +134,7 @@ def render(runs: Sequence[Run], evaluations: Sequence[Evaluation], limits: Limit
     samples = [progress_of(runs[i], i, limits, share / len(with_sheets)) for i in with_sheets]
     pictures = {e.name: side_by_side(e, limits, share / len(with_pictures)) for e in with_pictures}
 
-    # What the script of the page draws.
+    # The data that the script of the page draws.
     groups = curves_of(runs)
     payload = {
         "runs": [{"name": run.name, "cycle": run.cycle} for run in runs],
