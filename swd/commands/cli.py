@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import difflib
 import errno
 import importlib
 import os
@@ -85,7 +86,8 @@ def main() -> None:
         print(f"swd {__version__}")
         return
     if command not in COMMANDS:
-        _fail(f"unknown command {command!r}; commands are {', '.join(COMMANDS)}")
+        near = difflib.get_close_matches(command, COMMANDS, 1)
+        _fail(f"unknown command {command!r}; {f'try {near[0]}; ' if near else ''}commands are {', '.join(COMMANDS)}")
     os.environ["SWD_COMMAND"] = command
     sys.argv = [sys.argv[0], *sys.argv[2:]]
     launch(command)

@@ -333,11 +333,12 @@ class PairData(TrainingData):
         check_loading(batch_size, workers, seed)
         self.dataset = dataset
         self.validation = validation
-        self.share = is_held_out(_length(dataset), float(cast(Any, validation))) if is_share(validation) else None
-        if self.share is not None and endless:
+        held_out = is_share(validation)
+        if held_out and endless:
             raise UserError(
                 f"data.validation={validation} with data.endless=true; give it a dataset of its own, or null"
             )
+        self.share = is_held_out(_length(dataset), float(cast(Any, validation))) if held_out else None
         if self.share is not None and not 0 < self.share.sum() < len(self.share):
             raise UserError(
                 f"data.validation={validation} holds out {self.share.sum()} of {len(self.share)} samples; use another "

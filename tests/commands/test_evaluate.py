@@ -172,7 +172,7 @@ def test_pictures_are_those_of_sample_and_the_table_holds_what_was_computed(
     assert found["published"] == [] and found["models"][0]["latency"] is None
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_number_of_processes_and_any_batch_give_the_same(
     config: Callable[..., Any], arguments: Arguments, tmp_path: Path, world: int
 ) -> None:
