@@ -44,7 +44,7 @@ class ClipPictureFeatures(Extractor):
 
     def folder(self) -> Path:
         """The network's folder; from the hub it is downloaded once."""
-        return find_model(self.path, f"{self.name}.path", "clip", self.revision)
+        return find_model(self.path, "extractor.path", "clip", self.revision)
 
     def check(self) -> None:
         self.folder()

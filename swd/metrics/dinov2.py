@@ -39,7 +39,7 @@ class Dinov2Features(Extractor):
 
     def folder(self) -> Path:
         """The network's folder; from the hub it is downloaded once."""
-        return find_model(self.path, f"{self.name}.path", "dinov2", self.revision)
+        return find_model(self.path, "extractor.path", "dinov2", self.revision)
 
     def check(self) -> None:
         self.folder()

@@ -261,7 +261,7 @@ class InceptionFeatures(Extractor):
         if self.path is None:
             raise UserError(
                 f"{self.name} needs the Inception network of FID and has no path; convert "
-                "pt_inception-2015-12-05-6726825d.pth (docs/metrics.md) and give the path of the result"
+                "pt_inception-2015-12-05-6726825d.pth (docs/metrics.md) and give it as extractor.path of the metric"
             )
         return Path(self.path)
 

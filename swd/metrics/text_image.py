@@ -52,7 +52,7 @@ class ClipFeatures(TextExtractor):
 
     def folder(self) -> Path:
         """The network's folder; from the hub it is downloaded once."""
-        return find_model(self.path, f"{self.name}.path", "clip", self.revision)
+        return find_model(self.path, "extractor.path", "clip", self.revision)
 
     def tokenizer_folder(self) -> Path:
         """The folder with the tokenizer's files; from the hub it is downloaded once.
@@ -60,7 +60,7 @@ class ClipFeatures(TextExtractor):
         Raises:
             UserError: if it has none of them.
         """
-        path, key = self.tokenizer or self.path, f"{self.name}.tokenizer"
+        path, key = self.tokenizer or self.path, "extractor.tokenizer"
         folder = hub.configuration(path, key=key) if hub.is_hub_id(path) else Path(path)
         if not any((folder / name).is_file() for name in TOKENIZER_FILES):
             raise UserError(f"{key}={path} has no {' or '.join(TOKENIZER_FILES)}; give a folder or hub id that has one")
