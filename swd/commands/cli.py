@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import difflib
 import errno
 import importlib
 import os
@@ -86,8 +85,9 @@ def main() -> None:
         print(f"swd {__version__}")
         return
     if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, 1)
-        _fail(f"unknown command {command!r}; {f'try {near[0]}; ' if near else ''}commands are {', '.join(COMMANDS)}")
+        close = nearest(command, COMMANDS)
+        hint = f"did you mean {close}? " if close else ""
+        _fail(f"unknown command {command!r}; {hint}commands are {', '.join(COMMANDS)}")
     os.environ["SWD_COMMAND"] = command
     sys.argv = [sys.argv[0], *sys.argv[2:]]
     launch(command)

@@ -292,7 +292,9 @@ def test_an_unknown_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 2
-    assert capsys.readouterr().err.startswith("error: unknown command 'trian'; commands are train, ")
+    assert capsys.readouterr().err.startswith(
+        "error: unknown command 'trian'; did you mean train? commands are train, "
+    )
 
 
 def test_defects_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
