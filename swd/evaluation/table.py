@@ -51,40 +51,45 @@ def write(folder: Path, results: Results) -> None:
 # Content
 
 
-def grids(results: Results) -> list[Grid]:
-    """The tables of a report: models, differences to the first one, and published numbers if they are there."""
-    found = [models_grid(results)]
-    if results["pairs"]:
+def grids(results: Results, detailed: bool = True) -> list[Grid]:
+    """The tables of a report: models, differences to the first one, and published numbers if they are there.
+
+    Args:
+        results: of an evaluation; costs and differences that are absent are shown as dashes.
+        detailed: whether the parts of a picture's time and published times have columns.
+    """
+    found = [models_grid(results, detailed)]
+    if results.get("pairs"):
         found.append(pairs_grid(results))
-    if results["published"]:
-        found.append(published_grid(results))
+    if results.get("published"):
+        found.append(published_grid(results, detailed))
     return found
 
 
-def models_grid(results: Results) -> Grid:
+def models_grid(results: Results, detailed: bool = True) -> Grid:
     """One row a model: metrics with intervals and costs."""
     names = metric_names(results)
-    better = {name: metric["better"] for row in results["models"] for name, metric in row["metrics"].items()}
-    columns = ["model", *(f"{name} {ARROWS[better[name]]}" for name in names)]
-    columns += ["steps", "evaluations", "TFLOP", "s / picture", "text + denoising + decoding", "memory, GB"]
+    better = {name: metric.get("better") for row in results["models"] for name, metric in row["metrics"].items()}
+    columns = ["model", *(f"{name} {ARROWS.get(better[name], '')}".strip() for name in names)]
+    columns += ["steps", "evaluations", "TFLOP", "s / picture"]
+    columns += ["text + denoising + decoding"] if detailed else []
+    columns += ["memory, GB"]
     rows = []
     for row in results["models"]:
-        time = row["latency"]
-        parts = [time["text_s"], time["denoise_s"], time["decode_s"]] if time else []
-        memory = row["peak_memory_bytes"]
+        time = row.get("latency") or {}
+        parts = [shown(time.get(name)) for name in ("text_s", "denoise_s", "decode_s")] if time else []
+        memory = row.get("peak_memory_bytes")
         rows.append(
             [
-                row["name"],
+                str(row["name"]),
                 *(with_interval(row["metrics"].get(name)) for name in names),
-                shown(row["steps"]),
-                shown(row["evaluations"]),
-                shown(row["tflop"]),
-                shown(time["per_picture_s"] if time else None),
-                " + ".join(map(shown, parts)) or shown(None),
+                *(shown(row.get(name)) for name in ("steps", "evaluations", "tflop")),
+                shown(time.get("per_picture_s")),
+                *([" + ".join(parts) or shown(None)] if detailed else []),
                 shown(None if memory is None else memory / 1e9),
             ]
         )
-    n = results["prompts"]["n"] * results["images_per_prompt"]
+    n = results["prompts"]["n"] * results.get("images_per_prompt", 1)
     return Grid(f"Models, {n:,} pictures each", columns, rows)
 
 
@@ -92,33 +97,35 @@ def pairs_grid(results: Results) -> Grid:
     """Differences to the first model; they are settled where the interval leaves out 0."""
     rows = []
     for pair in results["pairs"]:
-        settled = pair["low"] is not None and (pair["low"] > 0 or pair["high"] < 0)
-        verdict = "yes" if settled else "no" if pair["low"] is not None else "–"
-        rows.append([pair["b"], pair["metric"], with_interval(pair | {"value": pair["difference"]}), verdict])
+        low, high = pair.get("low"), pair.get("high")
+        verdict = "–" if low is None else "yes" if low > 0 or high < 0 else "no"
+        text = with_interval({**pair, "value": pair["difference"]})
+        rows.append([str(pair["b"]), str(pair["metric"]), text, verdict])
     first = results["pairs"][0]["a"]
     return Grid(f"Differences to {first}", ["model", "metric", f"minus {first}", "settled"], rows)
 
 
-def published_grid(results: Results) -> Grid:
+def published_grid(results: Results, detailed: bool = True) -> Grid:
     """Published numbers: measured by others, with other programs, on other machines."""
-    names = list(dict.fromkeys(name for row in results["published"] for name in row.get("metrics", {})))
+    found = results["published"]
+    names = list(dict.fromkeys(str(name) for row in found for name in row.get("metrics", {})))
     rows = [
         [
-            row["name"],
-            row["data"],
-            shown(row["steps"]),
+            str(row["name"]),
+            str(row["data"]),
+            shown(row.get("steps")),
             *(shown(row.get("metrics", {}).get(name)) for name in names),
-            shown(row.get("per_picture_s")),
+            *([shown(row.get("per_picture_s"))] if detailed else []),
         ]
-        for row in results["published"]
+        for row in found
     ]
-    source = results["published"][0]["source"]
-    return Grid(f"Published, not measured here ({source})", ["model", "data", "steps", *names, "s / picture"], rows)
+    columns = ["model", "data", "steps", *names, *(["s / picture"] if detailed else [])]
+    return Grid(f"Published, not measured here ({found[0]['source']})", columns, rows)
 
 
 def metric_names(results: Results) -> list[str]:
     """Names of all metrics, in order."""
-    return list(dict.fromkeys(name for row in results["models"] for name in row["metrics"]))
+    return list(dict.fromkeys(str(name) for row in results["models"] for name in row["metrics"]))
 
 
 def with_interval(metric: Mapping[str, Any] | None) -> str:
@@ -135,7 +142,7 @@ def shown(value: Any) -> str:
     """A number with 4 significant digits, a whole number as it is, and a dash for none."""
     if value is None:
         return "–"
-    if isinstance(value, int) or not isinstance(value, float):
+    if not isinstance(value, float):
         return str(value)
     return f"{value:#.4g}".rstrip(".") if 1e-4 <= abs(value) < 1e4 or value == 0 else f"{value:.3g}"
 

@@ -8,23 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from swd.evaluation.table import RESULTS, Grid, grids, metric_names, with_interval
 from swd.report.folders import PictureFolder, read_pictures
 from swd.types import UserError
 
-RESULTS = "results.json"
 FORMAT = 1
 """The layout of `results.json` that is read here."""
-ARROWS = {"higher": "↑", "lower": "↓"}
-"""Which way a metric is better."""
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table as text: its title, the titles of its columns, and its rows."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -87,9 +76,7 @@ def read_evaluation(folder: Path, name: str) -> Evaluation:
     if results.get("format") != FORMAT:
         raise UserError(f"{file} has format {results.get('format')!r}, this program reads {FORMAT}; evaluate again")
     try:
-        grids = [models_grid(results)]
-        grids += [pairs_grid(results)] if results.get("pairs") else []
-        grids += [published_grid(results)] if results.get("published") else []
+        tables = grids(results, detailed=False)
         names = [str(row["name"]) for row in results["models"]]
         bars = {metric: bars_of(results, metric) for metric in metric_names(results)}
     except (LookupError, TypeError, AttributeError, ValueError) as error:
@@ -99,84 +86,10 @@ def read_evaluation(folder: Path, name: str) -> Evaluation:
         place = folder / "pictures" / model
         if place.resolve().parent == (folder / "pictures").resolve() and (place / "index.jsonl").is_file():
             pictures[model] = read_pictures(place)
-    return Evaluation(name, folder, str(results.get("command", "")), grids, bars, pictures)
+    return Evaluation(name, folder, str(results.get("command", "")), tables, bars, pictures)
 
 
-# Tables
-
-
-def metric_names(results: Mapping[str, Any]) -> list[str]:
-    """Names of all metrics, in order."""
-    return list(dict.fromkeys(str(name) for row in results["models"] for name in row["metrics"]))
-
-
-def models_grid(results: Mapping[str, Any]) -> Grid:
-    """One row a model: metrics with intervals, then costs."""
-    names = metric_names(results)
-    better = {name: metric.get("better") for row in results["models"] for name, metric in row["metrics"].items()}
-    columns = ["model", *(f"{name} {ARROWS.get(better[name], '')}".strip() for name in names)]
-    columns += ["steps", "evaluations", "TFLOP", "s / picture", "memory, GB"]
-    rows = []
-    for row in results["models"]:
-        memory = row.get("peak_memory_bytes")
-        costs = [
-            row.get("steps"),
-            row.get("evaluations"),
-            row.get("tflop"),
-            (row.get("latency") or {}).get("per_picture_s"),
-        ]
-        metrics = [with_interval(row["metrics"].get(name)) for name in names]
-        rows.append([str(row["name"]), *metrics, *map(shown, costs), shown(None if memory is None else memory / 1e9)])
-    count = results["prompts"]["n"] * results.get("images_per_prompt", 1)
-    return Grid(f"Models, {count:,} pictures each", columns, rows)
-
-
-def pairs_grid(results: Mapping[str, Any]) -> Grid:
-    """Differences to the first model; they are settled where the interval leaves out 0."""
-    rows = []
-    for pair in results["pairs"]:
-        low, high = pair.get("low"), pair.get("high")
-        verdict = "–" if low is None else "yes" if low > 0 or high < 0 else "no"
-        rows.append(
-            [str(pair["b"]), str(pair["metric"]), with_interval({**pair, "value": pair["difference"]}), verdict]
-        )
-    first = results["pairs"][0]["a"]
-    return Grid(f"Differences to {first}", ["model", "metric", f"minus {first}", "settled"], rows)
-
-
-def published_grid(results: Mapping[str, Any]) -> Grid:
-    """Published numbers: measured by others, with other programs, on other machines."""
-    rows = results["published"]
-    names = list(dict.fromkeys(str(name) for row in rows for name in row.get("metrics", {})))
-    cells = [
-        [
-            str(row["name"]),
-            str(row["data"]),
-            shown(row.get("steps")),
-            *(shown(row.get("metrics", {}).get(name)) for name in names),
-        ]
-        for row in rows
-    ]
-    return Grid(f"Published, not measured here ({rows[0]['source']})", ["model", "data", "steps", *names], cells)
-
-
-def with_interval(metric: Mapping[str, Any] | None) -> str:
-    """A value as "2.68 [2.51, 2.90]", with its floor where it has one."""
-    if metric is None:
-        return shown(None)
-    text = shown(metric["value"])
-    if metric.get("low") is not None:
-        text += f" [{shown(metric['low'])}, {shown(metric['high'])}]"
-    return f"{text}, floor {shown(metric['floor'])}" if metric.get("floor") is not None else text
-
-
-def shown(value: Any) -> str:
-    """A number with 4 significant digits, a whole number as it is, and a dash for none."""
-    if value is None:
-        return "–"
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:#.4g}".rstrip(".") if 1e-4 <= abs(value) < 1e4 or value == 0 else f"{value:.3g}"
+# Intervals
 
 
 def bars_of(results: Mapping[str, Any], metric: str) -> list[Bar]:
