@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning import Trainer
+from processes import train_on_two
 from tiny import SIZES, composed, overrides
 from torch import Tensor
 from torch.testing import assert_close
@@ -171,17 +169,7 @@ def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: st
 
 def test_two_processes_probe_together(tiny_model: Path, tmp_path: Path) -> None:
     arguments = [*overrides(tiny_model, tmp_path / "run", loss="dmd", trainer="ddp_cpu"), *PROBED]
-    root = Path(__file__).parents[2]
-    result = subprocess.run(
-        [sys.executable, str(root / "train.py"), *arguments, "callbacks.monitor.every=1"],
-        cwd=tmp_path,
-        env={k: v for k, v in os.environ.items() if k != "SWD_COMMAND"} | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    train_on_two([*arguments, "callbacks.monitor.every=1"], tmp_path)
     two = rows(tmp_path / "run")
     train(
         tiny_model,

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, Trainer
+from processes import train_on_two
 from tiny import composed, overrides
 from torch import Tensor
 
@@ -190,21 +188,15 @@ launch("train")
 
 @pytest.mark.slow
 def test_two_processes_go_back_together(tiny_model: Path, tmp_path: Path) -> None:
-    (tmp_path / "program.py").write_text(COLLAPSES_AT_THE_FIRST_RATE)
     arguments = tiny(
         tiny_model, tmp_path / "run", 40, "callbacks.sentinel.rollback=true", loss="mmd", trainer="ddp_cpu"
     )
-    result = subprocess.run(
-        [sys.executable, "program.py", *arguments, "callbacks.checkpoint.every=4", "callbacks.checkpoint.keep=9"],
-        cwd=tmp_path,
-        env={k: v for k, v in os.environ.items() if k != "SWD_COMMAND"} | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+    errors = train_on_two(
+        [*arguments, "callbacks.checkpoint.every=4", "callbacks.checkpoint.keep=9"],
+        tmp_path,
+        COLLAPSES_AT_THE_FIRST_RATE,
     )
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("went back to the weights and optimizers of") == 1, result.stderr
+    assert errors.count("went back to the weights and optimizers of") == 1, errors
     stored = torch.load(tmp_path / "run" / "checkpoints" / "iteration-40.ckpt", weights_only=True)
     assert stored["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(2e-5)
 

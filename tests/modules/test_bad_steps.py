@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Trainer
+from processes import train_on_two
 from tiny import composed, overrides
 from torch import Tensor
 
@@ -228,20 +226,10 @@ launch("train")
 
 def test_a_broken_batch_of_one_process_is_skipped_on_both(tiny_model: Path, tmp_path: Path) -> None:
     """A critic update of the second iteration and the generator update of the third."""
-    (tmp_path / "program.py").write_text(SECOND_HAS_BROKEN_DATA)
     arguments = overrides(tiny_model, tmp_path / "run", loss="dmd_mmd", trainer="ddp_cpu", trainer__max_steps=4)
-    result = subprocess.run(
-        [sys.executable, "program.py", *arguments, *EVERY],
-        cwd=tmp_path,
-        env={k: v for k, v in os.environ.items() if k != "SWD_COMMAND"} | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    errors = train_on_two([*arguments, *EVERY], tmp_path, SECOND_HAS_BROKEN_DATA)
     for place in ("iteration 2, step 2 of 3 of the schedule, critic update 1 of 2", "iteration 3, step 3 of 3"):
-        assert result.stderr.count(f"{place}") == 1, result.stderr
+        assert errors.count(f"{place}") == 1, errors
     run = tmp_path / "run"
     assert [float(row["monitor/skipped"]) for row in rows(run)] == [0, 1, 2, 2]
     assert state(run, 4)["swd"]["bad_steps"]["total"] == 2
