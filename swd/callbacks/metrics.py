@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from torch import Tensor
 
+from swd.callbacks.measurement import Measurement
 from swd.callbacks.ranks import Share, attempt, gather
-from swd.data.held_out import HeldOut
+from swd.data.held_out import HeldOut, held_out_of
 from swd.data.picture_files import read_picture
 from swd.io import limits
 from swd.metrics.base import Drawn, Extractor, PictureMetric, Reference
@@ -81,7 +82,7 @@ class Stored:
         return True
 
 
-class Metrics(Callback):
+class Metrics(Measurement):
     """Scores pictures of fixed prompts with fixed seeds now and then, by any metrics of pictures.
 
     A picture's prediction at each step of the schedule is compared with real pictures shrunk to that size, as the data
@@ -143,7 +144,7 @@ class Metrics(Callback):
             raise UserError("callbacks.metrics scores a distillation; leave it out of other tasks: ~callbacks.metrics")
         if task.model.backbone_class.video:
             raise UserError("callbacks.metrics scores pictures, and this model draws videos; leave it out")
-        held = data.held_out() if hasattr(data, "held_out") else None
+        held = held_out_of(data)
         prompts = self._prompts(held)
         needs_reference = any(metric.needs_reference for metric in self.sizes + self.full)
         if needs_reference:
@@ -214,8 +215,7 @@ class Metrics(Callback):
                 metric.score(Drawn(features), reference)
 
     def _held_out(self, trainer: Trainer) -> HeldOut | None:
-        data = cast(Any, trainer).datamodule
-        return data.held_out() if hasattr(data, "held_out") else None
+        return held_out_of(cast(Any, trainer).datamodule)
 
     def _encode(self, trainer: Trainer, task: Distiller) -> list[Conditioning]:
         """The conditioning of this process's prompts on the CPU, by batch; they are encoded at the first call."""
@@ -228,14 +228,6 @@ class Metrics(Callback):
         return self._conditioning
 
     # While training
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if trainer.global_step % self.every == 0:
-            self.measure(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step % self.every:
-            self.measure(trainer, pl_module)
 
     def measure(self, trainer: Trainer, task: LightningModule) -> dict[str, float]:
         """Score the student on all processes, and log the values; empty if it failed."""

@@ -7,12 +7,13 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from torch import Tensor
 
+from swd.callbacks.measurement import Measurement
 from swd.callbacks.metrics import size_name
 from swd.callbacks.ranks import Share, attempt, gather
-from swd.data.held_out import HeldOut
+from swd.data.held_out import HeldOut, held_out_of
 from swd.diffusion import IndexRange
 from swd.io import limits
 from swd.losses.base import Predictors
@@ -24,7 +25,7 @@ from swd.modules.reporting import report
 from swd.types import Conditioning, Draws, Role, SeededDraws, UserError
 
 
-class Validation(Callback):
+class Validation(Measurement):
     """Says how a training is going where its losses cannot: on data that are held out, always with the same draws.
 
     Logged for each step of the schedule, under its size in pixels and its number, each with the ends `_low` and `_high`
@@ -65,7 +66,7 @@ class Validation(Callback):
         """
         if not isinstance(task, Distiller):
             raise UserError("callbacks.validation measures a distillation; leave it out: ~callbacks.validation")
-        held = data.held_out() if hasattr(data, "held_out") else None
+        held = held_out_of(data)
         if held is None:
             raise UserError(
                 "callbacks.validation measures samples that are never trained on, and there are none; give a share, "
@@ -75,14 +76,6 @@ class Validation(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.measure(trainer, pl_module)
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if trainer.global_step % self.every == 0:
-            self.measure(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step % self.every:
-            self.measure(trainer, pl_module)
 
     def measure(self, trainer: Trainer, task: LightningModule) -> dict[str, float]:
         """Measure on all processes, and log the values; empty if it failed."""

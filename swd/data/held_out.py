@@ -49,6 +49,11 @@ class HeldOut:
             )
 
 
+def held_out_of(data: Any) -> HeldOut | None:
+    """The samples that data hold out; None for data that cannot, or hold none out."""
+    return data.held_out() if hasattr(data, "held_out") else None
+
+
 def is_held_out(count: int, share: float) -> NDArray[np.bool_]:
     """Which of the samples 0 to `count` - 1 are held out, `[count]`: about `share` of them.
 
