@@ -11,8 +11,8 @@ from lightning import LightningModule, Trainer
 from torch import Tensor
 
 from swd.callbacks.measurement import Measurement
-from swd.callbacks.metrics import size_name
 from swd.callbacks.ranks import Share, attempt, gather
+from swd.callbacks.training_metrics import size_name
 from swd.data.held_out import HeldOut, held_out_of
 from swd.diffusion import IndexRange
 from swd.io import limits
@@ -21,7 +21,7 @@ from swd.losses.update import student_input
 from swd.metrics.bootstrap import Resamples, interval, mean_of
 from swd.modules.distiller import Distiller
 from swd.modules.inputs import Inputs
-from swd.modules.reporting import report
+from swd.modules.run_values import report
 from swd.types import Conditioning, Draws, Role, SeededDraws, UserError
 
 

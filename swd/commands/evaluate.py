@@ -24,7 +24,8 @@ from swd.commands.cli import config_path
 from swd.commands.sample import final_size
 from swd.config import allowed_here, build_node, check, fits, given_keys, node_of, to_plain
 from swd.data.job import MOST_IN_A_SHARD, is_first
-from swd.evaluation import table
+from swd.evaluation import result_files
+from swd.evaluation.candidate_pictures import Painter, check_levels, check_space, draw_share
 from swd.evaluation.candidates import (
     Candidate,
     DrawingModel,
@@ -34,7 +35,6 @@ from swd.evaluation.candidates import (
     name_of,
     real_pictures,
 )
-from swd.evaluation.draw import Painter, check_levels, check_space, draw_share
 from swd.evaluation.plan import Plan, chunks_of, mine
 from swd.evaluation.score import Bootstrap, Real, Scoring
 from swd.evaluation.timing import Costs, Timing
@@ -123,10 +123,10 @@ def run(cfg: DictConfig) -> None:
     for candidate in plan.candidates:
         plan.write_index(candidate)
     results = results_of(evaluation)
-    table.write(plan.folder, results)
-    for grid in table.grids(results):
+    result_files.write(plan.folder, results)
+    for grid in result_files.grids(results):
         print_grid(grid)
-    print(plan.folder / table.HTML)
+    print(plan.folder / result_files.HTML)
 
 
 def draw_and_measure(plan: Plan, candidate: DrawingModel, timing: Timing | None) -> None:
@@ -181,11 +181,11 @@ def results_of(evaluation: Evaluation) -> dict[str, Any]:
         "bootstrap": {"draws": scoring.bootstrap.draws, "level": scoring.bootstrap.level},
         "models": rows,
         "pairs": [pair for name in scoring.metrics for pair in scores[name]["pairs"]],
-        "published": table.published_rows() if evaluation.published else [],
+        "published": result_files.published_rows() if evaluation.published else [],
     }
 
 
-def print_grid(grid: table.Grid) -> None:
+def print_grid(grid: result_files.Grid) -> None:
     """Print a table on standard output."""
     printed = Table(title=grid.title, title_justify="left")
     for i, column in enumerate(grid.columns):

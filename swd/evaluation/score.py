@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from swd.evaluation.candidates import Candidate, GivenPictures
-from swd.evaluation.features import Store, fill, key_for, picture_features, prompt_features
+from swd.evaluation.feature_files import Store, fill, key_for, picture_features, prompt_features
 from swd.evaluation.plan import Pictures, Plan, key_of
 from swd.io.files import file_hash, write_json
 from swd.metrics.base import Drawn, Extractor, PictureMetric, Reference, Score, TextExtractor

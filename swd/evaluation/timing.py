@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from swd.evaluation.candidate_pictures import Painter
 from swd.evaluation.candidates import DrawingModel
-from swd.evaluation.draw import Painter
 from swd.evaluation.plan import Plan, key_of
 from swd.io.files import write_json
 from swd.io.job_log import JobLog

@@ -29,7 +29,7 @@ from swd.modules.finite import all_finite, step_or_stop
 from swd.modules.inputs import InputBuilder, Inputs
 from swd.modules.networks import Networks, SharedBase
 from swd.modules.pretrained import Pretrained
-from swd.modules.reporting import report
+from swd.modules.run_values import report
 from swd.modules.sampling import initial_latents, sample_latents
 from swd.modules.statistics import prediction_statistics
 from swd.modules.training_task import averaged

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from swd.evaluation.table import RESULTS, Grid, grids, metric_names, with_interval
+from swd.evaluation.result_files import RESULTS, Grid, grids, metric_names, with_interval
 from swd.report.folders import PictureFolder, read_pictures
 from swd.types import UserError
 

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from swd.evaluation.candidate_pictures import Painter, draw_share
 from swd.evaluation.candidates import Candidate, DrawingModel
-from swd.evaluation.draw import Painter, draw_share
 from swd.evaluation.plan import Plan, chunks_of
 from swd.evaluation.score import Bootstrap, Scoring
 from swd.evaluation.timing import Costs, Timing

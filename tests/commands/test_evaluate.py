@@ -21,7 +21,7 @@ from PIL import Image
 
 from swd.commands import evaluate, sample
 from swd.commands.evaluate import Painter
-from swd.evaluation.features import Store
+from swd.evaluation.feature_files import Store
 from swd.evaluation.plan import Plan
 from swd.modules.adapters import save_adapter
 from swd.modules.pretrained import Pretrained

@@ -11,8 +11,8 @@ import tiny
 import torch
 from PIL import Image
 
+from swd.evaluation.candidate_pictures import Painter, check_levels
 from swd.evaluation.candidates import DrawingModel, check_names, given_pictures, name_of
-from swd.evaluation.draw import Painter, check_levels
 from swd.evaluation.plan import Plan, chunks_of, mine
 from swd.modules.pretrained import Pretrained
 from swd.modules.requests import Requests

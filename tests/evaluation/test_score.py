@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from swd.evaluation.features import Store, fill, key_for
+from swd.evaluation.feature_files import Store, fill, key_for
 from swd.evaluation.score import Bootstrap, Resampled
 from swd.metrics.base import Score
 

@@ -10,8 +10,8 @@ import tiny
 import torch
 
 from swd.evaluation import timing
+from swd.evaluation.candidate_pictures import Painter
 from swd.evaluation.candidates import DrawingModel
-from swd.evaluation.draw import Painter
 from swd.evaluation.plan import Plan
 from swd.evaluation.timing import Costs, Timing
 from swd.metrics.flops import forward_gflop

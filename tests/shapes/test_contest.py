@@ -13,8 +13,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from swd.evaluation.candidate_pictures import Painter
 from swd.evaluation.candidates import DrawingModel, GivenPictures
-from swd.evaluation.draw import Painter
 from swd.evaluation.plan import Plan
 from swd.io.pictures import to_pil
 from swd.losses import MMD

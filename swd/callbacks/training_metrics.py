@@ -24,7 +24,7 @@ from swd.metrics.features import load_features, picture_files, save_features
 from swd.metrics.streaming import StreamedMetrics
 from swd.modules.distiller import Distiller
 from swd.modules.finite import all_finite
-from swd.modules.reporting import report
+from swd.modules.run_values import report
 from swd.schedule import downscale
 from swd.types import Conditioning, PictureBatch, Size, UserError
 

@@ -188,4 +188,4 @@ def html(results: Results, tables: Sequence[Grid]) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
-    return environment.get_template("table.html.j2").render(results=results, grids=tables)
+    return environment.get_template("results.html.j2").render(results=results, grids=tables)
