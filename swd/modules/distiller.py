@@ -29,7 +29,7 @@ from swd.modules.finite import all_finite, step_or_stop
 from swd.modules.inputs import InputBuilder, Inputs
 from swd.modules.networks import Networks, SharedBase
 from swd.modules.pretrained import Pretrained
-from swd.modules.run_values import report
+from swd.modules.run_values import log_values
 from swd.modules.sampling import initial_latents, sample_latents
 from swd.modules.statistics import prediction_statistics
 from swd.modules.training_task import averaged
@@ -110,7 +110,7 @@ class Distiller(LightningModule):
         self.schedule = schedule
         self.seed = seed
         settle(loss)
-        check_fit(model, schedule, loss)
+        check_parts(model, schedule, loss)
         self.terms: Any = ModuleDict(dict(loss))
         self.critic_updates = critic_updates if trainers(loss) else 0
         if critic_updates < 1 and trainers(loss):
@@ -376,7 +376,7 @@ class Distiller(LightningModule):
         self.last_metrics = dict(zip(local, values, strict=True))
         row = {name if "/" in name else f"loss/{name}": value for name, value in self.last_metrics.items()}
         row["monitor/interval"] = torch.tensor(float(inputs.interval.index))
-        report(self.trainer, row)
+        log_values(self.trainer, row)
 
     # The average of the student's weights
 
@@ -527,7 +527,7 @@ def mean_metrics(rows: Sequence[Metrics]) -> Metrics:
     return {name: torch.stack([row[name] for row in rows]).mean() for name in (rows[0] if rows else {})}
 
 
-def check_fit(model: Pretrained, schedule: ScaleSchedule, terms: Mapping[str, LossTerm]) -> None:
+def check_parts(model: Pretrained, schedule: ScaleSchedule, terms: Mapping[str, LossTerm]) -> None:
     """Raise UserError if the model cannot take a size or the levels of the schedule, or a term does not fit them."""
     if model.tuning == "lora":
         model.check_targets()

@@ -98,7 +98,7 @@ def test_rows_hold_values_with_intervals_floor_and_costs(tmp_path: Path) -> None
 
 def test_every_form_holds_the_same_and_escapes(tmp_path: Path) -> None:
     results = build_results(published=result_files.published_rows())
-    result_files.write(tmp_path, results)
+    result_files.write_results(tmp_path, results)
     assert json.loads((tmp_path / "results.json").read_text()) == results
     grids = result_files.grids(results)
     page = Reader((tmp_path / "report.html").read_text())
@@ -122,7 +122,7 @@ def _split(line: str) -> list[str]:
     [(None, "–"), (4, "4"), (0.0, "0.000"), (1234.5, "1234"), (2e-5, "2e-05"), (123456.0, "1.23e+05"), ("a", "a")],
 )
 def test_numbers_have_four_digits(value: Any, text: str) -> None:
-    assert result_files.shown(value) == text
+    assert result_files.number_text(value) == text
 
 
 def test_published_numbers_are_those_of_the_paper_and_marked() -> None:
