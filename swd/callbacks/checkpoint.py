@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 
 from swd.config import GIVEN, first_difference, read_recorded, renamed, stored
+from swd.io import limits
 from swd.io.files import clear_leftovers
 from swd.modules.adapters import CHECKPOINTS, STUDENTS
 from swd.modules.checkpoints import CheckpointFiles, Resumable, damage, tensors
@@ -31,19 +33,26 @@ FOLDERS = (".", CHECKPOINTS, "samples", STUDENTS)
 
 
 class Checkpoint(ModelCheckpoint):
-    """Save a checkpoint into `checkpoints/` of the run folder, every `every` iterations and at the end.
+    """Save a checkpoint into `checkpoints/` of the run folder, every so often and at the end.
 
     A new checkpoint is complete before an old one is deleted, and is not written at all if anything that it would hold,
     or what the networks now predict, is not finite.
 
     Args:
         every: iterations between checkpoints.
+        minutes: and at the end of an iteration, so many minutes after the last one; None: `every` alone counts. The
+            clock is the first process's.
         keep: number of checkpoints kept, the newest.
+
+    Raises:
+        UserError: for numbers out of range.
     """
 
-    def __init__(self, every: int = 100, keep: int = 2) -> None:
+    def __init__(self, every: int = 100, minutes: float | None = None, keep: int = 2) -> None:
         if every < 1 or keep < 1:
             raise UserError(f"callbacks.checkpoint: every={every}, keep={keep}; use at least 1 of each")
+        if minutes is not None:
+            limits.number("callbacks.checkpoint.minutes", minutes, above=0)
         super().__init__(
             filename="iteration-{step}",
             auto_insert_metric_name=False,
@@ -55,9 +64,11 @@ class Checkpoint(ModelCheckpoint):
             save_on_train_epoch_end=False,
         )
         self.every = every
+        self.minutes = minutes
         self.keep = keep
         self.files = CheckpointFiles()
         self._first = 0  # iterations done when this run was started
+        self._saved_at = 0.0  # seconds of the clock
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.dirpath = str(Path(trainer.default_root_dir) / CHECKPOINTS)
@@ -71,20 +82,35 @@ class Checkpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._first = trainer.global_step
+        self._saved_at = time.monotonic()
         self._check_space(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if trainer.global_step % self.every == 0:
-            self._save(trainer, pl_module, *args)
+        if trainer.global_step % self.every == 0 or self._is_time(trainer):
+            self.save(trainer)
+
+    def _is_time(self, trainer: Trainer) -> bool:
+        """Whether the first process finds that `minutes` have passed; all processes get its answer."""
+        if self.minutes is None:
+            return False
+        passed = trainer.is_global_zero and time.monotonic() - self._saved_at >= 60 * self.minutes
+        return trainer.strategy.reduce_boolean_decision(passed, all=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        self._save(trainer, pl_module, None, None, 0)
+        self.save(trainer)
 
-    def _save(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Save unless this iteration has a checkpoint already, in this run or in the one that it resumes."""
+    def save(self, trainer: Trainer) -> None:
+        """Write a checkpoint of the iterations that are done, unless there is one, in this run or the one it resumes.
+
+        For any callback, on every process, between two iterations: in `on_train_batch_end` or after it.
+
+        Raises:
+            UserError: on all processes, if something is not finite or the checkpoint cannot be written.
+        """
         if trainer.global_step > self._first:
-            super().on_train_batch_end(trainer, pl_module, *args)
+            super().on_train_batch_end(trainer, trainer.lightning_module, None, None, 0)
+            self._saved_at = time.monotonic()
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         module = trainer.lightning_module
