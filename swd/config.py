@@ -13,7 +13,7 @@ import os
 import pkgutil
 import re
 import types
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -590,16 +590,20 @@ def type_text(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint))
 
 
-def first_difference(old: Any, new: Any, path: str = "") -> str | None:
-    """The first difference of two plain configurations as "KEY was OLD, now NEW"; None where they agree."""
+def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """The differences of two plain configurations: the key of each, and "KEY was OLD, now NEW"."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in sorted({*old, *new}, key=str):
-            difference = first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
-            if difference:
-                return difference
-        return None
+            yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+        return
     same = list(old) == list(new) if isinstance(old, list | tuple) and isinstance(new, list | tuple) else old == new
-    return None if same else f"{path} was {old}, now {new}"
+    if not same:
+        yield path, f"{path} was {old}, now {new}"
+
+
+def first_difference(old: Any, new: Any, path: str = "") -> str | None:
+    """The first difference of two plain configurations as "KEY was OLD, now NEW"; None where they agree."""
+    return next((text for _, text in differences(old, new, path)), None)
 
 
 def unresolved(error: BaseException) -> str:

@@ -2,48 +2,56 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
 import warnings
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 
-from swd.config import GIVEN, first_difference, read_recorded, renamed, stored
+from swd import __version__
+from swd.callbacks.resume_rules import config_difference
+from swd.io import limits
 from swd.io.files import clear_leftovers
+from swd.io.job_log import print_line
 from swd.modules.adapters import CHECKPOINTS, STUDENTS
 from swd.modules.checkpoints import CheckpointFiles, Resumable, damage, tensors
 from swd.modules.distiller import Distiller
 from swd.modules.finite import all_finite, stop_unless_finite
 from swd.types import UserError
 
-COMPARED = ("seed", "model", "schedule", "loss", "data", "task")
-NO_MATTER = ("workers", "prefetch", "max_bad")
-"""Keys of `data` that change neither the samples nor their order."""
-GUIDANCE = ("guidance_scale", "dmd_guidance_scale", "drawing_guidance_scale")
-"""Keys of `model` that training does not read, since the loss has its own; earlier versions had the first alone."""
-WATCHING = ("on_bad_step", "skips_in_a_row", "skips_in_all", "exploding")
-"""Keys of the task that a good update does not depend on; a run that they ended may go on with others."""
+PACKAGES = ("torch", "diffusers", "peft")
+"""Packages whose version may change numbers; a checkpoint records them."""
 FOLDERS = (".", CHECKPOINTS, "samples", STUDENTS)
 """Folders that a run writes to, relative to its own."""
 
 
 class Checkpoint(ModelCheckpoint):
-    """Save a checkpoint into `checkpoints/` of the run folder, every `every` iterations and at the end.
+    """Save a checkpoint into `checkpoints/` of the run folder, every so often and at the end.
 
     A new checkpoint is complete before an old one is deleted, and is not written at all if anything that it would hold,
     or what the networks now predict, is not finite.
 
     Args:
         every: iterations between checkpoints.
+        minutes: and at the end of an iteration, so many minutes after the last one; None: `every` alone counts. The
+            clock is the first process's.
         keep: number of checkpoints kept, the newest.
+
+    Raises:
+        UserError: for numbers out of range.
     """
 
-    def __init__(self, every: int = 100, keep: int = 2) -> None:
+    def __init__(self, every: int = 100, minutes: float | None = None, keep: int = 2) -> None:
         if every < 1 or keep < 1:
             raise UserError(f"callbacks.checkpoint: every={every}, keep={keep}; use at least 1 of each")
+        if minutes is not None:
+            limits.number("callbacks.checkpoint.minutes", minutes, above=0)
         super().__init__(
             filename="iteration-{step}",
             auto_insert_metric_name=False,
@@ -53,15 +61,18 @@ class Checkpoint(ModelCheckpoint):
             mode="max",
             save_last=False,
             save_on_train_epoch_end=False,
+            enable_version_counter=False,
         )
         self.every = every
+        self.minutes = minutes
         self.keep = keep
-        self.files = CheckpointFiles()
         self._first = 0  # iterations done when this run was started
+        self._saved_at = 0.0  # seconds of the clock
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.dirpath = str(Path(trainer.default_root_dir) / CHECKPOINTS)
-        trainer.strategy.checkpoint_io = self.files
+        if not isinstance(trainer.strategy.checkpoint_io, CheckpointFiles):
+            trainer.strategy.checkpoint_io = CheckpointFiles()
         super().setup(trainer, pl_module, stage)
 
     def state_dict(self) -> dict[str, Any]:
@@ -71,20 +82,60 @@ class Checkpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._first = trainer.global_step
+        self._saved_at = time.monotonic()
         self._check_space(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if trainer.global_step % self.every == 0:
-            self._save(trainer, pl_module, *args)
+        if trainer.global_step % self.every == 0 or self._is_time(trainer):
+            self.save(trainer)
+
+    def _is_time(self, trainer: Trainer) -> bool:
+        """Whether the first process finds that `minutes` have passed; all processes get its answer."""
+        if self.minutes is None:
+            return False
+        passed = trainer.is_global_zero and time.monotonic() - self._saved_at >= 60 * self.minutes
+        return trainer.strategy.reduce_boolean_decision(passed, all=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        self._save(trainer, pl_module, None, None, 0)
+        self.save(trainer)
 
-    def _save(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Save unless this iteration has a checkpoint already, in this run or in the one that it resumes."""
+    def save(self, trainer: Trainer) -> None:
+        """Write a checkpoint of the iterations that are done, unless there is one, in this run or the one it resumes.
+
+        For any callback, on every process, between two iterations: in `on_train_batch_end` or after it.
+
+        Raises:
+            UserError: on all processes, if something is not finite or the checkpoint cannot be written.
+        """
         if trainer.global_step > self._first:
-            super().on_train_batch_end(trainer, pl_module, *args)
+            super().on_train_batch_end(trainer, trainer.lightning_module, None, None, 0)
+            self._saved_at = time.monotonic()
+            if trainer.is_global_zero:  # Lightning counts only those that this process wrote
+                for old in written(Path(trainer.default_root_dir))[: -self.keep]:
+                    old.unlink(missing_ok=True)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note what a run that goes on compares itself with, and count each iteration as done or not begun."""
+        checkpoint["made_by"] = {"processes": trainer.world_size, "versions": versions()}
+        done_is_done(checkpoint)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Say in one line what differs from the program that wrote the checkpoint; earlier versions noted nothing."""
+        made_by = checkpoint.get("made_by", {})
+        found = [
+            f"{name} {was} was used, now {now}"
+            for name, now in versions().items()
+            if (was := made_by.get("versions", {}).get(name, now)) != now
+        ]
+        processes = made_by.get("processes", trainer.world_size)
+        if processes != trainer.world_size:
+            found.insert(0, f"{processes} process(es) trained, now {trainer.world_size}")
+        if found and trainer.is_global_zero:
+            print_line(
+                f"going on with another program: {', '.join(found)}: data, their order and all draws stay the same; "
+                "numbers may differ by rounding"
+            )
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         module = trainer.lightning_module
@@ -95,7 +146,8 @@ class Checkpoint(ModelCheckpoint):
             checks |= module.predictions()
         place = f"iteration {trainer.global_step}, before its checkpoint"
         stop_unless_finite(trainer, checks, place, "no checkpoint was written or deleted")
-        with self.files.failures() as failures:
+        files = cast(CheckpointFiles, trainer.strategy.checkpoint_io)
+        with files.failures() as failures:
             super()._save_checkpoint(trainer, filepath)
         # Only the first process writes; all of them must stop, or the others would wait for it.
         failure = trainer.strategy.broadcast(failures[0] if failures else "")
@@ -117,6 +169,25 @@ class Checkpoint(ModelCheckpoint):
             )
 
 
+def versions() -> dict[str, str]:
+    """Versions of what computes numbers."""
+    return {"swd": __version__} | {name: version(name) for name in PACKAGES}
+
+
+def written(run: Path) -> list[Path]:
+    """The checkpoints in a run's folder, the newest last."""
+    found = [file for file in (run / CHECKPOINTS).glob("iteration-*.ckpt") if file.stem.split("-")[1].isdecimal()]
+    return sorted(found, key=lambda file: int(file.stem.split("-")[1]))
+
+
+def done_is_done(checkpoint: dict[str, Any]) -> None:
+    """Let the loop's progress end with the last iteration that is done, if the next one has begun; changed in place."""
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for counts in (progress["total"], progress["current"]):
+        if counts["ready"] > counts["processed"]:
+            counts.update(dict.fromkeys(("ready", "started", "processed"), counts["completed"]))
+
+
 def checkpoint_bytes(task: LightningModule) -> int:
     """Approximate bytes of a checkpoint of `task`: the weights that it stores, and two moments of each trained one."""
     trained = sum(p.numel() * p.element_size() for p in task.parameters() if p.requires_grad)
@@ -126,14 +197,19 @@ def checkpoint_bytes(task: LightningModule) -> int:
     return 2 * trained + sum(value.numel() * value.element_size() for value in task.state_dict().values())
 
 
-def find_checkpoint(resume: str | None, runs: Path, cfg: DictConfig, task: Resumable | None = None) -> str | None:
+def find_checkpoint(
+    resume: str | None, runs: Path, cfg: DictConfig, task: Resumable | None = None, owner: bool = True
+) -> str | None:
     """The checkpoint to continue from.
+
+    A damaged one is set aside, as NAME.damaged, and the one before it is taken; one that was named is an error.
 
     Args:
         resume: None: start afresh; "auto": the newest valid one under `runs`, if any; else a file or a run folder.
         runs: folder of the runs of this name.
         cfg: the configuration of this run, which must agree with the checkpoint's.
         task: the task to resume, which knows the entries of a complete checkpoint.
+        owner: whether this process renames damaged files; one of them does.
 
     Raises:
         UserError: if a named checkpoint is missing or damaged, belongs to another configuration, or cannot be compared.
@@ -164,8 +240,9 @@ def find_checkpoint(resume: str | None, runs: Path, cfg: DictConfig, task: Resum
         reason = damage(path, task) or ""
         if not reason:
             return str(path)
-        if path != Path(resume):
-            warnings.warn(f"{path} is damaged ({reason}) and was passed over", stacklevel=2)
+        if path != Path(resume) and path.exists():  # not deleted meanwhile by the run that it belongs to
+            aside = set_aside(path) if owner else ""
+            warnings.warn(f"{path} is damaged ({reason}) and was passed over{aside}", stacklevel=2)
 
     # There is none.
     if not auto:
@@ -174,6 +251,24 @@ def find_checkpoint(resume: str | None, runs: Path, cfg: DictConfig, task: Resum
     if passed:
         warnings.warn(f"resume=auto starts afresh: no run has this configuration ({passed[0]})", stacklevel=2)
     return None
+
+
+def set_aside(path: Path) -> str:
+    """Rename a damaged checkpoint, so that nothing takes it again; the new name for a message, empty if it cannot be.
+
+    A file that cannot be opened at all stays: that may be a matter of permissions, or of a disk that will be back.
+    """
+    taken = (path.with_name(f"{path.name}.damaged{end}") for end in ("", *(f".{n}" for n in range(2, 100))))
+    target = next((name for name in taken if not name.exists()), None)
+    try:
+        with open(path, "rb") as stream:
+            stream.read(1)
+        if target is not None:
+            os.rename(path, target)
+            return f"; it is {target.name} now"
+    except OSError:
+        pass
+    return ""
 
 
 def _candidates(root: Path) -> list[Path]:
@@ -192,33 +287,6 @@ def _candidates(root: Path) -> list[Path]:
 def readable(path: Path) -> bool:
     """Whether a checkpoint is whole."""
     return damage(path) is None
-
-
-def config_difference(path: Path, cfg: DictConfig) -> str | None:
-    """The first difference between this configuration and the one beside a checkpoint, None where they agree.
-
-    Raises:
-        UserError: if the one beside the checkpoint is missing or damaged.
-    """
-    file = path.parent.parent / "config.yaml"
-    if not file.is_file():
-        raise UserError(f"{file} is missing, so that the settings of {path.name} cannot be compared; put it back")
-    old = renamed(read_recorded(file))
-    new = renamed(stored(cfg))
-    for plain in (old, new):
-        if isinstance(plain.get("data"), dict):
-            plain["data"] = {key: value for key, value in plain["data"].items() if key not in NO_MATTER}
-            if not isinstance(plain["data"].get("validation"), int | float):  # data of their own change no training
-                plain["data"].pop("validation", None)
-        for key in GUIDANCE:
-            (plain.get("model") or {}).pop(key, None)
-        for part in (*GIVEN["task"], *WATCHING):  # version 0.1.0 repeated these groups in the task
-            (plain.get("task") or {}).pop(part, None)
-    for section in COMPARED:
-        difference = first_difference(old.get(section), new.get(section), section)
-        if difference:
-            return difference
-    return None
 
 
 def clear_runs(resume: Path) -> None:

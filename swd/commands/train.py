@@ -28,6 +28,7 @@ from swd import __version__
 from swd.callbacks import Checkpoint, Metrics, Progress, Samples, SaveAdapter, Students, Validation
 from swd.callbacks.checkpoint import clear_runs, find_checkpoint
 from swd.callbacks.fixed_losses import FixedLosses
+from swd.callbacks.resume_rules import sayings
 from swd.callbacks.stopping import CheckStopping
 from swd.commands import shared
 from swd.commands.loggers import WITHOUT_WANDB, build_loggers, check_logger, end_loggers, recorded_id, start_loggers
@@ -37,7 +38,7 @@ from swd.config import build as build_group
 from swd.io.files import claim_folder, write_json, write_text
 from swd.io.job_log import print_line
 from swd.io.masking import mask_text
-from swd.modules.checkpoints import Resumable, iterations
+from swd.modules.checkpoints import CheckpointFiles, Resumable, iterations
 from swd.modules.distiller import Distiller
 from swd.modules.finite import last_checkpoint
 from swd.modules.training_task import WatchedTask
@@ -123,7 +124,7 @@ def _fit(cfg: DictConfig, folder: Path, *more: Callback) -> tuple[LightningModul
     owner = int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
     if owner and cfg.resume:
         clear_runs(folder.parent if cfg.resume == "auto" else Path(cfg.resume))
-    checkpoint = find_checkpoint(cfg.resume, folder.parent, cfg, cast(Resumable, task))
+    checkpoint = find_checkpoint(cfg.resume, folder.parent, cfg, cast(Resumable, task), owner)
     if checkpoint and iterations(checkpoint) >= cfg.trainer.max_steps:
         return finish(cfg, task, data, checkpoint, *more)
     trainer = build_trainer(cfg, folder, *more, checkpoint=checkpoint)
@@ -133,6 +134,8 @@ def _fit(cfg: DictConfig, folder: Path, *more: Callback) -> tuple[LightningModul
     try:
         if owner:
             record(cfg, folder, checkpoint, trainer.loggers)
+            for line in sayings(Path(checkpoint), cfg) if checkpoint else []:
+                print_line(line)
         _train(cfg, trainer, task, data, checkpoint)
     except (UserError, OSError, KeyboardInterrupt):
         if owner:
@@ -372,7 +375,9 @@ def build_trainer(cfg: DictConfig, folder: Path, *more: Callback, checkpoint: st
         "use_distributed_sampler": False,
     }
     try:
-        return Trainer(**fixed | options)
+        trainer = Trainer(**fixed | options)
+        trainer.strategy.checkpoint_io = CheckpointFiles()  # of every callback that writes checkpoints
+        return trainer
     except UserError:
         raise
     except Exception as error:  # whatever Lightning raises for an option that does not suit this machine

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,17 +10,24 @@ from typing import Any, Protocol
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from safetensors import SafetensorError
 from torch import Tensor
 
-from swd.io.files import blocks, joint_hash, write_aside
+from swd.io.files import blocks, failed_operation, joint_hash, write_aside
+from swd.io.sealed import Damaged, check_seal, read_kind, read_unchecked, write_sealed
 from swd.modules.finite import all_finite
 from swd.types import UserError
 
+FORMAT = "swd_checkpoint"
+"""Key in a file's header whose value is the version of its format."""
+VERSION = 1
+"""Version that is written. A reader refuses newer ones, and says to update."""
+
+PICKLED = b"PK\x03\x04"
+"""Beginning of the checkpoints of earlier versions: archives of `torch.save`, read without running code."""
 MARK = b"swd-sha256:"
-"""Beginning of the comment of a checkpoint's zip archive; 64 hexadecimal digits follow."""
+"""Beginning of the comment of such an archive; 64 hexadecimal digits follow. Version 0.1.0 wrote none."""
 COMMENT = len(MARK) + 64
-END = 22
-"""Bytes of the record at the end of a zip archive; its last two are the length of the comment after it."""
 
 NEEDED = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step", "pytorch-lightning_version")
 
@@ -35,7 +40,10 @@ class Resumable(Protocol):
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Writes a checkpoint under a temporary name in its own folder, and renames it once it is complete on the disk."""
+    """Lightning's plugin for checkpoint files: every one that a run writes or reads has the format of this project.
+
+    A file is written under a temporary name in its own folder, and renamed once it is complete on the disk.
+    """
 
     def __init__(self) -> None:
         self._failures: list[str] | None = None
@@ -48,15 +56,22 @@ class CheckpointFiles(TorchCheckpointIO):
         """
         path = Path(path)
         try:
-            write_aside(path, lambda new: _write(checkpoint, new))
-        except OSError as error:
+            write_aside(path, lambda new: write_sealed(new, checkpoint, {FORMAT: str(VERSION)}))
+        except (OSError, SafetensorError, TypeError) as error:
+            reason = getattr(failed_operation(error) or error, "strerror", None) or error
             message = (
-                f"checkpoint {path} cannot be written ({error.strerror or error}); nothing of it is left, and earlier "
+                f"checkpoint {path} cannot be written ({reason}); nothing of it is left, and earlier "
                 "checkpoints are whole: make room and go on with resume=auto"
             )
+            if isinstance(error, TypeError):
+                message = f"checkpoint {path} cannot be written: the state {error}"
             if self._failures is None:
                 raise UserError(message) from None
             self._failures.append(message)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint of this version or an earlier one; see `read`."""
+        return read(Path(path))
 
     @contextmanager
     def failures(self) -> Iterator[list[str]]:
@@ -69,57 +84,74 @@ class CheckpointFiles(TorchCheckpointIO):
             self._failures = None
 
 
-def _write(checkpoint: dict[str, Any], path: Path) -> None:
+def read(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint, its bytes checked; nothing in it runs. On the CPU, tensors are mapped.
+
+    Raises:
+        UserError: if it is damaged, or of a newer version.
+    """
     try:
-        with open(path, "wb") as stream:
-            torch.save(checkpoint, stream)
-    except RuntimeError as error:  # torch hides the operating system's error behind one of its own
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
-    seal(path)
+        return _read(path)
+    except (Damaged, OSError) as error:
+        reason = error if isinstance(error, Damaged) else error.strerror
+        raise UserError(f"checkpoint {path} is damaged ({reason}); give another one") from None
 
 
-def seal(path: Path) -> None:
-    """Append the SHA-256 of a zip archive as its comment, so that it stays a valid archive; flush to the disk."""
-    with open(path, "r+b") as stream:
-        stream.seek(-2, os.SEEK_END)
-        stream.write(COMMENT.to_bytes(2, "little"))
-        stream.seek(0)
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        stream.seek(0, os.SEEK_END)
-        stream.write(MARK + digest.encode())
-        stream.flush()
-        os.fsync(stream.fileno())
+def _read(path: Path) -> dict[str, Any]:
+    """`read`, with Damaged or OSError for a file that is not as it was written."""
+    if is_pickled(path):
+        check_archive(path)
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # reading an archive that is no checkpoint raises errors of many types
+            raise Damaged(f"it cannot be read: {type(error).__name__}") from None
+    else:
+        check_seal(path)
+        check_version(path)
+        content = read_unchecked(path)
+    if not isinstance(content, dict):
+        raise Damaged("it holds no state of a run")
+    return content
 
 
-def bytes_changed(path: Path) -> str | None:
-    """Reason why the bytes of a checkpoint differ from those that were written; None if they are the same.
+def is_pickled(path: Path) -> bool:
+    """Whether a file has the format of an earlier version."""
+    with open(path, "rb") as stream:
+        return stream.read(len(PICKLED)) == PICKLED
+
+
+def check_version(path: Path) -> None:
+    """Raise Damaged for a file that is no checkpoint, UserError for one whose format is newer than this program."""
+    version = read_kind(path).get(FORMAT, "")
+    if not version.isdecimal():
+        raise Damaged("it is no checkpoint of swd")
+    if int(version) > VERSION:
+        raise UserError(
+            f"checkpoint {path} has format {version}, and this version of swd reads up to {VERSION}; update swd"
+        )
+
+
+def check_archive(path: Path) -> None:
+    """Raise Damaged if a checkpoint of an earlier version is not as it was written.
 
     A file of version 0.1.0 has no hash; the checksums inside the zip archive, which cover its contents, are used there.
     """
-    if path.stat().st_size < COMMENT + END:
-        return "it is cut off"
+    size = path.stat().st_size
     with open(path, "rb") as stream:
-        stream.seek(-COMMENT, os.SEEK_END)
+        stream.seek(max(size - COMMENT, 0))
         comment = stream.read()
         if comment.startswith(MARK):
             stream.seek(0)
-            found = joint_hash(blocks(stream, path.stat().st_size - COMMENT))
-            return None if found.encode() == comment[len(MARK) :] else "its hash differs"
-    return _archive_changed(path)
-
-
-def _archive_changed(path: Path) -> str | None:
-    """Reason why a zip archive differs from its own checksums; None if it does not."""
+            if joint_hash(blocks(stream, size - COMMENT)).encode() != comment[len(MARK) :]:
+                raise Damaged("its hash differs")
+            return
     try:
         with zipfile.ZipFile(path) as archive:
             wrong = archive.testzip()
             if wrong is not None or archive.comment:
-                return f"{wrong or 'its end'} has changed"
+                raise Damaged(f"{wrong or 'its end'} has changed")
     except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError):
-        return "it is cut off or no checkpoint"
-    return None
+        raise Damaged("it is cut off or no checkpoint") from None
 
 
 def damage(path: Path, task: Resumable | None = None) -> str | None:
@@ -128,18 +160,46 @@ def damage(path: Path, task: Resumable | None = None) -> str | None:
     Args:
         path: the file.
         task: the task to resume; None: check the file alone.
+
+    Raises:
+        UserError: if a newer version has written it.
     """
     try:
-        changed = bytes_changed(path)
-        if changed:
-            return changed
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        wrong = _content_damage(checkpoint)
-        return task.misfit(checkpoint) if task is not None and wrong is None else wrong
-    except UserError:
+        _checked(path, task)
+    except Damaged as error:
+        return str(error)
+    return None
+
+
+def whole(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint that a run can be resumed from, or its student taken.
+
+    Raises:
+        UserError: if it is damaged, or of a newer version.
+    """
+    try:
+        return _checked(path, None)
+    except Damaged as error:
+        raise UserError(f"checkpoint {path} is damaged ({error}); give another one") from None
+
+
+def _checked(path: Path, task: Resumable | None) -> dict[str, Any]:
+    """The content of a whole checkpoint.
+
+    Raises:
+        Damaged: if a run cannot be resumed from it.
+        UserError: if a newer version has written it.
+    """
+    try:
+        checkpoint = _read(path)
+        wrong = _content_damage(checkpoint) or (task.misfit(checkpoint) if task is not None else None)
+    except (UserError, Damaged):
         raise
-    except Exception as error:  # reading a file that is no checkpoint raises errors of many types
-        return f"it cannot be read: {type(error).__name__}"
+    except Exception as error:  # a file that cannot be read, or whose content is none, raises errors of many types
+        raise Damaged(f"it cannot be read: {type(error).__name__}") from None
+    if wrong:
+        raise Damaged(wrong)
+    return checkpoint
 
 
 def _content_damage(checkpoint: Mapping[str, Any]) -> str | None:
@@ -153,8 +213,11 @@ def _content_damage(checkpoint: Mapping[str, Any]) -> str | None:
 
 
 def iterations(path: str | Path) -> int:
-    """Number of iterations that were done when a checkpoint was written."""
-    return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    """Number of iterations that were done when a checkpoint was written, which `damage` has found whole."""
+    path = Path(path)
+    if is_pickled(path):
+        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    return int(read_unchecked(path, weights=False)["global_step"])
 
 
 def progress_in_iterations(checkpoint: dict[str, Any], batches_per_iteration: int) -> None:

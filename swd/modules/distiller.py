@@ -450,7 +450,7 @@ class Distiller(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = self.kept_state(checkpoint["state_dict"])
-        checkpoint["swd"] = {"updates": self.updates, "bad_steps": self.bad_steps.state_dict()}
+        checkpoint["swd"] = {"updates": self.updates, "seed": self.seed, "bad_steps": self.bad_steps.state_dict()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.bad_steps.load_state_dict(checkpoint.get("swd", {}).get("bad_steps", {}))
@@ -458,6 +458,8 @@ class Distiller(LightningModule):
 
     def misfit(self, checkpoint: Mapping[str, Any]) -> str | None:
         """Description of what a checkpoint lacks or has in another shape; None if it fits. Loads no weights."""
+        if (seed := checkpoint.get("swd", {}).get("seed", self.seed)) != self.seed:
+            return f"its draws are of seed {seed} rather than {self.seed}"
         updates = checkpoint.get("swd", {}).get("updates")
         if not isinstance(checkpoint["global_step"], int):
             return "its global_step is no number"

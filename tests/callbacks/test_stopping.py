@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -17,6 +16,7 @@ from tiny import composed, overrides
 
 from swd.commands import train
 from swd.commands.cli import launch
+from swd.modules.checkpoints import read
 from swd.types import UserError
 
 
@@ -73,7 +73,7 @@ def test_the_checkpoint_of_the_best_value_is_kept(tiny_model: Path, tmp_path: Pa
     fit(tiny_model, run, *arguments, more=(measure,), trainer__max_steps=4)
     (best,) = (run / "best").iterdir()
     assert best.name == "iteration-2.ckpt"
-    assert torch.load(best, weights_only=True)["global_step"] == 2
+    assert read(best)["global_step"] == 2
     assert [file.name for file in sorted((run / "checkpoints").iterdir())] == ["iteration-4.ckpt"]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from tiny import composed, overrides
 
 from swd.commands import loggers, train
@@ -32,6 +33,7 @@ def table(run: Path) -> list[dict[str, str]]:
 
 def record(run: Path) -> bytes:
     """All that wandb wrote down of a run, to be uploaded later."""
+    wandb.teardown()  # waits for wandb's own process, which writes the file
     (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
     return file.read_bytes()
 

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from swd import config
-from swd.callbacks.checkpoint import config_difference
+from swd.callbacks.resume_rules import config_difference
 from swd.commands import cli, export, sample, train
 from swd.data.job import Job
 from swd.export import student_folder

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from shards import make_pictures
 from torch.utils.data import Dataset
 
-from swd.callbacks.checkpoint import config_difference
+from swd.callbacks.resume_rules import config_difference
 from swd.data.datamodule import BatchPlan, PairData
 from swd.data.held_out import is_held_out
 from swd.data.indexed import IndexedShards

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import io
+import json
 import os
 import random
 import shutil
@@ -13,14 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError, safe_open
 from tiny import composed, overrides
 
 from swd.callbacks import checkpoint as callback
 from swd.callbacks.fixed_losses import FixedLosses
 from swd.callbacks.sample_sheets import Samples
 from swd.commands.train import build_task_and_data, fit
+from swd.io import sealed
 from swd.io.files import clear_leftovers, in_use, write_aside
-from swd.modules.checkpoints import CheckpointFiles, damage, progress_in_iterations
+from swd.modules import checkpoints
+from swd.modules.checkpoints import CheckpointFiles, damage, progress_in_iterations, read
 from swd.modules.distiller import Distiller
 from swd.shapes.train_judge import JudgeTask
 from swd.types import UserError
@@ -62,7 +65,7 @@ def test_progress_counted_in_batches_becomes_progress_in_iterations(completed: i
 
 def test_a_checkpoint_has_the_progress_that_an_old_one_gets(finished: Path) -> None:
     for iteration in (1, 2):
-        checkpoint = torch.load(finished / "checkpoints" / f"iteration-{iteration}.ckpt", weights_only=True)
+        checkpoint = read(finished / "checkpoints" / f"iteration-{iteration}.ckpt")
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]
         assert progress == dict.fromkeys(("ready", "started", "processed"), iteration) | {"completed": iteration - 1}
 
@@ -72,9 +75,9 @@ def test_a_checkpoint_has_the_progress_that_an_old_one_gets(finished: Path) -> N
 
 def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     def write(file: Path) -> None:
-        checkpoint = torch.load(file, weights_only=True)
+        checkpoint = read(file)
         change(checkpoint)
-        torch.save(checkpoint, file)
+        CheckpointFiles().save_checkpoint(checkpoint, file)
 
     return write
 
@@ -134,14 +137,39 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(
 ) -> None:
     newest = copied(finished, tmp_path)
     DAMAGE[kind](newest)
+    damaged = newest.read_bytes()
     cfg = composed(overrides(tiny_model, tmp_path / "runs" / "next", loss="dmd", resume="auto"))
     task: Any = build_task_and_data(cfg)[0]
-    with pytest.warns(UserWarning, match=r"iteration-2\.ckpt is damaged \(.+\) and was passed over"):
-        found = callback.find_checkpoint("auto", tmp_path / "runs", cfg, task)
-    assert found == str(newest.with_name("iteration-1.ckpt"))
     with pytest.raises(UserError, match=r"resume=.*iteration-2\.ckpt holds no valid checkpoint \(.+\)") as caught:
         callback.find_checkpoint(str(newest), tmp_path, cfg, task)
     assert "\n" not in str(caught.value)
+    with pytest.warns(UserWarning, match=r"iteration-2\.ckpt is damaged \(.+\) and was passed over"):
+        found = callback.find_checkpoint("auto", tmp_path / "runs", cfg, task)
+    assert found == str(newest.with_name("iteration-1.ckpt"))
+    # It is set aside, as it is, and not looked at again.
+    assert not newest.exists() and newest.with_name("iteration-2.ckpt.damaged").read_bytes() == damaged
+    assert callback.find_checkpoint("auto", tmp_path / "runs", cfg, task) == found
+
+
+def test_only_what_is_damaged_and_mine_is_set_aside(
+    finished: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newest = copied(finished, tmp_path)
+    cfg = composed(overrides(tiny_model, tmp_path / "runs" / "next", loss="dmd", resume="auto"))
+    flipped(0.5)(newest)
+    with pytest.warns(UserWarning, match="was passed over$"):
+        callback.find_checkpoint("auto", tmp_path / "runs", cfg, owner=False)
+    assert newest.is_file()
+    newest.with_name("iteration-2.ckpt.damaged").write_text("an earlier one")
+    with pytest.warns(UserWarning, match=r"was passed over; it is iteration-2\.ckpt\.damaged\.2 now"):
+        callback.find_checkpoint("auto", tmp_path / "runs", cfg)
+    assert newest.with_name("iteration-2.ckpt.damaged").read_text() == "an earlier one"
+    older = newest.with_name("iteration-1.ckpt")
+    CheckpointFiles().save_checkpoint(read(older), newest)
+    monkeypatch.setattr(checkpoints, "VERSION", 0)
+    with pytest.raises(UserError, match=r"has format 1, and this version of swd reads up to 0; update swd"):
+        callback.find_checkpoint("auto", tmp_path / "runs", cfg)
+    assert newest.is_file() and older.is_file()
 
 
 def test_no_flipped_bit_goes_unnoticed(finished: Path, tmp_path: Path) -> None:
@@ -167,12 +195,15 @@ def test_a_checkpoint_of_version_0_1_has_no_hash_and_loads(tmp_path: Path) -> No
     assert damage(file) is not None
 
 
-def test_a_checkpoint_stays_a_plain_torch_file(tmp_path: Path) -> None:
+def test_a_checkpoint_is_a_plain_safetensors_file(tmp_path: Path) -> None:
     file = tmp_path / "x.ckpt"
     CheckpointFiles().save_checkpoint({"a": torch.arange(3), "b": [1, "c"]}, file)
-    loaded = torch.load(file, weights_only=True)
+    with safe_open(file, framework="pt") as opened:
+        assert torch.equal(opened.get_tensor("a"), torch.arange(3))
+        assert json.loads(opened.metadata()["content"]) == {"a": {"$tensor": "a"}, "b": [1, "c"]}
+        assert opened.metadata()["swd_checkpoint"] == "1"
+    loaded = read(file)
     assert torch.equal(loaded["a"], torch.arange(3)) and loaded["b"] == [1, "c"]
-    assert torch.equal(torch.load(file, weights_only=True, mmap=True)["a"], torch.arange(3))
 
 
 # The configuration beside it
@@ -254,7 +285,7 @@ def test_who_goes_on_with_a_done_run_gets_its_networks(finished: Path, tiny_mode
     cfg = composed(overrides(tiny_model, tmp_path / "runs" / "next", loss="dmd", resume="auto"))
     task, trainer = fit(cfg, fixed)
     assert isinstance(task, Distiller) and cfg.folder == str(run) and trainer.global_step == 2
-    stored = torch.load(run / "checkpoints" / "iteration-2.ckpt", weights_only=True)["state_dict"]
+    stored = read(run / "checkpoints" / "iteration-2.ckpt")["state_dict"]
     state = task.state_dict()
     assert stored and all(torch.equal(state[key], value) for key, value in stored.items())
 
@@ -315,28 +346,17 @@ def test_a_run_whose_record_does_not_fit_leaves_nothing(
     assert not (tmp_path / "run").exists()
 
 
-class Full(io.BytesIO):
-    """A file on a disk with room for so many bytes."""
-
-    def __init__(self, room: int) -> None:
-        super().__init__()
-        self.room = room
-
-    def write(self, data: Any) -> int:
-        if self.tell() + len(data) > self.room:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return super().write(data)
-
-
 def test_a_full_disk_is_one_line_and_costs_no_checkpoint(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved = torch.save
+    saved = sealed.save_file
 
-    def save(value: Any, stream: Any) -> None:
-        saved(value, Full(50_000) if value["global_step"] == 3 else stream)
+    def save(tensors: Any, path: Path, metadata: Any) -> None:
+        saved(tensors, path, metadata)
+        if json.loads(metadata["content"])["global_step"] == 3:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(torch, "save", save)
+    monkeypatch.setattr(sealed, "save_file", save)
     with pytest.raises(UserError, match=r"iteration-3\.ckpt cannot be written \(No space left on device\)") as caught:
         train(tiny_model, tmp_path, loss="mmd", trainer__max_steps=4, callbacks__checkpoint__every=1)
     assert "\n" not in str(caught.value)
