@@ -200,8 +200,8 @@ def test_a_checkpoint_is_a_plain_safetensors_file(tmp_path: Path) -> None:
     CheckpointFiles().save_checkpoint({"a": torch.arange(3), "b": [1, "c"]}, file)
     with safe_open(file, framework="pt") as opened:
         assert torch.equal(opened.get_tensor("a"), torch.arange(3))
-        assert json.loads(opened.metadata()["content"]) == {"a": {"$tensor": "a"}, "b": [1, "c"]}
-        assert opened.metadata()["swd_checkpoint"] == "1"
+        plain = {"version": 1, "content": {"a": {"$tensor": "a"}, "b": [1, "c"]}}
+        assert json.loads(opened.metadata()["swd_checkpoint"]) == plain
     loaded = read(file)
     assert torch.equal(loaded["a"], torch.arange(3)) and loaded["b"] == [1, "c"]
 
@@ -353,7 +353,7 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(
 
     def save(tensors: Any, path: Path, metadata: Any) -> None:
         saved(tensors, path, metadata)
-        if json.loads(metadata["content"])["global_step"] == 3:
+        if json.loads(metadata["swd_checkpoint"])["content"]["global_step"] == 3:
             raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(sealed, "save_file", save)
