@@ -590,11 +590,11 @@ def type_text(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint))
 
 
-def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, str]]:
+def setting_differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, str]]:
     """The differences of two plain configurations: the key of each, and "KEY was OLD, now NEW"."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in sorted({*old, *new}, key=str):
-            yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+            yield from setting_differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
         return
     same = list(old) == list(new) if isinstance(old, list | tuple) and isinstance(new, list | tuple) else old == new
     if not same:
@@ -603,7 +603,7 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, str]]
 
 def first_difference(old: Any, new: Any, path: str = "") -> str | None:
     """The first difference of two plain configurations as "KEY was OLD, now NEW"; None where they agree."""
-    return next((text for _, text in differences(old, new, path)), None)
+    return next((text for _, text in setting_differences(old, new, path)), None)
 
 
 def unresolved(error: BaseException) -> str:

@@ -72,7 +72,7 @@ class Checkpoint(ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.dirpath = str(Path(trainer.default_root_dir) / CHECKPOINTS)
         if not isinstance(trainer.strategy.checkpoint_io, CheckpointFiles):
-            trainer.strategy.checkpoint_io = CheckpointFiles()
+            trainer.strategy.checkpoint_io = CheckpointFiles(trainer.strategy.root_device)
         super().setup(trainer, pl_module, stage)
 
     def state_dict(self) -> dict[str, Any]:
@@ -117,24 +117,19 @@ class Checkpoint(ModelCheckpoint):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note what a run that goes on compares itself with, and count each iteration as done or not begun."""
-        checkpoint["made_by"] = {"processes": trainer.world_size, "versions": versions()}
+        checkpoint["made_by"] = made_by(trainer)
         done_is_done(checkpoint)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Say in one line what differs from the program that wrote the checkpoint; earlier versions noted nothing."""
-        made_by = checkpoint.get("made_by", {})
-        found = [
-            f"{name} {was} was used, now {now}"
-            for name, now in versions().items()
-            if (was := made_by.get("versions", {}).get(name, now)) != now
+        """Say in one line which other processes, devices or versions go on; earlier versions noted none."""
+        then = checkpoint.get("made_by", {})
+        changed = [
+            f"{name} {then[name]}, now {now}" for name, now in made_by(trainer).items() if then.get(name, now) != now
         ]
-        processes = made_by.get("processes", trainer.world_size)
-        if processes != trainer.world_size:
-            found.insert(0, f"{processes} process(es) trained, now {trainer.world_size}")
-        if found and trainer.is_global_zero:
+        if changed and trainer.is_global_zero:
             print_line(
-                f"going on with another program: {', '.join(found)}: data, their order and all draws stay the same; "
-                "numbers may differ by rounding"
+                f"going on where others trained: {'; '.join(changed)}: data, their order and all draws stay the same, "
+                "numbers differ by rounding"
             )
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
@@ -169,9 +164,11 @@ class Checkpoint(ModelCheckpoint):
             )
 
 
-def versions() -> dict[str, str]:
-    """Versions of what computes numbers."""
-    return {"swd": __version__} | {name: version(name) for name in PACKAGES}
+def made_by(trainer: Trainer) -> dict[str, str]:
+    """What computes a run: processes and devices, and versions of packages, by name."""
+    strategy = trainer.strategy
+    layout = f"{trainer.world_size} x {strategy.root_device.type}, {type(strategy).__name__}"
+    return {"processes": layout, "swd": __version__} | {name: version(name) for name in PACKAGES}
 
 
 def written(run: Path) -> list[Path]:
@@ -240,9 +237,8 @@ def find_checkpoint(
         reason = damage(path, task) or ""
         if not reason:
             return str(path)
-        if path != Path(resume) and path.exists():  # not deleted meanwhile by the run that it belongs to
-            aside = set_aside(path) if owner else ""
-            warnings.warn(f"{path} is damaged ({reason}) and was passed over{aside}", stacklevel=2)
+        if path != Path(resume):
+            pass_over(path, reason, owner)
 
     # There is none.
     if not auto:
@@ -251,6 +247,13 @@ def find_checkpoint(
     if passed:
         warnings.warn(f"resume=auto starts afresh: no run has this configuration ({passed[0]})", stacklevel=2)
     return None
+
+
+def pass_over(path: Path, reason: str, owner: bool) -> None:
+    """Warn of a damaged checkpoint, which is set aside; nothing if its run, which lives, has deleted it meanwhile."""
+    if path.exists():
+        aside = set_aside(path) if owner else ""
+        warnings.warn(f"{path} is damaged ({reason}) and was passed over{aside}", stacklevel=3)
 
 
 def set_aside(path: Path) -> str:

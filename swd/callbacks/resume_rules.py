@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from omegaconf import DictConfig
 
-from swd.config import differences, read_recorded, renamed, stored
+from swd.config import read_recorded, renamed, setting_differences, stored
 from swd.types import UserError
 
 Verdict = Literal["refuse", "say", "free"]
@@ -33,11 +33,11 @@ class Rule:
 
 SECTIONS = ("seed", "model", "schedule", "loss", "data", "task")
 """Parts of the configuration that say which experiment a run is, in the order in which differences are named."""
-ROUNDING = "sums are taken in another order, so numbers differ by rounding from here on"
 RULES = (
     Rule(("data.workers", "data.prefetch"), "free", "who loads data ahead changes neither samples nor their order"),
     Rule(("data.max_bad",), "free", "a run that stopped for too many unreadable samples may go on with more"),
     Rule(("task.checkpointing",), "free", "activations are computed again instead of kept: the numbers are the same"),
+    Rule(("task.accumulate",), "free", "the parts of a batch add up to the same gradient, but for rounding"),
     Rule(
         ("task.on_bad_step", "task.skips_in_a_row", "task.skips_in_all", "task.exploding"),
         "free",
@@ -60,7 +60,6 @@ RULES = (
         "updates from here on would be those of another experiment",
     ),
     Rule(("trainer.precision",), "say", "numbers are rounded in another way from here on"),
-    Rule(("trainer.accelerator", "trainer.strategy"), "say", ROUNDING),
     Rule(
         ("trainer.max_steps",),
         "say",
@@ -68,7 +67,8 @@ RULES = (
     ),
     Rule(("*",), "free", "it changes what a run writes, draws or measures, and no weight"),
 )
-"""The first rule that fits a key counts. The number of processes is no setting: see `Checkpoint`."""
+"""The first rule that fits a key counts. What computes is no setting: `Checkpoint` says it if processes, devices
+or versions differ."""
 
 
 def rule_for(key: str) -> Rule:
@@ -102,7 +102,7 @@ def changes(checkpoint: Path, cfg: DictConfig) -> Iterator[Change]:
         {*old, *new}, key=lambda name: (SECTIONS.index(name) if name in SECTIONS else len(SECTIONS), name)
     )
     for section in sections:
-        for key, text in differences(old.get(section), new.get(section), section):
+        for key, text in setting_differences(old.get(section), new.get(section), section):
             yield Change(text, rule_for(key))
 
 

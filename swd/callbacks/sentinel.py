@@ -16,7 +16,7 @@ from torch import Tensor
 
 from swd.io import limits
 from swd.losses.base import Metrics
-from swd.modules.checkpoints import damage, iterations, read
+from swd.modules.checkpoints import damage, iterations
 from swd.modules.distiller import Distiller, Observer
 from swd.modules.inputs import Inputs
 from swd.types import Role, UserError
@@ -249,7 +249,7 @@ class Sentinel(Callback):
         if path is None:
             raise UserError(f"{ended}no checkpoint of iteration {before} or before is there to go back to; see above")
         self._done += 1
-        restore_task(task, read(Path(path)), self.lower_lr**self._done)
+        restore_task(task, trainer.strategy.load_checkpoint(path), self.lower_lr**self._done)
         self._forget()
         self._look_at_weights(task)
         if trainer.is_global_zero:

@@ -376,7 +376,8 @@ def build_trainer(cfg: DictConfig, folder: Path, *more: Callback, checkpoint: st
     }
     try:
         trainer = Trainer(**fixed | options)
-        trainer.strategy.checkpoint_io = CheckpointFiles()  # of every callback that writes checkpoints
+        # For every callback that writes checkpoints.
+        trainer.strategy.checkpoint_io = CheckpointFiles(trainer.strategy.root_device)
         return trainer
     except UserError:
         raise

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,26 +28,31 @@ PAIRS, TUPLE, NUMBER, TENSOR = "$pairs", "$tuple", "$float", "$tensor"
 """Keys of what JSON has no word for: dicts whose keys are no texts, tuples, numbers that are not finite, tensors."""
 
 
+Memory = Literal["mapped", "own", "none"]
+
+
 class Damaged(Exception):
     """A file is not as it was written; the message says in which way."""
 
 
-def write_sealed(path: Path, tree: Any, kind: Mapping[str, str]) -> None:
-    """Write a tree of values to a file, and flush it to the disk.
+def write_sealed(path: Path, tree: Any, kind: str, version: int) -> None:
+    """Write a tree of values to a file, and flush it to the disk. Equal trees become equal bytes.
 
     Args:
         path: written in place; see `write_aside`.
         tree: dicts, lists and tuples of tensors, numbers, texts, booleans and None.
-        kind: entries of the header that say what the file is.
+        kind: what the file is; the key in the header under which everything but tensors lies.
+        version: of this kind's format.
 
     Raises:
         TypeError: naming a value of another type.
         OSError, SafetensorError: if it cannot be written.
     """
     tensors: dict[str, Tensor] = {}
-    content = json.dumps(_to_plain(tree, (), tensors), allow_nan=False, separators=(",", ":"))
-    seal = torch.zeros(SEAL_BYTES, dtype=torch.uint8)
-    save_file(own_memory(tensors) | {SEAL: seal}, path, {"format": "pt", **kind, "content": content})
+    plain = {"version": version, "content": _to_plain(tree, (), tensors)}
+    # One entry: the library writes several in an order of chance.
+    header = {kind: json.dumps(plain, allow_nan=False, separators=(",", ":"))}
+    save_file(own_memory(tensors) | {SEAL: torch.zeros(SEAL_BYTES, dtype=torch.uint8)}, path, header)
     with open(path, "r+b") as stream:
         place = _seal_place(stream)
         digest = bytes.fromhex(_hash(stream, place))
@@ -57,14 +62,14 @@ def write_sealed(path: Path, tree: Any, kind: Mapping[str, str]) -> None:
         os.fsync(stream.fileno())
 
 
-def read_kind(path: Path) -> dict[str, str]:
-    """The header's entries, without their content; empty for a file that is none of safetensors. Nothing is checked."""
+def read_version(path: Path, kind: str) -> int | None:
+    """The version of a file's format; None for one of another kind. Its bytes are not checked."""
     try:
         with open(path, "rb") as stream:
-            entries = _header(stream).get("__metadata__")
-    except (OSError, Damaged):
-        return {}
-    return {key: text for key, text in entries.items() if key != "content"} if isinstance(entries, dict) else {}
+            version = json.loads(_header(stream)["__metadata__"][kind])["version"]
+    except (OSError, Damaged, LookupError, TypeError, ValueError, RecursionError):
+        return None
+    return version if isinstance(version, int) else None
 
 
 def check_seal(path: Path) -> None:
@@ -82,24 +87,37 @@ def check_seal(path: Path) -> None:
             raise Damaged("its hash differs")
 
 
-def read_sealed(path: Path) -> Any:
-    """The tree of a file whose bytes are checked first. On the CPU, tensors are mapped rather than read.
+def read_sealed(path: Path, kind: str) -> Any:
+    """The tree of a file whose bytes are checked first; its tensors are mapped, see `read_unchecked`.
 
     Raises:
         Damaged: if it is not as it was written.
         OSError: if it cannot be read.
     """
     check_seal(path)
-    return read_unchecked(path)
+    return read_unchecked(path, kind)
 
 
-def read_unchecked(path: Path, weights: bool = True) -> Any:
-    """The tree of a file that `check_seal` has passed; without weights, None stands for each tensor."""
+def read_unchecked(path: Path, kind: str, memory: Memory = "mapped") -> Any:
+    """The tree of a file that `check_seal` has passed.
+
+    Args:
+        path: the file.
+        kind: as it was written with.
+        memory: "mapped": tensors lie in the file, which is read where they are; changing them does not change it.
+            "own": each has memory of its own. "none": None stands for each.
+
+    Raises:
+        Damaged: if it is no file of this kind.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if name != SEAL] if weights else []  # noqa: SIM118
+            names = [name for name in file.keys() if name != SEAL and memory != "none"]  # noqa: SIM118
             tensors = {name: file.get_tensor(name) for name in names}
-            return _from_plain(json.loads(file.metadata()["content"]), tensors if weights else None)
+            if memory == "own":
+                tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+            content = json.loads(file.metadata()[kind])["content"]
+            return _from_plain(content, None if memory == "none" else tensors)
     except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"it cannot be read: {type(error).__name__}") from None
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from swd.config import read_recorded
 from swd.io.files import file_hash
 from swd.modules.adapters import Adapter, fold_alpha
-from swd.modules.checkpoints import whole
+from swd.modules.checkpoints import read_resumable
 from swd.modules.pretrained import Pretrained
 from swd.modules.tuning import ALPHAS
 from swd.types import UserError
@@ -77,7 +77,7 @@ def from_checkpoint(path: Path, ema: bool | None = None) -> Adapter | Checkpoint
     Raises:
         UserError: if it is damaged, or of another task than a distillation, or has no average that is asked for.
     """
-    state = whole(path)["state_dict"]
+    state = read_resumable(path)["state_dict"]
     stored = {key.removeprefix(AVERAGED): value for key, value in state.items() if key.startswith(AVERAGED)}
     average = {f"networks.{name.replace('/', '.')}": value for name, value in stored.items()}
     if ema and not average:

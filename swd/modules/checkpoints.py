@@ -14,14 +14,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from swd.io.files import blocks, failed_operation, joint_hash, write_aside
-from swd.io.sealed import Damaged, check_seal, read_kind, read_unchecked, write_sealed
+from swd.io.sealed import Damaged, Memory, check_seal, read_unchecked, read_version, write_sealed
 from swd.modules.finite import all_finite
 from swd.types import UserError
 
-FORMAT = "swd_checkpoint"
-"""Key in a file's header whose value is the version of its format."""
+KIND = "swd_checkpoint"
+"""Key in a file's header under which everything but tensors lies."""
 VERSION = 1
-"""Version that is written. A reader refuses newer ones, and says to update."""
+"""Version of the format that is written. A reader refuses newer ones, and says to update."""
 
 PICKLED = b"PK\x03\x04"
 """Beginning of the checkpoints of earlier versions: archives of `torch.save`, read without running code."""
@@ -43,9 +43,14 @@ class CheckpointFiles(TorchCheckpointIO):
     """Lightning's plugin for checkpoint files: every one that a run writes or reads has the format of this project.
 
     A file is written under a temporary name in its own folder, and renamed once it is complete on the disk.
+
+    Args:
+        device: where optimizers keep their states. On the CPU they keep the very tensors that are read, which therefore
+            get memory of their own: mapped ones are lost with the disk that the file lies on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._mapped = torch.device(device).type != "cpu"
         self._failures: list[str] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -56,7 +61,7 @@ class CheckpointFiles(TorchCheckpointIO):
         """
         path = Path(path)
         try:
-            write_aside(path, lambda new: write_sealed(new, checkpoint, {FORMAT: str(VERSION)}))
+            write_aside(path, lambda new: write_sealed(new, checkpoint, KIND, VERSION))
         except (OSError, SafetensorError, TypeError) as error:
             reason = getattr(failed_operation(error) or error, "strerror", None) or error
             message = (
@@ -71,7 +76,7 @@ class CheckpointFiles(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint of this version or an earlier one; see `read`."""
-        return read(Path(path))
+        return read_checkpoint(Path(path), "mapped" if self._mapped else "own")
 
     @contextmanager
     def failures(self) -> Iterator[list[str]]:
@@ -84,20 +89,24 @@ class CheckpointFiles(TorchCheckpointIO):
             self._failures = None
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint, its bytes checked; nothing in it runs. On the CPU, tensors are mapped.
+def read_checkpoint(path: Path, tensors: Memory = "mapped") -> dict[str, Any]:
+    """The content of a checkpoint, its bytes checked; nothing in it runs.
+
+    Args:
+        path: the file.
+        tensors: in which memory they are, see `swd.io.sealed.read_unchecked`; those of earlier versions have their own.
 
     Raises:
         UserError: if it is damaged, or of a newer version.
     """
     try:
-        return _read(path)
+        return _read(path, tensors)
     except (Damaged, OSError) as error:
         reason = error if isinstance(error, Damaged) else error.strerror
         raise UserError(f"checkpoint {path} is damaged ({reason}); give another one") from None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, tensors: Memory = "mapped") -> dict[str, Any]:
     """`read`, with Damaged or OSError for a file that is not as it was written."""
     if is_pickled(path):
         check_archive(path)
@@ -108,7 +117,7 @@ def _read(path: Path) -> dict[str, Any]:
     else:
         check_seal(path)
         check_version(path)
-        content = read_unchecked(path)
+        content = read_unchecked(path, KIND, tensors)
     if not isinstance(content, dict):
         raise Damaged("it holds no state of a run")
     return content
@@ -122,10 +131,10 @@ def is_pickled(path: Path) -> bool:
 
 def check_version(path: Path) -> None:
     """Raise Damaged for a file that is no checkpoint, UserError for one whose format is newer than this program."""
-    version = read_kind(path).get(FORMAT, "")
-    if not version.isdecimal():
+    version = read_version(path, KIND)
+    if version is None:
         raise Damaged("it is no checkpoint of swd")
-    if int(version) > VERSION:
+    if version > VERSION:
         raise UserError(
             f"checkpoint {path} has format {version}, and this version of swd reads up to {VERSION}; update swd"
         )
@@ -171,7 +180,7 @@ def damage(path: Path, task: Resumable | None = None) -> str | None:
     return None
 
 
-def whole(path: Path) -> dict[str, Any]:
+def read_resumable(path: Path) -> dict[str, Any]:
     """The content of a checkpoint that a run can be resumed from, or its student taken.
 
     Raises:
@@ -217,7 +226,7 @@ def iterations(path: str | Path) -> int:
     path = Path(path)
     if is_pickled(path):
         return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
-    return int(read_unchecked(path, weights=False)["global_step"])
+    return int(read_unchecked(path, KIND, "none")["global_step"])
 
 
 def progress_in_iterations(checkpoint: dict[str, Any], batches_per_iteration: int) -> None:

@@ -64,9 +64,15 @@ def test_checkpoints_come_every_so_many_iterations_and_minutes_and_when_asked_fo
     asked: int,
     expected: list[int],
 ) -> None:
+    """A file that another process wrote into the folder counts among those that are kept."""
+    stale = tmp_path / "checkpoints" / "iteration-1.ckpt"
+    stale.parent.mkdir()
+    stale.write_text("of an earlier process")
     clock = Clock(4)
     monkeypatch.setattr(module, "time", clock)
-    given = [f"callbacks.checkpoint.{k}={v}" for k, v in {"every": every, "minutes": minutes, "keep": 9}.items()]
+    given = [
+        f"callbacks.checkpoint.{k}={v}" for k, v in {"every": every, "minutes": minutes, "keep": len(expected)}.items()
+    ]
     fit(composed([*overrides(tiny_model, tmp_path, loss="mmd", trainer__max_steps=7), *given]), clock, Asking(asked))
     assert iterations(tmp_path) == expected
 

@@ -20,7 +20,7 @@ from swd.callbacks.sentinel import COLLAPSED, VISITS, WINDOW
 from swd.commands.train import fit
 from swd.losses import GeneratorStep, LossTerm
 from swd.losses.base import Metrics
-from swd.modules.checkpoints import read
+from swd.modules.checkpoints import read_checkpoint
 from swd.modules.distiller import Distiller
 from swd.modules.inputs import InputBuilder, Inputs
 from swd.types import UserError
@@ -198,7 +198,7 @@ def test_two_processes_go_back_together(tiny_model: Path, tmp_path: Path) -> Non
         COLLAPSES_AT_THE_FIRST_RATE,
     )
     assert errors.count("went back to the weights and optimizers of") == 1, errors
-    stored = read(tmp_path / "run" / "checkpoints" / "iteration-40.ckpt")
+    stored = read_checkpoint(tmp_path / "run" / "checkpoints" / "iteration-40.ckpt")
     assert stored["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(2e-5)
 
 

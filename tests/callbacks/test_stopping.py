@@ -16,7 +16,7 @@ from tiny import composed, overrides
 
 from swd.commands import train
 from swd.commands.cli import launch
-from swd.modules.checkpoints import read
+from swd.modules.checkpoints import read_checkpoint
 from swd.types import UserError
 
 
@@ -73,7 +73,7 @@ def test_the_checkpoint_of_the_best_value_is_kept(tiny_model: Path, tmp_path: Pa
     fit(tiny_model, run, *arguments, more=(measure,), trainer__max_steps=4)
     (best,) = (run / "best").iterdir()
     assert best.name == "iteration-2.ckpt"
-    assert read(best)["global_step"] == 2
+    assert read_checkpoint(best)["global_step"] == 2
     assert [file.name for file in sorted((run / "checkpoints").iterdir())] == ["iteration-4.ckpt"]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from swd.commands.train import fit
-from swd.modules.checkpoints import read
+from swd.modules.checkpoints import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,7 +36,7 @@ def launch(command: list[str], model: Path, folder: Path, **more: Any) -> None:
 
 
 def weights(folder: Path, name: str = "iteration-2.ckpt") -> dict[str, Tensor]:
-    state: dict[str, Tensor] = read(folder / "checkpoints" / name)["state_dict"]
+    state: dict[str, Tensor] = read_checkpoint(folder / "checkpoints" / name)["state_dict"]
     return state
 
 

@@ -25,7 +25,7 @@ from swd.callbacks.resume_rules import config_difference
 from swd.commands import encode
 from swd.commands.cli import launch
 from swd.commands.train import fit
-from swd.modules.checkpoints import read
+from swd.modules.checkpoints import read_checkpoint
 from swd.modules.distiller import Distiller
 from swd.modules.inputs import InputBuilder
 from swd.schedule import downscale
@@ -223,7 +223,7 @@ def test_checkpoints_hold_only_what_is_trained(tiny_model: Path, tmp_path: Path)
     task, _ = train(tiny_model, tmp_path, loss="swd")
     files = list((tmp_path / "checkpoints").glob("*.ckpt"))
     assert [file.name for file in files] == ["iteration-2.ckpt"]
-    checkpoint = read(files[0])
+    checkpoint = read_checkpoint(files[0])
     assert checkpoint["state_dict"].keys() == trained(task).keys()
     assert all("lora_" in key or "head" in key for key in checkpoint["state_dict"])
     assert len(checkpoint["optimizer_states"]) == 2
@@ -238,7 +238,7 @@ def test_checkpoints_are_kept_at_whole_iterations(tiny_model: Path, tmp_path: Pa
     assert names == ["iteration-4.ckpt", "iteration-5.ckpt"]
     train(tiny_model, tmp_path / "b", **options | {"trainer__max_steps": 7}, resume=tmp_path / "a")
     for file in (tmp_path / "b" / "checkpoints").iterdir():
-        checkpoint = read(file)
+        checkpoint = read_checkpoint(file)
         assert checkpoint["swd"]["updates"] == 3 * checkpoint["global_step"]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from swd.io.sealed import Damaged, check_seal, read_kind, read_sealed, read_unchecked, write_sealed
+from swd.io.sealed import Damaged, check_seal, read_sealed, read_unchecked, read_version, write_sealed
 
 
 def tree() -> dict[str, Any]:
@@ -45,26 +45,33 @@ def assert_equal(a: Any, b: Any) -> None:
 
 def test_a_tree_comes_back_equal_and_the_file_is_plain_safetensors(tmp_path: Path) -> None:
     file = tmp_path / "x"
-    write_sealed(file, tree(), {"what": "test", "version": "1"})
-    assert_equal(read_sealed(file), tree())
-    assert read_kind(file) == {"format": "pt", "what": "test", "version": "1"}
+    write_sealed(file, tree(), "test", 3)
+    assert_equal(read_sealed(file, "test"), tree())
+    assert read_version(file, "test") == 3 and read_version(file, "other") is None
     assert torch.equal(load_file(file)["moments.0.step"], torch.tensor(7))
-    assert read_unchecked(file, weights=False)["plain"] == tree()["plain"]
-    write_sealed(tmp_path / "y", {"nan": math.nan}, {})
-    assert math.isnan(read_sealed(tmp_path / "y")["nan"])
+    assert read_unchecked(file, "test", "none")["plain"] == tree()["plain"]
+    assert_equal(read_unchecked(file, "test", "own"), tree())
+    write_sealed(tmp_path / "y", {"nan": math.nan}, "test", 1)
+    assert math.isnan(read_sealed(tmp_path / "y", "test")["nan"])
+
+
+def test_equal_trees_become_equal_bytes(tmp_path: Path) -> None:
+    for name in "abcd":
+        write_sealed(tmp_path / name, tree(), "test", 1)
+    assert len({(tmp_path / name).read_bytes() for name in "abcd"}) == 1
 
 
 def test_what_is_read_may_be_changed_without_changing_the_file(tmp_path: Path) -> None:
     """Optimizers on the CPU keep the tensors that they are given, and write into them."""
-    write_sealed(tmp_path / "x", tree(), {})
-    found = read_sealed(tmp_path / "x")["weights"]["a.b"]
+    write_sealed(tmp_path / "x", tree(), "test", 1)
+    found = read_sealed(tmp_path / "x", "test")["weights"]["a.b"]
     found.zero_()
     assert found.abs().sum() == 0
-    assert_equal(read_sealed(tmp_path / "x"), tree())
+    assert_equal(read_sealed(tmp_path / "x", "test"), tree())
 
 
 def test_every_flipped_bit_every_cut_and_every_addition_is_found(tmp_path: Path) -> None:
-    write_sealed(tmp_path / "x", tree(), {"what": "test"})
+    write_sealed(tmp_path / "x", tree(), "test", 1)
     data = (tmp_path / "x").read_bytes()
     file = tmp_path / "y"
     draw = random.Random(0)
@@ -89,10 +96,10 @@ def test_files_of_other_kinds_are_damaged_ones(tmp_path: Path) -> None:
     with pytest.raises(Damaged, match="has no hash"):
         check_seal(file)
     with pytest.raises(Damaged, match="it cannot be read"):
-        read_unchecked(file)
+        read_unchecked(file, "test")
     for text in (b"", b"no file of this kind", (5).to_bytes(8, "little") + b"[1,2]", b"\xff" * 100):
         file.write_bytes(text)
-        assert read_kind(file) == {}
+        assert read_version(file, "test") is None
         with pytest.raises(Damaged):
             check_seal(file)
 
@@ -100,4 +107,4 @@ def test_files_of_other_kinds_are_damaged_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [object(), {1, 2}, Path("x"), b"x"], ids=lambda value: type(value).__name__)
 def test_values_that_it_cannot_hold_are_named(tmp_path: Path, value: Any) -> None:
     with pytest.raises(TypeError, match=rf"callbacks\.mine\.2 is a {type(value).__name__}; use numbers"):
-        write_sealed(tmp_path / "x", {"callbacks": {"mine": [0, 1, value]}}, {})
+        write_sealed(tmp_path / "x", {"callbacks": {"mine": [0, 1, value]}}, "test", 1)

@@ -20,7 +20,7 @@ from swd.losses.base import CriticStep, GeneratorStep
 from swd.losses.dmd import DMD
 from swd.losses.mmd import MMD
 from swd.modules.bad_steps import BadStepRule, BadSteps
-from swd.modules.checkpoints import damage, read
+from swd.modules.checkpoints import damage, read_checkpoint
 from swd.modules.distiller import Distiller
 from swd.types import UserError
 
@@ -56,7 +56,7 @@ def filled(folder: Path) -> list[dict[str, str]]:
 
 
 def state(folder: Path, iteration: int) -> dict[str, Any]:
-    found: dict[str, Any] = read(folder / "checkpoints" / f"iteration-{iteration}.ckpt")
+    found: dict[str, Any] = read_checkpoint(folder / "checkpoints" / f"iteration-{iteration}.ckpt")
     return found
 
 

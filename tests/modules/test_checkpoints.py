@@ -23,7 +23,7 @@ from swd.commands.train import build_task_and_data, fit
 from swd.io import sealed
 from swd.io.files import clear_leftovers, in_use, write_aside
 from swd.modules import checkpoints
-from swd.modules.checkpoints import CheckpointFiles, damage, progress_in_iterations, read
+from swd.modules.checkpoints import CheckpointFiles, damage, progress_in_iterations, read_checkpoint
 from swd.modules.distiller import Distiller
 from swd.shapes.train_judge import JudgeTask
 from swd.types import UserError
@@ -65,7 +65,7 @@ def test_progress_counted_in_batches_becomes_progress_in_iterations(completed: i
 
 def test_a_checkpoint_has_the_progress_that_an_old_one_gets(finished: Path) -> None:
     for iteration in (1, 2):
-        checkpoint = read(finished / "checkpoints" / f"iteration-{iteration}.ckpt")
+        checkpoint = read_checkpoint(finished / "checkpoints" / f"iteration-{iteration}.ckpt")
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]
         assert progress == dict.fromkeys(("ready", "started", "processed"), iteration) | {"completed": iteration - 1}
 
@@ -75,7 +75,7 @@ def test_a_checkpoint_has_the_progress_that_an_old_one_gets(finished: Path) -> N
 
 def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     def write(file: Path) -> None:
-        checkpoint = read(file)
+        checkpoint = read_checkpoint(file)
         change(checkpoint)
         CheckpointFiles().save_checkpoint(checkpoint, file)
 
@@ -165,7 +165,7 @@ def test_only_what_is_damaged_and_mine_is_set_aside(
         callback.find_checkpoint("auto", tmp_path / "runs", cfg)
     assert newest.with_name("iteration-2.ckpt.damaged").read_text() == "an earlier one"
     older = newest.with_name("iteration-1.ckpt")
-    CheckpointFiles().save_checkpoint(read(older), newest)
+    CheckpointFiles().save_checkpoint(read_checkpoint(older), newest)
     monkeypatch.setattr(checkpoints, "VERSION", 0)
     with pytest.raises(UserError, match=r"has format 1, and this version of swd reads up to 0; update swd"):
         callback.find_checkpoint("auto", tmp_path / "runs", cfg)
@@ -200,9 +200,9 @@ def test_a_checkpoint_is_a_plain_safetensors_file(tmp_path: Path) -> None:
     CheckpointFiles().save_checkpoint({"a": torch.arange(3), "b": [1, "c"]}, file)
     with safe_open(file, framework="pt") as opened:
         assert torch.equal(opened.get_tensor("a"), torch.arange(3))
-        assert json.loads(opened.metadata()["content"]) == {"a": {"$tensor": "a"}, "b": [1, "c"]}
-        assert opened.metadata()["swd_checkpoint"] == "1"
-    loaded = read(file)
+        plain = {"version": 1, "content": {"a": {"$tensor": "a"}, "b": [1, "c"]}}
+        assert json.loads(opened.metadata()["swd_checkpoint"]) == plain
+    loaded = read_checkpoint(file)
     assert torch.equal(loaded["a"], torch.arange(3)) and loaded["b"] == [1, "c"]
 
 
@@ -285,7 +285,7 @@ def test_who_goes_on_with_a_done_run_gets_its_networks(finished: Path, tiny_mode
     cfg = composed(overrides(tiny_model, tmp_path / "runs" / "next", loss="dmd", resume="auto"))
     task, trainer = fit(cfg, fixed)
     assert isinstance(task, Distiller) and cfg.folder == str(run) and trainer.global_step == 2
-    stored = read(run / "checkpoints" / "iteration-2.ckpt")["state_dict"]
+    stored = read_checkpoint(run / "checkpoints" / "iteration-2.ckpt")["state_dict"]
     state = task.state_dict()
     assert stored and all(torch.equal(state[key], value) for key, value in stored.items())
 
@@ -353,7 +353,7 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(
 
     def save(tensors: Any, path: Path, metadata: Any) -> None:
         saved(tensors, path, metadata)
-        if json.loads(metadata["content"])["global_step"] == 3:
+        if json.loads(metadata["swd_checkpoint"])["content"]["global_step"] == 3:
             raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(sealed, "save_file", save)
