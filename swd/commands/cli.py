@@ -441,8 +441,9 @@ def _hydra_message(text: str, reason: str = "") -> str:
         return f"unknown key {key}; {hint}"
 
     # Unknown options of a group.
-    if message := _missing_plugin(text):
-        return message
+    missing = _missing_plugin(text)
+    if missing is not None:
+        return missing
     group = re.search(
         r"Could not find '([^']+)' Available options in '([^']+)':\s*(.*?)(?:Config search path.*)?$", text
     )

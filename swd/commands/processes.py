@@ -275,8 +275,7 @@ class Watch(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._peers is not None:
-            self._peers.agree(lambda: None, wait=float("inf"))
-            self._peers.rest()
+            self._peers.part()
             if not ranks().launched:
                 peers.forget()
             self._peers = None

@@ -124,6 +124,25 @@ class Peers:
         self._set(place, json.dumps(value))
         return value
 
+    def part(self) -> None:
+        """Leave each other at the end of a training, the process that keeps the store last; ends `watch`.
+
+        Raises:
+            PeerFailure: if another process failed.
+        """
+        self.agree(lambda: None, wait=float("inf"))
+        self._stop.set()
+        if self._watch is not None:
+            self._watch.join()
+        self._watch = None
+        place = f"parted/{self._agreed}"
+        if not self.here.first:
+            self._add(place)
+            return
+        until = time.monotonic() + FAREWELL
+        while self._add(place, 0) < self.here.world - 1 and time.monotonic() < until:
+            time.sleep(0.02)
+
     def _await(self, keys: list[str], waiting: str, wait: float | None) -> None:
         wait = self.wait if wait is None else wait
         until = time.monotonic() + wait
@@ -227,7 +246,7 @@ class Peers:
     # Watching
 
     def watch(self, timeout: float, tidy: Callable[[], object] = lambda: None) -> None:
-        """Look after the other processes until `rest`, from a thread: end this one when one of them fails or stalls.
+        """Look after the other processes until `part`, from a thread: end this one when one of them fails or stalls.
 
         Args:
             timeout: seconds in one and the same call after which this process counts as stalled.
@@ -237,13 +256,6 @@ class Peers:
         self._stop.clear()
         self._watch = threading.Thread(target=self._look, args=(timeout,), name="peers", daemon=True)
         self._watch.start()
-
-    def rest(self) -> None:
-        """Stop looking after the others."""
-        self._stop.set()
-        if self._watch is not None:
-            self._watch.join()
-        self._watch = None
 
     def _look(self, timeout: float) -> None:
         stuck = Stuck(threading.main_thread().ident or 0)

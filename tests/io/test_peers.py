@@ -99,6 +99,19 @@ def test_the_first_process_decides_for_all(tmp_path: Path) -> None:
     assert together(3, act, tmp_path).codes == [5, 5, 5]
 
 
+def test_processes_part_with_the_keeper_of_the_store_last(tmp_path: Path) -> None:
+    def act(met: Peers) -> int:
+        met.watch(LIMIT)
+        time.sleep(0.3 * met.here.rank)
+        met.part()
+        if met.here.first:
+            os._exit(0)  # and the store with it
+        return 0
+
+    ended = together(3, act, tmp_path)
+    assert ended.codes == [0, 0, 0] and ended.errors == ["", "", ""]
+
+
 def test_wrong_input_that_all_notice_is_one_line(tmp_path: Path) -> None:
     ended = together(3, lambda met: met.end("steps=0; use 1 or more"), tmp_path)
     assert ended.codes == [2, 2, 2]
