@@ -291,7 +291,7 @@ def _dismiss_observer() -> None:
 def raise_failure_of_others() -> None:
     """Raise PeerFailure if another process has failed, since an error of this one then comes from that."""
     together = peers.connected()
-    failure = None if together is None else together.failure()
+    failure = None if together is None else together.known()
     if together is not None and failure is not None and failure.rank != together.here.rank:
         raise peers.PeerFailure(failure) from None
 

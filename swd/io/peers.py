@@ -30,8 +30,9 @@ T = TypeVar("T")
 
 TICK = 0.5
 """Seconds between two looks at the store: short beside the minute within which all processes end."""
-SILENT = 30.0
-"""Seconds without a sign of life after which a process counts as gone: half of the minute in which all are to end."""
+SILENT = 45.0
+"""Seconds without a sign of life after which a process counts as gone, so that all end within a minute; long beside
+what a library may do without letting other threads run."""
 LOST = 4.0
 """The same once an exchange of tensors has failed, when some process most likely is gone."""
 FAREWELL = 20.0
@@ -162,6 +163,13 @@ class Peers:
             return None
         return Failure(**json.loads(self._get("failure")))
 
+    def known(self) -> Failure | None:
+        """As `failure`; if the store is gone, that the process which keeps it is gone."""
+        try:
+            return self.failure()
+        except (RuntimeError, OSError):
+            return Failure(0, gone_text([0], self.here.world), 1)
+
     def post(self, line: str, code: int = 2) -> Failure:
         """Tell all processes that they must end, unless one has done so before.
 
@@ -233,7 +241,7 @@ class Peers:
         until = time.monotonic() + LOST + 4 * TICK
         exchange = is_exchange(error)
         while exchange and self._watch is not None and time.monotonic() < until:
-            failure = self.failure()
+            failure = self.known()
             if failure is not None:
                 return failure
             gone = self._gone(LOST)
