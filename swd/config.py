@@ -48,6 +48,9 @@ GROUP = Any
 SPECIAL = {"_target_", "_convert_", "_partial_"}
 """Hydra's own keys that a node may hold; others of the kind `_name_` are refused."""
 
+OWN: Mapping[str, Mapping[str, Any]] = {"trainer": {"num_nodes": int | Literal["auto"], "timeout": float}}
+"""Arguments of a group, with their types, that its command reads before it calls the constructor with the others."""
+
 FOREIGN = {
     "ckpt_path": "resume=FILE",
     "checkpoint": "resume=FILE",
@@ -483,6 +486,8 @@ def _check_call(node: dict[str, Any], path: str, allow: Collection[str]) -> None
         hints = get_type_hints(function)
     except Exception:  # a third party's annotations may not resolve; its own checks then apply
         hints = {}
+    hints |= OWN.get(path, {})
+    known = [*parameters, *(key for key in OWN.get(path, {}) if key not in parameters)]
 
     # Each key against it, and numbers of this project's classes against their ranges.
     ours = str(target.__module__).startswith(("swd.", "lightning."))
@@ -493,8 +498,8 @@ def _check_call(node: dict[str, Any], path: str, allow: Collection[str]) -> None
             continue
         if key.startswith("_") and key.endswith("_"):
             raise UserError(f"{path}.{key} is not taken here; give {node['_target_']} its arguments by name")
-        if key not in parameters and not open_ended:
-            raise UserError(_unknown_key(f"{path}.{key}", key, list(parameters)))
+        if key not in known and not open_ended:
+            raise UserError(_unknown_key(f"{path}.{key}", key, known))
         if key in hints and not fits(value, hints[key]):
             raise UserError(_bad_value(f"{path}.{key}", value, hints[key]))
         for number in value if isinstance(value, list) else [value]:

@@ -13,11 +13,15 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from swd.io.files import ADVICE, failed_operation
 from swd.io.masking import mask_text
+from swd.io.ranks import ranks
 from swd.types import UserError
+
+if TYPE_CHECKING:
+    from swd.io.peers import Peers
 
 COMMANDS = {
     "train": (
@@ -69,7 +73,7 @@ LISTED = "--help and --cfg job list what there is"
 
 def main() -> None:
     """The installed `swd` command."""
-    if "SWD_COMMAND" in os.environ and "LOCAL_RANK" in os.environ:  # a process that distributed training started
+    if "SWD_COMMAND" in os.environ and "SWD_START" in os.environ:  # a process that distributed training started
         launch(os.environ["SWD_COMMAND"])
         return
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
@@ -260,8 +264,20 @@ def user_errors(where: str | None = None) -> Iterator[None]:
     except Exception as error:
         message = message_for_user(error, where)
         if message is None:
+            _end_all(error)
             raise
         _fail(message)
+
+
+def _end_all(error: Exception) -> None:
+    """Exit together with the other processes of a training, if there are any, because of a defect."""
+    from swd.io.peers import connected
+
+    together = connected()
+    if together is not None:
+        from swd.commands.processes import end_together
+
+        sys.exit(end_together(together, error))
 
 
 def message_for_user(error: BaseException, where: str | None = None) -> str | None:
@@ -275,6 +291,8 @@ def message_for_user(error: BaseException, where: str | None = None) -> str | No
     cause = _machine_or_user(error, where)
     if cause is not None:
         return cause
+    if type(error).__module__.startswith("submitit."):
+        return f"hydra/launcher: {one_line(error)[:300]}"
     if isinstance(error, InstantiationException):
         return None
     if isinstance(error, OverrideParseException):
@@ -418,6 +436,9 @@ def _hydra_message(text: str, reason: str = "") -> str:
         return f"unknown key {key}; {_hint(key)}"
 
     # Unknown options of a group.
+    missing = _missing_plugin(text)
+    if missing is not None:
+        return missing
     group = re.search(
         r"Could not find '([^']+)' Available options in '([^']+)':\s*(.*?)(?:Config search path.*)?$", text
     )
@@ -449,6 +470,25 @@ def _hint(key: str) -> str:
     return f"{LISTED}; this key belongs to {listed}"
 
 
+PLUGINS = {
+    "joblib": ("hydra-joblib-launcher", "sweep"),
+    "optuna": ("hydra-optuna-sweeper", "sweep"),
+    "slurm": ("hydra-submitit-launcher", "slurm"),
+    "submitit_slurm": ("hydra-submitit-launcher", "slurm"),
+    "submitit_local": ("hydra-submitit-launcher", "slurm"),
+}
+"""Options of Hydra's launchers and sweepers that come in packages of their own: the package, and our extra for it."""
+
+
+def _missing_plugin(text: str) -> str | None:
+    """The message for an option of `hydra/launcher` or `hydra/sweeper` whose package is not installed."""
+    found = re.search(r"Could not (?:find|load) 'hydra/(launcher|sweeper)/(\w+)'", text)
+    if found is None or found[2] not in PLUGINS:
+        return None
+    package, extra = PLUGINS[found[2]]
+    return f"hydra/{found[1]}={found[2]} needs a package: pip install {package} (or swd with its extra: .[{extra}])"
+
+
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word that is most like a misspelt one; None if none is."""
     return next(iter(difflib.get_close_matches(word, known, 1, cutoff=0.7)), None)
@@ -477,9 +517,29 @@ def _flat(value: object, path: str) -> Iterator[str]:
         yield from _flat(inner, f"{path}{key}.")
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
+    """Print the message as an error and exit with status 2; of several processes, one prints and all exit."""
+    together = _processes()
+    if together is not None:
+        sys.exit(together.end(message))
     print(f"error: {mask_text(message)}", file=sys.stderr)
     sys.exit(2)
+
+
+def _processes() -> Peers | None:
+    """The other processes of this program, where they can be told of an error."""
+    try:
+        here = ranks()
+    except UserError:
+        return None
+    if here.world == 1:
+        return None
+    from swd.io.peers import connect, connected
+
+    if connected() is None and here.launcher == "torchrun":
+        with suppress(UserError):
+            return connect(20.0)
+    return connected()
 
 
 if __name__ == "__main__":

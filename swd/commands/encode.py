@@ -27,12 +27,13 @@ from swd.data.datamodule import GuardedLoader, check_pixels
 from swd.data.decoders import PictureDecoder, empty_name
 from swd.data.identity import identity
 from swd.data.indexed import IndexedShards
-from swd.data.job import MOST_IN_A_SHARD, Job, Sample, in_shared_memory, is_first, say, share
+from swd.data.job import MOST_IN_A_SHARD, Job, Sample, in_shared_memory, say
 from swd.data.shard_writer import is_done, shard_name
 from swd.data.shards import CorruptSample
 from swd.io import limits
 from swd.io.files import file_hash, write_aside, write_json
 from swd.io.job_log import JobLog
+from swd.io.ranks import is_first, share
 from swd.modules.encoders import draw_latents
 from swd.modules.model_folders import read_json
 from swd.modules.pretrained import Pretrained

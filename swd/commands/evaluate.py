@@ -23,7 +23,7 @@ from swd.commands import shared
 from swd.commands.cli import config_path
 from swd.commands.sample import final_size
 from swd.config import allowed_here, build_node, check, fits, given_keys, node_of, to_plain
-from swd.data.job import MOST_IN_A_SHARD, is_first
+from swd.data.job import MOST_IN_A_SHARD
 from swd.evaluation import result_files
 from swd.evaluation.candidate_pictures import CandidatePainter, check_levels, check_space, draw_share
 from swd.evaluation.candidates import (
@@ -41,6 +41,7 @@ from swd.evaluation.timing import Costs, Timing
 from swd.export.student_folder import build_model, recorded_model, schedule_of
 from swd.io import limits
 from swd.io.masking import mask_text
+from swd.io.ranks import is_first
 from swd.metrics.base import PictureMetric
 from swd.modules.adapters import locate
 from swd.modules.hub import is_hub_id

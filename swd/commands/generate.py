@@ -24,11 +24,12 @@ from swd.commands import shared
 from swd.commands.sample import final_size
 from swd.config import build, check, to_plain
 from swd.data.identity import whole_fingerprint
-from swd.data.job import MOST_IN_A_SHARD, PARTIAL, Job, Sample, is_first, say, share
+from swd.data.job import MOST_IN_A_SHARD, PARTIAL, Job, Sample, say
 from swd.data.shard_writer import is_done, shard_name
 from swd.io import limits, video
 from swd.io.files import write_aside
 from swd.io.pictures import picture_bytes, to_pil
+from swd.io.ranks import is_first, share
 from swd.modules.backbones import known_families, load_family
 from swd.modules.backbones.sdxl_refiner import build_refiner, draw_refined, load_refiner
 from swd.modules.drawing import build_pipeline, draw

@@ -22,7 +22,7 @@ from PIL import Image
 
 from swd.config import check
 from swd.data.buckets import bucket_sizes, nearest_bucket
-from swd.data.job import JOB, Job, Sample, share
+from swd.data.job import JOB, Job, Sample
 from swd.data.picture_files import (
     MAX_PIXELS,
     STORED_AS,
@@ -40,6 +40,7 @@ from swd.data.sources import list_source
 from swd.io.files import write_json
 from swd.io.masking import mask
 from swd.io.pictures import picture_bytes
+from swd.io.ranks import share
 from swd.io.tables import NoText
 from swd.types import UserError
 

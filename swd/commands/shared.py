@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 
 from swd.config import GROUP
+from swd.io.ranks import ranks
 
 ROOT: dict[str, Any] = {"model": GROUP, "schedule": GROUP, "allow": list[str]}
 """Keys at the root of the configuration of every command on a model, and their types."""
@@ -17,9 +17,9 @@ RECIPE = {"batch_size": int, "lr": float, "iterations": int, "checkpointing": bo
 
 def use_own_gpu() -> None:
     """Under a launcher, give each process of a machine a GPU of its own."""
-    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
-    if local is not None and torch.cuda.is_available():
-        torch.cuda.set_device(int(local) % torch.cuda.device_count())
+    here = ranks()
+    if here.launched and torch.cuda.is_available():
+        torch.cuda.set_device(here.local_rank % torch.cuda.device_count())
 
 
 def quiet() -> None:

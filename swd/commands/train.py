@@ -20,7 +20,6 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 
@@ -30,7 +29,8 @@ from swd.callbacks.checkpoint import clear_runs, find_checkpoint
 from swd.callbacks.fixed_losses import FixedLosses
 from swd.callbacks.resume_rules import sayings
 from swd.callbacks.stopping import CheckStopping
-from swd.commands import shared
+from swd.commands import processes, shared
+from swd.commands.cli import message_for_user
 from swd.commands.loggers import WITHOUT_WANDB, build_loggers, check_logger, end_loggers, recorded_id, start_loggers
 from swd.commands.shared import quiet
 from swd.config import GROUP, arguments_of, check, one_line, stored, to_yaml
@@ -38,6 +38,7 @@ from swd.config import build as build_group
 from swd.io.files import claim_folder, write_json, write_text
 from swd.io.job_log import print_line
 from swd.io.masking import mask_text
+from swd.io.ranks import ranks
 from swd.modules.checkpoints import CheckpointFiles, Resumable, iterations
 from swd.modules.distiller import Distiller
 from swd.modules.finite import last_checkpoint
@@ -120,25 +121,26 @@ def fit(cfg: DictConfig, *more: Callback) -> tuple[LightningModule, Trainer]:
 
 def _fit(cfg: DictConfig, folder: Path, *more: Callback) -> tuple[LightningModule, Trainer]:
     task, data = build_task_and_data(cfg)
-    # Under a launcher each process runs this; only the first one owns the folder.
-    owner = int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
-    if owner and cfg.resume:
-        clear_runs(folder.parent if cfg.resume == "auto" else Path(cfg.resume))
-    checkpoint = find_checkpoint(cfg.resume, folder.parent, cfg, cast(Resumable, task), owner)
+
+    # Every process runs this; the first one says where the run lies and what it goes on from.
+    start = processes.begin(partial(_start, cfg, folder, task))
+    folder, checkpoint = _settled(cfg, start), start.checkpoint
     if checkpoint and iterations(checkpoint) >= cfg.trainer.max_steps:
         return finish(cfg, task, data, checkpoint, *more)
     trainer = build_trainer(cfg, folder, *more, checkpoint=checkpoint)
     check_callbacks(trainer, task, data)
-    if owner:
-        claim_folder(folder, reserve=True)
+    processes.on_first(partial(claim_folder, folder, reserve=True))
+
+    # Train.
     try:
-        if owner:
+        if ranks().first:
             record(cfg, folder, checkpoint, trainer.loggers)
             for line in sayings(Path(checkpoint), cfg) if checkpoint else []:
                 print_line(line)
-        _train(cfg, trainer, task, data, checkpoint)
+        with processes.own_processes(start):
+            _train(cfg, trainer, task, data, checkpoint)
     except (UserError, OSError, KeyboardInterrupt):
-        if owner:
+        if ranks().first:
             drop_record(folder)
         raise
     if not trainer.global_step:
@@ -147,6 +149,23 @@ def _fit(cfg: DictConfig, folder: Path, *more: Callback) -> tuple[LightningModul
             "out what limits it (trainer.max_time ...), and count iterations with trainer.max_steps"
         )
     return task, trainer
+
+
+def _start(cfg: DictConfig, folder: Path, task: LightningModule) -> processes.Start:
+    """Where the run lies and what it goes on from."""
+    if cfg.resume:
+        clear_runs(folder.parent if cfg.resume == "auto" else Path(cfg.resume))
+    return processes.Start(str(folder), find_checkpoint(cfg.resume, folder.parent, cfg, cast(Resumable, task)))
+
+
+def _settled(cfg: DictConfig, start: processes.Start) -> Path:
+    """The run's folder, in the configuration too; one that Hydra made for this process alone is removed."""
+    own, folder = Path(cfg.folder), Path(start.folder)
+    if own != folder:
+        with suppress(OSError):
+            own.rmdir()
+        cfg.folder = start.folder
+    return folder
 
 
 def _train(cfg: DictConfig, trainer: Trainer, task: LightningModule, data: Any, checkpoint: str | None) -> None:
@@ -168,6 +187,7 @@ def _train(cfg: DictConfig, trainer: Trainer, task: LightningModule, data: Any, 
             f"training stopped: {one_line(error)}; make room; last good checkpoint: {last_checkpoint(trainer)}"
         ) from None
     except Exception as error:
+        processes.raise_failure_of_others()
         if isinstance(error, RuntimeError) and str(error).startswith("Early stopping conditioned on metric"):
             raise UserError(f"callbacks: {one_line(error)}") from None
         if type(error).__module__.partition(".")[0] != "wandb":
@@ -212,6 +232,20 @@ def drop_record(folder: Path) -> None:
     if {file.name for file in folder.iterdir()} <= started:
         for name in started:
             (folder / name).unlink(missing_ok=True)
+
+
+def _line(error: BaseException) -> str | None:
+    """The line for an error in training; None if it is a defect of the program."""
+    if isinstance(error, RuntimeError) and str(error).startswith("Early stopping conditioned on metric"):
+        return f"callbacks: {one_line(error)}"
+    return message_for_user(error)
+
+
+def _tidy(trainer: Trainer) -> None:
+    """On a process that ends because of another one."""
+    end_loggers(trainer, failed=True)
+    if trainer.is_global_zero:
+        drop_record(Path(trainer.default_root_dir))
 
 
 def finish(
@@ -297,11 +331,10 @@ def build_task_and_data(cfg: DictConfig) -> tuple[LightningModule, Any]:
     check_trainer(options, task)
     check_data(task, data)
     check_logger(cfg, is_trial(cfg))
-    processes = _processes(options)
-    if data.batch_size % processes:
+    world = processes.count(options)
+    if data.batch_size % world:
         raise UserError(
-            f"data.batch_size={data.batch_size} does not divide over {processes} processes; "
-            f"use a multiple of {processes}"
+            f"data.batch_size={data.batch_size} does not divide over {world} processes; use a multiple of {world}"
         )
 
     # A trial (`fast_dev_run`) must leave nothing behind.
@@ -317,7 +350,7 @@ def build_task_and_data(cfg: DictConfig) -> tuple[LightningModule, Any]:
     if isinstance(task, Distiller) and hasattr(data, "check"):
         data.check(task.model, task.schedule)
     if isinstance(task, Distiller):
-        task.check_processes(processes)
+        task.check_processes(world)
     return task, data
 
 
@@ -334,6 +367,7 @@ def trainer_options(cfg: DictConfig) -> dict[str, Any]:
     if tried:
         options |= {"max_steps": int(tried)}
     check_devices(options)
+    processes.settle(options)
     return options
 
 
@@ -352,11 +386,11 @@ def build_trainer(cfg: DictConfig, folder: Path, *more: Callback, checkpoint: st
         checkpoint: the one that the run goes on from.
     """
     options = trainer_options(cfg)
-    if options.get("strategy") == "auto" and _processes(options) > 1:
-        # Student and fake network step in turn, so some parameters have no gradient in each update.
-        # Buffers never change, and SD3.5 Medium's hold 0.45 GB.
-        options["strategy"] = DDPStrategy(find_unused_parameters=True, broadcast_buffers=False)
+    timeout = options.pop("timeout", processes.TIMEOUT)
+    processes.distribute(options, timeout)
     callbacks = list(build_group(cfg, "callbacks").values())
+    if processes.count(options) > 1:
+        callbacks.insert(0, processes.Watch(timeout, _line, _tidy))
     if is_trial(cfg):
         callbacks = [c for c in callbacks if not isinstance(c, (Checkpoint, SaveAdapter, Students, *MEASURES))]
     callbacks += more
@@ -490,16 +524,6 @@ def check_devices(options: dict[str, Any]) -> None:
 def mps_is_available() -> bool:
     """Whether this is a Mac with a GPU that torch can use."""
     return bool(torch.backends.mps.is_available())
-
-
-def _processes(options: dict[str, Any]) -> int:
-    devices = options.get("devices", 1)
-    nodes = options.get("num_nodes", 1)
-    if isinstance(devices, str) and devices != "auto":
-        devices = int(devices) if devices.lstrip("-").isdigit() else devices.split(",")
-    if devices in ("auto", -1):
-        devices = torch.cuda.device_count() if options.get("accelerator") != "cpu" else 1
-    return max(devices if isinstance(devices, int) else len(devices), 1) * max(int(nodes), 1)
 
 
 def record(cfg: DictConfig, folder: Path, checkpoint: str | None, loggers: Sequence[Logger] = ()) -> None:

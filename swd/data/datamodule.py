@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from swd.data.held_out import HeldOut, is_held_out, is_share
 from swd.data.iterations import Iterations
-from swd.data.job import in_shared_memory, is_first
+from swd.data.job import in_shared_memory
 from swd.data.read_ahead import read_ahead
 from swd.data.shards import CorruptSample
 from swd.io import limits
+from swd.io.ranks import is_first
 from swd.modules.pretrained import Pretrained
 from swd.modules.tokens import evenly, warn_beyond
 from swd.schedule import ScaleSchedule

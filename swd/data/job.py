@@ -7,7 +7,6 @@ does not match its index any more is made again, and no manifest is written whil
 
 from __future__ import annotations
 
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from swd.io.files import claim_folder, file_hash, write_json
 from swd.io.job_log import JobLog
 from swd.io.limits import MOST_ROWS
 from swd.io.masking import mask
+from swd.io.ranks import is_first, share
 from swd.modules.model_folders import read_json
 from swd.types import UserError
 
@@ -42,21 +42,6 @@ CHECKERS = 4
 
 Sample = tuple[str, Mapping[str, bytes], Mapping[str, int]]
 """Key, contents by ending, columns of the index."""
-
-
-def share() -> tuple[int, int]:
-    """Number of this process and number of processes, from torchrun's or SLURM's environment, else (0, 1)."""
-    for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-        if rank in os.environ and world in os.environ:
-            return int(os.environ[rank]), int(os.environ[world])
-    return 0, 1
-
-
-def is_first() -> bool:
-    """Whether this process is the one that prints messages, also among processes that Lightning starts."""
-    if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
-        return share()[0] == 0
-    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK"))
 
 
 def in_shared_memory(value: Any) -> Any:

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from swd.data.job import is_first
 from swd.data.picture_list import CAPTIONS, Part, PictureList, PictureRow, Problem, printable
 from swd.io.job_log import JobLog
+from swd.io.ranks import is_first
 from swd.io.tables import NoText, Table, is_blank, read_table, text_of
 from swd.types import UserError
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from webdataset.shardlists import expand_urls
 
-from swd.data.job import is_first
 from swd.data.picture_list import ENDINGS, Part, PictureList, PictureRow, Problem, passed_over, printable
 from swd.data.shards import split_name
 from swd.io.job_log import JobLog
+from swd.io.ranks import is_first
 from swd.types import UserError
 
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}

@@ -11,11 +11,11 @@ import posixpath
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from swd.data.job import is_first
 from swd.data.picture_list import ENDINGS, Part, PictureList, PictureRow, Problem, passed_over, printable
 from swd.data.source_lists import LIST, rows_of_list
 from swd.data.source_shards import rows_of_shards, shard_files
 from swd.io.job_log import JobLog
+from swd.io.ranks import is_first
 from swd.types import UserError
 
 LISTS = (".csv", ".tsv", ".jsonl", ".ndjson")

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from swd.config import first_difference
-from swd.data.job import share
 from swd.evaluation.candidates import Candidate, DrawingModel, GivenPictures
 from swd.io.files import claim_folder, write_json
 from swd.io.masking import mask
+from swd.io.ranks import share
 from swd.metrics.external import INDEX, write_picture_index
 from swd.modules.model_folders import read_json
 from swd.modules.requests import Requests

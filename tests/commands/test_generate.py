@@ -264,10 +264,11 @@ def test_several_processes_make_what_one_makes(
 ) -> None:
     generate.run(config("sd3", saved("sd3"), prompts, tmp_path / "one", images_per_prompt=2))
     cfg = config("sd3", saved("sd3"), prompts, tmp_path / "many", images_per_prompt=2)
-    for rank, names in enumerate((("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"), ("RANK", "WORLD_SIZE"))):
+    srun = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_ID")
+    for rank, names in enumerate((("RANK", "WORLD_SIZE"), srun, ("RANK", "WORLD_SIZE"))):
         with monkeypatch.context() as patch:
-            patch.setenv(names[0], str(rank))
-            patch.setenv(names[1], "3")
+            for name, value in zip(names, (str(rank), "3", "0"), strict=False):
+                patch.setenv(name, value)
             generate.run(cfg)
         assert (tmp_path / "many" / "manifest.json").exists() == (rank == 2)
     assert "process 2 of 3 is through; 3 of 4 shards are there" in capsys.readouterr().out

@@ -21,13 +21,14 @@ import webdataset as wds
 from fsspec.implementations.local import LocalFileSystem
 from shards import make_pictures
 
-from swd.data.job import Job, Sample, share
+from swd.data.job import Job, Sample
 from swd.data.manifest import MANIFEST, read_manifest
 from swd.data.shard_index import CHECKSUMS
 from swd.data.shard_writer import fault
 from swd.data.shards import CorruptSample, ShardSet, split_name
 from swd.data.streamed import BrokenShard, read_shard
 from swd.io.files import file_hash
+from swd.io.ranks import share
 from swd.types import UserError
 
 
@@ -576,9 +577,9 @@ def test_a_stopped_job_continues_without_a_duplicate_or_a_gap(folder: Path, tmp_
     assert not [p for p in again.folder.iterdir() if p.name.startswith(".")]
 
 
-@pytest.mark.parametrize("names", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")])
+@pytest.mark.parametrize("names", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_ID")])
 def test_processes_share_the_shards(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str]
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
 ) -> None:
     made: Counter[int] = Counter()
 
@@ -588,8 +589,8 @@ def test_processes_share_the_shards(
 
     finished = []
     for rank in (1, 0):
-        monkeypatch.setenv(names[0], str(rank))
-        monkeypatch.setenv(names[1], "2")
+        for name, value in zip(names, (str(rank), "2", "0"), strict=False):
+            monkeypatch.setenv(name, value)
         assert share() == (rank, 2)
         part = job(tmp_path / "shared")
         part.claim()

@@ -149,6 +149,7 @@ def test_training_warns_of_long_captions_in_the_first_process_without_encoders(
             patch.setenv(name, value)
             patch.setenv("WORLD_SIZE", "4")
             patch.setenv("SLURM_NTASKS", "4")
+            patch.setenv("SLURM_STEP_ID", "0")
             warnings.simplefilter("error")
             data.check(model, schedule)
 
