@@ -221,11 +221,12 @@ def remove_empty_output() -> None:
     """Remove the folder that Hydra made for this run, and the one around it, if the run left nothing there."""
     from hydra.core.hydra_config import HydraConfig
 
-    with suppress(Exception):  # a folder that is not empty, or gone already
+    with suppress(Exception):  # no run of Hydra's, as in a test
         folder = Path(HydraConfig.get().runtime.output_dir)
         if folder.resolve() != Path.cwd():
-            folder.rmdir()
-            folder.parent.rmdir()
+            for empty in (folder, folder.parent):
+                with suppress(OSError):  # not empty, or removed by another process
+                    empty.rmdir()
 
 
 @contextmanager

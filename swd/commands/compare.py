@@ -41,7 +41,7 @@ def run(cfg: DictConfig) -> None:
     prepare(cfg)
     paths = [Path(path) for path in cfg.paths]
     if paths[0].suffix == ".json":
-        count(cfg, paths)
+        count_votes(cfg, paths)
         return
     study = pairs.read_study(paths[0], paths[1], list(cfg.criteria), cfg.n)
     if any(study.alone):
@@ -82,7 +82,7 @@ def prepare(cfg: DictConfig) -> None:
         raise UserError(f"out={cfg.out} exists already; choose another name")
 
 
-def count(cfg: DictConfig, files: Sequence[Path]) -> None:
+def count_votes(cfg: DictConfig, files: Sequence[Path]) -> None:
     """Print the win rates of files of votes, and write them where `out` says."""
     ballots = [votes.read_ballot(file) for file in files]
     votes.check_together(ballots)

@@ -179,7 +179,7 @@ def import_rows(job: Job, source: PictureList, plan: ImportPlan) -> str | None:
             task=f"importing {job.settings['source']} into {job.folder}",
         )
     except UserError:
-        forget(job)
+        forget_job(job)
         raise
     if manifest is None:
         return None
@@ -189,7 +189,7 @@ def import_rows(job: Job, source: PictureList, plan: ImportPlan) -> str | None:
     return summary_text(job, report, manifest)
 
 
-def forget(job: Job) -> None:
+def forget_job(job: Job) -> None:
     """Remove the record of a job that was refused before its first shard: once mended, the source is another job."""
     if share()[1] == 1 and not any(job.folder.glob("*.tar")):
         (job.folder / JOB).unlink(missing_ok=True)

@@ -38,7 +38,7 @@ START = "SWD_START"
 # How many
 
 
-def settle(options: dict[str, Any], here: Ranks | None = None) -> None:
+def settle_devices(options: dict[str, Any], here: Ranks | None = None) -> None:
     """Fill in the Trainer's `devices` and `num_nodes` from the launcher, and refuse numbers that contradict it.
 
     Args:

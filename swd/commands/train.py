@@ -367,7 +367,7 @@ def trainer_options(cfg: DictConfig) -> dict[str, Any]:
     if tried:
         options |= {"max_steps": int(tried)}
     check_devices(options)
-    processes.settle(options)
+    processes.settle_devices(options)
     return options
 
 

@@ -16,6 +16,8 @@ from launches import ROOT, Launch, Outcome, srun, start, torchrun
 from tiny import overrides
 from torch.testing import assert_close
 
+from swd.modules.checkpoints import read_checkpoint
+
 OPTIONS: dict[str, Any] = {"loss": "dmd", "task__lr": 1e-4, "task__critic_updates": 1}
 BAD_BATCH = """
 import swd.data.datamodule, swd.types
@@ -32,6 +34,7 @@ Iterations.__iter__ = broken
 BROKEN_STEP = """
 import os, signal, time
 from swd.modules.distiller import Distiller
+
 given = Distiller.training_step
 def broken(self, *arguments):
     if self.trainer.global_step == 1 and os.environ["RANK_HERE"] == "1":
@@ -58,7 +61,7 @@ def broken(name: str, model: Path, what: str, *more: str) -> Launch:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     (file,) = folder.glob("**/iteration-2.ckpt")
-    state: dict[str, torch.Tensor] = torch.load(file, weights_only=True)["state_dict"]
+    state: dict[str, torch.Tensor] = read_checkpoint(file)["state_dict"]
     return state
 
 

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
-from swd.commands.processes import Launched, count, distribute, settle
+from swd.commands.processes import Launched, count, distribute, settle_devices
 from swd.io.ranks import Ranks
 from swd.types import UserError
 
@@ -33,7 +33,7 @@ FOUR = Ranks(3, 4, 1, 2, 1, "torchrun")
 )
 def test_devices_and_nodes_are_what_was_started(given: dict[str, Any], here: Ranks, expected: dict[str, Any]) -> None:
     options = {"accelerator": "cpu"} | given
-    settle(options, here)
+    settle_devices(options, here)
     assert options == {"accelerator": "cpu"} | expected
     if here.launched:
         assert count(options) == here.world
@@ -51,15 +51,15 @@ def test_devices_and_nodes_are_what_was_started(given: dict[str, Any], here: Ran
 )
 def test_numbers_that_contradict_the_launcher_are_refused(given: dict[str, Any], here: Ranks, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        settle({"accelerator": "cpu"} | given, here)
+        settle_devices({"accelerator": "cpu"} | given, here)
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="torchrun started 2 processes on this machine, and each sees 1 GPU; start 1"):
-        settle({}, FOUR)
+        settle_devices({}, FOUR)
     with pytest.raises(UserError, match="--gpus-per-node in the place of --gpus-per-task"):
-        settle({}, Ranks(0, 8, 0, 8, 0, "srun"))
+        settle_devices({}, Ranks(0, 8, 0, 8, 0, "srun"))
 
 
 @pytest.mark.parametrize("name", ["auto", "ddp"])
