@@ -397,11 +397,12 @@ def _frames(frame: FrameType | None) -> Iterator[FrameType]:
 def _place(frames: list[FrameType]) -> str:
     """The innermost place of a stack outside of installed packages, after "waiting" if it waits for other processes."""
     files = [frame.f_code.co_filename.replace(os.sep, "/") for frame in frames]
-    waiting = any(part in file for file in files for part in GLOO_AND_NCCL)
-    own = [frame for frame, file in zip(frames, files, strict=True) if "site-packages" not in file] or frames
-    if not own:
+    if not frames:
         return "an unknown place"
-    frame = own[0]
+    own = next((i for i, file in enumerate(files) if "site-packages" not in file), len(files) - 1)
+    # Further out, training always runs inside of DDP.
+    waiting = any(part in file for file in files[:own] for part in GLOO_AND_NCCL)
+    frame = frames[own]
     text = f"{frame.f_code.co_name} ({frame.f_code.co_filename}, line {frame.f_lineno})"
     return f"waiting {text}" if waiting else text
 

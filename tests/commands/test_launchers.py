@@ -100,13 +100,13 @@ def test_an_error_of_one_process_in_training_ends_all_with_its_line(launched: di
     assert outcome.lines[0] in outcome.errors[0]
 
 
-def test_numbers_that_contradict_the_launcher_are_one_line_and_leave_no_folder(launched: dict[str, Outcome]) -> None:
+def test_numbers_that_contradict_the_launcher_are_one_line_and_leave_no_run(launched: dict[str, Outcome]) -> None:
     outcome = launched["too_many"]
     assert outcome.codes == [2, 2] and len(outcome.lines) == 1
     assert outcome.lines[0].startswith(
         "error: trainer.devices=3 on 1 node, but torchrun started 2 processes, 2 on each of 1 node; leave out"
     )
-    assert not list(outcome.folder.glob("outputs/*"))
+    assert not list(outcome.folder.glob("outputs/tiny/*"))
     assert launched["no_number"].codes == [2]
     assert launched["no_number"].errors[0].count("\n") == 1 and "RANK=x" in launched["no_number"].errors[0]
 
