@@ -54,20 +54,32 @@ DATA = {"shapes": ("shapes",), "wan21_1_3b": ("videos",)}
 TERMS = {"dmd": DMD, "mmd": MMD, "gan": GAN}
 
 
-def pairwise(groups: dict[str, list[str]]) -> list[dict[str, str]]:
-    """Few combinations that hold every pair of options of any two groups."""
-    missing = {
+Choices = frozenset[tuple[str, str]]
+"""Options of one or two groups, each with its group."""
+
+
+def pairs(groups: dict[str, list[str]]) -> set[Choices]:
+    """Every pair of options of any two groups."""
+    return {
         frozenset({(a, x), (b, y)}) for a, b in itertools.combinations(groups, 2) for x in groups[a] for y in groups[b]
     }
+
+
+def held(row: dict[str, str]) -> set[Choices]:
+    """The options and the pairs of options in a combination."""
+    return {frozenset(some) for count in (1, 2) for some in itertools.combinations(row.items(), count)}
+
+
+def rows_with(missing: set[Choices], groups: dict[str, list[str]], welcome: set[Choices]) -> list[dict[str, str]]:
+    """Few combinations that hold all of `missing`, and many of `welcome`; what they hold is removed from both."""
     rows = []
     while missing:
         row = dict(min(missing, key=sorted))
-        for group in groups:
-            if group not in row:
-                row[group] = max(
-                    groups[group], key=lambda o: sum(frozenset({(group, o), pair}) in missing for pair in row.items())
-                )
-        missing -= {frozenset(pair) for pair in itertools.combinations(row.items(), 2)}
+        for group in [group for group in groups if group not in row]:
+            new = {option: [frozenset({(group, option), other}) for other in row.items()] for option in groups[group]}
+            row[group] = max(new, key=lambda o: sum((pair in missing) + (pair in welcome) for pair in new[o]))
+        missing -= held(row)
+        welcome -= held(row)
         rows.append({group: row[group] for group in groups})
     return rows
 
@@ -80,7 +92,27 @@ def choices(model: str) -> dict[str, list[str]]:
     return {group: list(fitting.get(group, options(group))) for group in FREE}
 
 
-COMBINATIONS = [{"model": model} | row for model in options("model") for row in pairwise(choices(model))]
+def combinations() -> list[dict[str, str]]:
+    """With every model each pair of options of two groups, and each option of `callbacks`.
+
+    Callbacks know no model: their pairs with the options of the other groups are there once, with any model.
+    """
+    rows = []
+    of_callbacks = {
+        pair for model in options("model") for pair in pairs(choices(model)) if any(g == "callbacks" for g, _ in pair)
+    }
+    for last in (False, True):
+        for model in options("model"):
+            groups = choices(model)
+            others = {group: found for group, found in groups.items() if group != "callbacks"}
+            alone = {frozenset({("callbacks", option)}) for option in groups["callbacks"]}
+            missing = of_callbacks & pairs(groups) if last else pairs(others) | alone
+            rows += [{"model": model} | row for row in rows_with(missing, groups, of_callbacks)]
+    assert not of_callbacks
+    return rows
+
+
+COMBINATIONS = combinations()
 
 
 @pytest.fixture(autouse=True)
