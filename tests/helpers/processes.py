@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -83,6 +84,7 @@ class Fork:
 def _run(command: list[str], env: dict[str, str], cwd: str | Path, out: Path, err: Path) -> None:
     """In the new process: the program, as an interpreter would start it."""
     assert "preloaded" in sys.modules, "nothing was imported before the fork"
+    threading.Thread(target=_end_with_the_tests, daemon=True).start()
     for file, stream in ((out, 1), (err, 2)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), stream)
     os.environ.clear()
@@ -97,6 +99,14 @@ def _run(command: list[str], env: dict[str, str], cwd: str | Path, out: Path, er
         exec(compile(text, first, "exec"), {"__name__": "__main__", "__file__": first})
     finally:
         atexit._run_exitfuncs()  # which the end of a process of multiprocessing leaves out
+
+
+def _end_with_the_tests() -> None:
+    """End this process when that of the tests ends before it, killed for example; it would wait for others for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def train_on_two(arguments: Sequence[str], folder: Path, program: str | None = None) -> str:
