@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
 from shards import make_pictures
 from tiny import CONF, composed
+from torch import nn
 
 from swd import config
 from swd.commands import cli, demo, encode, evaluate, export, generate, import_pictures, sample, train
@@ -26,6 +27,7 @@ from swd.losses import DMD, GAN, MMD
 from swd.metrics.base import PictureMetric
 from swd.modules import hub
 from swd.modules.distiller import Distiller
+from swd.modules.family_folder import FamilyFolder
 from swd.modules.pretrained import Pretrained
 from swd.scheduler import ScaleWiseScheduler
 from swd.types import UserError, WrongProcess
@@ -52,20 +54,32 @@ DATA = {"shapes": ("shapes",), "wan21_1_3b": ("videos",)}
 TERMS = {"dmd": DMD, "mmd": MMD, "gan": GAN}
 
 
-def pairwise(groups: dict[str, list[str]]) -> list[dict[str, str]]:
-    """Few combinations that hold every pair of options of any two groups."""
-    missing = {
+Choices = frozenset[tuple[str, str]]
+"""Options of one or two groups, each with its group."""
+
+
+def pairs(groups: dict[str, list[str]]) -> set[Choices]:
+    """Every pair of options of any two groups."""
+    return {
         frozenset({(a, x), (b, y)}) for a, b in itertools.combinations(groups, 2) for x in groups[a] for y in groups[b]
     }
+
+
+def held(row: dict[str, str]) -> set[Choices]:
+    """The options and the pairs of options in a combination."""
+    return {frozenset(some) for count in (1, 2) for some in itertools.combinations(row.items(), count)}
+
+
+def rows_with(missing: set[Choices], groups: dict[str, list[str]], welcome: set[Choices]) -> list[dict[str, str]]:
+    """Few combinations that hold all of `missing`, and many of `welcome`; what they hold is removed from both."""
     rows = []
     while missing:
         row = dict(min(missing, key=sorted))
-        for group in groups:
-            if group not in row:
-                row[group] = max(
-                    groups[group], key=lambda o: sum(frozenset({(group, o), pair}) in missing for pair in row.items())
-                )
-        missing -= {frozenset(pair) for pair in itertools.combinations(row.items(), 2)}
+        for group in [group for group in groups if group not in row]:
+            new = {option: [frozenset({(group, option), other}) for other in row.items()] for option in groups[group]}
+            row[group] = max(new, key=lambda o: sum((pair in missing) + (pair in welcome) for pair in new[o]))
+        missing -= held(row)
+        welcome -= held(row)
         rows.append({group: row[group] for group in groups})
     return rows
 
@@ -78,12 +92,49 @@ def choices(model: str) -> dict[str, list[str]]:
     return {group: list(fitting.get(group, options(group))) for group in FREE}
 
 
-COMBINATIONS = [{"model": model} | row for model in options("model") for row in pairwise(choices(model))]
+def combinations() -> list[dict[str, str]]:
+    """With every model each pair of options of two groups, and each option of `callbacks`.
+
+    Callbacks know no model: their pairs with the options of the other groups are there once, with any model.
+    """
+    rows = []
+    of_callbacks = {
+        pair for model in options("model") for pair in pairs(choices(model)) if any(g == "callbacks" for g, _ in pair)
+    }
+    for last in (False, True):
+        for model in options("model"):
+            groups = choices(model)
+            others = {group: found for group, found in groups.items() if group != "callbacks"}
+            alone = {frozenset({("callbacks", option)}) for option in groups["callbacks"]}
+            missing = of_callbacks & pairs(groups) if last else pairs(others) | alone
+            rows += [{"model": model} | row for row in rows_with(missing, groups, of_callbacks)]
+    assert not of_callbacks
+    return rows
+
+
+COMBINATIONS = combinations()
 
 
 @pytest.fixture(autouse=True)
 def _hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.setattr(hub, "snapshot_download", skeletons.hub(tmp_path_factory.getbasetemp() / "hub"))
+
+
+NETWORKS: dict[str, nn.Module] = {}
+
+
+@pytest.fixture(autouse=True)
+def _networks_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks without weights are kept: building one of 1,600 layers takes as long as composing."""
+    original = FamilyFolder.meta_network.func
+
+    def meta_network(self: FamilyFolder) -> nn.Module:
+        key = f"{self.network_class} {self.network_config}"
+        if key not in NETWORKS:
+            NETWORKS[key] = original(self)
+        return NETWORKS[key]
+
+    monkeypatch.setattr(FamilyFolder, "meta_network", property(meta_network))
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from processes import HELPERS, Fork
 
 from swd.commands import evaluate, sample
 from swd.evaluation.candidate_pictures import CandidatePainter
@@ -27,7 +27,6 @@ from swd.modules.adapters import save_adapter
 from swd.modules.pretrained import Pretrained
 from swd.types import UserError
 
-ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red star above a blue ring", "a green circle", "a small cross", "two rings", "a heart, left of a ring"]
 SEEDS = [7, 8, 3, 10, 11]
 BRIGHT = "{_target_: toy_metrics.Brightness, name: bright, extractor: {_target_: toy_metrics.Colours}}"
@@ -112,12 +111,11 @@ def assert_same(a: Path, b: Path) -> None:
     assert values(a) == pytest.approx(values(b), rel=1e-5, abs=1e-5)
 
 
-def launch(arguments: list[str], rank: int = 0, world: int = 1) -> subprocess.Popen[str]:
+def launch(arguments: list[str], folder: Path, rank: int = 0, world: int = 1) -> Fork:
     environment = {key: value for key, value in os.environ.items() if key != "SWD_COMMAND"}
-    environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'helpers'}", "OMP_NUM_THREADS": "1"}
-    environment |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    environment |= {"PYTHONPATH": str(HELPERS), "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     command = [sys.executable, "-c", "from swd.commands.cli import launch; launch('evaluate')", *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return Fork(command, environment, folder, folder / f"out{rank}.txt", folder / f"err{rank}.txt")
 
 
 # Results
@@ -179,7 +177,7 @@ def test_any_number_of_processes_and_any_batch_give_the_same(
     evaluate.run(config(tmp_path / "one", batch_size=5, chunk_size=5))
     # In chunks of 1 each of 4 processes has some.
     many = tmp_path / "many"
-    started = [launch(arguments(many, chunk_size=1), rank, world) for rank in range(world)]
+    started = [launch(arguments(many, chunk_size=1), tmp_path, rank, world) for rank in range(world)]
     said = [process.communicate(timeout=300) for process in started]
     assert [process.returncode for process in started] == [0] * world, said
     assert_same(tmp_path / "one", many)
@@ -222,12 +220,12 @@ def test_a_killed_evaluation_goes_on_with_the_batch_it_was_at(
     config: Callable[..., Any], arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, more = tmp_path / "out", {"images_per_prompt": 12, "batch_size": 3, "chunk_size": 30}
-    process = launch(arguments(folder, **more))
+    process = launch(arguments(folder, **more), tmp_path)
     pictures = folder / "pictures" / "teacher_3"
     while process.poll() is None and len(list(pictures.glob("[0-9]*.png"))) < 7:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.wait()
     there = {int(file.stem) for file in pictures.glob("[0-9]*.png")}
     assert 7 <= len(there) < 60, "it was through before the kill"
 

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from diffusers import DDIMScheduler, StableDiffusionXLImg2ImgPipeline, UNet2DCon
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from PIL import Image
+from processes import Fork
 from tiny import composed
 
 from swd.commands import cli, generate
@@ -33,7 +33,6 @@ from swd.io import video
 from swd.modules.pretrained import Pretrained
 from swd.types import UserError
 
-ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red star above a blue ring", "a green circle", "a small cross", "a heart, left of a ring", "two rings"]
 STEPS, SEEDS = 3, (11, 3, 13, 14, 15)
 
@@ -288,11 +287,9 @@ def test_killed_and_continued_it_ends_with_the_same_bytes(saved: Any, tmp_path: 
     generate.run(config("sd3", saved("sd3"), file, whole, **more))
 
     command = [sys.executable, "-c", "from swd.commands.cli import main; main()", "generate"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment.pop("SWD_COMMAND", None)
-    process = subprocess.Popen(
-        [*command, *arguments("sd3", saved("sd3"), file, killed, **more)], env=environment, stderr=subprocess.DEVNULL
-    )
+    environment = {key: value for key, value in os.environ.items() if key != "SWD_COMMAND"}
+    command += arguments("sd3", saved("sd3"), file, killed, **more)
+    process = Fork(command, environment, tmp_path, tmp_path / "out.txt", tmp_path / "err.txt")
     kept = killed / PARTIAL / shard_name(1)
     while process.poll() is None and len(list(kept.glob("[0-9]*"))) < 6:
         time.sleep(0.002)

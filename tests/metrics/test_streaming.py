@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from extractors import TinyExtractor, drawn_of, pictures, streamed_scores
+from processes import prepare_forks
 
 from swd.metrics.base import Drawn, PictureMetric, Reference, Score
 from swd.metrics.fid import Frechet
@@ -34,7 +35,8 @@ def test_processes_change_nothing(world: int, expected: dict[str, dict[str, floa
     if world == 1:
         streamed_scores(0, 1, tmp_path)
     else:
-        torch.multiprocessing.spawn(streamed_scores, args=(world, tmp_path), nprocs=world)
+        prepare_forks()
+        torch.multiprocessing.start_processes(streamed_scores, (world, tmp_path), world, start_method="forkserver")
     for rank in range(world):
         found = torch.load(tmp_path / f"scores{world}_{rank}.pt", weights_only=True)
         for name in ("every", "few"):

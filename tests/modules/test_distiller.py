@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 from swd.data.iterations import Iterations
 from swd.losses import DMD, GAN, MMD, LossTerm
-from swd.losses.base import CriticStep, GeneratorStep
+from swd.losses.base import CriticStep, GeneratorStep, ModelFacts
 from swd.losses.update import critic_loss, generator_gradient, student_x0, trainers, wanted
 from swd.modules.distiller import Distiller, check_optimizer, checked_decay, mean_metrics
 from swd.modules.inputs import InputBuilder, Inputs
@@ -135,6 +135,35 @@ def test_what_does_not_fit_the_model_is_refused_by_its_name(model: Pretrained) -
     task.check_processes(1)
     with pytest.raises(UserError, match=r"^loss\.style\.reduce=batch .* 2 processes cannot share"):
         task.check_processes(2)
+
+
+class Watched(MMD):
+    """Accepts a smallest size of the schedule of 4 or more, and notes what it was checked against."""
+
+    def check(self, key: str, model: ModelFacts, schedule: ScaleSchedule) -> None:
+        super().check(key, model, schedule)
+        self.checked = model
+        if schedule.sizes[0] < (4, 4):
+            raise UserError(f"{key}: {schedule.sizes[0]} at sigma {schedule.sigmas[0]} is too small")
+
+
+def test_terms_are_checked_against_the_model_and_the_schedule(model: Pretrained) -> None:
+    term = Watched(blocks=(0,))
+    Distiller(model, ScaleSchedule([0.75, 0.5], [4, 8]), {"mine": term})
+    facts, family = term.checked, model.backbone_class
+    assert (facts.family, facts.process, facts.limits) == ("sd3", family.process, model.limits)
+    assert facts.poor_at_low_resolution is family.poor_at_low_resolution
+    with says("loss.mine: (2, 2) at sigma 0.75 is too small"):
+        Distiller(model, ScaleSchedule([0.75, 0.5], [2, 8]), {"mine": term})
+
+
+def test_prompts_are_encoded_at_the_schedules_own_size_on_the_tasks_device(model: Pretrained) -> None:
+    task = a_task(model)
+    task.inputs = cast(Any, SimpleNamespace(encode_prompts=lambda *given: given, empty=lambda *given: given))
+    elsewhere = torch.device("meta")
+    task.to(elsewhere)
+    assert cast(Any, task.encode_prompts(["a star", "a ring"])) == (["a star", "a ring"], None, elsewhere)
+    assert cast(Any, task.empty) == (None, elsewhere)
 
 
 def test_checkpoints_hold_the_trained_weights_alone(model: Pretrained) -> None:
