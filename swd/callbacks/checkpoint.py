@@ -81,6 +81,10 @@ class Checkpoint(ModelCheckpoint):
         super().on_train_end(trainer, pl_module)
         self._save(trainer, pl_module, None, None, 0)
 
+    def save(self, trainer: Trainer) -> None:
+        """Write a checkpoint of the iterations that are done, unless there is one; on every process."""
+        self._save(trainer, trainer.lightning_module, None, None, 0)
+
     def _save(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Save unless this iteration has a checkpoint already, in this run or in the one that it resumes."""
         if trainer.global_step > self._first:

@@ -17,6 +17,8 @@ from typing import Any
 
 from swd.io.files import ADVICE, failed_operation
 from swd.io.masking import mask_text
+from swd.io.memory import out_of_memory
+from swd.io.signals import Stopped, listening
 from swd.types import UserError
 
 COMMANDS = {
@@ -60,6 +62,7 @@ NOTICES = (
     ".*callbacks used to create the checkpoint need to be provided.*",
     ".*Deterministic behavior.*",
     ".*could be decompression bomb.*",  # pictures have a limit of our own, which says what to do
+    ".*Checkpoint directory .* exists and is not empty.*",  # of a run that goes on in its folder
     ".*with manual optimization and every_n_train_steps.*",  # whole iterations are what a resumed run continues from
 )
 
@@ -120,7 +123,7 @@ def launch(command: str) -> None:
         started = True
         quiet_warnings()  # again: a sweep's job may run in a process of its own
         try:
-            with user_errors(where=results_of(cfg)):  # here, before Hydra adds lines to them
+            with user_errors(where=results_of(cfg)), listening():  # here, before Hydra adds lines to them
                 return run(cfg)
         finally:
             remove_empty_output()
@@ -246,11 +249,17 @@ def user_errors(where: str | None = None) -> Iterator[None]:
     Args:
         where: the folder of the results, for failed writes that do not say which file it was.
     """
+    from swd.data.job import is_first
+
     try:
         yield
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+    except Stopped as stop:
+        if is_first():  # all processes of a run stop together
+            print(mask_text(str(stop)), file=sys.stderr)
+        sys.exit(stop.code)
     except BrokenPipeError as error:
         if error.filename is not None:
             raise
@@ -275,6 +284,9 @@ def message_for_user(error: BaseException, where: str | None = None) -> str | No
     cause = _machine_or_user(error, where)
     if cause is not None:
         return cause
+    memory = out_of_memory(error)
+    if memory is not None:
+        return f"{memory}; use a smaller batch or model"
     if isinstance(error, InstantiationException):
         return None
     if isinstance(error, OverrideParseException):
@@ -316,8 +328,6 @@ def _machine_or_user(error: BaseException | None, where: str | None) -> str | No
                 else "failed"
             )
             return f"{place} {verb} ({failed.strerror}); {ADVICE[failed.errno]}"
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-            return f"out of memory ({one_line(error)[:160]}); use a smaller batch or model"
         error = error.__cause__
     return None
 
