@@ -429,6 +429,8 @@ def _hydra_message(text: str, reason: str = "") -> str:
         key = unknown.group(1)
         name = called_here(key)
         close = None if name else nearest(key, known_keys())
+        if close == key:
+            return f"{key} was taken out by another argument (~{key.partition('.')[0]} ...); leave out one of the two"
         hint = f"here it is {name}" if name else f"did you mean {close}?" if close else LISTED
         return f"unknown key {key}; {hint}"
 

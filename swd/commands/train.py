@@ -129,12 +129,15 @@ def _fit(cfg: DictConfig, folder: Path, *more: Callback) -> tuple[LightningModul
     task, data = build(cfg)
     # Under a launcher each process runs this; only the first one owns the folder.
     owner = int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
+
+    # Where the run lies and what it goes on from.
     again = earlier_run(folder, command_line())
     if again is not None:
         folder = again
         cfg.folder = str(again)
     if owner and again is not None:
         (again / LOCK).unlink(missing_ok=True)  # SLURM has ended the job before it queued it again
+        clear_runs(again)
     resume = str(again) if again is not None and has_checkpoints(again) else cfg.resume
     if owner and cfg.resume:
         clear_runs(folder.parent if cfg.resume == "auto" else Path(cfg.resume))
@@ -145,6 +148,8 @@ def _fit(cfg: DictConfig, folder: Path, *more: Callback) -> tuple[LightningModul
         return finish(cfg, task, data, checkpoint, *more)
     trainer = build_trainer(cfg, folder, *more, checkpoint=checkpoint)
     check_callbacks(trainer, task, data)
+
+    # Train.
     if owner and again is None:
         claim_folder(folder, reserve=True)
     try:

@@ -38,7 +38,7 @@ class Stopped(BaseException):
         self.code = 128 + number
 
 
-class _Desk:
+class _Received:
     """The signals of this process.
 
     Attributes:
@@ -72,7 +72,7 @@ class _Desk:
         os.kill(os.getpid(), number)
 
 
-_desk = _Desk()
+_received = _Received()
 
 
 def _tell(text: str) -> None:
@@ -100,7 +100,7 @@ def _install(numbers: list[signal.Signals]) -> dict[signal.Signals, Any]:
         handler = signal.getsignal(number)
         if handler not in (signal.SIG_IGN, None):
             before[number] = handler
-            signal.signal(number, _desk.receive)
+            signal.signal(number, _received.receive)
     return before
 
 
@@ -110,11 +110,11 @@ def listening() -> Iterator[None]:
 
     Inside another `listening` this does nothing.
     """
-    global _desk
-    if signal.getsignal(signal.SIGTERM) == _desk.receive:
+    global _received
+    if signal.getsignal(signal.SIGTERM) == _received.receive:
         yield
         return
-    _desk = _Desk()
+    _received = _Received()
     before = _install(_numbers())
     try:
         yield
@@ -127,7 +127,7 @@ def postpone() -> None:
     """From now on let signals wait until `requested` is asked; takes them back from handlers of other libraries."""
     if threading.current_thread() is threading.main_thread():
         _install([number for number in _numbers() if signal.getsignal(number) != signal.SIG_IGN])
-    _desk.postponed = True
+    _received.postponed = True
 
 
 def obey() -> None:
@@ -136,20 +136,20 @@ def obey() -> None:
     Raises:
         Stopped: if a signal waits.
     """
-    _desk.postponed = False
-    if _desk.number is not None and not _desk.closing:
-        _desk.closing = True
-        raise Stopped(_desk.number)
+    _received.postponed = False
+    if _received.number is not None and not _received.closing:
+        _received.closing = True
+        raise Stopped(_received.number)
 
 
 def requested() -> int | None:
     """Number of the signal that waits to be obeyed; None: there is none."""
-    return _desk.number
+    return _received.number
 
 
 def close() -> None:
     """Everything is saved: from now on only a second Ctrl-C ends the process before its end."""
-    _desk.closing = True
+    _received.closing = True
 
 
 def outlive(_worker: int = 0) -> None:
