@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from swd.io.files import ADVICE, failed_operation
 from swd.io.masking import mask_text
+from swd.io.memory import out_of_memory
 from swd.io.ranks import ranks
+from swd.io.signals import Stopped, listening
 from swd.types import UserError
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ NOTICES = (
     ".*callbacks used to create the checkpoint need to be provided.*",
     ".*Deterministic behavior.*",
     ".*could be decompression bomb.*",  # pictures have a limit of our own, which says what to do
+    ".*Checkpoint directory .* exists and is not empty.*",  # of a run that goes on in its folder
     ".*with manual optimization and every_n_train_steps.*",  # whole iterations are what a resumed run continues from
 )
 
@@ -124,7 +127,7 @@ def launch(command: str) -> None:
         started = True
         quiet_warnings()  # again: a sweep's job may run in a process of its own
         try:
-            with user_errors(where=results_folder(cfg)):  # here, before Hydra adds lines to them
+            with user_errors(where=results_folder(cfg)), listening():  # here, before Hydra adds lines to them
                 return run(cfg)
         finally:
             remove_empty_output()
@@ -251,11 +254,17 @@ def user_errors(where: str | None = None) -> Iterator[None]:
     Args:
         where: the folder of the results, for failed writes that do not say which file it was.
     """
+    from swd.data.job import is_first
+
     try:
         yield
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+    except Stopped as stop:
+        if is_first():  # all processes of a run stop together
+            print(mask_text(str(stop)), file=sys.stderr)
+        sys.exit(stop.code)
     except BrokenPipeError as error:
         if error.filename is not None:
             raise
@@ -294,6 +303,9 @@ def message_for_user(error: BaseException, where: str | None = None) -> str | No
         return cause
     if type(error).__module__.startswith("submitit."):
         return f"hydra/launcher: {one_line(error)[:300]}"
+    memory = out_of_memory(error)
+    if memory is not None:
+        return f"{memory}; use a smaller batch or model"
     if isinstance(error, InstantiationException):
         return None
     if isinstance(error, OverrideParseException):
@@ -335,8 +347,6 @@ def _machine_or_user(error: BaseException | None, where: str | None) -> str | No
                 else "failed"
             )
             return f"{place} {verb} ({failed.strerror}); {ADVICE[failed.errno]}"
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-            return f"out of memory ({one_line(error)[:160]}); use a smaller batch or model"
         error = error.__cause__
     return None
 
@@ -434,7 +444,7 @@ def _hydra_message(text: str, reason: str = "") -> str:
         return f"model.guidance_scale is two keys now: {keys}"
     if unknown:
         key = unknown.group(1)
-        return f"unknown key {key}; {_hint(key)}"
+        return _unknown_key(key)
 
     # Unknown options of a group.
     missing = _missing_plugin(text)
@@ -451,16 +461,26 @@ def _hydra_message(text: str, reason: str = "") -> str:
     return text
 
 
-def _hint(key: str) -> str:
+def _unknown_key(key: str) -> str:
+    """The message for a key that the composed configuration lacks."""
+    from swd.config import running_command
+
+    known = known_keys(running_command())
+    if key in known:
+        return f"{key} was taken out by another argument (~{key.partition('.')[0]} ...); leave out one of the two"
+    return f"unknown key {key}; {_hint(key, known)}"
+
+
+def _hint(key: str, known: Sequence[str]) -> str:
     """The way out of an unknown key: its name here, the nearest one, or the commands that have it."""
-    from swd.config import ELSEWHERE, called_here, running_command
+    from swd.config import ELSEWHERE, called_here
 
     name = called_here(key)
     if name:
         return f"here it is {name}"
     if key in ELSEWHERE:
         return ELSEWHERE[key]
-    close = nearest(key, known_keys(running_command()))
+    close = nearest(key, known)
     if close:
         return f"did you mean {close}?"
     owners = [f"swd {command}" for command in COMMANDS if key in known_keys(command)]

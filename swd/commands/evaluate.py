@@ -40,6 +40,7 @@ from swd.evaluation.score import Bootstrap, Real, Scoring
 from swd.evaluation.timing import Costs, Timing
 from swd.export.student_folder import build_model, recorded_model, schedule_of
 from swd.io import limits
+from swd.io.folder_lock import held_share
 from swd.io.masking import mask_text
 from swd.io.ranks import is_first
 from swd.metrics.base import PictureMetric
@@ -105,8 +106,14 @@ def run(cfg: DictConfig) -> None:
     """Evaluate what the configuration says; prints the table and where it lies."""
     shared.quiet()
     evaluation = prepare(cfg)
+    evaluation.plan.claim()
+    with held_share(evaluation.plan.folder, *evaluation.plan.share):
+        draw_and_score(evaluation)
+
+
+def draw_and_score(evaluation: Evaluation) -> None:
+    """This process's share of drawing and features; the process that finds everything there writes the table."""
     plan, scoring = evaluation.plan, evaluation.scoring
-    plan.claim()
     check_space(plan)
     if scoring.real is not None and isinstance(scoring.real.pictures, RenderedPictures):
         chunks = chunks_of(len(scoring.real.pictures.files), plan.chunk_size)

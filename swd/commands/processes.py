@@ -159,10 +159,12 @@ class Start:
     Attributes:
         folder: of the run.
         checkpoint: file, or None for a fresh run.
+        again: the folder is there already, since SLURM queued the job again.
     """
 
     folder: str
     checkpoint: str | None
+    again: bool = False
 
 
 def begin(decide: Callable[[], Start]) -> Start:

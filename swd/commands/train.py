@@ -9,7 +9,7 @@ import platform
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -28,17 +28,24 @@ from swd.callbacks import Checkpoint, Metrics, Progress, Samples, SaveAdapter, S
 from swd.callbacks.checkpoint import clear_runs, find_checkpoint
 from swd.callbacks.fixed_losses import FixedLosses
 from swd.callbacks.resume_rules import sayings
+from swd.callbacks.space import CheckSpace
+from swd.callbacks.stop_signal import StopOnSignal
 from swd.callbacks.stopping import CheckStopping
 from swd.commands import processes, shared
 from swd.commands.cli import message_for_user
 from swd.commands.loggers import WITHOUT_WANDB, build_loggers, check_logger, end_loggers, recorded_id, start_loggers
+from swd.commands.requeue import drop_old_checkpoints, earlier_run, go_on_writing, has_checkpoints, job_record, requeue
 from swd.commands.shared import quiet
 from swd.config import GROUP, arguments_of, check, one_line, stored, to_yaml
 from swd.config import build as build_group
+from swd.io import signals
 from swd.io.files import claim_folder, write_json, write_text
+from swd.io.folder_lock import LOCK, held, refuse_living
 from swd.io.job_log import print_line
 from swd.io.masking import mask_text
+from swd.io.memory import out_of_memory
 from swd.io.ranks import ranks
+from swd.io.signals import Stopped
 from swd.modules.checkpoints import CheckpointFiles, Resumable, iterations
 from swd.modules.distiller import Distiller
 from swd.modules.finite import last_checkpoint
@@ -112,8 +119,9 @@ def fit(cfg: DictConfig, *more: Callback) -> tuple[LightningModule, Trainer]:
     quiet()
     folder = Path(cfg.folder)
     try:
-        return _fit(cfg, folder, *more)
-    except (UserError, OSError, KeyboardInterrupt):
+        with signals.listening():
+            return _fit(cfg, folder, *more)
+    except (UserError, OSError, KeyboardInterrupt, Stopped):
         with suppress(OSError):
             folder.rmdir()  # which Hydra made; it stays if anything is in it
         raise
@@ -129,16 +137,22 @@ def _fit(cfg: DictConfig, folder: Path, *more: Callback) -> tuple[LightningModul
         return finish(cfg, task, data, checkpoint, *more)
     trainer = build_trainer(cfg, folder, *more, checkpoint=checkpoint)
     check_callbacks(trainer, task, data)
-    processes.on_first(partial(claim_folder, folder, reserve=True))
+    if not start.again:
+        processes.on_first(partial(claim_folder, folder, reserve=True))
 
     # Train.
     try:
+        with ExitStack() as stack:
+            processes.on_first(lambda: stack.enter_context(held(folder, "give another folder=")))
+            if ranks().first:
+                _write_record(cfg, folder, start, trainer.loggers)
+            with processes.own_processes(start):
+                _train(cfg, trainer, task, data, checkpoint)
+    except Stopped as stop:
         if ranks().first:
-            record(cfg, folder, checkpoint, trainer.loggers)
-            for line in sayings(Path(checkpoint), cfg) if checkpoint else []:
-                print_line(line)
-        with processes.own_processes(start):
-            _train(cfg, trainer, task, data, checkpoint)
+            drop_record(folder)
+            requeue(stop)
+        raise
     except (UserError, OSError, KeyboardInterrupt):
         if ranks().first:
             drop_record(folder)
@@ -153,9 +167,28 @@ def _fit(cfg: DictConfig, folder: Path, *more: Callback) -> tuple[LightningModul
 
 def _start(cfg: DictConfig, folder: Path, task: LightningModule) -> processes.Start:
     """Where the run lies and what it goes on from."""
+    again = earlier_run(folder, command_line())
+    if again is not None:
+        (again / LOCK).unlink(missing_ok=True)  # SLURM has ended the job before it queued it again
+        clear_runs(again)
+        folder = again
+    resume = str(again) if again is not None and has_checkpoints(again) else cfg.resume
     if cfg.resume:
         clear_runs(folder.parent if cfg.resume == "auto" else Path(cfg.resume))
-    return processes.Start(str(folder), find_checkpoint(cfg.resume, folder.parent, cfg, cast(Resumable, task)))
+    checkpoint = find_checkpoint(resume, folder.parent, cfg, cast(Resumable, task))
+    if checkpoint:
+        refuse_living(run_of(checkpoint), "train afresh with resume=null")
+    return processes.Start(str(folder), checkpoint, again is not None)
+
+
+def _write_record(cfg: DictConfig, folder: Path, start: processes.Start, loggers: Sequence[Logger]) -> None:
+    """Write what a run folder says of its run, and make a folder that a requeued job goes on in ready for it."""
+    record(cfg, folder, start.checkpoint, loggers)
+    for line in sayings(Path(start.checkpoint), cfg) if start.checkpoint else []:
+        print_line(line)
+    if start.again:
+        drop_old_checkpoints(folder, OmegaConf.select(cfg, "callbacks.checkpoint.keep"))
+        go_on_writing(loggers, folder, iterations(start.checkpoint) if start.checkpoint else 0)
 
 
 def _settled(cfg: DictConfig, start: processes.Start) -> Path:
@@ -188,6 +221,10 @@ def _train(cfg: DictConfig, trainer: Trainer, task: LightningModule, data: Any, 
         ) from None
     except Exception as error:
         processes.raise_failure_of_others()
+        memory = out_of_memory(error)
+        if memory is not None:
+            at = f"training stopped at iteration {trainer.global_step + 1}: {memory}"
+            raise UserError(f"{at}; {memory_advice(cfg)}; last good checkpoint: {last_checkpoint(trainer)}") from error
         if isinstance(error, RuntimeError) and str(error).startswith("Early stopping conditioned on metric"):
             raise UserError(f"callbacks: {one_line(error)}") from None
         if type(error).__module__.partition(".")[0] != "wandb":
@@ -199,6 +236,28 @@ def _train(cfg: DictConfig, trainer: Trainer, task: LightningModule, data: Any, 
         raise
     finally:
         end_loggers(trainer, failed=not done)
+    signals.obey()
+
+
+def memory_advice(cfg: DictConfig) -> str:
+    """Settings that need less memory, the cheapest first, with their values now, unless they save already."""
+    advice = []
+    batch = OmegaConf.select(cfg, "data.batch_size")
+    if batch and batch > 1:
+        advice.append(f"a smaller data.batch_size (now {batch})")
+    parts = OmegaConf.select(cfg, "task.accumulate")
+    if parts is not None:
+        advice.append(f"task.accumulate={2 * parts} (now {parts})")
+    for key, frugal, values in (
+        ("task.checkpointing", (True,), "true"),
+        ("model.precision", ("bf16", "fp16"), "bf16"),
+        ("model.quantization", ("int8", "fp8"), "int8 or fp8"),
+    ):
+        group, _, name = key.partition(".")
+        value = OmegaConf.select(cfg, key)
+        if name in (cfg.get(group) or {}) and value not in frugal:
+            advice.append(f"{key}={values} (now {'null' if value is None else str(value).lower()})")
+    return f"try, in this order, {', '.join(advice)}" if advice else "use a smaller model"
 
 
 MEASURES = (Samples, Metrics, Validation, FixedLosses)
@@ -213,6 +272,7 @@ def _turn(callback: Callback) -> int:
     turns: tuple[tuple[type[Callback], ...], ...] = (
         (Checkpoint, OnExceptionCheckpoint),
         (SaveAdapter, Students),
+        (StopOnSignal,),
         MEASURES,
         (CheckStopping,),
         (ModelCheckpoint,),
@@ -393,7 +453,7 @@ def build_trainer(cfg: DictConfig, folder: Path, *more: Callback, checkpoint: st
         callbacks.insert(0, processes.Watch(timeout, _line, _tidy))
     if is_trial(cfg):
         callbacks = [c for c in callbacks if not isinstance(c, (Checkpoint, SaveAdapter, Students, *MEASURES))]
-    callbacks += more
+    callbacks += [*more, CheckSpace(), StopOnSignal()]
     if any(isinstance(callback, EarlyStopping) for callback in callbacks):
         callbacks.append(CheckStopping())
     fixed: dict[str, Any] = {
@@ -526,19 +586,25 @@ def mps_is_available() -> bool:
     return bool(torch.backends.mps.is_available())
 
 
-def record(cfg: DictConfig, folder: Path, checkpoint: str | None, loggers: Sequence[Logger] = ()) -> None:
-    """Write configuration, command and versions into the run folder, without credentials (see `swd.config.stored`)."""
+def command_line() -> str:
+    """The command that was given, as a user would repeat it, without credentials."""
     program = Path(sys.argv[0]).name
     program = "swd" if program in ("__main__.py", "cli.py") else program  # python -m swd
     command = [os.environ["SWD_COMMAND"]] if "SWD_COMMAND" in os.environ else []  # of the installed `swd`
+    return mask_text(" ".join([program, *command, *sys.argv[1:]]))
+
+
+def record(cfg: DictConfig, folder: Path, checkpoint: str | None, loggers: Sequence[Logger] = ()) -> None:
+    """Write configuration, command and versions into the run folder, without credentials (see `swd.config.stored`)."""
     write_json(
         folder / "run.json",
         {
-            "command": mask_text(" ".join([program, *command, *sys.argv[1:]])),
+            "command": command_line(),
             "resumed_from": checkpoint,
             "python": platform.python_version(),
             "versions": {"swd": __version__} | {name: version(name) for name in PACKAGES},
         }
-        | recorded_id(loggers),
+        | recorded_id(loggers)
+        | job_record(),
     )
     write_text(folder / "config.yaml", to_yaml(stored(cfg)))

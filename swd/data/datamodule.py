@@ -19,7 +19,7 @@ from swd.data.iterations import Iterations
 from swd.data.job import in_shared_memory
 from swd.data.read_ahead import read_ahead
 from swd.data.shards import CorruptSample
-from swd.io import limits
+from swd.io import limits, signals
 from swd.io.ranks import is_first
 from swd.modules.pretrained import Pretrained
 from swd.modules.tokens import evenly, warn_beyond
@@ -165,7 +165,13 @@ def as_it_is(batch: Any) -> Any:
 
 
 class GuardedLoader(DataLoader[Any]):
-    """Raises in this process what was wrong with the input, or could not be read, in a worker's."""
+    """Raises in this process what was wrong with the input, or could not be read, in a worker's.
+
+    Workers outlive a signal to their whole group, so that the iteration they fetch for can be finished.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"worker_init_fn": signals.outlive} | options)
 
     def __iter__(self) -> Any:
         for batch in super().__iter__():

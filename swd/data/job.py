@@ -23,6 +23,7 @@ from swd.data.read_ahead import read_ahead
 from swd.data.shard_writer import fault, is_done, shard_name, write_manifest, write_shard
 from swd.io import job_log
 from swd.io.files import claim_folder, file_hash, write_json
+from swd.io.folder_lock import held_share
 from swd.io.job_log import JobLog
 from swd.io.limits import MOST_ROWS
 from swd.io.masking import mask
@@ -200,10 +201,23 @@ class Job:
             The manifest if the whole job is complete, None if other processes are still working.
 
         Raises:
-            UserError: if a shard that another process made has been damaged since.
+            UserError: if a shard that another process made has been damaged since, or another program makes this
+                process's shards.
         """
-        # Clear what earlier processes left, and see what there is to do.
         rank, world = share()
+        with held_share(self.folder, rank, world):
+            return self._run(rank, world, make, measured, task)
+
+    def _run(
+        self,
+        rank: int,
+        world: int,
+        make: Callable[[range, Callable[[int], object]], Iterator[Sample]],
+        measured: Callable[[], Mapping[str, Any]],
+        task: str | None,
+    ) -> dict[str, Any] | None:
+        """`run`, as process `rank` of `world`."""
+        # Clear what earlier processes left, and see what there is to do.
         mine = range(rank, self.shards, world)
         self._remove_strays(mine)
         self._remove_damaged(mine)

@@ -106,6 +106,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "indices reversed": (["loss.mmd.indices=[9,3]"], ["loss.mmd.indices=[9, 3]"]),
     "no terms": (["~loss.dmd", "~loss.mmd", "~loss.gan"], ["loss is empty", "loss=mmd"]),
     "no loss": (["~loss"], ["loss"]),
+    "no trainer, and a key of it": (["~trainer"], ["trainer.max_steps was taken out by another argument"]),
     "loss=none": (["loss=none"], ["there is no loss/none"]),
     "nobody trains the fake": (["loss=mmd", "loss.mmd.features=fake"], ["loss.mmd.features=fake", "add dmd or gan"]),
     # model

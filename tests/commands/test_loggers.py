@@ -131,3 +131,16 @@ def test_an_id_that_is_none_is_replaced(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.json").write_text(text)
     fresh = loggers.wandb_id(str(tmp_path / "checkpoints" / "x.ckpt"))
     assert len(fresh) == 8 and fresh.isalnum()
+
+
+def test_a_wandb_that_cannot_be_reached_is_one_line(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*args: Any, **options: Any) -> None:
+        raise wandb.errors.CommError("Run initialization has timed out after 90.0 sec.\nPlease try again")
+
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(wandb, "init", unreachable)
+    with pytest.raises(UserError, match=r"logger=wandb: Run init.* timed out .*logger\.offline=true") as error:
+        fit(tiny_model, tmp_path / "tiny" / "run", "logger=wandb")
+    assert "\n" not in str(error.value) and not (tmp_path / "tiny" / "run").exists()
