@@ -86,15 +86,6 @@ def has_checkpoints(run: Path) -> bool:
     return any(_checkpoints(run))
 
 
-def drop_old_checkpoints(run: Path, keep: int | None) -> None:
-    """Remove all but the newest checkpoints of a run that goes on in its folder, since it counts only its own."""
-    for old in _checkpoints(run)[: -keep if keep else 0]:
-        if old.is_dir():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            old.unlink(missing_ok=True)
-
-
 def _checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, the oldest first."""
     return sorted((run / CHECKPOINTS).glob("iteration-*"), key=lambda path: path.stat().st_mtime_ns)

@@ -34,13 +34,13 @@ from swd.callbacks.stopping import CheckStopping
 from swd.commands import processes, shared
 from swd.commands.cli import message_for_user
 from swd.commands.loggers import WITHOUT_WANDB, build_loggers, check_logger, end_loggers, recorded_id, start_loggers
-from swd.commands.requeue import drop_old_checkpoints, earlier_run, go_on_writing, has_checkpoints, job_record, requeue
+from swd.commands.requeue import earlier_run, go_on_writing, has_checkpoints, job_record, requeue
 from swd.commands.shared import quiet
 from swd.config import GROUP, arguments_of, check, one_line, stored, to_yaml
 from swd.config import build as build_group
 from swd.io import signals
 from swd.io.files import claim_folder, write_json, write_text
-from swd.io.folder_lock import LOCK, held, refuse_living
+from swd.io.folder_lock import LOCK, clear_abandoned, held, refuse_living
 from swd.io.job_log import print_line
 from swd.io.masking import mask_text
 from swd.io.memory import out_of_memory
@@ -178,6 +178,8 @@ def _start(cfg: DictConfig, folder: Path, task: LightningModule) -> processes.St
     checkpoint = find_checkpoint(resume, folder.parent, cfg, cast(Resumable, task))
     if checkpoint:
         refuse_living(run_of(checkpoint), "train afresh with resume=null")
+    if cfg.resume == "auto":
+        clear_abandoned(folder.parent)
     return processes.Start(str(folder), checkpoint, again is not None)
 
 
@@ -187,7 +189,6 @@ def _write_record(cfg: DictConfig, folder: Path, start: processes.Start, loggers
     for line in sayings(Path(start.checkpoint), cfg) if start.checkpoint else []:
         print_line(line)
     if start.again:
-        drop_old_checkpoints(folder, OmegaConf.select(cfg, "callbacks.checkpoint.keep"))
         go_on_writing(loggers, folder, iterations(start.checkpoint) if start.checkpoint else 0)
 
 

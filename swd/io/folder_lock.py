@@ -117,17 +117,30 @@ def refuse_living(folder: Path, fix: str, names: Sequence[str] = (LOCK,)) -> Non
         _clear(lock)
 
 
+def clear_abandoned(folder: Path) -> None:
+    """Remove the locks of killed programs from the folders in `folder`; those of living ones stay."""
+    for lock in folder.glob(f"*/{LOCK}"):
+        if holder_of(lock) is None:
+            _remove(lock)
+
+
 def _clear(lock: Path) -> None:
-    """Remove a lock whose holder is gone; of several programs that try, one does."""
-    if not lock.exists():
-        return
-    stale = lock.with_name(f"{lock.name}.{os.getpid()}")
-    with suppress(OSError):  # another program was faster
-        os.rename(lock, stale)
-        stale.unlink()
+    """Remove a lock whose holder is gone, and say so."""
+    if _remove(lock):
         print_line(
             f"{lock.parent}: the program that worked here ended without taking back its lock; going on in its place"
         )
+
+
+def _remove(lock: Path) -> bool:
+    """Remove a lock; whether this program did, of several that try."""
+    stale = lock.with_name(f"{lock.name}.{os.getpid()}")
+    try:
+        os.rename(lock, stale)
+        stale.unlink()
+    except OSError:  # there is none, or another program was faster
+        return False
+    return True
 
 
 @contextmanager

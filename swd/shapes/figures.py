@@ -96,7 +96,7 @@ def measure_teacher(
     return result
 
 
-def command_line() -> argparse.ArgumentParser:
+def argument_parser() -> argparse.ArgumentParser:
     """The arguments of this module's command."""
     parser = argparse.ArgumentParser(description="figures of the embedded models")
     parser.add_argument("what", choices=("judge", "vae", "teacher"))
@@ -112,7 +112,7 @@ def command_line() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Measure one kind of figures; see the module's description."""
-    a = command_line().parse_args()
+    a = argument_parser().parse_args()
     folder = a.pipeline or resolve_asset("swd://assets/shapes-sd3")
     judge = Judge.from_pretrained(a.judge or resolve_asset("swd://assets/shapes-judge"))
     sizes = tuple(a.sizes)

@@ -18,6 +18,7 @@ from tiny import composed, overrides
 from swd.commands.train import fit
 from swd.io import signals
 from swd.io.signals import Stopped
+from swd.modules.checkpoints import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 CALLBACKS = "callbacks=[checkpoint,adapter]"
@@ -43,7 +44,7 @@ def train(model: Path, folder: Path, *more: Callback, **options: Any) -> Any:
 
 
 def checkpoint(folder: Path, iteration: int) -> dict[str, Any]:
-    loaded: dict[str, Any] = torch.load(folder / "checkpoints" / f"iteration-{iteration}.ckpt", weights_only=True)
+    loaded: dict[str, Any] = read_checkpoint(folder / "checkpoints" / f"iteration-{iteration}.ckpt")
     return loaded
 
 

@@ -16,6 +16,7 @@ from tiny import composed, overrides
 from swd.commands.requeue import earlier_run
 from swd.commands.train import fit
 from swd.io.signals import Stopped
+from swd.modules.checkpoints import read_checkpoint
 
 CALLBACKS = "callbacks=[checkpoint,adapter]"
 
@@ -72,8 +73,6 @@ def test_a_requeued_run_goes_on_in_its_folder_to_the_same_bytes(
     _, trainer = train(tiny_model, runs / "second")
     assert trainer.global_step == 5 and not (runs / "second").exists()
     assert sorted(f.name for f in (first / "checkpoints").iterdir()) == [
-        "iteration-2.ckpt",
-        "iteration-3.ckpt",
         "iteration-4.ckpt",
         "iteration-5.ckpt",
     ]
@@ -83,8 +82,7 @@ def test_a_requeued_run_goes_on_in_its_folder_to_the_same_bytes(
     straight = tmp_path / "other" / "straight"
     assert (first / "metrics.csv").read_text() == (straight / "metrics.csv").read_text()
     ours, theirs = (
-        torch.load(folder / "checkpoints" / "iteration-5.ckpt", weights_only=True)["state_dict"]
-        for folder in (first, straight)
+        read_checkpoint(folder / "checkpoints" / "iteration-5.ckpt")["state_dict"] for folder in (first, straight)
     )
     assert all(torch.equal(ours[key], value) for key, value in theirs.items())
 

@@ -126,9 +126,10 @@ def train_on_two(arguments: Sequence[str], folder: Path, program: str | None = N
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {key: value for key, value in os.environ.items() if key != "SWD_COMMAND"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "WORLD_SIZE": "2"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}
     out, err = folder / "out.txt", folder / "err.txt"
-    ranks = [Fork(command, environment | {"LOCAL_RANK": str(rank)}, folder, out, err) for rank in range(2)]
+    each = [environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    ranks = [Fork(command, variables, folder, out, err) for variables in each]
     end = time.monotonic() + 600
     while time.monotonic() < end and {rank.poll() for rank in ranks} in ({None}, {None, 0}):
         time.sleep(0.02)
