@@ -73,6 +73,11 @@ def load_tiny_vae(path: str, dtype: torch.dtype) -> Any:
 
 
 @torch.no_grad()
+def negative_prompts(model: Pretrained, count: int) -> dict[str, list[str]]:
+    """Arguments of a stock pipeline for the model's negative prompt, one for each of `count` prompts; empty without."""
+    return {} if model.negative_prompt is None else {"negative_prompt": [model.negative_prompt] * count}
+
+
 def draw(
     pipe: Any, model: Pretrained, requests: list[Request], size: Size | None = None, show_sizes: bool = True
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
@@ -108,6 +113,7 @@ def draw(
         arguments |= {"num_inference_steps": model.teacher_steps, "generator": generators}
         if model.drawing_guidance_scale != 1.0:
             arguments |= backbone.guidance_arguments(model.drawing_guidance_scale)
+            arguments |= negative_prompts(model, len(requests))
     latents = pipe([request.prompt for request in requests], **arguments)[0]
     latents = backbone.from_pipeline(latents, size)
     encoders = backbone.encoders_type(pipe, model.max_text_tokens)
