@@ -279,12 +279,20 @@ def _candidates(root: Path) -> list[Path]:
     if root.is_file():
         return [root]
     found = []
-    for path in root.glob("**/checkpoints/*.ckpt"):
+    for path in (file for run in run_folders(root) for file in (run / CHECKPOINTS).glob("*.ckpt")):
         try:
             found.append((path.stat().st_mtime_ns, path))
         except OSError:  # deleted meanwhile by the run that it belongs to
             continue
     return [path for _, path in sorted(found, reverse=True)]
+
+
+def run_folders(root: Path) -> list[Path]:
+    """The folders of runs below `root` or at it, also of those that died as they began.
+
+    What a living run renames or deletes meanwhile is passed over, as `glob` would not.
+    """
+    return [Path(place) for place, names, files in os.walk(root) if CHECKPOINTS in names or "config.yaml" in files]
 
 
 def readable(path: Path) -> bool:
@@ -294,7 +302,6 @@ def readable(path: Path) -> bool:
 
 def clear_runs(resume: Path) -> None:
     """Remove temporary files of killed writes from the runs that `resume`, a folder or a checkpoint, names."""
-    found = [resume.parent] if resume.is_file() else list(resume.glob("**/checkpoints"))
-    for run in {folder.parent for folder in found}:
+    for run in [resume.parent.parent] if resume.is_file() else run_folders(resume):
         for name in FOLDERS:
             clear_leftovers(run / name)

@@ -428,5 +428,9 @@ def test_resuming_removes_what_a_killed_checkpoint_left(finished: Path, tiny_mod
     half = newest.parent / ".iteration-3.ckpt.a1b2c3d4" / "iteration-3.ckpt"
     half.parent.mkdir()
     half.write_bytes(newest.read_bytes()[:1000])
+    begun = tmp_path / "runs" / "begun"  # killed as it wrote down how it was started
+    (begun / ".run.json.a1b2c3d4").mkdir(parents=True)
+    (begun / "config.yaml").touch()
     train(tiny_model, tmp_path / "runs" / "next", loss="dmd", trainer__max_steps=3, resume="auto")
     assert sorted(f.name for f in newest.parent.iterdir()) == ["iteration-1.ckpt", "iteration-2.ckpt"]
+    assert [f.name for f in begun.iterdir()] == ["config.yaml"]

@@ -24,7 +24,7 @@ given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategi
 pytestmark = pytest.mark.slow
 
 OLD = Path(__file__).parents[1] / "data" / "version_0_1" / "run"
-BOUNDED = settings(max_examples=400, deadline=None, derandomize=True)
+BOUNDED = settings(max_examples=200, deadline=None, derandomize=True)
 FLIPS = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), min_size=1, max_size=4)
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
