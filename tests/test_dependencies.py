@@ -11,7 +11,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 NOT_RUN = {"mypy", "ruff", "pre-commit", "build", "wandb-workspaces", "hydra-optuna-sweeper", "torch"}
-"""Linters, what makes releases, sends a dashboard to wandb or brings scipy: no test runs them. torch: its older releases
+"""Linters, what makes releases, sends a dashboard to wandb or brings scipy: no test runs them. torch: older releases
 bring gigabytes of CUDA, so the tests run with the locked one only."""
 
 
