@@ -17,6 +17,7 @@ from tiny import composed, overrides
 
 from swd.commands import train
 from swd.commands.cli import launch
+from swd.modules.reporting import report
 from swd.types import UserError
 
 
@@ -52,6 +53,28 @@ def test_early_stopping_counts_measurements(
     assert f"iteration {last} is the last: Monitored metric metrics/fid did not improve" in capsys.readouterr().err
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "run" / "checkpoints" / f"iteration-{last}.ckpt").is_file()
+
+
+class Reported(Measure):
+    """The same in the way of the callbacks that draw, which reaches the loggers at once."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        number, rest = divmod(trainer.global_step, self.every)
+        if not rest and number <= len(self.values):
+            report(trainer, {"metrics/fid": self.values[number - 1]})
+
+
+@pytest.mark.parametrize(("patience", "broken", "last"), [(2, 6, 8), (2, 7, 8), (1, 6, 6)])
+def test_a_resumed_run_stops_where_a_straight_one_does(
+    tiny_model: Path, tmp_path: Path, patience: int, broken: int, last: int
+) -> None:
+    """Its checkpoint is written before the measurement of its iteration is looked at; nothing is looked at twice."""
+    values = [9.0, 5.0, 6.0, 7.0, 8.0, 9.0]
+    arguments = [*STOP, f"callbacks.early_stopping.patience={patience}", "logger=csv", "callbacks.checkpoint.every=1"]
+    fit(tiny_model, tmp_path / "a", *arguments, more=(Reported(values, 2),), trainer__max_steps=broken)
+    arguments.append(f"resume={tmp_path / 'a'}")
+    _, trainer = fit(tiny_model, tmp_path / "b", *arguments, more=(Reported(values, 2),), trainer__max_steps=20)
+    assert trainer.global_step == last
 
 
 def test_early_stopping_by_a_threshold_of_a_loss(tiny_model: Path, tmp_path: Path) -> None:
