@@ -112,6 +112,20 @@ def test_every_form_holds_the_same_and_escapes(tmp_path: Path) -> None:
     assert float(first["latency_per_picture_s"]) == 0.3 and second["name"] == EVIL and second["fid_low"] == ""
 
 
+def test_intervals_of_few_prompts_are_marked() -> None:
+    titles = {}
+    for n in (49, 50):
+        results = build_results(prompts={"file": "few.txt", "n": n, "hash": "0"})
+        titles[n] = [grid.title for grid in table.grids(results)]
+    doubt = " (49 prompts: intervals of fewer than 50 are too narrow)"
+    assert titles[49] == [f"Models, 98 pictures each{doubt}", f"Differences to teacher{doubt}"]
+    assert titles[50] == ["Models, 100 pictures each", "Differences to teacher"]
+    for row in results["models"]:
+        row["metrics"]["fid"]["low"] = None
+    results["prompts"]["n"] = 49
+    assert table.models_grid(results).title == "Models, 98 pictures each"  # it has no interval
+
+
 def _split(line: str) -> list[str]:
     """Cells of a line of Markdown, their bars still escaped."""
     return [part.replace("\0", "\\|") for part in line.replace("\\|", "\0").strip("|").split("|")]
