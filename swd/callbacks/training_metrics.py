@@ -31,23 +31,31 @@ from swd.types import Conditioning, PictureBatch, Size, UserError
 FIRST = 8
 """Real pictures whose pixels identify the whole set, beside the captions or file names of all."""
 
+REFERENCE = "callbacks.metrics.reference=FOLDER"
+
 
 @dataclass(frozen=True)
 class RealPictures:
     """Pictures that drawn ones are compared with, from a folder or held out of the data.
 
     Attributes:
-        count: how many are used.
+        places: of those that are used, among the files or samples.
         source: their files, or the samples that are held out.
         size: (H, W) in pixels of full pictures.
     """
 
-    count: int
+    places: Sequence[int]
     source: HeldOut | Sequence[Path]
     size: Size
 
-    def read(self, places: Sequence[int]) -> Tensor:
-        """Full pictures `[B, 3, H, W]` in [-1, 1]."""
+    @property
+    def count(self) -> int:
+        """How many are used."""
+        return len(self.places)
+
+    def read(self, numbers: Sequence[int]) -> Tensor:
+        """Full pictures `[B, 3, H, W]` in [-1, 1], by their numbers among those that are used."""
+        places = [self.places[number] for number in numbers]
         if not isinstance(self.source, HeldOut):
             return torch.stack([read_picture(self.source[place], self.size) for place in places])
         batch = self.source.batch(places, 0)
@@ -56,8 +64,8 @@ class RealPictures:
 
     def identity(self) -> str:
         """Hash of the captions (or file names) of all pictures and the pixels of the first few."""
-        held = self.source
-        names = held.captions(self.count) if isinstance(held, HeldOut) else [str(file) for file in held[: self.count]]
+        held, places = self.source, self.places
+        names = held.captions_at(places) if isinstance(held, HeldOut) else [str(held[place]) for place in places]
         pixels = to_bytes(self.read(range(min(FIRST, self.count)))).numpy().tobytes()
         return hashlib.sha256(json.dumps([names, self.size]).encode() + pixels).hexdigest()
 
@@ -100,7 +108,8 @@ class Metrics(Measurement):
         batch_size: pictures that one process draws at once.
         seed: of the first picture, the others count up.
         prompts: they take turns; None: the captions of the samples that `data.validation` holds out.
-        reference: folder of real pictures; None: the samples that `data.validation` holds out.
+        reference: folder of real pictures; None: samples that `data.validation` holds out, as many as are drawn, and
+            others than those whose captions are drawn: beside their own captions' pictures, distances are too small.
         store: folder for the features of real pictures, which other runs may use too; None: in the run's folder.
     """
 
@@ -147,15 +156,13 @@ class Metrics(Measurement):
         held = held_out_of(data)
         prompts = self._prompts(held)
         needs_reference = any(metric.needs_reference for metric in self.sizes + self.full)
-        if needs_reference:
-            self._real(task, held)
+        count = self._real(task, held).count if needs_reference else self.pictures
         for metric in self.sizes + self.full:
             if not metric.extractors:
                 raise UserError(f"callbacks.metrics: {metric.name} is scored outside; leave it out of training")
             for extractor in metric.extractors:
                 extractor.check()
-            # The features themselves are not known yet; a folder may hold any number of pictures.
-            count = self.pictures if self.folder is None else 2**20
+            # The features themselves are not known yet.
             known = {each.name: torch.empty(1, each.width).expand(count, -1) for each in metric.extractors}
             metric.check(Reference(known))
             metric.check_prompts(prompts)
@@ -175,8 +182,23 @@ class Metrics(Measurement):
                 "callbacks.metrics takes the captions of data.validation, which holds none out; give "
                 "callbacks.metrics.prompts=[...], or a share, e.g. data.validation=0.01"
             )
-        held.check(self.pictures, "callbacks.metrics.pictures")
-        return held.captions(self.pictures)
+        apart = self.folder is None and any(metric.needs_reference for metric in self.sizes + self.full)
+        if apart:
+            self._check_twice(held)
+        else:
+            held.check(self.pictures, "callbacks.metrics.pictures")
+        return held.captions_at(halves(self.pictures)[0] if apart else range(self.pictures))
+
+    def _check_twice(self, held: HeldOut) -> None:
+        """Raise UserError if there are too few samples for captions of some and pictures of others."""
+        most = len(held) // 2
+        if most < self.pictures:
+            fewer = f"set callbacks.metrics.pictures={most}, " if most > 1 else ""
+            raise UserError(
+                f"callbacks.metrics.pictures={self.pictures} takes the captions of so many samples of data.validation "
+                f"and the pictures of as many others, but it holds out {len(held)} samples; hold out "
+                f"{2 * self.pictures}, {fewer}or give a folder of real pictures with {REFERENCE}"
+            )
 
     def _real(self, task: Distiller, held: HeldOut | None) -> RealPictures:
         """The real pictures.
@@ -187,15 +209,18 @@ class Metrics(Measurement):
         size = task.model.pixel_size(task.schedule.sizes[-1])
         if self.folder is not None:
             files = picture_files(Path(self.folder))
-            return RealPictures(len(files), files, size)
-        how = "give a folder of real pictures with callbacks.metrics.reference=FOLDER"
+            return RealPictures(range(len(files)), files, size)
+        how = f"give a folder of real pictures with {REFERENCE}"
         if held is None:
             raise UserError(f"callbacks.metrics compares with real pictures, and data.validation holds none out; {how}")
         if held.is_cache or held.bucket is not None:
             why = "a cache holds no pixels" if held.is_cache else "data.buckets have other proportions than samples"
             raise UserError(f"callbacks.metrics compares with real pictures: {why}; {how}")
-        held.check(self.pictures, "callbacks.metrics.pictures")
-        return RealPictures(self.pictures, held, size)
+        if self.prompts is not None:
+            held.check(self.pictures, "callbacks.metrics.pictures")
+            return RealPictures(range(self.pictures), held, size)
+        self._check_twice(held)
+        return RealPictures(halves(self.pictures)[1], held, size)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(pl_module, Distiller):
@@ -346,6 +371,16 @@ def scores(streams: Mapping[tuple[int, str], StreamedMetrics]) -> dict[str, floa
         for (_, size), stream in streams.items()
         for name, value in stream.compute().items()
     }
+
+
+def halves(count: int) -> tuple[list[int], list[int]]:
+    """Places 0 to 2 `count` - 1 in two random halves, always the same: samples with a caption to draw, and others.
+
+    Random, since data may lie in some order: the second half of such data is unlike the first, and every other one of
+    them more like those between than an independent sample is.
+    """
+    order = torch.randperm(2 * count, generator=torch.Generator().manual_seed(0)).tolist()
+    return sorted(order[:count]), sorted(order[count:])
 
 
 def size_name(size: Size) -> str:

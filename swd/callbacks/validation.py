@@ -39,7 +39,9 @@ class Validation(Measurement):
       noise; and `monitor/fake_lag/SIZE_stepN`: the first less the second, paired. Above 0 the fake network still
       knows the former student better than the present one.
 
-    Samples are `data.validation`'s. The teacher's errors are computed once. Every process takes its share.
+    Samples are `data.validation`'s. The teacher's errors are computed once. Every process takes its share. Where there
+    is a fake network, checkpoints hold the student's predictions of the last measurement, `pictures` latents of each
+    step, so that a run which goes on measures what a straight one would.
 
     Args:
         every: iterations between measurements; there is one at the start, and one at the end.
@@ -56,7 +58,16 @@ class Validation(Measurement):
         self.batch_size = batch_size
         self.seed = seed
         self._teacher: dict[int, Tensor] = {}
-        self._before: dict[int, Tensor] = {}
+        self._before: dict[int, Tensor] = {}  # predictions on all samples, by step
+        self._measured: int | None = None  # the iteration that they are of
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"before": dict(self._before), "measured": self._measured, "draws": [self.pictures, self.seed]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["draws"] == [self.pictures, self.seed]:  # else they are of other samples or noise
+            self._before = dict(state_dict["before"])
+            self._measured = state_dict["measured"]
 
     def check_fit(self, task: LightningModule, data: Any) -> None:
         """Refuse, before any model is loaded, what could not be measured.
@@ -75,7 +86,10 @@ class Validation(Measurement):
         held.check(self.pictures, "callbacks.validation.pictures")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.measure(trainer, pl_module)
+        # A run that goes on measures here what it had not when its checkpoint was written.
+        due = trainer.global_step % self.every == 0 and self._measured != trainer.global_step
+        if self._measured is None or due:
+            self.measure(trainer, pl_module)
 
     def measure(self, trainer: Trainer, task: LightningModule) -> dict[str, float]:
         """Measure on all processes, and log the values; empty if it failed."""
@@ -83,46 +97,51 @@ class Validation(Measurement):
             return {}
         held: HeldOut = cast(Any, trainer).datamodule.held_out()
         row: dict[str, float] = {}
+        fresh: dict[int, Tensor] = {}
         for step, size in enumerate(task.schedule.sizes):
             what = f"validation of iteration {trainer.global_step}"
             found = attempt(trainer, partial(self._step, trainer, task, held, step), what)
             if found is None:
                 return {}
+            if "fake" in task.roles:
+                fresh[step] = gather(trainer, found.pop("x0_hat"), self.pictures)
             errors = {name: gather(trainer, values, self.pictures) for name, values in found.items()}
             self._teacher[step] = found["teacher"]
             suffix = f"{size_name(task.model.pixel_size(size))}_step{step + 1}"
             row |= {f"monitor/{name}/{suffix}{end}": value for (name, end), value in summary(errors).items()}
+        self._before = fresh
+        self._measured = trainer.global_step
         log_values(trainer, row)
         return row
 
     @torch.no_grad()
     def _step(self, trainer: Trainer, task: Distiller, held: HeldOut, step: int) -> dict[str, Tensor]:
-        """Errors `[n]` of this process's samples at one step, on the CPU, by name."""
+        """Errors `[n]` of this process's samples at one step, on the CPU, by name.
+
+        Where there is a fake network, also the student's predictions `x0_hat` `[n, C, *size]`.
+        """
         parts: dict[str, list[Tensor]] = {}
-        fresh: list[Tensor] = []
-        for start, inputs in self._inputs(trainer, task, held, step):
-            rows = slice(start, start + len(inputs.target))
+        for places, inputs in self._inputs(trainer, task, held, step):
             x0_hat, errors = student_errors(task.networks, inputs, with_teacher=step not in self._teacher)
-            fresh.append(x0_hat.cpu())
             if "fake" in task.roles:
+                parts.setdefault("x0_hat", []).append(x0_hat.cpu())
                 fake = partial(fake_errors, task.networks, conditioning=inputs.conditioning, draws=inputs.draws)
                 errors["fake_fresh"] = fake(x0_hat)
                 if step in self._before:
-                    errors["fake_before"] = fake(self._before[step][rows].to(task.device))
+                    errors["fake_before"] = fake(self._before[step][places].to(task.device))
             for name, values in errors.items():
                 parts.setdefault(name, []).append(values.double().cpu())
-        self._before[step] = torch.cat(fresh)
         found = {name: torch.cat(values) for name, values in parts.items()}
         return {"teacher": self._teacher.get(step, torch.empty(0))} | found
 
-    def _inputs(self, trainer: Trainer, task: Distiller, held: HeldOut, step: int) -> Iterator[tuple[int, Inputs]]:
-        """This process's samples in batches: how many came before, and the inputs at one step, with fixed draws."""
-        start = 0
+    def _inputs(
+        self, trainer: Trainer, task: Distiller, held: HeldOut, step: int
+    ) -> Iterator[tuple[list[int], Inputs]]:
+        """This process's samples in batches: their places, and the inputs at one step, with fixed draws."""
         for places in Share.of(trainer, self.pictures).batches(self.batch_size):
             batch: Any = held.batch(places, step).to(task.device)
             draws = SeededDraws(self.seed, iteration=step, first=places[0])
-            yield start, task.inputs.build(batch, step, draws)
-            start += len(places)
+            yield places, task.inputs.build(batch, step, draws)
 
 
 def student_errors(networks: Predictors, inputs: Inputs, with_teacher: bool) -> tuple[Tensor, dict[str, Tensor]]:

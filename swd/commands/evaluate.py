@@ -5,6 +5,7 @@ Two phases that go on where they were stopped, over all processes: draw, then sc
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from swd import __version__
 from swd.commands import shared
 from swd.commands.cli import config_path
 from swd.commands.sample import final_size
-from swd.config import allowed_here, build_node, check, fits, given_keys, node_of, to_plain
+from swd.config import allowed_here, build_node, check, fits, given_keys, node_of, overrides, to_plain
 from swd.data.job import MOST_IN_A_SHARD
 from swd.evaluation import result_files
 from swd.evaluation.candidate_pictures import CandidatePainter, check_levels, check_space, draw_share
@@ -40,12 +41,14 @@ from swd.evaluation.score import Bootstrap, Real, Scoring
 from swd.evaluation.timing import Costs, Timing
 from swd.export.student_folder import build_model, recorded_model, schedule_of
 from swd.io import limits
+from swd.io.files import only_one
 from swd.io.folder_lock import held_share
 from swd.io.masking import mask_text
 from swd.io.ranks import is_first
 from swd.metrics.base import PictureMetric
 from swd.modules.adapters import locate
 from swd.modules.hub import is_hub_id
+from swd.modules.model_folders import read_json
 from swd.modules.pretrained import Pretrained
 from swd.modules.requests import Requests, check_filled, read_prompts
 from swd.modules.student import load_student
@@ -70,11 +73,13 @@ ROOT = shared.ROOT | {
     "aspect": str | None,
     "bootstrap": {"draws": int, "level": float, "seed": int},
     "timing": dict[str, int] | None,
-    "published": bool,
+    "published": bool | str,
     "name": str,
     "output": str,
     "folder": str,
 }
+LOCK = "scores/lock"
+"""File of an evaluation's folder that the process that scores holds."""
 TEACHER = "teacher"
 SHAPES = "shapes"
 """Value of `prompts` and `reference` that stands for those of the embedded model."""
@@ -83,6 +88,7 @@ SHAPES_PROMPTS = 1024
 OPTIONS = {
     "name": str,
     "model": str,
+    "base": str,
     "steps": int,
     "guidance_scale": int | float,
     "sigmas": list[float],
@@ -94,12 +100,18 @@ OF_TEACHERS, OF_STUDENTS = ("steps", "guidance_scale", "sigmas"), ("schedule",)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A checked configuration; no weights are loaded yet."""
+    """A checked configuration; no weights are loaded yet.
+
+    Attributes:
+        plan, scoring: whose pictures are drawn, and how they are scored.
+        timing: how latency is measured; None: not at all.
+        published: rows of the paper's numbers that stand beside.
+    """
 
     plan: Plan
     scoring: Scoring
     timing: Timing | None
-    published: bool
+    published: list[dict[str, Any]]
 
 
 def run(cfg: DictConfig) -> None:
@@ -112,8 +124,9 @@ def run(cfg: DictConfig) -> None:
 
 
 def draw_and_score(evaluation: Evaluation) -> None:
-    """This process's share of drawing and features; the process that finds everything there writes the table."""
+    """This process's share of drawing and features; the process that finds everything there writes the result_files."""
     plan, scoring = evaluation.plan, evaluation.scoring
+    before = written(plan.folder)
     check_space(plan)
     if scoring.real is not None and isinstance(scoring.real.pictures, RenderedPictures):
         chunks = chunks_of(len(scoring.real.pictures.files), plan.chunk_size)
@@ -124,10 +137,38 @@ def draw_and_score(evaluation: Evaluation) -> None:
         if isinstance(candidate, DrawingModel):
             draw_and_measure(plan, candidate, evaluation.timing)
     scoring.extract_share()
+    rank, world = plan.share
     if not is_complete(evaluation):
-        rank, world = plan.share
         print(f"process {rank + 1} of {world} is through; the last one scores")
         return
+    with only_one(plan.folder / LOCK) as is_mine:
+        if is_mine and not was_written(plan.folder, before):
+            score_and_print(evaluation)
+        else:
+            print(f"process {rank + 1} of {world} is through; another one scores")
+
+
+def written(folder: Path) -> int | None:
+    """When the results were written, in nanoseconds; None if they are not there."""
+    file = folder / result_files.RESULTS
+    return file.stat().st_mtime_ns if file.is_file() else None
+
+
+def was_written(folder: Path, before: int | None) -> bool:
+    """Whether another process of this command has written the results, since they were written `before`."""
+    if written(folder) in (None, before):
+        return False
+    return bool(read_json(folder / result_files.RESULTS).get("command") == command_line())
+
+
+def command_line() -> str:
+    """The command as it was given, without secrets."""
+    return mask_text(" ".join(["swd evaluate", *sys.argv[1:]]))
+
+
+def score_and_print(evaluation: Evaluation) -> None:
+    """Compute what the table holds, write it, and print it."""
+    plan = evaluation.plan
     for candidate in plan.candidates:
         plan.write_index(candidate)
     results = results_of(evaluation)
@@ -184,12 +225,12 @@ def results_of(evaluation: Evaluation) -> dict[str, Any]:
         "prompts": {"file": plan.prompts, "n": len(plan.requests.rows), "hash": plan.rows_hash},
         "images_per_prompt": plan.requests.copies,
         "seeds": {"first": plan.requests.seed, "own": any(seed is not None for _, seed in plan.requests.rows)},
-        "command": mask_text(" ".join(["swd evaluate", *sys.argv[1:]])),
+        "command": command_line(),
         "version": __version__,
         "bootstrap": {"draws": scoring.bootstrap.draws, "level": scoring.bootstrap.level},
         "models": rows,
         "pairs": [pair for name in scoring.metrics for pair in scores[name]["pairs"]],
-        "published": result_files.published_rows() if evaluation.published else [],
+        "published": evaluation.published,
     }
 
 
@@ -225,7 +266,7 @@ def prepare(cfg: DictConfig) -> Evaluation:
     bootstrap = Bootstrap(cfg.bootstrap.draws, cfg.bootstrap.level, cfg.bootstrap.seed)
     scoring = Scoring(plan, metrics, real_of(cfg, requests), bootstrap, settings)
     scoring.check()
-    return Evaluation(plan, scoring, timing, cfg.published)
+    return Evaluation(plan, scoring, timing, published_of(cfg, candidates))
 
 
 def check_numbers(cfg: DictConfig) -> None:
@@ -239,6 +280,31 @@ def check_numbers(cfg: DictConfig) -> None:
         raise UserError(f"bootstrap.level={cfg.bootstrap.level}; use a number between 0 and 1, e.g. 0.95")
     limits.seed("seed", cfg.seed)
     limits.seed("bootstrap.seed", cfg.bootstrap.seed)
+
+
+def published_of(cfg: DictConfig, candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
+    """The paper's numbers that were asked for: those of the models in the table, or all.
+
+    Raises:
+        UserError: for another value, or models that the paper has no numbers of.
+    """
+    if cfg.published not in (True, False, "all"):
+        raise UserError(f"published={cfg.published}; use true for the models in the table, all, or false")
+    if cfg.published is False:
+        return []
+    everything = result_files.published_rows()
+    if cfg.published == "all":
+        return everything
+    # A model is known by the last part of its path, so that a copy in a folder of that name is found too.
+    names = {each: Path(option("model", each, "published")["path"]).name for each in {r["model"] for r in everything}}
+    there = {Path(candidate.model.name).name for candidate in candidates if isinstance(candidate, DrawingModel)}
+    found = result_files.published_rows({each for each, name in names.items() if name in there})
+    if not found:
+        raise UserError(
+            f"published=true: the paper has no numbers of {', '.join(sorted(there)) or 'these pictures'}; use "
+            "published=all for those of all its models, or leave it out"
+        )
+    return found
 
 
 def timing_of(cfg: DictConfig) -> Timing | None:
@@ -377,12 +443,18 @@ def option(group: str, name: Any, key: str) -> dict[str, Any]:
     Raises:
         UserError: if there is no such option.
     """
+    node: dict[str, Any] = composed(group, name, key)[group]
+    return node
+
+
+def composed(group: str, name: Any, key: str) -> dict[str, Any]:
+    """An option of a group, as `option`, under the group's name, and beside it what its file sets in other groups."""
     known = options(group)
     if name not in known:
         raise UserError(f"{key}: there is no {group} {name!r}; choose from {', '.join(known)}")
     with hydra_ready():
-        node: dict[str, Any] = to_plain(compose(f"{group}/{name}"))[group]
-    return node
+        found: dict[str, Any] = to_plain(compose(f"{group}/{name}"))
+    return found
 
 
 # Models
@@ -444,9 +516,10 @@ def candidate_of(
     name, source = entry["name"], entry["model"]
     if source == TEACHER:
         refuse_keys(entry, OF_STUDENTS, "a teacher has no schedule of sizes")
-        return teacher_candidate(entry, teacher_node(entries, cfg), cfg)
+        base = base_of(entry)["model"] if "base" in entry else teacher_node(entries, cfg)
+        return teacher_candidate(entry, base, cfg)
     if not is_hub_id(source) and is_pictures(source, cfg):
-        refuse_keys(entry, (*OF_TEACHERS, *OF_STUDENTS), "these pictures are drawn already")
+        refuse_keys(entry, ("base", *OF_TEACHERS, *OF_STUDENTS), "these pictures are drawn already")
         return given_pictures(name, source, requests)
     refuse_keys(entry, OF_TEACHERS, "a student draws as its schedule says, without guidance")
     return student_candidate(entry, cfg)
@@ -511,11 +584,34 @@ def student_candidate(entry: Mapping[str, Any], cfg: DictConfig) -> DrawingModel
     name = entry["name"]
     source = locate(entry["model"], Path(cfg.output), "models")
     found = load_student(source)
-    model = build_pictures_model(recorded_model(source, cfg), name, cfg)
+    node = recorded_model(source, cfg)
+    if "base" in entry:
+        cfg = on_base(cfg, base_of(entry))
+        node = node_of(cfg, "model")
+    model = build_pictures_model(node, name, cfg)
     found.check_fits(model)
     schedule = own_schedule(entry["schedule"], model, cfg) if "schedule" in entry else schedule_of(source, cfg, model)
     size = final_size(cfg, model, schedule.base_sizes[-1])
     return DrawingModel(name, entry["model"], model, found, schedule, size, len(schedule.config.sigmas))
+
+
+def base_of(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The model of conf/model that an entry names as its base, and the schedule that its students have by default.
+
+    Raises:
+        UserError: if there is no such model.
+    """
+    return composed("model", entry["base"], f"models: base of {entry['name']}")
+
+
+def on_base(cfg: DictConfig, base: Mapping[str, Any]) -> DictConfig:
+    """The configuration with another model, and with its schedule unless the command line names one."""
+    other = cfg.copy()
+    OmegaConf.set_struct(other, False)
+    chosen = any(re.match(r"\+*schedule[.=@]", override) for override in overrides())
+    for group in ("model",) if chosen else ("model", "schedule"):
+        other[group] = base[group]
+    return other
 
 
 def own_schedule(given: str | dict[str, Any], model: Pretrained, cfg: DictConfig) -> ScaleWiseScheduler:

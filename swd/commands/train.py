@@ -457,7 +457,7 @@ def build_trainer(cfg: DictConfig, folder: Path, *more: Callback, checkpoint: st
         callbacks = [c for c in callbacks if not isinstance(c, (Checkpoint, SaveAdapter, Students, *MEASURES))]
     callbacks += [*more, CheckSpace(), StopOnSignal()]
     if any(isinstance(callback, EarlyStopping) for callback in callbacks):
-        callbacks.append(CheckStopping())
+        callbacks.append(CheckStopping(checkpoint))
     fixed: dict[str, Any] = {
         "max_epochs": -1,  # only steps end a run: a finished epoch must not keep a longer run from continuing
         "default_root_dir": str(folder),

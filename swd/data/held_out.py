@@ -39,7 +39,11 @@ class HeldOut:
 
     def captions(self, count: int) -> list[str]:
         """The captions of the first samples."""
-        return [str(self.caption(int(each))) for each in self.ids[:count]]
+        return self.captions_at(range(min(count, len(self))))
+
+    def captions_at(self, places: Sequence[int]) -> list[str]:
+        """The captions of the samples at `places`."""
+        return [str(self.caption(int(self.ids[place]))) for place in places]
 
     def check(self, count: int, key: str) -> None:
         """Raise UserError if there are fewer than `count`; `key` is what asks for so many."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from swd.io.files import write_json, write_text
+from swd.metrics.bootstrap import FEW
 
 RESULTS, MARKDOWN, CSV, HTML = "results.json", "table.md", "table.csv", "report.html"
 PUBLISHED = Path(__file__).with_name("published.json")
@@ -33,10 +34,15 @@ class Grid:
     rows: Sequence[Sequence[str]]
 
 
-def published_rows() -> list[dict[str, Any]]:
-    """The published numbers, each row with where it is from."""
+def published_rows(models: Collection[str] | None = None) -> list[dict[str, Any]]:
+    """The published numbers, each row with where it is from.
+
+    Args:
+        models: of these models of conf/model alone; None: of all.
+    """
     known = json.loads(PUBLISHED.read_text(encoding="utf-8"))
-    return [row | {"source": known["source"]} for row in known["rows"]]
+    rows = [row | {"source": known["source"]} for row in known["rows"]]
+    return [row for row in rows if models is None or row["model"] in models]
 
 
 def write_results(folder: Path, results: Results) -> None:
@@ -90,7 +96,15 @@ def models_grid(results: Results, detailed: bool = True) -> Grid:
             ]
         )
     n = results["prompts"]["n"] * results.get("images_per_prompt", 1)
-    return Grid(f"Models, {n:,} pictures each", columns, rows)
+    return Grid(f"Models, {n:,} pictures each{doubt(results)}", columns, rows)
+
+
+def doubt(results: Results) -> str:
+    """A warning for the title of a table whose intervals rest on few prompts; empty otherwise."""
+    n = results["prompts"]["n"]
+    known = [metric.get("low") for row in results["models"] for metric in row["metrics"].values()]
+    few = n < FEW and any(low is not None for low in known)
+    return f" ({n} prompts: intervals of fewer than {FEW} are too narrow)" if few else ""
 
 
 def pairs_grid(results: Results) -> Grid:
@@ -102,7 +116,7 @@ def pairs_grid(results: Results) -> Grid:
         text = with_interval({**pair, "value": pair["difference"]})
         rows.append([str(pair["b"]), str(pair["metric"]), text, verdict])
     first = results["pairs"][0]["a"]
-    return Grid(f"Differences to {first}", ["model", "metric", f"minus {first}", "settled"], rows)
+    return Grid(f"Differences to {first}{doubt(results)}", ["model", "metric", f"minus {first}", "settled"], rows)
 
 
 def published_grid(results: Results, detailed: bool = True) -> Grid:

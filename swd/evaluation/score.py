@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -278,12 +279,14 @@ class Resampled:
         statistic: mean of the score's parts; None where it has none, and so no interval.
         resamples: which they are.
         level: of the interval.
+        bounds: what the value can be at all, where the interval ends.
     """
 
     value: float
     statistic: Statistic | None
     resamples: Resamples
     level: float
+    bounds: tuple[float, float] = (-math.inf, math.inf)
 
     @classmethod
     def of(cls, score: Score, clusters: Sequence[Hashable], bootstrap: Bootstrap) -> Resampled:
@@ -293,13 +296,16 @@ class Resampled:
         if parts is not None and score.per == "prompt":
             clusters = range(len(parts))
         resamples = Resamples(clusters, bootstrap.draws, bootstrap.seed)
-        return cls(value, None if parts is None else mean_of(parts), resamples, bootstrap.level)
+        return cls(value, None if parts is None else mean_of(parts), resamples, bootstrap.level, score.bounds)
 
     def interval(self) -> dict[str, Any]:
         """Value, low and high; null where there is no interval."""
         if self.statistic is None:
             return {"value": finite(self.value), "low": None, "high": None}
-        return {"value": finite(self.value)} | _ends(interval(self.statistic, self.resamples, self.level))
+        found = interval(self.statistic, self.resamples, self.level)
+        least, most = self.bounds
+        cut = replace(found, low=max(found.low, least), high=min(found.high, most))
+        return {"value": finite(self.value)} | _ends(cut)
 
     def compared(self, other: Resampled, a: str, b: str, metric: str) -> dict[str, Any]:
         """The difference of `other` (called b) to this one (called a), with its interval."""

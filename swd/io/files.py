@@ -120,6 +120,29 @@ def _lock(handle: int) -> bool:
     return True
 
 
+@contextmanager
+def only_one(file: Path) -> Iterator[bool]:
+    """Hold the lock on a file, made for this if need be; yields False where another process holds it.
+
+    It ends with the process, so that a kill leaves nothing behind. Where the file system or Windows has no locks,
+    everybody gets it. Opened for writing, since NFS locks no others.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a"):
+        pass
+    with file.open("r+") as handle:
+        try:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except (ImportError, OSError):
+            pass
+        yield True
+
+
 def clear_leftovers(folder: Path) -> None:
     """Remove temporary folders that killed writes left in `folder`; those of writes that still run stay.
 

@@ -12,6 +12,7 @@ pure function of features in the order of the pictures, and equal features give 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -199,11 +200,14 @@ class Score:
         parts: `[G]` values whose mean is the first of `values` and of which a bootstrap may draw, for intervals and for
             paired differences between sets with the same prompts and seeds. None where there are none.
         per: whether `parts` are of the pictures, in their order, or of the prompts, in the order of `Drawn.groups`.
+        bounds: lowest and highest number that the first value can be; resampled values, which are exact to first order
+            alone, are cut off there.
     """
 
     values: dict[str, float]
     parts: Tensor | None = None
     per: Literal["picture", "prompt"] = "picture"
+    bounds: tuple[float, float] = (-math.inf, math.inf)
 
 
 class PictureMetric(ABC):
@@ -216,6 +220,7 @@ class PictureMetric(ABC):
         needs_prompts: whether the pictures' prompts are needed.
         needs_reference: whether real pictures are needed.
         takes_statistics: whether mean and covariance of the real pictures' features are enough.
+        fewest_real: number of real pictures below which there is no value, where their features are needed.
         higher_is_better: the direction of its first value.
     """
 
@@ -224,6 +229,7 @@ class PictureMetric(ABC):
     needs_prompts: bool = False
     needs_reference: bool = False
     takes_statistics: bool = False
+    fewest_real: int = 1
     higher_is_better: bool = False
 
     def check(self, reference: Reference | None = None) -> None:
@@ -233,7 +239,7 @@ class PictureMetric(ABC):
             reference: real pictures, with their features where they are at hand.
 
         Raises:
-            UserError: for absent weights or packages, or a reference that lacks what is needed.
+            UserError: for absent weights or packages, or a reference that is too small or lacks what is needed.
         """
         for extractor in self.extractors:
             extractor.check()
@@ -246,6 +252,9 @@ class PictureMetric(ABC):
             if name not in reference.features and not (known and self.takes_statistics):
                 fault = "only their mean and covariance" if known else f"no features of {name}"
                 raise UserError(f"{self.name} needs real pictures, and the reference has {fault}; give it a folder")
+            count = len(reference.features[name]) if name in reference.features else self.fewest_real
+            if count < self.fewest_real:
+                raise UserError(f"{self.name} needs {self.fewest_real} real pictures, got {count}; give more")
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Refuse, before anything is drawn, prompts that could not be scored.

@@ -24,6 +24,10 @@ Statistic = Callable[[Tensor], Tensor]
 DRAWS = 1000
 """Resamples: Efron and Tibshirani, section 13.3, ask for 1,000 for the ends of a 95% interval."""
 LEVEL = 0.95
+FEW = 50
+"""Prompts below which an interval is clearly too narrow: the spread of n values is drawn too small, by
+sqrt((n - 1) / n), and is uncertain itself. Of the intervals that say 95%, those of 50 normal values hold their mean in
+94.2%, of 20 in 92.9%, of 10 in 90.4%, of 4 in 81.2% (|t| < 1.96 sqrt((n - 1) / n), n - 1 degrees of freedom)."""
 BLOCK = 4096
 """Pictures whose kernels are held at once: a matrix of 134 MB."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from swd.metrics.base import Drawn, Extractor, PictureMetric, Reference, Score, features_of, real_features
 from swd.metrics.functional import gaussian_kernel, mmd_parts
 
@@ -20,6 +22,7 @@ class Cmmd(PictureMetric):
 
     name = "cmmd"
     needs_reference = True
+    fewest_real = 2  # a pair
 
     def __init__(self, extractor: Extractor) -> None:
         self.extractors = (extractor,)
@@ -28,4 +31,4 @@ class Cmmd(PictureMetric):
         x = features_of(drawn.features, self.extractors[0], "drawn pictures")
         y = real_features(reference, self.extractors[0])
         parts = SCALE * mmd_parts(x, y, gaussian_kernel(SIGMA), unbiased=False)
-        return Score({"cmmd": float(parts.mean())}, parts)
+        return Score({"cmmd": float(parts.mean())}, parts, bounds=(0, math.inf))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from swd.metrics.base import Drawn, Extractor, Gaussian, PictureMetric, Reference, Score, features_of, real_features
 from swd.metrics.functional import (
     frechet_distance,
@@ -36,6 +38,7 @@ class Frechet(PictureMetric):
 
     needs_reference = True
     takes_statistics = True
+    fewest_real = 4  # two for each half of the floor
 
     def __init__(self, extractor: Extractor, name: str = "fid", seed: int = 0) -> None:
         self.extractors = (extractor,)
@@ -53,7 +56,8 @@ class Frechet(PictureMetric):
         if reference is not None and extractor.name in reference.features:
             floor = frechet_floor(real_features(reference, extractor), len(features), self.seed)
             values[f"{self.name}_floor"] = floor
-        return Score(values, None if infinity is None else frechet_parts(real, features))
+        parts = None if infinity is None else frechet_parts(real, features)
+        return Score(values, parts, bounds=(0, math.inf))
 
 
 def reference_gaussian(reference: Reference | None, extractor: Extractor) -> Gaussian:

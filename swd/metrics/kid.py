@@ -20,6 +20,7 @@ class Kid(PictureMetric):
     """
 
     needs_reference = True
+    fewest_real = 2  # a pair
 
     def __init__(
         self, extractor: Extractor, subsets: int | None = None, size: int = 1000, seed: int = 0, name: str = "kid"

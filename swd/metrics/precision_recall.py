@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from swd.metrics.base import Drawn, Extractor, PictureMetric, Reference, Score, features_of, real_features
 from swd.metrics.functional import within_neighbourhoods
+from swd.types import UserError
 
 
 class Precision(PictureMetric):
@@ -23,6 +26,7 @@ class Precision(PictureMetric):
     def __init__(self, extractor: Extractor, neighbours: int = 3) -> None:
         self.extractors = (extractor,)
         self.neighbours = neighbours
+        self.fewest_real = neighbours + 1  # of which each has so many others
 
     def score(self, drawn: Drawn, reference: Reference | None = None) -> Score:
         x = features_of(drawn.features, self.extractors[0], "drawn pictures")
@@ -37,6 +41,10 @@ class Recall(Precision):
     """
 
     name = "recall"
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        if len(prompts) <= self.neighbours:
+            raise UserError(f"{self.name} needs {self.neighbours + 1} drawn pictures, got {len(prompts)}; draw more")
 
     def score(self, drawn: Drawn, reference: Reference | None = None) -> Score:
         x = features_of(drawn.features, self.extractors[0], "drawn pictures")

@@ -322,8 +322,10 @@ class Distiller(LightningModule):
         if norm is None:
             return {}
         distance = (leaf.detach() - inputs.target).square().mean()
-        watched = {"monitor/gradient_norm_student": norm} | prediction_statistics(leaf.detach(), inputs.target)
-        return {"loss": loss, "x0_mse": distance} | metrics | watched
+        average = partial(self.trainer.strategy.reduce, reduce_op="mean")
+        watched = prediction_statistics(leaf.detach(), inputs.target, average, self.trainer.world_size)
+        norms = {"monitor/gradient_norm_student": norm}
+        return {"loss": loss, "x0_mse": distance} | metrics | norms | watched
 
     def _descend(self, role: Literal["student", "fake"], loss: Tensor, checks: Checks, place: str) -> Tensor | None:
         """One optimizer step down the gradient of `loss`, if that and everything in `checks` is finite.

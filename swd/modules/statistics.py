@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,13 +17,27 @@ OUTSIDE = 0.001
 """Share of the data's values beyond the range that saturation is counted from."""
 
 
-def prediction_statistics(x0_hat: Tensor, x0_real: Tensor) -> Metrics:
+Average = Callable[[Tensor], Tensor]
+"""The mean over all processes of a tensor of one shape on each; every process must call it."""
+
+
+def itself(values: Tensor) -> Tensor:
+    """The mean over the one process that there is."""
+    return values
+
+
+def prediction_statistics(x0_hat: Tensor, x0_real: Tensor, average: Average = itself, processes: int = 1) -> Metrics:
     """The student's predictions against the data's latents `[B, ...]` of the same size.
+
+    Args:
+        x0_hat, x0_real: of this process.
+        average: over the processes, of which each has as many samples.
+        processes: their number.
 
     Returns:
         `monitor/x0_std`: std of `x0_hat` over that of the data.
-        `monitor/x0_spread`: the same of deviations from the mean over the batch, so that one picture for all prompts
-        gives 0; absent for a batch of one.
+        `monitor/x0_spread`: the same of deviations from the mean over the batch of all processes, so that one picture
+        for all prompts gives 0; absent for a batch of one. Equal on all processes.
         `monitor/saturation`: share of the values of `x0_hat` outside the range that holds 99.9% of the data's.
     """
     x0_hat, x0_real = x0_hat.float(), x0_real.float()
@@ -30,8 +46,8 @@ def prediction_statistics(x0_hat: Tensor, x0_real: Tensor) -> Metrics:
         "monitor/x0_std": x0_hat.std(correction=0) / x0_real.std(correction=0).clamp(min=1e-12),
         "monitor/saturation": ((x0_hat < low) | (x0_hat > high)).float().mean(),
     }
-    if len(x0_hat) > 1:
-        found["monitor/x0_spread"] = spread(x0_hat) / spread(x0_real).clamp(min=1e-12)
+    if len(x0_hat) * processes > 1:
+        found["monitor/x0_spread"] = spread(x0_hat, average) / spread(x0_real, average).clamp(min=1e-12)
     return found
 
 
@@ -43,9 +59,9 @@ def inner_range(values: Tensor) -> tuple[Tensor, Tensor]:
     return ordered[cut], ordered[len(ordered) - 1 - cut]
 
 
-def spread(x: Tensor) -> Tensor:
-    """Root mean square of deviations from the mean over the batch, of `[B, ...]`."""
-    return (x - x.mean(0)).square().mean().sqrt()
+def spread(x: Tensor, average: Average = itself) -> Tensor:
+    """Root mean square of deviations from the mean over the batch of all processes, of `[B, ...]` on each."""
+    return average((x - average(x.mean(0))).square().mean()).sqrt()
 
 
 def similarity(x: Tensor) -> Tensor:

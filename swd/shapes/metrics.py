@@ -177,4 +177,5 @@ def accuracy_of(statements: Tensor, name: str = "shapes_accuracy", exact: bool =
     parts = right if exact else ratio_parts(hits[:, said], made[:, said]).mean(1)
     labels = [attribute for attribute, is_said in zip(ATTRIBUTES, said.tolist(), strict=True) if is_said]
     others = {"mean": float(shares.mean())} if exact else {EXACT: float(right.mean())}
-    return Score({name: float(parts.mean())} | others | dict(zip(labels, shares.tolist(), strict=True)), parts)
+    values = {name: float(parts.mean())} | others | dict(zip(labels, shares.tolist(), strict=True))
+    return Score(values, parts, bounds=(0, 1))

@@ -181,5 +181,5 @@ def test_two_processes_probe_together(tiny_model: Path, tmp_path: Path) -> None:
         loss="dmd",
     )
     for ours, theirs in zip(two, rows(tmp_path / "one"), strict=True):
-        for name in ("similarity", "similarity_first", "critic_error", "teacher_fake_cosine"):
+        for name in ("similarity", "similarity_first", "critic_error", "teacher_fake_cosine", "x0_spread"):
             assert ours[f"monitor/{name}"] == pytest.approx(theirs[f"monitor/{name}"], rel=1e-3, abs=1e-5), name

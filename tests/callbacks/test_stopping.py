@@ -54,6 +54,28 @@ def test_early_stopping_counts_measurements(
     assert (tmp_path / "run" / "checkpoints" / f"iteration-{last}.ckpt").is_file()
 
 
+class Reported(Measure):
+    """The same in the way of the callbacks that draw, which reaches the loggers at once."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        number, rest = divmod(trainer.global_step, self.every)
+        if not rest and number <= len(self.values):
+            log_values(trainer, {"metrics/fid": self.values[number - 1]})
+
+
+@pytest.mark.parametrize(("patience", "broken", "last"), [(2, 6, 8), (2, 7, 8), (1, 6, 6)])
+def test_a_resumed_run_stops_where_a_straight_one_does(
+    tiny_model: Path, tmp_path: Path, patience: int, broken: int, last: int
+) -> None:
+    """Its checkpoint is written before the measurement of its iteration is looked at; nothing is looked at twice."""
+    values = [9.0, 5.0, 6.0, 7.0, 8.0, 9.0]
+    arguments = [*STOP, f"callbacks.early_stopping.patience={patience}", "logger=csv", "callbacks.checkpoint.every=1"]
+    fit(tiny_model, tmp_path / "a", *arguments, more=(Reported(values, 2),), trainer__max_steps=broken)
+    arguments.append(f"resume={tmp_path / 'a'}")
+    _, trainer = fit(tiny_model, tmp_path / "b", *arguments, more=(Reported(values, 2),), trainer__max_steps=20)
+    assert trainer.global_step == last
+
+
 def test_early_stopping_by_a_threshold_of_a_loss(tiny_model: Path, tmp_path: Path) -> None:
     arguments = ["callbacks=early_stopping", "+callbacks.early_stopping.stopping_threshold=1e9"]
     _, trainer = fit(tiny_model, tmp_path / "run", *arguments, trainer__max_steps=20)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +16,15 @@ from extractors import TinyExtractor
 from PIL import Image, ImageChops
 from processes import train_on_two
 
-from swd.callbacks.training_metrics import Metrics, size_name, to_bytes
+from swd.callbacks.training_metrics import Metrics, halves, size_name, to_bytes
 from swd.commands import train
-from swd.metrics.base import Drawn, Reference
+from swd.data.held_out import HeldOut
+from swd.metrics.base import Drawn, PictureMetric, Reference
+from swd.metrics.cmmd import Cmmd
 from swd.metrics.fid import Frechet
+from swd.metrics.functional import mmd_parts, polynomial_kernel
 from swd.metrics.kid import Kid
+from swd.metrics.precision_recall import Precision, Recall
 from swd.modules.distiller import Distiller
 from swd.schedule import downscale
 from swd.types import UserError
@@ -43,8 +48,11 @@ def by_hand(task: Distiller, data: Any) -> dict[str, float]:
     """The same metrics of the same pictures, each drawn alone."""
     extractor = TinyExtractor()
     held = data.held_out()
-    drawn = [task.sample([held.captions(COUNT)[i]], [5 + i], keep_x0=True)[1] for i in range(COUNT)]
-    real = held.batch(range(COUNT), 0).pixels
+    captioned, others = halves(COUNT)
+    assert sorted([*captioned, *others]) == list(range(2 * COUNT))
+    captions = [held.caption(int(held.ids[place])) for place in captioned]
+    drawn = [task.sample([captions[i]], [5 + i], keep_x0=True)[1] for i in range(COUNT)]
+    real = held.batch(others, 0).pixels
     found = {}
     for step, size in enumerate((32, 48, 64)):
         mine = Drawn({"tiny": extractor(torch.cat([to_bytes(each[step]) for each in drawn]))})
@@ -123,7 +131,12 @@ def test_scoring_changes_no_training_and_what_goes_wrong_is_a_warning(
     ("options", "words"),
     [
         (["data.validation=null"], ["captions of data.validation", "callbacks.metrics.prompts"]),
-        (["data.validation.length=9"], ["callbacks.metrics.pictures=256", "9 samples"]),
+        (["data.validation.length=9"], ["callbacks.metrics.pictures=256", "9 samples", "hold out 512", "pictures=4,"]),
+        (["data.validation.length=511"], ["511 samples", "pictures=255,", "callbacks.metrics.reference=FOLDER"]),
+        (
+            ["data.validation.length=255", "callbacks.metrics.sizes=null"],
+            ["callbacks.metrics.pictures=256, but data.validation holds out 255 samples"],
+        ),
         (["callbacks.metrics.prompts=[a red dog]"], ["shapes_accuracy", "a red dog"]),
         (["callbacks.metrics.reference=nowhere"], ["nowhere"]),
         (["callbacks.metrics.sizes.judge_kid.extractor.path=nowhere"], ["nowhere"]),
@@ -147,6 +160,54 @@ def test_too_few_pictures_for_a_metric_are_refused_before_the_first_iteration(ti
     with pytest.raises(UserError, match="judge_mmd needs 128 real pictures, got 7"):
         train.fit(tiny.composed([*tiny.overrides(tiny_model, tmp_path, callbacks="default"), *few]))
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize(("metric", "count"), [("fid", 4), ("kid", 2), ("cmmd", 2), ("precision", 4), ("recall", 4)])
+def test_too_small_a_folder_of_real_pictures_is_refused_before_anything_loads(
+    tiny_model: Path, tmp_path: Path, metric: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: dict[str, PictureMetric] = {
+        each.name: each
+        for each in (Frechet(TinyExtractor()), Kid(TinyExtractor()), Cmmd(TinyExtractor()), Precision(TinyExtractor()))
+    } | {"recall": Recall(TinyExtractor())}
+    real = tmp_path / "real"
+    real.mkdir()
+    for number in range(count - 1):
+        Image.new("RGB", (64, 64)).save(real / f"{number}.png")
+    monkeypatch.setattr(Distiller, "configure_model", lambda self: pytest.fail("a model was loaded"))
+    cfg = tiny.composed(tiny.overrides(tiny_model, tmp_path / "run", loss="mmd"))
+    with pytest.raises(UserError, match=f"^{metric} needs {count} real pictures, got {count - 1}; give more$"):
+        train.fit(cfg, Metrics({metric: built[metric]}, pictures=COUNT, reference=str(real)))
+
+
+def test_a_perfect_student_has_no_distance() -> None:
+    """Its pictures are the real ones of their captions; the reference is of other captions, so that none is its own."""
+    callback = Metrics({"kid": Kid(TinyExtractor())}, pictures=20)
+    task: Any = SimpleNamespace(schedule=tiny.build_schedule(), model=SimpleNamespace(pixel_size=lambda size: size))
+    held = HeldOut(range(60), lambda places, step: pytest.fail("no picture is needed"), str)
+    captioned = [int(caption) for caption in callback._prompts(held)]
+    places = list(callback._real(task, held).places)
+    assert sorted([*captioned, *places]) == list(range(40))
+    other, own = [], []
+    for seed in range(100):
+        rows = torch.randn(60, 3, generator=torch.Generator().manual_seed(seed))
+        other.append(mmd_parts(rows[captioned], rows[places], polynomial_kernel, unbiased=True).mean())
+        own.append(mmd_parts(rows[captioned], rows[captioned], polynomial_kernel, unbiased=True).mean())
+    found = torch.stack(other)
+    error = found.std() / 10
+    assert abs(found.mean()) < 3 * error and torch.stack(own).mean() < -6 * error
+
+
+@pytest.mark.parametrize("count", [16, 256, 1024])
+def test_both_halves_are_alike_in_data_that_lie_in_some_order(count: int) -> None:
+    captioned, others = (torch.tensor(each).double() for each in halves(count))
+    # Means of count numbers each out of 0 to 2 count - 1, without replacement: the deviation of their difference.
+    deviation = (2 * count * (2 * count + 1) / (3 * 2 * count)) ** 0.5
+    assert abs(captioned.mean() - others.mean()) < 3 * deviation
+    # Pairs of neighbours are as often in one half as chance has it, about half of them.
+    assert len({int(each) for each in captioned} & {int(each) + 1 for each in others}) == pytest.approx(
+        count / 2, abs=2 * count**0.5
+    )
 
 
 @pytest.mark.parametrize("option", ["shapes", "pictures"])

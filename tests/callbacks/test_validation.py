@@ -121,6 +121,33 @@ def test_an_untrained_student_has_1_and_values_are_logged(tiny_model: Path, tmp_
         assert torch.equal(value, task.networks.adapter_state("student")[key]), key
 
 
+def lags(folder: Path) -> dict[int, float]:
+    """The lag at the last step, by iteration."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        name = "monitor/fake_lag/64_step3"
+        return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row[name]}
+
+
+def test_a_resumed_run_has_the_lags_of_a_straight_one(tiny_model: Path, tmp_path: Path) -> None:
+    options = ["callbacks=[checkpoint,validation]", "callbacks.validation.every=2", "callbacks.validation.pictures=6"]
+    options += ["data.validation.resolution=64", "callbacks.checkpoint.every=1", "callbacks.checkpoint.keep=9"]
+
+    def run(name: str, *more: str) -> dict[int, float]:
+        arguments = tiny.overrides(tiny_model, tmp_path / name, loss="dmd", task__lr=1e-2, trainer__max_steps=4)
+        train.fit(tiny.composed([*arguments, *options, "logger=csv", *more]))
+        return lags(tmp_path / name)
+
+    straight = run("a")
+    assert list(straight) == [2, 4] and straight[2] != straight[4]
+    # The checkpoint of iteration 2 was written before its measurement, that of 3 after it.
+    for iteration, expected in ((2, [2, 4]), (3, [4])):
+        resumed = run(f"b{iteration}", f"resume={tmp_path}/a/checkpoints/iteration-{iteration}.ckpt")
+        assert resumed == pytest.approx({each: straight[each] for each in expected}, rel=1e-5)
+    # Of other samples there are no former predictions.
+    other = run("c", f"resume={tmp_path}/a/checkpoints/iteration-3.ckpt", "callbacks.validation.pictures=5")
+    assert list(other) == [4] and other[4] != pytest.approx(straight[4], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -9,7 +9,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from swd.commands import evaluate, sample
 from swd.evaluation.candidate_pictures import CandidatePainter
 from swd.evaluation.feature_files import FeatureFiles
 from swd.evaluation.plan import Plan
+from swd.io.files import only_one
 from swd.modules.adapters import save_adapter
 from swd.modules.pretrained import Pretrained
 from swd.types import UserError
@@ -32,7 +35,11 @@ SEEDS = [7, 8, 3, 10, 11]
 BRIGHT = "{_target_: toy_metrics.Brightness, name: bright, extractor: {_target_: toy_metrics.Colours}}"
 AGREE = "{_target_: toy_metrics.Agreement, extractor: {_target_: toy_metrics.Words}}"
 FID = "{_target_: swd.metrics.fid.Frechet, name: fid, extractor: {_target_: toy_metrics.Colours}}"
-ALLOWED = "[toy_metrics.Brightness,toy_metrics.Agreement,toy_metrics.Colours,toy_metrics.Words,swd.metrics.fid.Frechet]"
+KID = "{_target_: swd.metrics.kid.Kid, name: kid, extractor: {_target_: toy_metrics.Colours}}"
+RECALL = "{_target_: swd.metrics.precision_recall.Recall, extractor: {_target_: toy_metrics.Colours}}"
+TOYS = ("Brightness", "Agreement", "Colours", "Words")
+OURS = ("fid.Frechet", "kid.Kid", "precision_recall.Recall")
+ALLOWED = f"[{','.join([*(f'toy_metrics.{toy}' for toy in TOYS), *(f'swd.metrics.{ours}' for ours in OURS)])}]"
 
 Arguments = Callable[..., list[str]]
 
@@ -181,7 +188,9 @@ def test_any_number_of_processes_and_any_batch_give_the_same(
     said = [process.communicate(timeout=300) for process in started]
     assert [process.returncode for process in started] == [0] * world, said
     assert_same(tmp_path / "one", many)
-    assert sum("report.html" in out for out, _ in said) >= 1
+    assert (
+        sum("report.html" in out for out, _ in said) == 1
+    )  # one of them scores, also where several are through at once
     assert not list(many.rglob(".*"))
     assert len(list((many / "features" / "mine" / "colours-plain").iterdir())) == 5
 
@@ -199,6 +208,62 @@ def test_the_share_of_a_process_is_its_chunks_alone(
     monkeypatch.setenv("RANK", "0")
     evaluate.run(config(folder))
     assert (folder / "results.json").is_file()
+
+
+def test_of_processes_that_are_through_at_once_one_scores(
+    config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    evaluate.prepare(config(folder)).plan.claim()
+    with only_one(folder / evaluate.LOCK) as is_mine:
+        assert is_mine
+        evaluate.run(config(folder))
+    assert "another one scores" in capsys.readouterr().out and not (folder / "results.json").exists()
+    # Its lock ended; now the other one is quicker, and through before this one looks.
+    original = evaluate.is_complete
+
+    def quicker(evaluation: Any) -> bool:
+        monkeypatch.setattr(evaluate, "is_complete", original)
+        evaluate.run(config(folder))
+        return original(evaluation)
+
+    monkeypatch.setattr(evaluate, "is_complete", quicker)
+    evaluate.run(config(folder))
+    out = capsys.readouterr().out
+    assert out.count("report.html") == 1 and out.endswith("process 1 of 1 is through; another one scores\n")
+    evaluate.run(config(folder))  # a new command prints the table again
+    assert capsys.readouterr().out.count("report.html") == 1
+
+
+def test_published_numbers_are_those_of_the_models_in_the_table(config: Callable[..., Any], tmp_path: Path) -> None:
+    candidates = evaluate.prepare(config(tmp_path / "out")).plan.candidates
+    named, copied = "stabilityai/stable-diffusion-3.5-large", "FLUX.1-dev"  # on the hub, and in a folder
+    found = []
+    for names in ((named,), (copied,), (named, copied)):
+        given = tuple(replace(candidates[0], model=SimpleNamespace(name=name)) for name in names)  # type: ignore[type-var]
+        rows = evaluate.published_of(config(tmp_path / "out", published=True), given)
+        found.append(({row["model"] for row in rows}, len(rows)))
+    assert found == [({"sd35_large"}, 6), ({"flux_dev"}, 6), ({"sd35_large", "flux_dev"}, 12)]
+    rows = evaluate.published_of(config(tmp_path / "out", published="all"), candidates)
+    assert {row["model"] for row in rows} == {"sdxl", "sd35_medium", "sd35_large", "flux_dev"} and len(rows) == 21
+    assert evaluate.published_of(config(tmp_path / "out"), candidates) == []
+
+
+def test_models_of_several_bases_are_drawn_with_their_own(
+    config: Callable[..., Any], student: Path, tmp_path: Path
+) -> None:
+    two = f"[{student}, {{name: other, model: teacher, base: shapes}}, teacher]"
+    plan = evaluate.prepare(config(tmp_path / "out", models=two, height=64, width=64)).plan
+    found: Any = plan.candidates
+    mine, other, same = (each.model for each in found)
+    assert other.name == "shapes-sd3" != mine.name == same.name
+    assert [each.teacher_steps for each in (other, same)] == [28, 28] and other.max_text_tokens == 24
+    with pytest.raises(UserError, match="mine"):  # the adapter is of the tiny base
+        evaluate.prepare(config(tmp_path / "out", models=f"[{{model: {student}, base: shapes}}]", height=64, width=64))
+    # Its students have its own schedule by default.
+    base = evaluate.base_of({"name": "flux", "base": "flux_dev"})
+    moved = evaluate.on_base(config(tmp_path / "out"), base)
+    assert moved.model.path == "black-forest-labs/FLUX.1-dev" and list(moved.schedule.sizes) == [64, 80, 96, 128]
 
 
 def test_a_second_run_computes_nothing_again(
@@ -361,12 +426,26 @@ def test_the_released_list_of_captions_is_read_as_it_is(config: Callable[..., An
         ({"timing__runs": 0}, "timing.runs=0; use at least 1"),
         ({"bootstrap__level": 1.5}, "bootstrap.level=1.5"),
         ({"batch_size": 0}, "batch_size=0; use at least 1"),
+        (
+            {"models": "[{name: a, model: teacher, base: nothing}]"},
+            "base of a: there is no model 'nothing'; choose from",
+        ),
+        ({"published": "yes please"}, "published=yes please; use true for the models in the table, all, or false"),
+        ({"published": True}, "the paper has no numbers of .*; use published=all"),
+        ({"reference": "three", "metrics": f"[{FID}]"}, "fid needs 4 real pictures, got 3; give more"),
+        ({"reference": "one", "metrics": f"[{KID}]"}, "kid needs 2 real pictures, got 1; give more"),
+        ({"reference": "three", "metrics": f"[{RECALL}]"}, "recall needs 4 real pictures, got 3; give more"),
+        ({"reference": "four", "n": 3, "metrics": f"[{RECALL}]"}, "recall needs 4 drawn pictures, got 3; draw more"),
     ],
 )
 def test_wrong_input_is_refused_before_anything_is_made(
     config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    for count, name in ((1, "one"), (3, "three"), (4, "four")):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{number}.png")
     monkeypatch.setattr(Pretrained, "pipeline", None)
     with pytest.raises(UserError, match=message):
         evaluate.run(config(tmp_path / "out", **more))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 from swd.evaluation.feature_files import FeatureFiles, extract_missing, key_for
 from swd.evaluation.score import Bootstrap, Resampled
 from swd.metrics.base import Score
+from swd.metrics.bootstrap import Resamples
+from swd.shapes.metrics import accuracy_of
 
 PROMPTS = ["a", "a", "b", "c", "c", "d"]
 
@@ -37,6 +40,38 @@ def test_a_metric_without_parts_has_no_interval() -> None:
     bare = Resampled.of(Score({"m": 2.0}), PROMPTS, Bootstrap())
     assert bare.interval() == {"value": 2.0, "low": None, "high": None}
     assert bare.compared(resampled([1.0] * 6), "A", "B", "m")["low"] is None
+
+
+def six(statements: list[list[list[int]]]) -> torch.Tensor:
+    """Statements of the first attributes as those of all six, `[N, 6, 2]`; of the others there are none."""
+    given = torch.tensor(statements)
+    return torch.cat([given, torch.zeros(len(given), 6 - given.shape[1], 2, dtype=torch.long)], 1)
+
+
+def test_an_interval_ends_where_the_quantity_does() -> None:
+    # All shapes but one are right: to first order the share could be 1.02.
+    score = accuracy_of(six([[[2, 2]]] * 58 + [[[1, 2]], [[2, 2]]]))
+    free = Resampled.of(replace(score, bounds=(-9.0, 9.0)), range(60), Bootstrap()).interval()
+    cut = Resampled.of(score, range(60), Bootstrap()).interval()
+    assert score.values["shapes_accuracy"] == pytest.approx(119 / 120) and score.bounds == (0, 1)
+    assert cut["low"] == free["low"] and cut["high"] == min(free["high"], 1) <= 1
+    # Two attributes, of which the second is seldom said: its share alone moves by more than there is room for.
+    score = accuracy_of(six([[[1, 1], [0, 0]]] * 40 + [[[1, 1], [4, 4]]] * 3 + [[[1, 1], [0, 1]]]))
+    free = Resampled.of(replace(score, bounds=(-9.0, 9.0)), range(44), Bootstrap()).interval()
+    cut = Resampled.of(score, range(44), Bootstrap()).interval()
+    assert (
+        free["high"] > 1 == cut["high"] and cut["low"] == free["low"] < cut["value"] == score.values["shapes_accuracy"]
+    )
+
+
+@pytest.mark.parametrize(("n", "holds"), [(10, 0.904), (20, 0.929), (50, 0.942)])
+def test_intervals_of_few_values_are_too_narrow_by_what_the_constant_says(n: int, holds: float) -> None:
+    resamples = Resamples(range(n), 400)
+    counts = resamples.counts()
+    values = torch.randn(4000, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    low, high = torch.quantile(values @ counts.T / n, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=1)
+    share = float(((low <= 0) & (high >= 0)).double().mean())
+    assert share == pytest.approx(holds, abs=0.012)
 
 
 def test_values_by_prompt_are_resampled_one_by_one() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -35,6 +37,26 @@ def test_one_picture_for_all_prompts_has_no_spread_but_a_std() -> None:
 
 def test_the_spread_is_the_square_root_of_the_mean_variance() -> None:
     assert_close(spread(torch.tensor([[1.0, 0.0], [3.0, 0.0]])), torch.tensor(0.5).sqrt())
+
+
+def test_the_spread_is_over_the_samples_of_all_processes() -> None:
+    # Each of four processes predicts one picture for its own two prompts: alone none has a spread.
+    shares = normal(4, 1, 3, 8, 8).expand(-1, 2, -1, -1, -1)
+    real = normal(8, 3, 8, 8, seed=1)
+    rounds = [[share.mean(0) for share in shares]]
+    rounds.append([(share - shares.mean((0, 1))).square().mean() for share in shares])
+    for rank, share in enumerate(shares):
+        assert spread(share) == pytest.approx(0, abs=1e-6)
+        asked = iter(rounds)
+
+        def average(values: torch.Tensor, asked: Any = asked, rank: int = rank) -> torch.Tensor:
+            theirs = next(asked)
+            assert_close(values, theirs[rank])
+            return torch.stack(theirs).mean(0)
+
+        assert_close(spread(share, average), spread(shares.flatten(0, 1)))
+    # One sample on each of two processes is a batch of two.
+    assert "monitor/x0_spread" in prediction_statistics(real[:1], real[1:2], processes=2)
 
 
 @pytest.mark.parametrize("count", [1000, 2**16 + 1, 3 * 2**16])
