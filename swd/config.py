@@ -135,7 +135,6 @@ ALLOWED: Mapping[str, Collection[str]] = {
         "WandbLogger",
         "MLFlowLogger",
         "CometLogger",
-        "NeptuneLogger",
     ),
     "lightning.pytorch.callbacks": (
         "DeviceStatsMonitor",
@@ -183,6 +182,11 @@ MOVED: Mapping[str, str] = {
 
 
 # The allow list
+
+
+def listed() -> list[str]:
+    """Dotted names of all classes in `ALLOWED`."""
+    return [f"{package}.{own}" for package, classes in ALLOWED.items() for own in classes]
 
 
 def allowed_here(cfg: DictConfig) -> tuple[str, ...]:
@@ -244,8 +248,7 @@ def target_of(name: Any, path: str, allow: Collection[str] = ()) -> Any:
                 found = getattr(importlib.import_module(package), own)
                 if module in (package, found.__module__):
                     return found
-    known = [f"{package}.{own}" for package, classes in ALLOWED.items() for own in classes]
-    close = difflib.get_close_matches(str(name), known, 1, cutoff=0.8)
+    close = difflib.get_close_matches(str(name), listed(), 1, cutoff=0.8)
     raise UserError(
         f"{path}._target_={name} is not among the classes that a configuration may build; check its spelling"
         + (f" (did you mean {close[0]!r}?)" if close else "")

@@ -57,6 +57,10 @@ class Process(Protocol):
         """The networks' timestep input for `sigma`, on a scale of 0 to 1000."""
         ...
 
+    def snr(self, sigma: Tensor) -> Tensor:
+        """Signal-to-noise ratio `[B]`: squared share of `x0` in the noised latent by that of the noise, float32."""
+        ...
+
     def add_noise(self, x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
         """The noised latent `x_t`, float32."""
         ...
@@ -87,6 +91,9 @@ class RectifiedFlow:
     def timestep(self, sigma: Tensor) -> Tensor:
         return 1000 * sigma.float()
 
+    def snr(self, sigma: Tensor) -> Tensor:
+        return ((1 - sigma.float()) / sigma.float()).square()
+
     def add_noise(self, x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
         s = expand(sigma, x0)
         return (1 - s) * x0.float() + s * eps.float()
@@ -100,7 +107,7 @@ class VariancePreserving:
 
     The level is `sigma = t / 1000`; `t = min(round(1000 sigma), 999)` indexes the signal levels `abar` of Stable
     Diffusion's scaled-linear table of betas and feeds the network. Index ranges are in units of t: `renoise` is t up to
-    790 (released code), `features` t below 400 (SwD paper, section 4.2).
+    790 (ours, after the released code's sigma below 0.79), `features` t below 400 (SwD paper, section 4.2).
     """
 
     ranges: ClassVar[Ranges] = Ranges(whole=(0, 999), renoise=(0, 790), features=(0, 399))
@@ -112,6 +119,10 @@ class VariancePreserving:
 
     def timestep(self, sigma: Tensor) -> Tensor:
         return vp_timestep(sigma)
+
+    def snr(self, sigma: Tensor) -> Tensor:
+        signal, noise = vp_scales(vp_timestep(sigma))
+        return (signal.float() / noise.float()).square()
 
     def add_noise(self, x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
         signal, noise = self._scales(sigma, x0)

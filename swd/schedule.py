@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from swd.scheduler import ScaleWiseScheduler, blend_frames, check_schedule, upsample
 from swd.types import Size, UserError, WrongProcess
 
-__all__ = ["Interval", "ScaleSchedule", "downscale", "upsample"]
+__all__ = ["DIRECT", "Frames", "Interval", "Resizing", "ScaleSchedule", "downscale", "upsample"]
+
+Frames = Literal["blend", "nearest"]
+"""Which frames of a clip a shorter one has: linear blends of two neighbours, or the nearer of them."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +103,15 @@ class ScaleSchedule:
             raise UserError(f"schedule: {error}") from None
 
 
-def downscale(pixels: Tensor, size: Sequence[int]) -> Tensor:
+def downscale(pixels: Tensor, size: Sequence[int], frames: Frames = "blend") -> Tensor:
     """Area-downscale pictures or videos to a size in pixels, from full size directly (SwD paper, section 4.1).
 
-    A video is resampled in time first: n frames at `linspace(0, F - 1, n)`, each a linear blend of its neighbours.
+    A video is resampled in time first: n frames at `linspace(0, F - 1, n)`.
 
     Args:
         pixels: `[B, C, H, W]` or `[B, C, F, H, W]`.
         size: (H, W) or (F, H, W).
+        frames: how a frame between two others is made.
 
     Raises:
         UserError: if the pictures are smaller than `size`, or have another number of axes.
@@ -123,6 +128,37 @@ def downscale(pixels: Tensor, size: Sequence[int]) -> Tensor:
         return pixels
     if len(size) == 2:
         return F.interpolate(pixels, size=size, mode="area")
-    frames = blend_frames(pixels, size[0])
-    flat = F.interpolate(frames.transpose(1, 2).flatten(0, 1), size=size[1:], mode="area")
+    clip = blend_frames(pixels, size[0]) if frames == "blend" else nearest_frames(pixels, size[0])
+    flat = F.interpolate(clip.transpose(1, 2).flatten(0, 1), size=size[1:], mode="area")
     return flat.unflatten(0, (len(pixels), size[0])).transpose(1, 2)
+
+
+def nearest_frames(video: Tensor, frames: int) -> Tensor:
+    """A video `[B, C, F, H, W]` with the frames nearest to `linspace(0, F - 1, frames)`; of two, the later one."""
+    places = torch.linspace(0, video.shape[2] - 1, frames, dtype=torch.float64)
+    return video.index_select(2, (places + 0.5).floor().long().to(video.device))
+
+
+@dataclass(frozen=True)
+class Resizing:
+    """How training data of full size become pixels of a step's two sizes.
+
+    Attributes:
+        downscale: "direct" shrinks full size to each of the two sizes. "cascade" makes the source of the target, as the
+            released code does, which blurs it more.
+        frames: how frames of shorter clips are made.
+    """
+
+    downscale: Literal["direct", "cascade"] = "direct"
+    frames: Frames = "blend"
+
+    def pair(self, pixels: Tensor, source: Sequence[int], target: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Pixels of the source's and of the target's size, of full-size pictures or videos; see `downscale`."""
+        large = downscale(pixels, target, self.frames)
+        if tuple(source) == tuple(target):
+            return large, large
+        return downscale(large if self.downscale == "cascade" else pixels, source, self.frames), large
+
+
+DIRECT = Resizing()
+"""The default: both sizes from full size, blended frames."""

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import skeletons
 import yaml
-from hydra.utils import instantiate
 from lightning import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
@@ -102,7 +101,7 @@ def arguments(tmp_path: Path, **groups: str) -> list[str]:
 def check_loss(cfg: DictConfig, option: str) -> None:
     names = set(TERMS) if option == "swd" else set(option.split("_"))
     assert set(cfg.loss) == names
-    for name, term in instantiate(cfg.loss, _convert_="all").items():
+    for name, term in config.build_node(config.to_plain(cfg.loss), "loss").items():
         assert isinstance(term, TERMS[name])
 
 
@@ -262,7 +261,7 @@ def test_every_schedule_names_its_process(option: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("option", options("callbacks"))
 def test_callbacks_instantiate(option: str, tmp_path: Path) -> None:
     cfg = composed(arguments(tmp_path, callbacks=option))
-    assert all(isinstance(instantiate(node, _convert_="all"), Callback) for node in (cfg.callbacks or {}).values())
+    assert all(isinstance(built, Callback) for built in config.build(cfg, "callbacks").values())
 
 
 @pytest.mark.parametrize("option", options("logger"))
@@ -339,7 +338,7 @@ def test_every_data_set_instantiates(option: str, tmp_path: Path, captioned: Pat
         cfg.data.dataset.path = str(captioned)
     if option == "webdataset":
         cfg.data.path = str(make_pictures(tmp_path / "shards", 2))
-    assert instantiate(cfg.data, _convert_="all").batch_size >= 1
+    assert config.build(cfg, "data").batch_size >= 1
 
 
 @pytest.mark.parametrize(
@@ -375,7 +374,7 @@ def test_every_metric_is_built_by_its_name(option: str) -> None:
 def test_every_model_can_be_sampled(option: str, tmp_path: Path) -> None:
     cfg = composed(arguments(tmp_path, model=option), "sample")
     check(cfg, sample.ROOT)
-    instantiate(cfg.model, _convert_="all")
+    config.build(cfg, "model")
 
 
 def test_the_default_run_distils_the_embedded_teacher_with_all_losses() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from swd.schedule import downscale, upsample
+from swd.schedule import Resizing, downscale, upsample
 from swd.scheduler import blend_frames, pack, position_ids, unpack
 from swd.types import UserError
 
@@ -107,3 +107,28 @@ def test_what_cannot_be_shrunk_is_refused_with_both_sizes() -> None:
         downscale(pixels, (9, 6))
     with pytest.raises(UserError, match=r"data of \(8, 6\) pixels do not fit sizes of \(1, 4, 4\)"):
         downscale(pixels, (1, 4, 4))
+
+
+# How training data are shrunk
+
+
+def test_a_cascade_makes_the_source_of_the_target() -> None:
+    row = torch.tensor([0.0, 6.0, 12.0, 6.0, 0.0, 0.0, 3.0, 9.0, 6.0, 6.0, 0.0, 12.0])
+    pixels = row.expand(1, 1, 12, 12)
+    three, four = [6.0, 2.0, 6.0, 6.0], [3.0, 9.0, 0.0, 6.0, 6.0, 6.0]
+    small, large = Resizing().pair(pixels, (4, 4), (6, 6))
+    assert large[0, 0, 0].tolist() == four and small[0, 0, 0].tolist() == three
+    # From six sides to four: each is the mean of the two that it touches.
+    small, large = Resizing("cascade").pair(pixels, (4, 4), (6, 6))
+    assert large[0, 0, 0].tolist() == four and small[0, 0, 0].tolist() == [6.0, 4.5, 6.0, 6.0]
+    same, larger = Resizing("cascade").pair(pixels, (6, 6), (6, 6))
+    assert same is larger
+
+
+@pytest.mark.parametrize(("count", "expected"), [(3, [0, 4, 8]), (5, [0, 2, 4, 6, 8]), (6, [0, 2, 3, 5, 6, 8])])
+def test_nearest_frames(count: int, expected: list[int]) -> None:
+    clip = torch.arange(9.0).view(1, 1, 9, 1, 1).expand(1, 1, 9, 2, 2)
+    assert downscale(clip, (count, 2, 2), "nearest")[0, 0, :, 0, 0].tolist() == expected
+    assert_close(downscale(clip, (count, 2, 2))[0, 0, :, 0, 0], torch.linspace(0, 8, count))
+    small, large = Resizing(frames="nearest").pair(clip, (2, 1, 1), (count, 2, 2))
+    assert small.flatten().tolist() == [0, 8] and large[0, 0, :, 1, 1].tolist() == expected

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import errno
 import importlib
+import inspect
 import os
 import re
 import sys
@@ -42,6 +43,8 @@ GROUPS = (*NEEDED, "callbacks", "logger", "experiment")
 """Folders of `conf/`."""
 POSITIONAL = {"report": "folders", "compare": "paths"}
 """Commands that take paths without a key, and the key that they go to."""
+HYDRA_BUILDS = ("swd.commands.sweep.CheckSweep",)
+"""Classes that Hydra builds by itself, from `hydra.callbacks`. Its launchers and sweepers it allows itself."""
 WITH_VALUE = ("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir")
 """Flags of Hydra whose value is the next argument."""
 
@@ -109,7 +112,7 @@ def launch(command: str) -> None:
     for_command(command)
     quiet_warnings()
     run: Callable[..., float | None] = importlib.import_module(COMMANDS[command][0]).run
-    main = hydra.main(version_base="1.3", config_path=config_path(), config_name=command)
+    main = hydra.main(config_path=config_path(), config_name=command, **hydra_options(hydra.main))
 
     # The job, once its configuration is composed.
     started = False
@@ -140,6 +143,25 @@ def launch(command: str) -> None:
             raise UserError(
                 f"output folder {folder} cannot be written ({reason}); choose another with output="
             ) from None
+
+
+def hydra_options(function: Callable[..., Any]) -> dict[str, Any]:
+    """Arguments of a function of Hydra that differ between its versions.
+
+    Hydra 1.4 takes an allow list for the objects that Hydra itself builds: it warns where a configuration names code
+    without one, and 1.5 will refuse that. `version_base`, which 1.3 asks for, is deprecated in 1.4.
+
+    Args:
+        function: `hydra.main`, or one of Hydra's functions that initialize composing.
+    """
+    from hydra import main
+
+    from swd.config import listed
+
+    if "execution_whitelist" not in inspect.signature(main).parameters:
+        return {"version_base": "1.3"}
+    takes_list = "execution_whitelist" in inspect.signature(function).parameters
+    return {"execution_whitelist": (*HYDRA_BUILDS, *listed())} if takes_list else {}
 
 
 def with_paths(arguments: Sequence[str], key: str) -> list[str]:
@@ -464,7 +486,7 @@ def known_keys(command: str) -> list[str]:
     folder = config_path()
     start = initialize_config_module if folder.startswith("pkg://") else initialize_config_dir
     try:
-        with start(folder.removeprefix("pkg://"), version_base="1.3"):
+        with start(folder.removeprefix("pkg://"), **hydra_options(start)):
             plain = OmegaConf.to_container(compose(command), resolve=False)
     except Exception:  # the message then has no hint
         return []

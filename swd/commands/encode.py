@@ -180,6 +180,7 @@ def prepare(cfg: DictConfig) -> EncodingPlan:
         "posterior": cfg.posterior,
         "deduplicate": cfg.deduplicate,
         "encoders": str(model.dtype("cuda" if torch.cuda.is_available() else "cpu")).removeprefix("torch."),
+        **({} if model.vae_precision is None else {"vae_precision": model.vae_precision}),
         "data": source_of(dataset),
         "code": __version__,
     }

@@ -59,6 +59,8 @@ ROOT = {key: hint for key, hint in shared.ROOT.items() if key != "schedule"} | {
 BYTES = {"png": 1.6, "jpg": 0.6, "webp": 0.4, "mp4": 0.03}
 """Bytes that a pixel of a photograph takes, about, by format."""
 PACKAGES = ("torch", "diffusers", "transformers", "pillow")
+LATER = ("vae_precision", "negative_prompt")
+"""Arguments of models that manifests of earlier versions do not have; null is left out, so that their jobs go on."""
 NOT_DRAWN_WITH = {"_target_", "path", "tuning", "rank", "alpha", "targets", "feature_blocks", "init_adapter"} | {
     "quantization",
     "precision",
@@ -219,6 +221,7 @@ def settings_of(cfg: DictConfig, model: Pretrained, requests: Requests, size: Si
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lossy = {"png": {}, "mp4": {"fps": cfg.fps}}.get(ending, {"quality": cfg.quality})
     config = {key: value for key, value in to_plain(cfg.model).items() if key not in NOT_DRAWN_WITH}
+    config = {key: value for key, value in config.items() if key not in LATER or value is not None}
     return {
         "model": {"name": model.name, "fingerprint": whole_fingerprint(model), **config},
         "steps": model.teacher_steps,
@@ -310,8 +313,7 @@ class Painter:
         say(f"loading {self.plan.model.name}")
         self._pipe = build_pipeline(self.plan.model)
         vae = self._pipe.vae
-        encoders = self.plan.model.backbone_class.encoders_type
-        vae.to(encoders.vae_precision(vae.config, vae.dtype, kept=True))
+        vae.to(self.plan.model.vae_dtype(vae.dtype, kept=True))
         if self.plan.refiner is not None:
             self._refiner = build_refiner(self.plan.refiner, self._pipe)
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +38,7 @@ from swd.data.read_ahead import read_ahead
 from swd.data.shard_writer import shard_name
 from swd.data.shards import ShardSet
 from swd.data.sources import list_source
+from swd.io import limits
 from swd.io.files import write_json
 from swd.io.masking import mask
 from swd.io.pictures import picture_bytes
@@ -57,6 +59,7 @@ ROOT = {
     "workers": int,
     "outside": bool,
     "max_pixels": int,
+    "max_missing": float,
 }
 REPORT, PROBLEMS = "report.json", "problems"
 QUALITY = 95
@@ -76,6 +79,7 @@ def run(cfg: DictConfig) -> None:
     source = list_source(cfg.source, cfg.outside, Path(cfg.out))
     if cfg.limit is not None:
         source.rows = source.rows[: cfg.limit]
+    check_missing(source.rows, cfg.max_missing)
     if cfg.strict:
         refuse_first(row for row in source.rows if isinstance(row, Problem))
     settings = {
@@ -146,6 +150,7 @@ def check_numbers(cfg: DictConfig) -> None:
     for key, (most, why) in MOST.items():
         if cfg[key] > most:
             raise UserError(f"{key}={cfg[key]}; use at most {most}: {why}")
+    limits.number("max_missing", cfg.max_missing, 0, 1, "a share of the rows")
     check_max_pixels(cfg.max_pixels, "max_pixels")
     if cfg.size is not None and cfg.size**2 > cfg.max_pixels:
         raise UserError(
@@ -153,6 +158,16 @@ def check_numbers(cfg: DictConfig) -> None:
         )
     if cfg.buckets is not None and cfg.size is not None and cfg.multiple > cfg.size:
         raise UserError(f"multiple={cfg.multiple} is more than size={cfg.size}; use a smaller one")
+
+
+def check_missing(rows: Sequence[PictureRow | Problem], most: float) -> None:
+    """Raise UserError if more than a share of the rows name files that are not there."""
+    missing = [row.file for row in rows if isinstance(row, PictureRow) and not os.path.isfile(row.picture.path)]
+    if len(missing) > most * len(rows):
+        raise UserError(
+            f"{len(missing):,} of {len(rows):,} rows name files that are not there, {missing[0]} first, more than "
+            f"max_missing={most:g} allows; put them there, or give a larger share"
+        )
 
 
 def refuse_first(problems: Iterator[Problem]) -> None:

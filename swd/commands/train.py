@@ -314,6 +314,7 @@ def build_task_and_data(cfg: DictConfig) -> tuple[LightningModule, Any]:
     if isinstance(task, Distiller) and hasattr(data, "check"):
         data.check(task.model, task.schedule)
     if isinstance(task, Distiller):
+        task.check_data(data)
         task.check_processes(processes)
     return task, data
 

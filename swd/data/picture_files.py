@@ -22,6 +22,7 @@ from swd.data.picture_list import ENDINGS, Part, PictureList, PictureRow, Proble
 from swd.data.source_lists import LIST
 from swd.data.sources import list_folder, list_in
 from swd.io import video
+from swd.io.limits import number
 from swd.io.pictures import to_rgb
 from swd.io.tables import NoText
 from swd.types import Size, UserError
@@ -42,10 +43,14 @@ STORED_AS = {
 """Ending in shards for each format that Pillow may read, by Pillow's name of the format."""
 FORMATS = [name for name in STORED_AS if name in Image.OPEN]
 """Formats that Pillow may read, if it was built with them. Others are excluded because some start programs."""
+MISSING = "that are not there"
+"""Kind of the problem of a listed file that is missing, in words that follow a count."""
 VIDEOS = (".mp4", ".mov", ".webm", ".mkv")
 MAX_PIXELS = 2**26
 """Default limit on the pixels of a picture, 8192 x 8192. Decoded they take 0.3 GB, however small the file is. The
 largest cameras with a 35 mm sensor give 61 million pixels."""
+MAX_MISSING = 0.01
+"""Default share of a list's rows whose files may be missing: with more, the list is probably another folder's."""
 PILLOW_PIXELS = 178_956_970
 """Largest number of pixels that Pillow itself opens (twice its `MAX_IMAGE_PIXELS`)."""
 TEXT_BYTES = 2**20
@@ -65,10 +70,12 @@ class FolderDataset(Dataset[dict[str, Any]]):
         kind: kind of the files.
         outside: also take files that lie outside of the folder, by links or by their names in the list.
         max_pixels: pictures with more pixels are refused before they are decoded.
+        max_missing: share of a list's rows whose files may be missing. The published tables have such rows; the
+            default is ours.
 
     Raises:
-        UserError: if the folder is missing, has no captions or lists a missing file, or if the package that reads
-            videos is not installed.
+        UserError: if the folder is missing, has no captions or lists too many missing files, or if the package that
+            reads videos is not installed.
     """
 
     def __init__(
@@ -78,6 +85,7 @@ class FolderDataset(Dataset[dict[str, Any]]):
         kind: Literal["pictures", "videos"] = "pictures",
         outside: bool = False,
         max_pixels: int = MAX_PIXELS,
+        max_missing: float = MAX_MISSING,
     ) -> None:
         if path is None:
             raise UserError(f"data.dataset.path is missing; give a folder of {kind} with {LIST} or .txt captions")
@@ -92,7 +100,8 @@ class FolderDataset(Dataset[dict[str, Any]]):
             video.check_available()
         check_max_pixels(max_pixels, "data.dataset.max_pixels")
         self.max_pixels = max_pixels
-        self.pairs = read_pairs(self.folder, kind, outside)
+        number("data.dataset.max_missing", max_missing, 0, 1, "a share of the list's rows")
+        self.pairs = read_pairs(self.folder, kind, outside, max_missing)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -110,18 +119,22 @@ class FolderDataset(Dataset[dict[str, Any]]):
         return {"pixels": pixels, "prompt": caption, "index": index}
 
 
-def read_pairs(folder: Path, kind: str = "pictures", outside: bool = False) -> list[tuple[Path, str]]:
+def read_pairs(
+    folder: Path, kind: str = "pictures", outside: bool = False, max_missing: float = MAX_MISSING
+) -> list[tuple[Path, str]]:
     """Files and captions of a folder, in the list's order or by name; the same files that `swd import` would take.
 
-    Files without a caption and files with a name that occurred before are left out; one warning counts them.
+    Files without a caption, files with a name that occurred before and missing files are left out; one warning counts
+    them.
 
     Args:
         folder: the folder.
         kind: "pictures" or "videos".
         outside: also take files that lie outside of the folder.
+        max_missing: share of the list's rows whose files may be missing.
 
     Raises:
-        UserError: if there are none, or the list has a faulty line or names a missing file.
+        UserError: if there are none, or the list has a faulty line or names too many missing files.
     """
     # Read names and captions.
     endings = ENDINGS if kind == "pictures" else [ending[1:] for ending in VIDEOS]
@@ -136,6 +149,7 @@ def read_pairs(folder: Path, kind: str = "pictures", outside: bool = False) -> l
             pairs.append((Path(row.picture.path), caption))
 
     # Report what is left out.
+    check_missing([problem for problem in problems if problem.kind == MISSING], len(found.rows), max_missing)
     if not pairs:
         first = f" (the first one is {problems[0].file}: {problems[0].reason})" if problems else ""
         other = list_in(folder)
@@ -151,6 +165,16 @@ def read_pairs(folder: Path, kind: str = "pictures", outside: bool = False) -> l
             stacklevel=3,
         )
     return pairs
+
+
+def check_missing(missing: Sequence[Problem], rows: int, most: float) -> None:
+    """Raise UserError if the files of more than a share of the rows are missing."""
+    if len(missing) > most * rows:
+        more = "" if len(missing) == 1 else f" and {len(missing) - 1:,} more of {rows:,} rows are missing"
+        raise UserError(
+            f"{missing[0].reason}{more}; take the line{'s' * (len(missing) > 1)} out, or put the file there"
+            f"{'' if most >= 1 else f'. Up to data.dataset.max_missing={most} of the rows may be left out'}"
+        )
 
 
 def _caption(folder: Path, found: PictureList, row: PictureRow | Problem) -> str | Problem:
@@ -171,7 +195,7 @@ def _caption(folder: Path, found: PictureList, row: PictureRow | Problem) -> str
         return Problem(descriptions.get(row.kind, row.kind), row.file, row.reason)
     where = found.seen.get(row.picture.path)  # only lists record paths
     if where and not os.path.isfile(row.picture.path):
-        raise UserError(f"{folder / where}: {row.file} is not in the folder; take the line out, or put the file there")
+        return Problem(MISSING, row.file, f"{folder / where}: {row.file} is not in the folder")
     try:
         return row.read_texts()[0]
     except NoText as error:

@@ -41,6 +41,21 @@ def dmd_loss(x0_hat: Tensor, direction: Tensor) -> Tensor:
     return 0.5 * F.mse_loss(x0_hat.float(), target)
 
 
+def snr_weighted_mse(x0: Tensor, target: Tensor, snr: Tensor, most: float) -> Tensor:
+    """Squared error of clean predictions, each sample's times `min(SNR, most)` (min-SNR weighting, arXiv 2303.09556).
+
+    A network that predicts the noise errs in x0 by `eps error / sqrt(SNR)`. Where the ratio is below `most`, this is
+    the squared error of the noise.
+
+    Args:
+        x0, target: `[B, ...]`.
+        snr: signal-to-noise ratios `[B]`.
+        most: the largest weight; without a limit this is the squared error of the noise at every level.
+    """
+    errors = (x0.float() - target.float()).square().flatten(1).mean(1)
+    return (snr.to(errors.device).clamp(max=most) * errors).mean()
+
+
 def mmd_loss(
     real: Tensor,
     fake: Tensor,

@@ -33,10 +33,12 @@ from swd.modules.run_values import log_values
 from swd.modules.sampling import initial_latents, sample_latents
 from swd.modules.statistics import prediction_statistics
 from swd.modules.training_task import averaged
-from swd.schedule import ScaleSchedule
+from swd.schedule import Frames, Resizing, ScaleSchedule
 from swd.scheduler import ScaleWiseScheduler
 from swd.types import CachedBatch, Checks, Conditioning, PictureBatch, Role, SeededDraws, UserError
 
+SHRUNK = ("direct", "blend")
+"""How `swd encode` shrinks pictures and clips: see `swd.schedule.Resizing`."""
 Observer = Callable[[Inputs], Metrics]
 """Takes the inputs of an iteration's generator update; returns scalars by name, the same names on every process."""
 
@@ -65,6 +67,10 @@ class Distiller(LightningModule):
         skips_in_a_row: skipped updates of one optimizer in a row after which the run ends; 5: the weights are broken
             then, since every update has data of its own.
         skips_in_all: skipped updates after which it ends; 100: half a percent of a run of 3,000 iterations.
+        downscale: "direct" shrinks pictures from full size to each of a step's two sizes, which is ours; "cascade"
+            shrinks the larger of the two once more, as the released code does.
+        frames: those of a video's smaller sizes are a "blend" of two neighbours, or the "nearest". The sources do not
+            say; the default is ours.
         exploding: a gradient norm above this many times its running median is bad too; None: none is. 100 is ours: in
             healthy trainings on shapes the largest was 4 times the median.
 
@@ -102,6 +108,8 @@ class Distiller(LightningModule):
         skips_in_a_row: int = 5,
         skips_in_all: int = 100,
         exploding: float | None = 100.0,
+        downscale: Literal["direct", "cascade"] = "direct",
+        frames: Frames = "blend",
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -132,7 +140,7 @@ class Distiller(LightningModule):
         self.last_metrics: Metrics = {}
         self._seen: Inputs | None = None  # of the last update, one sample: what is tried before weights are saved
         self.networks: Networks
-        self.inputs = InputBuilder(model, schedule)
+        self.inputs = InputBuilder(model, schedule, Resizing(downscale, frames))
 
     # Building
 
@@ -201,6 +209,15 @@ class Distiller(LightningModule):
         """The parameters of each optimizer: the student's, and the critic's if there is one."""
         student = networks.role_parameters("student")
         return [student, [*networks.role_parameters("fake"), *terms.parameters()]] if self.critic_updates else [student]
+
+    def check_data(self, data: Any) -> None:
+        """Raise UserError for data that were shrunk already, in another way than this task is to shrink them."""
+        changed = [f"task.{key}={value}" for key, value in vars(self.inputs.resizing).items() if value not in SHRUNK]
+        if changed and getattr(data, "is_cache", False):
+            raise UserError(
+                f"{' and '.join(changed)} is of pictures, and these data are a cache, made directly from full size and "
+                "with blended frames; leave it out, or train on the pictures themselves"
+            )
 
     def check_processes(self, processes: int) -> None:
         """Raise UserError if a term of the loss cannot be shared by so many processes."""

@@ -72,6 +72,11 @@ def load_tiny_vae(path: str, dtype: torch.dtype) -> Any:
         raise UserError(f"tiny_vae={path} cannot be loaded ({reason[:160]})") from None
 
 
+def negative_prompts(model: Pretrained, count: int) -> dict[str, list[str]]:
+    """Arguments of a stock pipeline for the model's negative prompt, one for each of `count` prompts; empty without."""
+    return {} if model.negative_prompt is None else {"negative_prompt": [model.negative_prompt] * count}
+
+
 @torch.no_grad()
 def draw(
     pipe: Any,
@@ -112,6 +117,7 @@ def draw(
         arguments |= {"num_inference_steps": model.teacher_steps, "generator": generators}
         if model.drawing_guidance_scale != 1.0:
             arguments |= backbone.guidance_arguments(model.drawing_guidance_scale)
+            arguments |= negative_prompts(model, len(requests))
     if start is not None:
         arguments["latents"] = backbone.to_pipeline(start).to(pipe._execution_device, model.latent_dtype(pipe))
     latents = pipe([request.prompt for request in requests], **arguments)[0]

@@ -14,7 +14,7 @@ from torch import Tensor
 from swd.modules.encoders import Encoders, draw_latents
 from swd.modules.finite import all_finite
 from swd.modules.pretrained import Pretrained
-from swd.schedule import Interval, ScaleSchedule, downscale
+from swd.schedule import DIRECT, Interval, Resizing, ScaleSchedule
 from swd.types import CachedBatch, Checks, Conditioning, PictureBatch, SeededDraws, Size
 
 
@@ -71,14 +71,16 @@ class InputBuilder:
     Args:
         model: whose encoders are used.
         schedule: noise levels and sizes.
+        resizing: how pictures of full size are shrunk to a step's sizes; a cache holds them shrunk already.
 
     Attributes:
         cache: the data, if they are encoded already; None: pictures and prompts are encoded here.
     """
 
-    def __init__(self, model: Pretrained, schedule: ScaleSchedule) -> None:
+    def __init__(self, model: Pretrained, schedule: ScaleSchedule, resizing: Resizing = DIRECT) -> None:
         self.model = model
         self.schedule = schedule
+        self.resizing = resizing
         self.cache: Cache | None = None
         self._encoders: Encoders | None = None
         self._empty: dict[Size | None, Conditioning] = {}
@@ -104,16 +106,17 @@ class InputBuilder:
     def latents(
         self, batch: PictureBatch | CachedBatch, interval: Interval, draws: SeededDraws
     ) -> tuple[Tensor, Tensor]:
-        """Latents at the source and target size, each downscaled in pixels from full size and then encoded."""
-
-        def encode(size: Size) -> Tensor:
-            if isinstance(batch, CachedBatch):
-                return draw_latents(*batch.cached.posteriors[size], draws)
-            pixels = downscale(batch.pixels, self.model.pixel_size(size))
-            return self.encoders(pixels.device).encode(pixels, draws)
-
-        target = encode(interval.target)
-        return (target if interval.source == interval.target else encode(interval.source)), target
+        """Latents at the source and target size, downscaled in pixels and then encoded."""
+        one_size = interval.source == interval.target
+        if isinstance(batch, CachedBatch):
+            posteriors = batch.cached.posteriors
+            target = draw_latents(*posteriors[interval.target], draws)
+            return (target if one_size else draw_latents(*posteriors[interval.source], draws)), target
+        sizes = (self.model.pixel_size(size) for size in (interval.source, interval.target))
+        small, large = self.resizing.pair(batch.pixels, *sizes)
+        encoders = self.encoders(large.device)
+        target = encoders.encode(large, draws)
+        return (target if one_size else encoders.encode(small, draws)), target
 
     def empty(self, bucket: Size | None, device: torch.device) -> Conditioning:
         """The conditioning that guidance takes in place of a prompt's, one row.

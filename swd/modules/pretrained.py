@@ -45,6 +45,7 @@ class Pretrained(FamilyFolder):
         targets: names of the linear layers that get LoRA.
         precision: dtype of the frozen base; LoRA and losses are always float32. "auto": bf16 where the machine computes
             it natively.
+        vae_precision: dtype of the VAE, "fp32" or "bf16"; None: the base's, or float32 where the model needs that.
         quantization: stores the frozen base's linear layers in 8 bits, "int8" or "fp8".
         dmd_guidance_scale: classifier-free guidance of the teacher in DMD; 1 for none. The default is that of the
             released script for Stable Diffusion 3.5 Medium.
@@ -55,6 +56,8 @@ class Pretrained(FamilyFolder):
         max_text_tokens: length that the pipeline's T5 prompt is padded to.
         teacher_steps: steps of the teacher's own sampler, 1 to 1000.
         init_adapter: folder of an adapter to start the student from: a run, an export, or a published PEFT folder.
+        negative_prompt: what the teacher is guided away from when it draws; None: the empty prompt. The pipeline's own
+            example for Wan has a long one; which the paper's pictures and videos were drawn with is not published.
         guidance_scale: single scale in runs of earlier versions, for both of the scales above unless they are given.
 
     Attributes:
@@ -88,6 +91,8 @@ class Pretrained(FamilyFolder):
         teacher_steps: int = 28,
         init_adapter: str | None = None,
         guidance_scale: float | None = None,
+        vae_precision: Literal["fp32", "bf16"] | None = None,
+        negative_prompt: str | None = None,
     ) -> None:
         for key, value in (("path", path), ("revision", revision)):
             if value is not None and not value.strip():
@@ -98,10 +103,16 @@ class Pretrained(FamilyFolder):
         most_tokens = load_family(family).encoders_type.most_text_tokens
         self.tuned = Tuning(tuning, rank, alpha, tuple(targets), init_adapter, quantization)
         self.precision = precision
+        self.vae_precision = vae_precision
         self.dmd_guidance_scale, self.drawing_guidance_scale = guidance_scales(
             dmd_guidance_scale, drawing_guidance_scale, guidance_scale
         )
         self.embedded_guidance = embedded_guidance
+        self.negative_prompt = negative_prompt
+        if negative_prompt is not None and self.drawing_guidance_scale == 1:
+            raise UserError(
+                "model.negative_prompt has no effect where model.drawing_guidance_scale is 1, no guidance; leave it out"
+            )
         self.feature_blocks = tuple(feature_blocks)
         self.max_text_tokens = max_text_tokens
         self.teacher_steps = teacher_steps
@@ -171,6 +182,12 @@ class Pretrained(FamilyFolder):
             return torch.bfloat16 if native_bf16(torch.device(device)) else torch.float32
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
+    def vae_dtype(self, base: torch.dtype, kept: bool = False) -> torch.dtype:
+        """The VAE's dtype: `vae_precision`, else by `Encoders.vae_precision`, which has the arguments."""
+        if self.vae_precision is not None:
+            return torch.bfloat16 if self.vae_precision == "bf16" else torch.float32
+        return self.backbone_class.encoders_type.vae_precision(self.vae_config, base, kept)
+
     def fetch(self) -> Path:
         """The folder with all weights in it; downloads what is missing of a repository on the hub.
 
@@ -220,7 +237,7 @@ class Pretrained(FamilyFolder):
             overrides: parts to use instead of those in the folder.
         """
         pipeline_class = getattr(diffusers, self.backbone_class.pipeline_type)
-        vae_dtype = self.backbone_class.encoders_type.vae_precision(self.vae_config, dtype, kept)
+        vae_dtype = self.vae_dtype(dtype, kept)
         files = self._complete()
         parts: dict[str, Any] = dict.fromkeys(self._absent)  # the pipeline requires an argument for each
         for name in self.files.parts:

@@ -12,12 +12,12 @@ import pytest
 import tiny
 import torch
 from diffusers import AutoencoderTiny
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from swd.commands import sample
+from swd.config import build
 from swd.export import student_folder
 from swd.io.files import file_hash
 from swd.io.pictures import to_pil
@@ -394,7 +394,7 @@ def test_messages_name_the_key_that_was_typed(tmp_path: Path, key: str) -> None:
 
 
 def test_embedded_teacher_is_configured() -> None:
-    model: Pretrained = instantiate(tiny.composed([], "sample").model, _convert_="all")
+    model: Pretrained = build(tiny.composed([], "sample"), "model")
     assert (model.size, model.channels, model.limits.blocks) == ((16, 16), 16, 6)
 
 

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hydra
 import pytest
 import tiny
+import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
@@ -18,7 +20,7 @@ from PIL import Image
 
 from swd import config
 from swd.callbacks.checkpoint import config_difference
-from swd.commands import cli, export, sample, train
+from swd.commands import cli, export, sample, sweep, train
 from swd.data.job import Job
 from swd.export import student_folder
 from swd.io.masking import is_secret, mask, mask_text
@@ -144,6 +146,27 @@ def test_the_command_line_allows_more(monkeypatch: pytest.MonkeyPatch, tiny_mode
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments, f"allow=[{__name__}.Mine]"])
     cli.launch("train")
     assert isinstance(seen[0], Mine) and seen[0].weight == 3
+
+
+def hydra_of_1_3(config_path: str, config_name: str, version_base: str) -> Any: ...
+
+
+def hydra_of_1_4(
+    config_path: str, config_name: str, version_base: Any = None, execution_whitelist: Any = ()
+) -> Any: ...
+
+
+def test_hydra_is_handed_the_allow_list_where_it_takes_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hydra, "main", hydra_of_1_3)
+    assert cli.hydra_options(hydra.main) == {"version_base": "1.3"}
+    monkeypatch.setattr(hydra, "main", hydra_of_1_4)
+    assert cli.hydra_options(lambda config_dir: None) == {}
+    (given,) = cli.hydra_options(hydra.main).values()
+    built = [config.target_of(name, "x", cli.HYDRA_BUILDS) for name in given]
+    assert sweep.CheckSweep in built and len(built) == 1 + sum(map(len, config.ALLOWED.values()))
+    files = (yaml.safe_load(file.read_text()) or {} for file in tiny.CONF.rglob("*.yaml"))
+    nodes = (node for file in files for node in (file.get("hydra", {}).get("callbacks") or {}).values())
+    assert {node["_target_"] for node in nodes} == set(cli.HYDRA_BUILDS)
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,29 @@ def test_both_readers_of_the_published_list_find_the_same(tmp_path: Path) -> Non
             read(folder)
 
 
+def test_rows_without_a_file_are_counted_up_to_a_limit(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "d", {f"{i}.png": None for i in range(4)})
+    rows = [f"{i},{i}.png,fine" for i in range(4)] + ["4,gone.png,x", "5,lost.png,x"]
+    (folder / "metainfo.csv").write_text("idx,name,text\n" + "\n".join(rows) + "\n")
+    told = (
+        r"2 of 6 pictures are left out: 2 that are not there; the first one is gone\.png: .*line 6: gone\.png is not in"
+    )
+    with pytest.warns(UserWarning, match=told):
+        assert len(FolderDataset(str(folder), 32, max_missing=0.34)) == 4
+    message = r"line 6: gone\.png is not in the folder and 1 more of 6 rows are missing; take the lines out, .*0\.33"
+    with pytest.raises(UserError, match=message):
+        FolderDataset(str(folder), 32, max_missing=0.33)
+    with pytest.raises(UserError, match=r"max_missing=1\.5; use 0 to 1"):
+        FolderDataset(str(folder), 32, max_missing=1.5)
+
+    # The same when they are imported.
+    assert do(folder, tmp_path / "out", "max_missing=0.34")["problems"] == {"missing": 2}
+    message = r"^2 of 6 rows name files that are not there, gone\.png first, more than max_missing=0\.33 allows"
+    with pytest.raises(UserError, match=message):
+        do(folder, tmp_path / "none", "max_missing=0.33")
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_list_of_hugging_face_is_pointed_to(tmp_path: Path) -> None:
     folder = fill(tmp_path / "d", {"0.png": None, "metadata.jsonl": '{"file_name": "0.png", "text": "a star"}\n'})
     with pytest.raises(UserError, match=rf"give source={folder}/metadata\.jsonl"):

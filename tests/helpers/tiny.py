@@ -13,6 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 from torch import Tensor
 
+from swd.commands.cli import hydra_options
 from swd.modules.backbones.sd3 import SD3Backbone
 from swd.modules.networks import SharedBase
 from swd.schedule import ScaleSchedule
@@ -150,5 +151,5 @@ def exporting(model: Path, **more: Any) -> list[str]:
 def composed(arguments: Sequence[str], command: str = "train") -> DictConfig:
     """The configuration that a command line composes to."""
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with initialize_config_dir(str(CONF), **hydra_options(initialize_config_dir)):
         return compose(command, list(arguments))

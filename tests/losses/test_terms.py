@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from swd.diffusion import RectifiedFlow
+from swd.diffusion import RectifiedFlow, VariancePreserving
 from swd.losses import DMD, GAN, MMD, CriticStep, FakePass, GeneratorStep, LossTerm
 from swd.losses import functional as L
 from swd.losses.base import ModelFacts
@@ -192,6 +192,7 @@ def a_model(poor: bool = False) -> ModelFacts:
     [
         (lambda: DMD(indices=(0, 28)), "loss.x.indices=[0, 28]; use [low, high] with 0 <= low <= high <= 27"),
         (lambda: DMD(critic_indices=(-1, 27)), "loss.x.critic_indices=[-1, 27]; use [low, high] with 0 <= low"),
+        (lambda: DMD(critic_max_snr=5.0), "loss.x.critic_max_snr=5.0 is for networks that predict the noise"),
         (lambda: GAN(blocks=(0, 4)), "loss.x.blocks: no block 4"),
         (lambda: GAN(blocks=(0,), indices=(3, 2)), "loss.x.indices=[3, 2]; use"),
         (lambda: GAN(blocks=(0,), critic_indices=(0, 28)), "loss.x.critic_indices=[0, 28]; use"),
@@ -299,6 +300,40 @@ def test_dmd_in_closed_form() -> None:
     x_t, _ = noised(step.x0_hat, "renoise", 1, 5)
     assert metrics.keys() == {"fake_score"} and torch.equal(metrics["fake_score"], loss)
     assert_close(loss, (0.75 * x_t - step.x0_hat).square().mean())
+
+
+@pytest.mark.parametrize("most", [0.01, 5.0, 1e9])
+def test_the_critic_s_error_of_x0_weighed_by_the_signal(most: float) -> None:
+    """The networks' error in x0 at t is `noise / signal` times an error of the noise, here 0.1 to 0.3 by sample."""
+    process, t = VariancePreserving(), torch.tensor([0, 500, 999])
+    abar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square(), 0)[t]
+    snr, error = abar / (1 - abar), torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+    assert_close(process.snr(t / 1000).double(), snr, rtol=1e-4, atol=0)
+    hat = latents(0)
+    x0 = hat + (error / snr.sqrt()).float().view(3, 1, 1, 1)
+    expected = (snr.clamp(max=most) / snr * error.square()).mean()
+    assert_close(L.snr_weighted_mse(x0, hat, process.snr(t / 1000), most).double(), expected, rtol=1e-4, atol=1e-9)
+
+    # The term takes the levels that it drew.
+    term = DMD(critic_max_snr=most, critic_indices=(1, 999))
+    step = a_step(CriticStep, term.critic_pass)
+    step.networks.process = process
+    loss, metrics = term.critic(step)
+    drawn = step.noise_fake("renoise", (1, 999))
+    errors = (0.75 * drawn.x_t - step.x0_hat).square().mean((1, 2, 3))
+    assert torch.equal(loss, metrics["fake_score"])
+    assert_close(loss, (process.snr(drawn.sigma).clamp(max=most) * errors).mean())
+    term.check("loss.x", ModelFacts("sdxl", process, FourBlocks()), ScaleSchedule([1.0], [4]))
+
+
+def test_signal_to_noise_of_rectified_flow() -> None:
+    assert_close(RectifiedFlow().snr(torch.tensor([1.0, 0.5, 0.25])), torch.tensor([0.0, 1.0, 9.0]))
+
+
+@pytest.mark.parametrize("most", [0.0, -1.0, float("nan")])
+def test_a_largest_weight_is_positive(most: float) -> None:
+    with pytest.raises(UserError, match=r"loss\.dmd\.critic_max_snr=.*use a finite number above 0"):
+        DMD(critic_max_snr=most)
 
 
 @pytest.mark.parametrize("role", ["teacher", "fake"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -9,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from swd.losses import MMD
+from swd.modules.distiller import Distiller
 from swd.modules.inputs import InputBuilder, Inputs
 from swd.modules.pretrained import Pretrained
-from swd.schedule import ScaleSchedule, downscale
-from swd.types import Cached, CachedBatch, Conditioning, PictureBatch, SeededDraws, Size
+from swd.schedule import Resizing, ScaleSchedule, downscale
+from swd.types import Cached, CachedBatch, Conditioning, PictureBatch, SeededDraws, Size, UserError
 
 PROMPTS = ["a red star", "a green heart"]
 
@@ -120,3 +123,34 @@ def test_a_text_is_encoded_once_for_all_sizes(model: Pretrained, monkeypatch: py
     assert texts == [PROMPTS] and torch.equal(small.embeds, large.embeds)
     assert small.time_ids is not None and large.time_ids is not None
     assert small.time_ids[0].tolist() != large.time_ids[0].tolist()
+
+
+def test_a_cascade_reaches_the_latents(model: Pretrained, schedule: ScaleSchedule) -> None:
+    """The target stays as it is; the source is encoded from the shrunken target. One size needs one encoding."""
+    pixels = torch.rand(2, 3, *model.pixel_size((12, 12)), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    draws = SeededDraws(3, iteration=1)
+    batch = PictureBatch(pixels, prompts=PROMPTS)
+    direct = InputBuilder(model, schedule).build(batch, 1, draws)
+    cascade = InputBuilder(model, schedule, Resizing("cascade"))
+    inputs = cascade.build(batch, 1, draws)
+    large = downscale(pixels, model.pixel_size((6, 6)))
+    encoders = cascade.encoders(pixels.device)
+    assert torch.equal(inputs.target, direct.target) and torch.equal(inputs.target, encoders.encode(large, draws))
+    assert torch.equal(inputs.source, encoders.encode(downscale(large, model.pixel_size((4, 4))), draws))
+    assert not torch.allclose(inputs.source, direct.source, atol=1e-3)
+    first = cascade.build(batch, 0, draws)
+    assert first.source is first.target
+
+
+def test_a_cache_is_shrunk_already(model: Pretrained, schedule: ScaleSchedule) -> None:
+    cache, pictures = SimpleNamespace(is_cache=True), SimpleNamespace()
+    Distiller(model, schedule, {"mmd": MMD(blocks=(0,))}).check_data(cache)
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"downscale": "cascade"}, r"^task\.downscale=cascade is of pictures"),
+        ({"downscale": "cascade", "frames": "nearest"}, r"^task\.downscale=cascade and task\.frames=nearest is of"),
+    ]
+    for options, message in cases:
+        task = Distiller(model, schedule, {"mmd": MMD(blocks=(0,))}, **options)
+        task.check_data(pictures)
+        with pytest.raises(UserError, match=message):
+            task.check_data(cache)

@@ -362,6 +362,16 @@ def test_the_vae_s_precision(base: torch.dtype, kept: bool, upcast: bool) -> Non
     assert SDXLEncoders.vae_precision(config, base, kept) == torch.float32
 
 
+@pytest.mark.parametrize("given", [None, "fp32", "bf16"])
+def test_the_vae_s_precision_may_be_set(tiny_model: Path, given: Any) -> None:
+    model = Pretrained("sd3", str(tiny_model), size=8, precision="bf16", vae_precision=given)
+    expected = torch.bfloat16 if given == "bf16" else torch.float32  # this VAE's configuration asks for float32
+    encoders = model.encoders()
+    assert encoders.vae.dtype == expected and model.vae_dtype(torch.bfloat16, kept=True) == expected
+    assert all(part.dtype == torch.bfloat16 for part in encoders.text_models)
+    assert encoders.distribution(torch.zeros(1, 3, 64, 64))[0].dtype == torch.float32
+
+
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_the_base_has_the_precision_asked_for(tiny_model: Path, precision: str, dtype: torch.dtype) -> None:
     networks = pretrained(tiny_model, precision=precision).networks(("student",))

@@ -9,6 +9,7 @@ from diffusers import StableDiffusionXLImg2ImgPipeline
 from torch import Tensor
 
 from swd.modules.backbones.sdxl import SDXLBackbone, SDXLEncoders
+from swd.modules.drawing import negative_prompts
 from swd.modules.encoders import Encoders
 from swd.modules.pretrained import Pretrained
 from swd.modules.requests import Request
@@ -65,6 +66,7 @@ def draw_refined(
         "guidance_scale": model.drawing_guidance_scale,
         "generator": [torch.Generator().manual_seed(request.seed) for request in requests],
         "output_type": "latent",
+        **negative_prompts(model, len(requests)),
     }
     latents = pipe(height=height, width=width, denoising_end=start, **common).images
     latents = refiner(image=latents, denoising_start=start, **common).images
