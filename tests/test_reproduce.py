@@ -173,8 +173,9 @@ def test_a_command_composes(line: str, tmp_path: Path) -> None:
         cfg.n = 1
         job = sample.prepare(cfg)
         assert job.start is not None and job.start.levels is not None
-        assert (job.model.drawing_guidance_scale, job.start.levels[0]) == (7.0, 0.6)
-        assert (job.start.noised.source, job.start.noised.target) == ((64, 64), (128, 128))
+        guidance, sides = (7.0, (64, 128)) if "sd35_medium" in line else (4.0, (8, 16))
+        assert (job.model.drawing_guidance_scale, job.start.levels[0]) == (guidance, 0.6)
+        assert (job.start.noised.source[0], job.start.noised.target[0]) == sides
 
 
 def test_every_table_has_a_section() -> None:

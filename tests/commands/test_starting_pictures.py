@@ -72,10 +72,11 @@ def test_a_student_draws_on_by_the_rest_of_its_schedule(student: Any, pictures: 
 
     # One step is left, so the picture is the student's prediction from the noised latent.
     job = sample.prepare(
-        config(model.folder, tmp_path, adapter=adapter, start=pictures, level=0.6, **{"from": 6}, seed=4)
+        config(model.folder, tmp_path, adapter=adapter, start=pictures, level=0.603, **{"from": 6}, seed=4)
     )
     assert job.start is not None and job.schedule is not None
     assert (job.schedule.config.sigmas, job.schedule.base_sizes) == ([0.6], [(8, 8)])
+    assert (job.start.noised.level, job.start.noised.source, job.start.noised.target) == (0.6, (6, 6), (8, 8))
     x_t = job.start.latents(build_pipeline(model), model, 0, job.requests)
     encoders = model.encoders()
     with networks.role("student"):
