@@ -143,8 +143,13 @@ def rectified_flow_table() -> Tensor:
 
     It is diffusers' Euler scheduler with shift 3 at 28 steps, which applies the shift twice (released configuration).
     """
+    return rectified_flow_levels(28)
+
+
+def rectified_flow_levels(steps: int) -> Tensor:
+    """Noise levels of that Euler scheduler at another number of steps, `[steps + 1]` float32 from 1 to 0."""
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0)
-    scheduler.set_timesteps(28)
+    scheduler.set_timesteps(steps)
     return scheduler.sigmas.to(torch.float32)
 
 

@@ -330,7 +330,7 @@ def test_a_trainer_is_built(trainer: str, option: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("option", options("experiment"))
 def test_every_experiment_passes_the_schema(option: str, tmp_path: Path) -> None:
     command = demo if option.startswith("demo_") else train
-    cfg = composed([f"folder={tmp_path}", f"experiment={option}"], command.__name__.rpartition(".")[2])
+    cfg = composed([f"folder={tmp_path}", "name=test", f"experiment={option}"], command.__name__.rpartition(".")[2])
     check(cfg, command.ROOT)
     assert cfg.trainer.max_steps > 0
 

@@ -9,28 +9,22 @@ from typing import Any
 import families
 import pytest
 import skeletons
-import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from lightning import Trainer
-from omegaconf import DictConfig
 from tiny import CONF, composed
+from tiny_runs import tiny_task, train_two
 
 from swd import config
 from swd.commands import train
 from swd.commands.cli import hydra_options
 from swd.commands.sweep import jobs
-from swd.data.iterations import Iterations
 from swd.modules import hub
 from swd.modules.distiller import Distiller
-from swd.types import PictureBatch
 
 EXPERIMENTS = sorted(
     file.stem for file in (CONF / "experiment").glob("*.yaml") if not file.stem.startswith(("demo_", "shapes_"))
 )
-FAMILY = {"sd35_medium": "sd35_medium", "sd35_large": "sd3", "flux_dev": "flux", "sdxl": "sdxl", "wan21_1_3b": "wan"}
-"""The tiny pipeline for each model."""
 
 
 def runs(experiment: str) -> list[list[str]]:
@@ -97,16 +91,6 @@ def test_what_experiments_say_is_in_force() -> None:
 # Training
 
 
-def small(cfg: DictConfig, name: str) -> list[Any]:
-    """The schedule's sizes with each of its lengths, axis by axis, in the place of a small one."""
-    sizes = [[size] if isinstance(size, int) else list(size) for size in config.to_plain(cfg.schedule.sizes)]
-    ranks = [{length: rank for rank, length in enumerate(sorted(set(axis)))} for axis in zip(*sizes, strict=True)]
-    first = [4] if len(ranks) == 1 else [1, 4, 4]
-    step = [2] if len(ranks) == 1 else [1, 2, 2]
-    shrunk = [[a + b * r[x] for a, b, r, x in zip(first, step, ranks, size, strict=True)] for size in sizes]
-    return [size[0] if len(size) == 1 else size for size in shrunk]
-
-
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Any:
     known: dict[str, Path] = {}
@@ -119,38 +103,10 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return pipeline
 
 
-def tiny_task(run: str, pipelines: Any) -> Distiller:
-    """The task of a run, on a tiny pipeline of the same family with small sizes."""
-    cfg = composed([*RUNS[run], "task.critic_updates=1"])
-    name = FAMILY[next(key for key in FAMILY if cfg.model.path == skeletons.options(key)["path"])]
-    sizes = small(cfg, name)
-    changes = {"path": str(pipelines(name)), "size": sizes[-1], "rank": 4, "precision": "fp32", "feature_blocks": [0]}
-    cfg.model.update(changes | {"max_text_tokens": families.TEXT_TOKENS})
-    cfg.schedule.sizes = sizes
-    built = config.build(cfg, "task")
-    assert isinstance(built, Distiller)
-    return built
-
-
-def train_two(task: Distiller, folder: Path) -> None:
-    shape = (2, 3, *task.model.pixel_size(task.schedule.sizes[-1]))
-    batches = [
-        PictureBatch(
-            torch.rand(shape, generator=torch.Generator().manual_seed(i)) * 2 - 1, prompts=["a red star", "a ring"]
-        )
-        for i in range(2 * task.batches_per_iteration)
-    ]
-    quiet: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
-    trainer = Trainer(max_steps=2, accelerator="cpu", enable_model_summary=False, default_root_dir=str(folder), **quiet)
-    trainer.fit(task, Iterations(batches, task.batches_per_iteration))
-    assert trainer.global_step == 2
-    assert task.last_metrics and all(value.isfinite() for value in task.last_metrics.values())
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
 def test_trains_two_iterations(run: str, pipelines: Any, tmp_path: Path) -> None:
-    train_two(tiny_task(run, pipelines), tmp_path)
+    train_two(tiny_task(composed(RUNS[run]), pipelines), tmp_path)
 
 
 # Sources

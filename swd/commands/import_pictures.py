@@ -80,7 +80,7 @@ def run(cfg: DictConfig) -> None:
     source = list_source(cfg.source, cfg.outside, Path(cfg.out))
     if cfg.limit is not None:
         source.rows = source.rows[: cfg.limit]
-    check_missing(source.rows, cfg.max_missing)
+    check_enough_there(source.rows, cfg.max_missing)
     if cfg.strict:
         refuse_first(row for row in source.rows if isinstance(row, Problem))
     settings = {
@@ -161,7 +161,7 @@ def check_numbers(cfg: DictConfig) -> None:
         raise UserError(f"multiple={cfg.multiple} is more than size={cfg.size}; use a smaller one")
 
 
-def check_missing(rows: Sequence[PictureRow | Problem], most: float) -> None:
+def check_enough_there(rows: Sequence[PictureRow | Problem], most: float) -> None:
     """Raise UserError if more than a share of the rows name files that are not there."""
     missing = [row.file for row in rows if isinstance(row, PictureRow) and not os.path.isfile(row.picture.path)]
     if len(missing) > most * len(rows):

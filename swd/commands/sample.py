@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from swd import __version__
-from swd.commands import shared
+from swd.commands import shared, starting_pictures
+from swd.commands.starting_pictures import StartPlan, start_plan
 from swd.config import check, given_keys, node_of, stored
 from swd.data.buckets import aspect_size
 from swd.data.job import say
@@ -59,6 +61,7 @@ ROOT = shared.ROOT | {
     "offload": Literal["none", "model", "sequential"],
     "show_sizes": bool,
     "fps": int,
+    **starting_pictures.KEYS,
 }
 
 
@@ -76,14 +79,17 @@ def run(cfg: DictConfig) -> None:
     schedule = job.schedule
     size = job.size
     ending = "mp4" if model.backbone_class.video else "png"
-    folder = claim_files(Path(cfg.folder), requests, ending)
+    folder = claim_files(Path(cfg.folder), requests, ending, indexed=job.start is not None)
     drawer = mask_text(f"model {model.name}, " + (f"adapter {job.source}" if student else "no adapter: the teacher"))
     print(drawer, flush=True)
     warn_beyond(model, [request.prompt for request in requests])
     say(f"loading {drawer}")
     pipe = build_pipeline(model, student, schedule, cfg)
+    if job.start is not None:
+        job.start.prepare_pipeline(pipe)
     info = {
         **origin(cfg, job),
+        **(job.start.settings() if job.start else {}),
         "adapter_hash": student.hash if student else None,
         "schedule": dict(schedule.config) if schedule else None,
     }
@@ -91,7 +97,8 @@ def run(cfg: DictConfig) -> None:
     with JobLog(f"drawing into {folder}", len(requests), unit) as progress:
         for start in range(0, len(requests), cfg.batch_size):
             batch = requests[start : start + cfg.batch_size]
-            final, sizes = draw(pipe, model, batch, size, show_sizes=cfg.show_sizes)
+            latents = job.start.latents(pipe, model, start, batch) if job.start else None
+            final, sizes = draw(pipe, model, batch, size, cfg.show_sizes, latents)
             for i, request in enumerate(batch):
                 metadata = {"prompt": request.prompt, "seed": request.seed, **info}
                 tqdm.write(str(save_drawn(final[i], folder / f"{request.stem}.{ending}", metadata, cfg.fps)))
@@ -100,6 +107,8 @@ def run(cfg: DictConfig) -> None:
                     file = folder / f"{request.stem}_step{number}_{side}.{ending}"
                     tqdm.write(str(save_drawn(drawn[i], file, metadata, cfg.fps)))
             progress.advance(len(batch))
+    if job.start is not None:
+        print(job.start.write_index(folder, requests, ending))
 
 
 def origin(cfg: DictConfig, job: SamplingPlan) -> dict[str, Any]:
@@ -131,6 +140,7 @@ class SamplingPlan:
         student: an adapter or a whole network; None: the teacher draws.
         schedule: the student's sampler; None: the teacher draws with its own.
         size: latent size of finished pictures.
+        start: the pictures that drawing starts from; None: from pure noise.
     """
 
     requests: list[Request]
@@ -140,6 +150,7 @@ class SamplingPlan:
     student: Student | None
     schedule: ScaleWiseScheduler | None
     size: Size
+    start: StartPlan | None = None
 
 
 def prepare(cfg: DictConfig) -> SamplingPlan:
@@ -155,7 +166,8 @@ def prepare(cfg: DictConfig) -> SamplingPlan:
         raise UserError(f"{given[0]} is of a student, and with adapter=null the teacher draws with its own; remove it")
     if cfg.adapter is None and cfg.ema is not None:
         raise UserError(f"ema={cfg.ema} is of a student, and with adapter=null the teacher draws; remove it")
-    requests = plan(cfg)
+    pictures = starting_pictures.starting_pictures(cfg)
+    requests = plan(cfg, pictures.captions if pictures else None)
     source = None if cfg.adapter is None else locate(cfg.adapter, Path(cfg.output), ema=cfg.ema)
     node = node_of(cfg, "model") if source is None else recorded_model(source, cfg)
     model = build_model(node, cfg)
@@ -170,7 +182,10 @@ def prepare(cfg: DictConfig) -> SamplingPlan:
     check_machine(cfg)
     if cfg.tiny_vae is not None:
         check_tiny_vae(cfg.tiny_vae, model)
-    return SamplingPlan(requests, model, node, source, student, schedule, size)
+    start = None
+    if pictures is not None:
+        start, schedule = start_plan(cfg, pictures, model, schedule, size)
+    return SamplingPlan(requests, model, node, source, student, schedule, size, start)
 
 
 def check_machine(cfg: DictConfig) -> None:
@@ -208,8 +223,12 @@ def check_tiny_vae(path: str, model: Pretrained) -> None:
         raise UserError(f"{where} enlarges {2 ** (len(blocks) - 1)} times, this model's decoder {model.factor} times")
 
 
-def plan(cfg: DictConfig) -> list[Request]:
+def plan(cfg: DictConfig, captions: Sequence[str] | None = None) -> list[Request]:
     """The prompts to draw, each picture with a seed of its own.
+
+    Args:
+        cfg: the configuration.
+        captions: prompts in place of those of the configuration: of the pictures to start from.
 
     Raises:
         UserError: for an empty list of prompts, an empty prompt, or numbers out of range.
@@ -221,7 +240,9 @@ def plan(cfg: DictConfig) -> list[Request]:
     limits.seed("seed", cfg.seed)
 
     # Prompts.
-    if cfg.prompts_file is not None:
+    if captions is not None:
+        rows: list[tuple[str, int | None]] = [(caption, None) for caption in captions]
+    elif cfg.prompts_file is not None:
         rows = read_prompts(Path(cfg.prompts_file))
     else:
         rows = [(prompt, None) for prompt in ([cfg.prompts] if isinstance(cfg.prompts, str) else cfg.prompts)]
@@ -302,9 +323,18 @@ def final_size(cfg: DictConfig, model: Pretrained, native: Size | None = None) -
     return size
 
 
-def claim_files(folder: Path, requests: list[Request], ending: str) -> Path:
-    """Create the output folder; raise UserError if a file to be written exists or would have the name of another."""
+def claim_files(folder: Path, requests: list[Request], ending: str, indexed: bool = False) -> Path:
+    """Create the output folder; raise UserError if a file to be written exists or would have the name of another.
+
+    Args:
+        folder: the folder.
+        requests: the pictures or videos to be written.
+        ending: of their names.
+        indexed: whether a list of them is written too.
+    """
     claim_folder(folder)
+    if indexed and (folder / starting_pictures.INDEX).exists():
+        raise UserError(f"{folder / starting_pictures.INDEX} exists already; choose another folder")
     stems = Counter(request.stem for request in requests)
     for stem, count in stems.items():
         if count > 1:

@@ -72,14 +72,19 @@ def load_tiny_vae(path: str, dtype: torch.dtype) -> Any:
         raise UserError(f"tiny_vae={path} cannot be loaded ({reason[:160]})") from None
 
 
-@torch.no_grad()
 def negative_prompts(model: Pretrained, count: int) -> dict[str, list[str]]:
     """Arguments of a stock pipeline for the model's negative prompt, one for each of `count` prompts; empty without."""
     return {} if model.negative_prompt is None else {"negative_prompt": [model.negative_prompt] * count}
 
 
+@torch.no_grad()
 def draw(
-    pipe: Any, model: Pretrained, requests: list[Request], size: Size | None = None, show_sizes: bool = True
+    pipe: Any,
+    model: Pretrained,
+    requests: list[Request],
+    size: Size | None = None,
+    show_sizes: bool = True,
+    start: Tensor | None = None,
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
     """Pictures `[3, H, W]` or videos `[3, F, H, W]` in [-1, 1] of a batch of requests.
 
@@ -89,6 +94,7 @@ def draw(
         requests: prompts and seeds.
         size: latent size of the finished ones; None: the model's own.
         show_sizes: also decode the prediction of every step, if the scheduler is scale-wise.
+        start: noised latents `[B, C, H, W]` that the scheduler's first step takes; None: noise of the requests' seeds.
 
     Returns:
         The finished ones, and for every step its predictions.
@@ -102,18 +108,18 @@ def draw(
     arguments |= backbone.sampling_arguments(model.max_text_tokens, model.embedded_guidance)
     if isinstance(scheduler, ScaleWiseScheduler):
         scheduler.keep_x0 = show_sizes
-        latents = scheduler.initial_latents(
-            len(requests), model.channels, size[-2], size[-1], size[0] if backbone.video else None, generators
-        )
-        arguments |= {
-            "latents": backbone.to_pipeline(latents).to(pipe._execution_device, model.latent_dtype(pipe)),
-            "num_inference_steps": scheduler.num_inference_steps,
-        }
+        arguments["num_inference_steps"] = scheduler.num_inference_steps
+        if start is None:
+            start = scheduler.initial_latents(
+                len(requests), model.channels, size[-2], size[-1], size[0] if backbone.video else None, generators
+            )
     else:
         arguments |= {"num_inference_steps": model.teacher_steps, "generator": generators}
         if model.drawing_guidance_scale != 1.0:
             arguments |= backbone.guidance_arguments(model.drawing_guidance_scale)
             arguments |= negative_prompts(model, len(requests))
+    if start is not None:
+        arguments["latents"] = backbone.to_pipeline(start).to(pipe._execution_device, model.latent_dtype(pipe))
     latents = pipe([request.prompt for request in requests], **arguments)[0]
     latents = backbone.from_pipeline(latents, size)
     encoders = backbone.encoders_type(pipe, model.max_text_tokens)
