@@ -24,7 +24,7 @@ NO_MATTER = ("workers", "prefetch", "max_bad")
 """Keys of `data` that change neither the samples nor their order."""
 GUIDANCE = ("guidance_scale", "dmd_guidance_scale", "drawing_guidance_scale")
 """Keys of `model` that training does not read, since the loss has its own; earlier versions had the first alone."""
-WATCHING = ("on_bad_step", "skips_in_a_row", "skips_in_all", "exploding")
+WATCHING = ("on_bad_step", "skips_in_a_row", "skips_in_all", "exploding", "accumulate")
 """Keys of the task that a good update does not depend on; a run that they ended may go on with others."""
 FOLDERS = (".", CHECKPOINTS, "samples", STUDENTS)
 """Folders that a run writes to, relative to its own."""

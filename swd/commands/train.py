@@ -20,7 +20,6 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 
@@ -37,6 +36,7 @@ from swd.config import build as build_group
 from swd.io.files import claim_folder, write_json, write_text
 from swd.io.job_log import say
 from swd.io.masking import mask_text
+from swd.modules import sharding
 from swd.modules.checkpoints import Resumable, iterations
 from swd.modules.distiller import Distiller
 from swd.modules.finite import last_checkpoint
@@ -315,6 +315,7 @@ def build(cfg: DictConfig) -> tuple[LightningModule, Any]:
         data.check(task.model, task.schedule)
     if isinstance(task, Distiller):
         task.check_processes(processes)
+        task.check_batch(data.batch_size, processes)
     return task, data
 
 
@@ -349,10 +350,7 @@ def build_trainer(cfg: DictConfig, folder: Path, *more: Callback, checkpoint: st
         checkpoint: the one that the run goes on from.
     """
     options = trainer_options(cfg)
-    if options.get("strategy") == "auto" and _processes(options) > 1:
-        # Student and fake network step in turn, so some parameters have no gradient in each update.
-        # Buffers never change, and SD3.5 Medium's hold 0.45 GB.
-        options["strategy"] = DDPStrategy(find_unused_parameters=True, broadcast_buffers=False)
+    options["strategy"] = sharding.chosen(options.get("strategy", "auto"), _processes(options))
     callbacks = list(build_group(cfg, "callbacks").values())
     if is_trial(cfg):
         callbacks = [c for c in callbacks if not isinstance(c, (Checkpoint, SaveAdapter, Students, *MEASURES))]
@@ -426,7 +424,7 @@ def check_trainer(options: dict[str, Any], task: LightningModule) -> None:
     if not task.automatic_optimization:
         for key, idle, fix in (
             ("gradient_clip_val", (None, 0), "gradients are clipped to task.clip"),
-            ("accumulate_grad_batches", (None, 1), "use a larger data.batch_size"),
+            ("accumulate_grad_batches", (None, 1), "task.accumulate divides a batch into parts"),
         ):
             if options.get(key) not in idle:
                 raise UserError(f"trainer.{key}={options[key]} has no effect in a distillation; {fix}")
