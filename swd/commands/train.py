@@ -316,6 +316,7 @@ def build(cfg: DictConfig) -> tuple[LightningModule, Any]:
     if isinstance(task, Distiller):
         task.check_processes(processes)
         task.check_batch(data.batch_size, processes)
+    sharding.check(options.get("strategy"), task, processes, int(options.get("num_nodes", 1)))
     return task, data
 
 

@@ -228,7 +228,11 @@ class Distiller(LightningModule):
             )
 
     def on_fit_start(self) -> None:
-        self.check_processes(self.trainer.world_size)  # whatever launcher started them
+        processes = self.trainer.world_size  # whatever launcher started them
+        self.check_processes(processes)
+        batch_size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
+        if batch_size is not None:
+            self.check_batch(batch_size, processes)
 
     # One iteration
 

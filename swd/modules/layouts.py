@@ -37,7 +37,7 @@ def gathered(value: Any) -> Any:
     holds more than one of them whole; other processes get empty ones. What is not divided stays as it is.
     """
     if isinstance(value, DTensor):
-        full = value.detach().full_tensor()
+        full = whole(value.detach())
         return full.cpu() if dist.get_rank() == 0 else torch.empty(0, dtype=value.dtype)
     if isinstance(value, Mapping):
         return {key: gathered(each) for key, each in value.items()}

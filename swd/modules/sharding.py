@@ -128,12 +128,7 @@ class Sharded(ModelParallelStrategy):
     def setup_environment(self) -> None:
         task = self.lightning_module
         assert task is not None  # Lightning connects it before
-        if not hasattr(task, "kept_state"):
-            raise UserError(
-                f"this trainer shards a distillation; {type(task).__name__} trains one network of moderate size: "
-                "use trainer=ddp"
-            )
-        self.check_state(cast(Shardable, task))
+        self.check_task(task)
         self._setup_distributed()
         size = self.group_size(self.world_size, self.num_processes)
         groups = self.world_size // size
@@ -142,14 +137,19 @@ class Sharded(ModelParallelStrategy):
         self._device_mesh = mesh
         task._device_mesh = mesh
 
-    def check_state(self, task: Shardable) -> None:
-        """Raise UserError if what a checkpoint holds is larger than the first process may gather."""
-        size = task.state_bytes() / 1e9
+    def check_task(self, task: nn.Module) -> None:
+        """Raise UserError if a task is no distillation, or its state larger than the first process may gather."""
+        if not hasattr(task, "state_bytes"):
+            raise UserError(
+                f"this trainer shards a distillation; {type(task).__name__} trains one network of moderate size: use "
+                "trainer=ddp"
+            )
+        size = cast(Shardable, task).state_bytes() / 1e9
         if size > self.largest_state:
             raise UserError(
-                f"a checkpoint of this distillation is gathered in the memory of the first process's machine, and has "
-                f"{size:.3g} GB, more than trainer.strategy.largest_state={self.largest_state:g}; raise that if the "
-                "machine has more memory, or use model.tuning=lora"
+                f"weights and optimizer moments of this run have {size:.3g} GB, more than the first process may "
+                f"gather for a checkpoint (trainer.strategy.largest_state={self.largest_state:g}); raise that if its "
+                "machine has the memory, or use model.tuning=lora"
             )
 
     def setup(self, trainer: Trainer) -> None:
@@ -328,6 +328,20 @@ def fingerprint(task: nn.Module) -> str:
 def trained(task: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Names and values of the parameters that require a gradient."""
     return ((name, value) for name, value in task.named_parameters() if value.requires_grad)
+
+
+def check(strategy: Any, task: nn.Module, processes: int, nodes: int) -> None:
+    """Let a strategy refuse, before any model is loaded, a task or a number of processes.
+
+    Raises:
+        UserError: by a sharding strategy, or for one of Lightning's whose checkpoints a distillation cannot go on from.
+    """
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    if hasattr(task, "state_bytes") and name.lower().startswith(("fsdp", "deepspeed", "modelparallel")):
+        raise UserError(f"trainer.strategy={name} does not fit a distillation; use trainer=fsdp, hsdp or ddp")
+    if isinstance(strategy, Sharded):
+        strategy.check_task(task)
+        strategy.group_size(processes, processes // nodes)
 
 
 def chosen(strategy: Any, processes: int) -> Any:
