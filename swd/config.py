@@ -84,6 +84,9 @@ FOREIGN_TO: Mapping[str, Mapping[str, str]] = {
 }
 """The same for every command: those that do not train know fewer of these settings, some under other names."""
 
+ELSEWHERE: Mapping[str, str] = {"preset": "swd demo has experiment=demo_ci and experiment=demo_full in its place"}
+"""Names of settings that one command alone had before, with the place where they went."""
+
 _command = "train"
 
 PRETRAINED = "swd.modules.pretrained.Pretrained"
@@ -555,21 +558,23 @@ def called_here(key: str) -> str | None:
 def _unknown_key(path: str, key: str, known: list[str]) -> str:
     if path == key and (name := called_here(key)):
         return f"unknown key {key}; here it is {name}"
+    if path == key and key in ELSEWHERE:
+        return f"unknown key {key}; {ELSEWHERE[key]}"
     close = difflib.get_close_matches(key, known, 1)
     hint = f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(known)}"
     return f"unknown key {path.lstrip('.')}; {hint}"
 
 
 def _bad_value(path: str, value: Any, hint: Any) -> str:
-    return f"{path}={value!r} is not valid; expected {describe(hint)}"
+    return f"{path}={value!r} is not valid; expected {type_text(hint)}"
 
 
-def describe(hint: Any) -> str:
+def type_text(hint: Any) -> str:
     """A type in words that a user can act on."""
     origin = get_origin(hint)
     args = get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(describe(arg) for arg in args)
+        return " or ".join(type_text(arg) for arg in args)
     if origin is Literal:
         return " | ".join(str(arg) for arg in args)
     if hint is type(None):
@@ -578,9 +583,9 @@ def describe(hint: Any) -> str:
     if hint in names:
         return names[hint]
     if origin is tuple and args and args[-1] is not Ellipsis:
-        return f"a list of {len(args)} values ({', '.join(describe(a) for a in args)})"
+        return f"a list of {len(args)} values ({', '.join(type_text(a) for a in args)})"
     if origin in (list, tuple, Sequence):
-        return f"a list of {describe(args[0])}"
+        return f"a list of {type_text(args[0])}"
     if origin in (dict, Mapping):
         return "keys with values"
     return getattr(hint, "__name__", str(hint))

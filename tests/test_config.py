@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 from omegaconf import OmegaConf
 
-from swd.config import COLLECTIONS, GROUP, NODES, check, describe, fits, one_line
+from swd.config import COLLECTIONS, GROUP, NODES, check, fits, one_line, type_text
 from swd.types import UserError
 
 Kernel = Literal["linear", "rbf"]
@@ -79,13 +79,13 @@ def test_values_fit_their_types(hint: Any, good: list[Any], bad: list[Any]) -> N
     ],
 )
 def test_types_are_described_in_words(hint: Any, words: str) -> None:
-    assert describe(hint) == words
+    assert type_text(hint) == words
 
 
 GROUPS = dict.fromkeys((*NODES, *COLLECTIONS), GROUP)
 """The groups that a command reads."""
 OWN = [f"{__name__}.{name}" for name in ("Block", "Open")]
-"""What the command line allows here."""
+"""Names that the command line allows here."""
 
 
 def node(**values: Any) -> dict[str, Any]:

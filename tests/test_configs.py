@@ -71,7 +71,7 @@ def pairwise(groups: dict[str, list[str]]) -> list[dict[str, str]]:
 
 
 def choices(model: str) -> dict[str, list[str]]:
-    """What makes sense with a model."""
+    """The options that make sense with a model."""
     fitting = {"schedule": SCHEDULES[model], "data": DATA.get(model, ("images",))}
     if model != "shapes":  # other data hold nothing out unless they are told to
         fitting["callbacks"] = tuple(option for option in options("callbacks") if option != "validation")
@@ -291,7 +291,7 @@ def test_every_task_passes_the_schema(option: str, tmp_path: Path) -> None:
 
 
 MADE_FROM = {"flow": ["task.out=trained"], "judge": ["data=judge"], "vae": ["data=shapes"]}
-"""What a task needs beside a model."""
+"""Arguments that a task needs beside a model."""
 
 
 @pytest.mark.parametrize("task", options("task"))

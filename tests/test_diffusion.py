@@ -75,7 +75,7 @@ def abar() -> np.ndarray:
 
 
 def test_variance_preserving_levels() -> None:
-    """What SDXL is fed and sees at each level: `t = min(round(1000 sigma), 999)`, signal 0.068 at the first step."""
+    """SDXL's timestep and signal at each level: `t = min(round(1000 sigma), 999)`, signal 0.068 at the first step."""
     process, ones, zeros = VariancePreserving(), torch.ones(6, 1, 1, 1), torch.zeros(6, 1, 1, 1)
     sigma, t = torch.tensor([1.0, 0.999, 0.8, 0.6, 0.4, 0.0]), [999, 999, 800, 600, 400, 0]
     assert process.timestep(sigma).tolist() == t

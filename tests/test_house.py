@@ -1,9 +1,10 @@
-"""Imports go one way, in the order that CONTRIBUTING.md states."""
+"""Imports go one way, in the order that CONTRIBUTING.md states; and a public name means one thing."""
 
 from __future__ import annotations
 
 import ast
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,30 @@ def test_no_import_runs_back_up(path: Path) -> None:
     here = name_of(path)
     above = {name for name in imports(path) if layer_of(name) > layer_of(here)}
     assert not above, f"{here} imports {sorted(above)}, which lies above it"
+
+
+COMMON_NAMES = {
+    "run": "every command has one, which `swd.commands.cli` calls",
+    "prepare": "every command's checks before anything is loaded",
+    "check_numbers": "a command's checks of its own numbers, called by its `prepare`",
+    "main": "the function behind a console script or `python -m`",
+}
+"""Names that several modules may define, each with the convention behind it."""
+
+
+def public_names(path: Path) -> list[str]:
+    """Names of the classes and functions at the top level of a module, without those that begin with `_`."""
+    body = ast.parse((ROOT / path).read_text(encoding="utf-8")).body
+    defined = [node.name for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
+    return [name for name in dict.fromkeys(defined) if not name.startswith("_")]
+
+
+def test_a_public_name_is_defined_in_one_module() -> None:
+    homes: dict[str, list[str]] = defaultdict(list)
+    for path in MODULES:
+        for name in public_names(path):
+            homes[name].append(name_of(path))
+    shared = {name: modules for name, modules in homes.items() if len(modules) > 1}
+    wrong = {name: modules for name, modules in shared.items() if name not in COMMON_NAMES}
+    assert not wrong, f"two meanings of one name: {wrong}; rename one, or import it where it means the same"
+    assert set(COMMON_NAMES) <= set(shared), f"no longer shared: {set(COMMON_NAMES) - set(shared)}"

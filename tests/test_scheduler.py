@@ -428,7 +428,7 @@ def test_few_plans_are_kept() -> None:
     assert len(scheduler._plans) <= 20_000
 
 
-# What others ask of a scheduler
+# The interface that pipelines use
 
 
 @pytest.mark.parametrize("process", [RectifiedFlow(), VariancePreserving()])

@@ -131,7 +131,7 @@ def test_tokens_of_another_size_are_refused() -> None:
         scheduler.step(plain, 0, plain)
 
 
-# What latents are made of
+# Contents of latents
 
 
 def test_first_latents_are_the_generators_own_numbers() -> None:
@@ -208,7 +208,7 @@ def test_a_mark_turns_signs_by_the_size() -> None:
     assert torch.equal(scheduler.initial_latents(2, CHANNELS, 8, 8, generator=seeded()), plain)
 
 
-# What a call may start from
+# First latents of a call
 
 
 def test_a_number_of_steps_or_levels_of_its_own_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""What every scorer outside of `swd` shares: a folder of pictures with an index in, a JSON with a score a picture out.
+"""Shared parts of every scorer outside of `swd`: a folder of pictures with an index in, a JSON of scores out.
 
 Plain Python 3.9 without packages, because it runs in the environments of other projects. docs/external_metrics.md
 describes both files. An error is one line on stderr and exit code 2.

@@ -26,7 +26,7 @@ CLONE = "clone https://github.com/djghosh13/geneval, and fill the detector's fol
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What only this metric takes."""
+    """Options of this metric alone."""
     parser.add_argument("--repository", type=Path, required=True, help="the cloned benchmark")
     parser.add_argument("--detector", type=Path, required=True, help="folder with Mask2Former's weights")
     parser.add_argument("--model-config", type=Path, help="Mask2Former's configuration; mmdet's if left out")

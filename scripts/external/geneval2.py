@@ -26,7 +26,7 @@ METHODS = ("soft_tifa_gm", "soft_tifa_am", "tifa", "vqascore")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What only this metric takes."""
+    """Options of this metric alone."""
     parser.add_argument("--repository", type=Path, required=True, help="the cloned benchmark")
     parser.add_argument("--method", default=METHODS[0], choices=METHODS, help="how answers become a score")
 

@@ -10,7 +10,7 @@ from contract import Picture, ScoreBatch, Scorer, check_files, run
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What only this metric takes."""
+    """Options of this metric alone."""
     parser.add_argument("--weights", type=Path, help="HPSv3.safetensors; from the hub (MizzenAI/HPSv3) if left out")
 
 

@@ -10,7 +10,7 @@ from contract import Picture, ScoreBatch, Scorer, check_files, run
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What only this metric takes."""
+    """Options of this metric alone."""
     parser.add_argument("--weights", type=Path, help="ImageReward.pt; from the hub (THUDM/ImageReward) if left out")
     parser.add_argument("--config", type=Path, help="med_config.json; from the hub if left out")
 

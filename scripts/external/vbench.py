@@ -23,7 +23,7 @@ MOST = 5
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What only this metric takes."""
+    """Options of this metric alone."""
     parser.add_argument("--dimension", required=True, help="such as subject_consistency, imaging_quality, color")
 
 

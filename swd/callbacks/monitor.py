@@ -67,7 +67,7 @@ class Monitor(Callback):
         """The values of the iteration that ends, on every process."""
         assert self._task is not None
         task = self._task
-        values = self._times(task, len(inputs.target)) | memory(task.device)
+        values = self._times(task, len(inputs.target)) | peak_memory(task.device)
         found = {name: torch.tensor(value, device=task.device) for name, value in values.items()}
         # The student's update of this iteration is done, so `global_step` counts it.
         if self.every is not None and task.global_step % self.every == 0:
@@ -88,7 +88,7 @@ class Monitor(Callback):
         return found | {"time/iteration": seconds, "time/samples_per_second": samples / max(seconds, 1e-9)}
 
 
-def memory(device: torch.device) -> dict[str, float]:
+def peak_memory(device: torch.device) -> dict[str, float]:
     """Peak memory of this process so far in GB: of the machine, and of the GPU where there is one."""
     unit = 1 if sys.platform == "darwin" else 1024
     found = {"monitor/memory_host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}

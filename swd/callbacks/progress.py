@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
 
-from swd.io.job_log import JobLog, say
+from swd.io.job_log import JobLog, print_line
 
 SHOWN = ("dmd", "mmd", "gan", "fake_score", "discriminator", "x0_mse", "loss")
 
@@ -26,10 +26,10 @@ class Progress(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.is_global_zero:
-            say(f"loading {source(pl_module)} on {trainer.strategy.root_device}")
+            print_line(f"loading {source(pl_module)} on {trainer.strategy.root_device}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        title = f"{describe(pl_module)} into {trainer.default_root_dir}"
+        title = f"{describe_task(pl_module)} into {trainer.default_root_dir}"
         self.lines = JobLog(
             title, trainer.max_steps, self.description, done=trainer.global_step, shown=trainer.is_global_zero
         )
@@ -57,7 +57,7 @@ def source(task: LightningModule) -> str:
     return f"model {model.name}" if model is not None else "data and network"
 
 
-def describe(task: LightningModule) -> str:
+def describe_task(task: LightningModule) -> str:
     """Task, model, losses and schedule in a few words."""
     text = getattr(task, "deed", "training")
     model, terms, schedule = (cast(Any, getattr(task, name, None)) for name in ("model", "terms", "schedule"))

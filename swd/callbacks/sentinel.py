@@ -19,7 +19,7 @@ from swd.losses.base import Metrics
 from swd.modules.checkpoints import damage, iterations
 from swd.modules.distiller import Distiller, Observer
 from swd.modules.inputs import Inputs
-from swd.modules.layouts import local
+from swd.modules.layouts import local_part
 from swd.types import Role, UserError
 
 WINDOW = 10
@@ -126,7 +126,7 @@ class Sentinel(Callback):
             pl_module.observers.remove(self._observer)
 
     def _look_at_weights(self, task: Distiller) -> None:
-        self._weights = {role: sample_of(role, task) for role in task.roles}
+        self._weights = {role: sampled_weights(role, task) for role in task.roles}
 
     def _changes(self, task: Distiller, inputs: Inputs) -> Metrics:
         """Relative change of the weights of both roles in the iteration that ends."""
@@ -250,7 +250,7 @@ class Sentinel(Callback):
         if path is None:
             raise UserError(f"{ended}no checkpoint of iteration {before} or before is there to go back to; see above")
         self._done += 1
-        restore(task, torch.load(path, map_location="cpu", weights_only=True), self.lower_lr**self._done)
+        restore_task(task, torch.load(path, map_location="cpu", weights_only=True), self.lower_lr**self._done)
         self._forget()
         self._look_at_weights(task)
         if trainer.is_global_zero:
@@ -262,11 +262,11 @@ class Sentinel(Callback):
             )
 
 
-def sample_of(role: Role, task: Distiller) -> Tensor:
+def sampled_weights(role: Role, task: Distiller) -> Tensor:
     """A copy of up to `SAMPLE` weights of a role, spread over its layers; on each process those that it holds."""
     parameters = task.networks.role_parameters(role)
     each = max(SAMPLE // max(len(parameters), 1), 1)
-    return torch.cat([local(p).detach().flatten()[:each].float() for p in parameters])
+    return torch.cat([local_part(p).detach().flatten()[:each].float() for p in parameters])
 
 
 def good_checkpoint(trainer: Trainer, task: Distiller, before: int) -> str | None:
@@ -277,7 +277,7 @@ def good_checkpoint(trainer: Trainer, task: Distiller, before: int) -> str | Non
     return next((str(path) for done, path in reversed(fitting) if done <= before), None)
 
 
-def restore(task: Distiller, checkpoint: Mapping[str, Any], factor: float) -> None:
+def restore_task(task: Distiller, checkpoint: Mapping[str, Any], factor: float) -> None:
     """Give a task that trains the weights and optimizers of a checkpoint; its counts stay.
 
     Args:

@@ -7,7 +7,7 @@ from typing import Any, cast
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
-from swd.io.job_log import say
+from swd.io.job_log import print_line
 
 
 class CheckStopping(Callback):
@@ -32,4 +32,4 @@ class CheckStopping(Callback):
             callback.on_train_epoch_end(trainer, pl_module)
             callback.on_validation_end(trainer, pl_module)
             if callback.stopping_reason_message and trainer.is_global_zero:
-                say(f"iteration {trainer.global_step} is the last: {callback.stopping_reason_message}")
+                print_line(f"iteration {trainer.global_step} is the last: {callback.stopping_reason_message}")

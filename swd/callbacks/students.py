@@ -14,7 +14,7 @@ from torch import Tensor
 
 from swd.config import one_line
 from swd.io.files import write_aside
-from swd.io.job_log import say
+from swd.io.job_log import print_line
 from swd.modules.adapters import (
     AVERAGE,
     NETWORK_CONFIG,
@@ -114,7 +114,7 @@ class SaveAdapter(Callback):
         try:
             if all(student_checks(pl_module).values()):
                 save(folder, pl_module)
-                say(f"the student of iteration {done} is in {folder}")
+                print_line(f"the student of iteration {done} is in {folder}")
         except Exception as error:  # the error that ended the run is raised after this one, which must not hide it
             warnings.warn(f"no student of iteration {done} was written: {one_line(error)}", stacklevel=2)
 

@@ -11,17 +11,17 @@ from lightning import LightningModule, Trainer
 from torch import Tensor
 
 from swd.callbacks.measurement import Measurement
-from swd.callbacks.metrics import size_name
 from swd.callbacks.ranks import Share, attempt, gather
+from swd.callbacks.training_metrics import size_name
 from swd.data.held_out import HeldOut, held_out_of
 from swd.diffusion import IndexRange
 from swd.io import limits
 from swd.losses.base import Predictors
 from swd.losses.update import student_input
-from swd.metrics.bootstrap import Resamples, interval, mean_of
+from swd.metrics.bootstrap import Resamples, interval, mean_of, ratio_parts
 from swd.modules.distiller import Distiller
 from swd.modules.inputs import Inputs
-from swd.modules.reporting import report
+from swd.modules.run_values import log_values
 from swd.types import Conditioning, Draws, Role, SeededDraws, UserError
 
 
@@ -92,7 +92,7 @@ class Validation(Measurement):
             self._teacher[step] = found["teacher"]
             suffix = f"{size_name(task.model.pixel_size(size))}_step{step + 1}"
             row |= {f"monitor/{name}/{suffix}{end}": value for (name, end), value in summary(errors).items()}
-        report(trainer, row)
+        log_values(trainer, row)
         return row
 
     @torch.no_grad()
@@ -163,12 +163,3 @@ def summary(errors: dict[str, Tensor]) -> dict[tuple[str, str], float]:
         ends = interval(mean_of(values), resamples)
         found |= {(name, ""): ends.value, (name, "_low"): ends.low, (name, "_high"): ends.high}
     return found
-
-
-def ratio_parts(above: Tensor, below: Tensor) -> Tensor:
-    """`[N]` values whose mean is `sum above / sum below`, for intervals.
-
-    Each is the ratio plus its derivative in the direction of the sample: `r + (a_i - r b_i) / mean b`.
-    """
-    ratio = above.sum() / below.sum()
-    return ratio + (above - ratio * below) / below.mean()

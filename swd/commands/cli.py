@@ -120,7 +120,7 @@ def launch(command: str) -> None:
         started = True
         quiet_warnings()  # again: a sweep's job may run in a process of its own
         try:
-            with user_errors(where=results_of(cfg)):  # here, before Hydra adds lines to them
+            with user_errors(where=results_folder(cfg)):  # here, before Hydra adds lines to them
                 return run(cfg)
         finally:
             remove_empty_output()
@@ -204,7 +204,7 @@ def quiet_warnings() -> None:
     warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {mask_text(str(message))}\n"
 
 
-def results_of(cfg: Any) -> str | None:
+def results_folder(cfg: Any) -> str | None:
     """The folder that a command writes to; None if its configuration does not give it."""
     for key in ("out", "to", "folder"):
         with suppress(Exception):  # missing or unresolved: the command itself reports it
@@ -400,8 +400,6 @@ REWORDED = (
 
 def _hydra_message(text: str, reason: str = "") -> str:
     """Hydra's message in this project's words, with the fix; an unknown one is returned as it is."""
-    from swd.config import called_here
-
     # Arguments that Hydra can parse but not apply.
     for pattern, message in REWORDED:
         if re.match(pattern, text):
@@ -417,10 +415,7 @@ def _hydra_message(text: str, reason: str = "") -> str:
         return f"model.guidance_scale is two keys now: {keys}"
     if unknown:
         key = unknown.group(1)
-        name = called_here(key)
-        close = None if name else nearest(key, known_keys())
-        hint = f"here it is {name}" if name else f"did you mean {close}?" if close else LISTED
-        return f"unknown key {key}; {hint}"
+        return f"unknown key {key}; {_hint(key)}"
 
     # Unknown options of a group.
     group = re.search(
@@ -434,25 +429,43 @@ def _hydra_message(text: str, reason: str = "") -> str:
     return text
 
 
+def _hint(key: str) -> str:
+    """The way out of an unknown key: its name here, the nearest one, or the commands that have it."""
+    from swd.config import ELSEWHERE, called_here, running_command
+
+    name = called_here(key)
+    if name:
+        return f"here it is {name}"
+    if key in ELSEWHERE:
+        return ELSEWHERE[key]
+    close = nearest(key, known_keys(running_command()))
+    if close:
+        return f"did you mean {close}?"
+    owners = [f"swd {command}" for command in COMMANDS if key in known_keys(command)]
+    if not owners:
+        return LISTED
+    *first, last = owners
+    listed = f"{', '.join(first)} and {last}" if first else last
+    return f"{LISTED}; this key belongs to {listed}"
+
+
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word that is most like a misspelt one; None if none is."""
     return next(iter(difflib.get_close_matches(word, known, 1, cutoff=0.7)), None)
 
 
-def known_keys() -> list[str]:
-    """Every key of the running command's configuration, dotted; empty where it cannot be composed."""
+def known_keys(command: str) -> list[str]:
+    """Every key of a command's configuration by default, dotted; empty where it cannot be composed."""
     from hydra import compose, initialize_config_dir, initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
-
-    from swd.config import running_command
 
     GlobalHydra.instance().clear()
     folder = config_path()
     start = initialize_config_module if folder.startswith("pkg://") else initialize_config_dir
     try:
         with start(folder.removeprefix("pkg://"), version_base="1.3"):
-            plain = OmegaConf.to_container(compose(running_command()), resolve=False)
+            plain = OmegaConf.to_container(compose(command), resolve=False)
     except Exception:  # the message then has no hint
         return []
     return list(_flat(plain, ""))

@@ -14,7 +14,7 @@ from rich.text import Text
 from swd.config import check
 from swd.io import limits
 from swd.io.files import write_json
-from swd.io.job_log import say
+from swd.io.job_log import print_line
 from swd.report import pairs, votes
 from swd.report.page import check_replaceable, write_page
 from swd.report.votes import WinRate
@@ -46,10 +46,10 @@ def run(cfg: DictConfig) -> None:
     study = pairs.read_study(paths[0], paths[1], list(cfg.criteria), cfg.n)
     if any(study.alone):
         a, b = study.alone
-        say(f"left out, without a partner: {a} of {paths[0]}, {b} of {paths[1]}")
+        print_line(f"left out, without a partner: {a} of {paths[0]}, {b} of {paths[1]}")
     layout = pairs.Layout(cfg.title, cfg.seed, cfg.side, cfg.quality, cfg.megabytes)
-    say(f"{len(study.pairs)} pairs, {len(study.criteria)} votes on each")
-    print(write_page(Path(cfg.out or "compare.html"), pairs.render(study, layout)))
+    print_line(f"{len(study.pairs)} pairs, {len(study.criteria)} votes on each")
+    print(write_page(Path(cfg.out or "compare.html"), pairs.render_pairs(study, layout)))
 
 
 def prepare(cfg: DictConfig) -> None:

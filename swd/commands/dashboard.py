@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from swd.config import check, one_line
 from swd.io.files import write_json
-from swd.io.job_log import say
+from swd.io.job_log import print_line
 from swd.types import UserError
 
 ROOT = {"project": str, "entity": str | None, "title": str, "output": str, "to": str}
@@ -78,9 +78,11 @@ def run(cfg: DictConfig) -> None:
     plain = {"title": cfg.title, "project": cfg.project, "x": ITERATION, "sections": [asdict(each) for each in page]}
     print(write_json(Path(cfg.to), plain))
     if cfg.entity is None:
-        say("to open these panels on wandb: pip install wandb-workspaces, wandb login, swd dashboard entity=NAME")
+        print_line(
+            "to open these panels on wandb: pip install wandb-workspaces, wandb login, swd dashboard entity=NAME"
+        )
     else:
-        print(save(cfg, page))
+        print(save_workspace(cfg, page))
 
 
 def logged_names(output: Path) -> list[str]:
@@ -116,7 +118,7 @@ def _size(name: str) -> tuple[float, str]:
     return (float(last) if last.isdigit() else -1.0, name)
 
 
-def save(cfg: DictConfig, page: Iterable[Section]) -> str:
+def save_workspace(cfg: DictConfig, page: Iterable[Section]) -> str:
     """Save the workspace on wandb; returns its address.
 
     Raises:

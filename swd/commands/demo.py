@@ -18,7 +18,7 @@ from swd.modules.pretrained import Pretrained
 from swd.schedule import ScaleSchedule
 from swd.shapes import contest
 from swd.shapes.dataset import RESOLUTION
-from swd.shapes.demo import STORE_COMMAND, Clock, compare, describe, finish, setup_seconds
+from swd.shapes.demo import STORE_COMMAND, Clock, compare, results_and_page, setup_seconds, write_and_print
 from swd.shapes.judge import Judge
 from swd.types import UserError
 
@@ -61,12 +61,12 @@ def run(cfg: DictConfig) -> float | None:
         return value
     assert isinstance(task, Distiller)
     task, judge = place(task, judge, trainer.strategy.root_device)
-    study = compare(cfg, task, judge, judge_folder, clock)
+    measured = compare(cfg, task, judge, judge_folder, clock)
     with clock.phase("report"):
-        results, page = describe(cfg, task, judge, study)
+        results, page = results_and_page(cfg, task, judge, measured)
         results["fixed_losses"] = fixed.losses
     results["wall_seconds"] = clock.seconds()
-    finish(cfg, results, page)
+    write_and_print(cfg, results, page)
     return value
 
 

@@ -136,8 +136,9 @@ def check_unread(cfg: DictConfig) -> None:
         if group == "data" and name in UNREAD:
             here = f"; here it is {name}=VALUE" if name in ROOT else "; remove it"
             raise UserError(f"{key} is of a training{here}")
-    if fits(cfg.batch_size, int):
-        limits.whole("batch_size", cfg.batch_size, 1, limits.AT_ONCE, "no device encodes more at once")
+    if not fits(cfg.batch_size, int):  # before values that refer to it are reported in its place
+        raise UserError(f"batch_size={cfg.batch_size!r} is not valid; expected an integer")
+    limits.whole("batch_size", cfg.batch_size, 1, limits.AT_ONCE, "no device encodes more at once")
 
 
 def check_values(cfg: DictConfig) -> None:
@@ -394,7 +395,7 @@ class Encoder:
             encoded = self._encode_text([captions[row] for row in part], bucket)
             for row, conditioning in zip(part, encoded, strict=True):
                 texts[row] = self._packed_text(conditioning, captions[row], plan.precision)
-                add(sums, "text", relative_error(conditioning.embeds[0].float(), plan.precision))
+                add_pair(sums, "text", relative_error(conditioning.embeds[0].float(), plan.precision))
         return texts
 
     @staticmethod
@@ -497,7 +498,7 @@ class Encoder:
             for i, item in enumerate(items):
                 try:
                     files[i][latents_name(size)] = pack_latents(mean[i], std[i] if keep else None, plan.precision)
-                    add(sums, f"latents {'x'.join(map(str, size))}", relative_error(mean[i].cpu(), plan.precision))
+                    add_pair(sums, f"latents {'x'.join(map(str, size))}", relative_error(mean[i].cpu(), plan.precision))
                 except CorruptSample as error:
                     bad[i] = f"sample {item['row']}: {error}"
         return [bad.get(i, found) for i, found in enumerate(files)]
@@ -531,7 +532,7 @@ class Encoder:
         sums: dict[str, list[float]] = {}
         for note in notes:
             for name, pair in note["sums"].items():
-                add(sums, name, pair)
+                add_pair(sums, name, pair)
         errors = {name: (wrong / max(whole, 1e-30)) ** 0.5 for name, (wrong, whole) in sorted(sums.items())}
         reasons = self._unusable()
         summary: dict[str, Any] = {"relative_error": errors, "unusable": len(reasons), "problems": reasons}
@@ -577,7 +578,7 @@ def as_shared(items: list[dict[str, Any]]) -> list[dict[str, Any]] | UserError:
     return items
 
 
-def add(sums: dict[str, list[float]], name: str, pair: Sequence[float]) -> None:
+def add_pair(sums: dict[str, list[float]], name: str, pair: Sequence[float]) -> None:
     """Add a pair of numbers to the pair of sums called `name`."""
     old = sums.get(name, [0.0, 0.0])
     sums[name] = [old[0] + pair[0], old[1] + pair[1]]

@@ -24,17 +24,17 @@ from swd.commands.cli import config_path
 from swd.commands.sample import final_size
 from swd.config import allowed_here, build_node, check, fits, given_keys, node_of, to_plain
 from swd.data.job import MOST_IN_A_SHARD, is_first
-from swd.evaluation import table
+from swd.evaluation import result_files
+from swd.evaluation.candidate_pictures import CandidatePainter, check_levels, check_space, draw_share
 from swd.evaluation.candidates import (
     Candidate,
     DrawingModel,
-    check_names,
+    check_row_names,
     given_pictures,
     holds_pictures,
     name_of,
     real_pictures,
 )
-from swd.evaluation.draw import Painter, check_levels, check_space, draw_share
 from swd.evaluation.plan import Plan, chunks_of, mine
 from swd.evaluation.score import Bootstrap, Real, Scoring
 from swd.evaluation.timing import Costs, Timing
@@ -45,7 +45,7 @@ from swd.metrics.base import PictureMetric
 from swd.modules.adapters import locate
 from swd.modules.hub import is_hub_id
 from swd.modules.pretrained import Pretrained
-from swd.modules.requests import Requests, read_prompts
+from swd.modules.requests import Requests, check_filled, read_prompts
 from swd.modules.student import load_student
 from swd.modules.tokens import warn_beyond
 from swd.schedule import ScaleSchedule
@@ -123,15 +123,15 @@ def run(cfg: DictConfig) -> None:
     for candidate in plan.candidates:
         plan.write_index(candidate)
     results = results_of(evaluation)
-    table.write(plan.folder, results)
-    for grid in table.grids(results):
+    result_files.write_results(plan.folder, results)
+    for grid in result_files.grids(results):
         print_grid(grid)
-    print(plan.folder / table.HTML)
+    print(plan.folder / result_files.HTML)
 
 
 def draw_and_measure(plan: Plan, candidate: DrawingModel, timing: Timing | None) -> None:
     """This process's share of one model's pictures; the first process also measures what they cost."""
-    painter, costs = Painter(plan, candidate), Costs(plan, candidate, timing)
+    painter, costs = CandidatePainter(plan, candidate), Costs(plan, candidate, timing)
     draw_share(painter)
     if is_first() and costs.load() is None:
         costs.measure(painter)
@@ -156,7 +156,7 @@ def warn_of_long_prompts(plan: Plan) -> None:
             warn_beyond(candidate.model, prompts)
 
 
-# What comes out
+# Results
 
 
 def results_of(evaluation: Evaluation) -> dict[str, Any]:
@@ -181,11 +181,11 @@ def results_of(evaluation: Evaluation) -> dict[str, Any]:
         "bootstrap": {"draws": scoring.bootstrap.draws, "level": scoring.bootstrap.level},
         "models": rows,
         "pairs": [pair for name in scoring.metrics for pair in scores[name]["pairs"]],
-        "published": table.published_rows() if evaluation.published else [],
+        "published": result_files.published_rows() if evaluation.published else [],
     }
 
 
-def print_grid(grid: table.Grid) -> None:
+def print_grid(grid: result_files.Grid) -> None:
     """Print a table on standard output."""
     printed = Table(title=grid.title, title_justify="left")
     for i, column in enumerate(grid.columns):
@@ -195,7 +195,7 @@ def print_grid(grid: table.Grid) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(printed, markup=False)
 
 
-# What is asked for
+# Configuration
 
 
 def prepare(cfg: DictConfig) -> Evaluation:
@@ -210,7 +210,7 @@ def prepare(cfg: DictConfig) -> Evaluation:
     check(cfg, ROOT)
     check_numbers(cfg)
     timing = timing_of(cfg)
-    requests = requests_of(cfg)
+    requests = evaluated_requests(cfg)
     metrics, settings = metrics_of(cfg)
     candidates = candidates_of(cfg, requests)
     plan = Plan(Path(cfg.folder), Path(cfg.prompts).name, requests, candidates, cfg.batch_size, cfg.chunk_size)
@@ -253,7 +253,7 @@ def timing_of(cfg: DictConfig) -> Timing | None:
     return timing
 
 
-def requests_of(cfg: DictConfig) -> Requests:
+def evaluated_requests(cfg: DictConfig) -> Requests:
     """The first `n` prompts of the list, with their seeds.
 
     Raises:
@@ -267,9 +267,7 @@ def requests_of(cfg: DictConfig) -> Requests:
     if cfg.n is not None and cfg.n > len(rows):
         raise UserError(f"n={cfg.n}, but {cfg.prompts} has {len(rows)} prompts; use at most that many")
     rows = rows[: cfg.n]
-    for number, (prompt, _) in enumerate(rows, 1):
-        if not prompt:
-            raise UserError(f"prompts={cfg.prompts}: prompt {number} is empty; remove the line")
+    check_filled(rows, cfg.prompts)
     return Requests(rows, cfg.images_per_prompt, cfg.seed)
 
 
@@ -310,7 +308,7 @@ def metrics_of(cfg: DictConfig) -> tuple[dict[str, PictureMetric], dict[str, Any
         if not isinstance(metric, PictureMetric):
             raise UserError(f"metrics: {entry!r} is a {type(metric).__name__}, no metric of pictures")
         name = name or metric.name
-        check_names([name])
+        check_row_names([name])
         if name in metrics:
             raise UserError(f"metrics: two are called {name}; give one another name: {{name: NAME, metric: ...}}")
         metrics[name], settings[name] = metric, node
@@ -392,7 +390,7 @@ def candidates_of(cfg: DictConfig, requests: Requests) -> tuple[Candidate, ...]:
     if not entries:
         raise UserError("models is empty; give models='[teacher, RUN]'")
     names = [entry["name"] for entry in entries]
-    check_names(names)
+    check_row_names(names)
     found = tuple(candidate_of(entry, entries, cfg, requests) for entry in entries)
     given = [key for key in given_keys() if key.partition(".")[0] == "schedule"]
     if given and not any(isinstance(c, DrawingModel) and c.student for c in found):
@@ -437,16 +435,16 @@ def candidate_of(
     """One model, or one folder of pictures."""
     name, source = entry["name"], entry["model"]
     if source == TEACHER:
-        refuse(entry, OF_STUDENTS, "a teacher has no schedule of sizes")
-        return teacher(entry, teacher_node(entries, cfg), cfg)
+        refuse_keys(entry, OF_STUDENTS, "a teacher has no schedule of sizes")
+        return teacher_candidate(entry, teacher_node(entries, cfg), cfg)
     if not is_hub_id(source) and is_pictures(source, cfg):
-        refuse(entry, (*OF_TEACHERS, *OF_STUDENTS), "these pictures are drawn already")
+        refuse_keys(entry, (*OF_TEACHERS, *OF_STUDENTS), "these pictures are drawn already")
         return given_pictures(name, source, requests)
-    refuse(entry, OF_TEACHERS, "a student draws as its schedule says, without guidance")
-    return student(entry, cfg)
+    refuse_keys(entry, OF_TEACHERS, "a student draws as its schedule says, without guidance")
+    return student_candidate(entry, cfg)
 
 
-def refuse(entry: Mapping[str, Any], keys: Sequence[str], why: str) -> None:
+def refuse_keys(entry: Mapping[str, Any], keys: Sequence[str], why: str) -> None:
     """Raise UserError for an option that an entry cannot have."""
     for key in keys:
         if key in entry:
@@ -478,7 +476,7 @@ def teacher_node(entries: Sequence[Mapping[str, Any]], cfg: DictConfig) -> Any:
     return node_of(cfg, "model")
 
 
-def teacher(entry: Mapping[str, Any], node: Any, cfg: DictConfig) -> DrawingModel:
+def teacher_candidate(entry: Mapping[str, Any], node: Any, cfg: DictConfig) -> DrawingModel:
     """The teacher with its own sampler, its steps and its guidance, or those of the entry."""
     name = entry["name"]
     model = build_pictures_model(node, name, cfg)
@@ -500,7 +498,7 @@ def teacher(entry: Mapping[str, Any], node: Any, cfg: DictConfig) -> DrawingMode
     return DrawingModel(name, TEACHER, model, None, None, final_size(cfg, model), steps, levels)
 
 
-def student(entry: Mapping[str, Any], cfg: DictConfig) -> DrawingModel:
+def student_candidate(entry: Mapping[str, Any], cfg: DictConfig) -> DrawingModel:
     """An adapter or a network with its schedule, or the one of the entry."""
     name = entry["name"]
     source = locate(entry["model"], Path(cfg.output), "models")

@@ -33,7 +33,7 @@ from swd.modules.backbones import known_families, load_family
 from swd.modules.backbones.sdxl_refiner import build_refiner, draw_refined, load_refiner
 from swd.modules.drawing import build_pipeline, draw
 from swd.modules.pretrained import Pretrained
-from swd.modules.requests import Requests, read_prompts
+from swd.modules.requests import Requests, check_filled, read_prompts
 from swd.modules.tokens import TextLimit, warn_beyond
 from swd.types import Size, UserError
 
@@ -175,9 +175,7 @@ def requests_of(cfg: DictConfig) -> Requests:
         raise UserError(f"quality={cfg.quality}; use 1 to 100")
     limits.seed("seed", cfg.seed)
     rows = read_prompts(Path(cfg.prompts), "prompts")
-    for number, (prompt, _) in enumerate(rows, 1):
-        if not prompt:
-            raise UserError(f"prompts={cfg.prompts}: prompt {number} is empty; remove the line")
+    check_filled(rows, cfg.prompts)
     return Requests(rows, cfg.images_per_prompt, cfg.seed)
 
 

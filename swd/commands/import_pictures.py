@@ -77,7 +77,7 @@ def run(cfg: DictConfig) -> None:
     if cfg.limit is not None:
         source.rows = source.rows[: cfg.limit]
     if cfg.strict:
-        refuse(row for row in source.rows if isinstance(row, Problem))
+        refuse_first(row for row in source.rows if isinstance(row, Problem))
     settings = {
         "source": cfg.source,
         "source_sha256": source.hash,
@@ -155,7 +155,7 @@ def check_numbers(cfg: DictConfig) -> None:
         raise UserError(f"multiple={cfg.multiple} is more than size={cfg.size}; use a smaller one")
 
 
-def refuse(problems: Iterator[Problem]) -> None:
+def refuse_first(problems: Iterator[Problem]) -> None:
     """With `strict=true`: raise UserError for the first problem, if there is one."""
     for problem in problems:
         raise UserError(f"{problem.file}: {problem.kind} ({problem.reason}); mend it, or strict=false leaves it out")
@@ -171,7 +171,7 @@ def import_rows(job: Job, source: PictureList, plan: ImportPlan) -> str | None:
         UserError: with `strict`, at the first problem; if nothing at all could be imported.
     """
     if plan.strict:
-        refuse(stored_problems(job))
+        refuse_first(stored_problems(job))
     try:
         manifest = job.run(
             lambda rows, done: make(job, source, plan, rows, done),
@@ -185,7 +185,7 @@ def import_rows(job: Job, source: PictureList, plan: ImportPlan) -> str | None:
     report = write_report(job, source, plan, manifest)
     if not report["imported"]:
         raise UserError(f"out={job.folder}: none of {job.rows} rows could be imported; {REPORT} there says why")
-    return summary(job, report, manifest)
+    return summary_text(job, report, manifest)
 
 
 def forget(job: Job) -> None:
@@ -210,11 +210,13 @@ def make(
     """
     problems = []
     # Threads, since Pillow frees the interpreter while it works.
-    results = read_ahead(lambda number: load(source.rows[number], number, plan), rows, plan.workers, 2 * plan.workers)
+    results = read_ahead(
+        lambda number: load_row(source.rows[number], number, plan), rows, plan.workers, 2 * plan.workers
+    )
     for number, result in zip(rows, results, strict=True):
         if isinstance(result, Problem):
             if plan.strict:
-                refuse(iter([result]))
+                refuse_first(iter([result]))
             problems.append({"row": number, **asdict(result)})
         else:
             yield result
@@ -229,7 +231,7 @@ def make(
 # One row
 
 
-def load(row: PictureRow | Problem, number: int, plan: ImportPlan) -> Sample | Problem:
+def load_row(row: PictureRow | Problem, number: int, plan: ImportPlan) -> Sample | Problem:
     """The sample of a row, or why there is none."""
     if isinstance(row, Problem):
         return row
@@ -319,7 +321,7 @@ def histogram(job: Job, plan: ImportPlan) -> dict[str, int]:
     return {f"{width}x{height}": count for (height, width), count in counts.items()}
 
 
-def summary(job: Job, report: dict[str, Any], manifest: dict[str, Any]) -> str:
+def summary_text(job: Job, report: dict[str, Any], manifest: dict[str, Any]) -> str:
     """The report as a few lines of text."""
     counted = lambda counts: ", ".join(f"{count:,} {kind}" for kind, count in counts.items())  # noqa: E731
     lines = [f"{job.folder}: {report['imported']:,} of {job.rows:,} pictures, {manifest['bytes'] / 1e6:,.1f} MB"]

@@ -28,12 +28,12 @@ ROOT = {
 def run(cfg: DictConfig) -> None:
     """Read all folders and write the page; prints its path."""
     prepare(cfg)
-    runs, evaluations = overview.read([Path(folder) for folder in cfg.folders])
+    runs, evaluations = overview.read_folders([Path(folder) for folder in cfg.folders])
     counts = [(len(runs), "run"), (len(evaluations), "evaluation")]
     title = cfg.title or " and ".join(f"{n} {word}{'s' * (n > 1)}" for n, word in counts if n)
-    kept = overview.Limits(cfg.megabytes, cfg.side, cfg.quality, cfg.shown)
+    kept = overview.PageLimits(cfg.megabytes, cfg.side, cfg.quality, cfg.shown)
     command = mask_text(" ".join(["swd report", *sys.argv[1:]]))
-    print(write_page(Path(cfg.out), overview.render(runs, evaluations, kept, title, command)))
+    print(write_page(Path(cfg.out), overview.render_overview(runs, evaluations, kept, title, command)))
 
 
 def prepare(cfg: DictConfig) -> None:

@@ -94,11 +94,11 @@ def run(cfg: DictConfig) -> None:
             final, sizes = draw(pipe, model, batch, size, show_sizes=cfg.show_sizes)
             for i, request in enumerate(batch):
                 metadata = {"prompt": request.prompt, "seed": request.seed, **info}
-                tqdm.write(str(save(final[i], folder / f"{request.stem}.{ending}", metadata, cfg.fps)))
+                tqdm.write(str(save_drawn(final[i], folder / f"{request.stem}.{ending}", metadata, cfg.fps)))
                 for number, drawn in enumerate(sizes, 1):
                     side = "x".join(map(str, reversed(drawn[i].shape[-2:])))
                     file = folder / f"{request.stem}_step{number}_{side}.{ending}"
-                    tqdm.write(str(save(drawn[i], file, metadata, cfg.fps)))
+                    tqdm.write(str(save_drawn(drawn[i], file, metadata, cfg.fps)))
             progress.advance(len(batch))
 
 
@@ -317,7 +317,7 @@ def claim_files(folder: Path, requests: list[Request], ending: str) -> Path:
 # Writing
 
 
-def save(drawn: Tensor, path: Path, info: dict[str, Any], fps: int = 16) -> Path:
+def save_drawn(drawn: Tensor, path: Path, info: dict[str, Any], fps: int = 16) -> Path:
     """Write a PNG or an MP4 with `info` as its metadata; raise UserError rather than replace an existing file."""
     if path.exists():
         raise UserError(f"{path} exists already; choose another folder or seed")

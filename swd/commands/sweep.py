@@ -40,7 +40,7 @@ class CheckSweep(Callback):
             return  # other sweepers choose their values while they run
         with user_errors():
             for arguments in jobs(config):
-                # What Hydra only knows once a job runs must not be asked for.
+                # Values that Hydra only knows once a job runs must not be read.
                 own = ["folder=sweep"] if "folder" in module.ROOT else []
                 cfg = compose(command, [*arguments, "hydra.job.num=0", *own], return_hydra_config=True)
                 HydraConfig.instance().set_config(cfg)

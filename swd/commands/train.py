@@ -34,7 +34,7 @@ from swd.commands.shared import quiet
 from swd.config import GROUP, arguments_of, check, one_line, stored, to_yaml
 from swd.config import build as build_group
 from swd.io.files import claim_folder, write_json, write_text
-from swd.io.job_log import say
+from swd.io.job_log import print_line
 from swd.io.masking import mask_text
 from swd.modules import sharding
 from swd.modules.checkpoints import Resumable, iterations
@@ -118,7 +118,7 @@ def fit(cfg: DictConfig, *more: Callback) -> tuple[LightningModule, Trainer]:
 
 
 def _fit(cfg: DictConfig, folder: Path, *more: Callback) -> tuple[LightningModule, Trainer]:
-    task, data = build(cfg)
+    task, data = build_task_and_data(cfg)
     # Under a launcher each process runs this; only the first one owns the folder.
     owner = int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
     if owner and cfg.resume:
@@ -220,8 +220,8 @@ def finish(
 
     Args:
         cfg: the configuration; its `folder` becomes the run's.
-        task: from `build`.
-        data: from `build`.
+        task: from `build_task_and_data`.
+        data: from `build_task_and_data`.
         checkpoint: the run's last one.
         more: callbacks of a caller that goes on with the trained task; the task is then loaded even if no file is
             missing.
@@ -255,24 +255,24 @@ def finish(
     if trainer.is_global_zero:
         wrote = [path for path in missing if Path(path).exists()]
         also = f"wrote {', '.join(wrote)} from {checkpoint}, and " if wrote else ""
-        say(f"the iterations of {run} ({done}) are all done; {also}nothing else is left to do")
+        print_line(f"the iterations of {run} ({done}) are all done; {also}nothing else is left to do")
     return task, trainer
 
 
 def prepare(cfg: DictConfig) -> tuple[LightningModule, Any]:
-    """Call `build`, and check the trainer and the checkpoint that `resume` names: everything before training itself.
+    """Build task and data, and check the trainer and the checkpoint that `resume` names: all before training.
 
     Raises:
         UserError: for wrong input.
     """
-    built = build(cfg)
+    built = build_task_and_data(cfg)
     check_callbacks(build_trainer(cfg, Path(cfg.folder)), *built)
     if cfg.resume not in (None, "auto"):
         find_checkpoint(cfg.resume, Path(cfg.output), cfg, cast(Resumable, built[0]))
     return built
 
 
-def build(cfg: DictConfig) -> tuple[LightningModule, Any]:
+def build_task_and_data(cfg: DictConfig) -> tuple[LightningModule, Any]:
     """The task and its data, checked against each other; no weights are loaded.
 
     Raises:
@@ -316,7 +316,7 @@ def build(cfg: DictConfig) -> tuple[LightningModule, Any]:
     if isinstance(task, Distiller):
         task.check_processes(processes)
         task.check_batch(data.batch_size, processes)
-    sharding.check(options.get("strategy"), task, processes, int(options.get("num_nodes", 1)))
+    sharding.check_strategy(options.get("strategy"), task, processes, int(options.get("num_nodes", 1)))
     return task, data
 
 
@@ -351,7 +351,7 @@ def build_trainer(cfg: DictConfig, folder: Path, *more: Callback, checkpoint: st
         checkpoint: the one that the run goes on from.
     """
     options = trainer_options(cfg)
-    options["strategy"] = sharding.chosen(options.get("strategy", "auto"), _processes(options))
+    options["strategy"] = sharding.strategy_for(options.get("strategy", "auto"), _processes(options))
     callbacks = list(build_group(cfg, "callbacks").values())
     if is_trial(cfg):
         callbacks = [c for c in callbacks if not isinstance(c, (Checkpoint, SaveAdapter, Students, *MEASURES))]

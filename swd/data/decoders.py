@@ -26,7 +26,7 @@ from swd.data.identity import difference
 from swd.data.manifest import MANIFEST, check_inside, is_count
 from swd.data.picture_files import MAX_PIXELS, PICTURES, VIDEOS, read_picture, read_video
 from swd.data.picture_list import ENDINGS, caption_of
-from swd.data.samples import CachedSample, PictureSample, Sample, SampleFiles
+from swd.data.shard_samples import CachedSample, PictureSample, Sample, SampleFiles
 from swd.data.shards import CorruptSample, ShardSet
 from swd.io.storage import fetch, first_line
 from swd.io.tables import NoText

@@ -25,7 +25,7 @@ PARTS = ", once those of data.validation are taken out or alone; use another sha
 
 @dataclass(frozen=True, slots=True)
 class IndexedFiles:
-    """The files of one sample of shards with an index; see `swd.data.samples.SampleFiles`.
+    """The files of one sample of shards with an index; see `swd.data.shard_samples.SampleFiles`.
 
     Attributes:
         shards: the shards.

@@ -98,7 +98,7 @@ def _share(value: Any) -> None:
 def say(text: str) -> None:
     """Print a line on standard error, from the first process only."""
     if is_first():
-        job_log.say(text)
+        job_log.print_line(text)
 
 
 @dataclass(frozen=True)

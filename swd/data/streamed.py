@@ -52,7 +52,7 @@ class BrokenShard:
 
 @dataclass(frozen=True, slots=True)
 class StreamedFiles:
-    """The files of one streamed sample; see `swd.data.samples.SampleFiles`.
+    """The files of one streamed sample; see `swd.data.shard_samples.SampleFiles`.
 
     Attributes:
         raw: the sample as WebDataset reads it.

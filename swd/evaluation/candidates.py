@@ -118,7 +118,7 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def check_names(names: Sequence[str]) -> None:
+def check_row_names(names: Sequence[str]) -> None:
     """Raise UserError for a name that is no folder's, or that two models have."""
     for name in names:
         if not re.fullmatch(r"[A-Za-z0-9][\w.+-]{0,99}", name):

@@ -24,13 +24,14 @@ from typing import Any
 from swd.config import first_difference
 from swd.data.job import share
 from swd.evaluation.candidates import Candidate, DrawingModel, GivenPictures
-from swd.io.files import claim_folder, write_json, write_text
+from swd.io.files import claim_folder, write_json
 from swd.io.masking import mask
+from swd.metrics.external import INDEX, write_picture_index
 from swd.modules.model_folders import read_json
 from swd.modules.requests import Requests
 from swd.types import UserError
 
-PLAN, INDEX = "plan.json", "index.jsonl"
+PLAN = "plan.json"
 FORMAT = 1
 
 
@@ -123,13 +124,12 @@ class Plan:
         folder = self.folder / "pictures" / candidate.name
         if (folder / INDEX).is_file() and isinstance(candidate, DrawingModel):
             return
-        lines = []
+        rows = []
         for row, file in enumerate(self.pictures(candidate).files):
             request = self.requests[row]
             name = file.name if isinstance(candidate, DrawingModel) else str(file.absolute())
-            line = {"index": row, "prompt": request.prompt, "seed": request.seed, "file": name}
-            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-        write_text(folder / INDEX, "".join(lines))
+            rows.append({"index": row, "prompt": request.prompt, "seed": request.seed, "file": name})
+        write_picture_index(folder, rows)
 
 
 @dataclass(frozen=True)

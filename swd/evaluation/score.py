@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -13,11 +12,11 @@ import torch
 from torch import Tensor
 
 from swd.evaluation.candidates import Candidate, GivenPictures
-from swd.evaluation.features import Store, fill, key_for, picture_features, prompt_features
+from swd.evaluation.feature_files import FeatureFiles, extract_missing, key_for, picture_features, prompt_features
 from swd.evaluation.plan import Pictures, Plan, key_of
-from swd.io.files import file_hash, write_json
+from swd.io.files import file_hash, finite, write_json
 from swd.metrics.base import Drawn, Extractor, PictureMetric, Reference, Score, TextExtractor
-from swd.metrics.bootstrap import Interval, Resamples, Statistic, interval, mean_of
+from swd.metrics.bootstrap import ConfidenceInterval, Resamples, Statistic, interval, mean_of
 from swd.metrics.external import External
 from swd.metrics.features import read_statistics
 from swd.modules.model_folders import read_json
@@ -75,7 +74,7 @@ class Work:
     """
 
     name: str
-    store: Store
+    store: FeatureFiles
     compute: Callable[[range], Tensor]
 
 
@@ -144,7 +143,7 @@ class Scoring:
 
     # Features
 
-    def store(self, extractor: Extractor, name: str, rows: int, source: str) -> Store:
+    def store(self, extractor: Extractor, name: str, rows: int, source: str) -> FeatureFiles:
         """Where features are: of a model's pictures, of `_reference`, or of `_prompts`.
 
         Args:
@@ -155,7 +154,7 @@ class Scoring:
         """
         folder = self.plan.folder / "features" / name / extractor.name
         key = key_for(extractor.name, self.weights[extractor.name], source)
-        return Store(folder, rows, self.plan.chunk_size, key, self.plan.share)
+        return FeatureFiles(folder, rows, self.plan.chunk_size, key, self.plan.share)
 
     def work(self, extractor: Extractor) -> list[Work]:
         """Everything that an extractor has to read: all models' pictures, the reference, the prompts."""
@@ -181,7 +180,7 @@ class Scoring:
         for extractor in self.extractors.values():
             for work in self.work(extractor):
                 unit = "prompt" if work.name == PROMPTS else "picture"
-                fill(work.store, work.compute, f"reading {work.name.strip('_')} with {extractor.name}", unit)
+                extract_missing(work.store, work.compute, f"reading {work.name.strip('_')} with {extractor.name}", unit)
             extractor.unload()
 
     @property
@@ -312,10 +311,5 @@ class Resampled:
         return names | _ends(difference)
 
 
-def _ends(found: Interval) -> dict[str, float | None]:
+def _ends(found: ConfidenceInterval) -> dict[str, float | None]:
     return {"low": finite(found.low), "high": finite(found.high)}
-
-
-def finite(value: float) -> float | None:
-    """A number that JSON can hold, else None."""
-    return float(value) if math.isfinite(value) else None

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from swd.evaluation.candidate_pictures import CandidatePainter
 from swd.evaluation.candidates import DrawingModel
-from swd.evaluation.draw import Painter
 from swd.evaluation.plan import Plan, key_of
 from swd.io.files import write_json
 from swd.io.job_log import JobLog
@@ -70,7 +70,7 @@ class Costs:
         stored = read_json(self.file)
         return stored["costs"] if stored.get("key") == self.key else None
 
-    def measure(self, painter: Painter) -> None:
+    def measure(self, painter: CandidatePainter) -> None:
         """Measure and store; loads the pipeline if it is not there."""
         model, candidate = self.candidate.model, self.candidate
         encoders = model.backbone_class.encoders_type(painter.pipe, model.max_text_tokens)
@@ -86,7 +86,7 @@ class Costs:
         write_json(self.file, {"key": self.key, "costs": costs})
 
 
-def latency(painter: Painter, timing: Timing) -> dict[str, Any]:
+def latency(painter: CandidatePainter, timing: Timing) -> dict[str, Any]:
     """Seconds for text, denoising and decoding of a batch, per picture, and the peak of memory in bytes.
 
     A LoRA is merged into the weights meanwhile, as in use.
@@ -128,7 +128,7 @@ class Stopwatch:
         text, decode, total: seconds of every call.
     """
 
-    def __init__(self, painter: Painter) -> None:
+    def __init__(self, painter: CandidatePainter) -> None:
         self.pipe = painter.pipe
         self.text: list[float] = []
         self.decode: list[float] = []
@@ -169,7 +169,7 @@ class Stopwatch:
 
 
 @contextmanager
-def merged(painter: Painter) -> Iterator[None]:
+def merged(painter: CandidatePainter) -> Iterator[None]:
     """Context in which a LoRA is merged into the network; 8-bit weights stay as they are."""
     candidate, pipe = painter.candidate, painter.pipe
     if not isinstance(candidate.student, Adapter) or candidate.model.quantization:

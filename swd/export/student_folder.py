@@ -184,14 +184,14 @@ def read_schedule(file: Path) -> ScaleWiseScheduler:
             f"{file} is for {kind or 'no class'}, not for {ScaleWiseScheduler.__name__}; remove it and give schedule="
         )
     try:
-        check_numbers(config)
+        check_sampler_numbers(config)
         sampler: ScaleWiseScheduler = ScaleWiseScheduler.from_config(config)
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"{file} is damaged ({type(error).__name__}: {one_line(error)}); copy it again") from None
     return sampler
 
 
-def check_numbers(config: Mapping[str, Any]) -> None:
+def check_sampler_numbers(config: Mapping[str, Any]) -> None:
     """Check the numbers of a sampler's configuration, before it computes with them.
 
     Raises:

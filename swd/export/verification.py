@@ -66,7 +66,7 @@ def check_adapter(folder: Path, adapter: Adapter, model: Pretrained, size: Size)
     if (folder / COMFY_WEIGHTS).is_file():
         ways["ComfyUI"] = lambda: _with_comfyui(folder, model, adapter, gain)
     for way, build in ways.items():
-        compare(way, predict(build(), model, size), expected, (expected - base).norm(), reader)
+        check_prediction(way, predict(build(), model, size), expected, (expected - base).norm(), reader)
 
 
 @torch.no_grad()
@@ -74,10 +74,10 @@ def check_network(folder: Path, student: FullStudent | CheckpointNetwork, model:
     """Raise UserError unless diffusers loads the student's network from `folder`."""
     expected = predict(student.network(model).float().eval(), model, size)
     actual = predict(FullStudent(folder).network(model).float().eval(), model, size)
-    compare("diffusers", actual, expected, torch.zeros(()))
+    check_prediction("diffusers", actual, expected, torch.zeros(()))
 
 
-def compare(way: str, actual: Tensor, expected: Tensor, update: Tensor, reader: str = "") -> None:
+def check_prediction(way: str, actual: Tensor, expected: Tensor, update: Tensor, reader: str = "") -> None:
     """Raise UserError if a prediction differs by more than `SHARE` of the update's norm and by more than rounding.
 
     Args:
@@ -120,7 +120,7 @@ def gain_of(network: Any, adapter: Adapter) -> float:
     return max(1.0, VISIBLE * (whole / update) ** 0.5) if update > 0 else 1.0
 
 
-def add(network: Any, state: Mapping[str, Tensor], gain: float = 1.0) -> None:
+def add_update(network: Any, state: Mapping[str, Tensor], gain: float = 1.0) -> None:
     """Add `gain * lora_B @ lora_A` to the weights of a network."""
     weights = dict(network.named_parameters())
     for key, b in state.items():
@@ -163,7 +163,7 @@ def as_published(network: Any, adapter: Adapter, model: Pretrained, gain: float)
     """
     file = adapter.source
     if not file.is_file() or is_checkpoint(file):
-        add(network, adapter.state, gain)
+        add_update(network, adapter.state, gain)
         return "", network
     reader, load = _reader_of(file, network, model)
 
@@ -227,7 +227,7 @@ def _with_alphas(network: Any, lora: Lora) -> Any:
 def _with_comfyui(folder: Path, model: Pretrained, adapter: Adapter, gain: float) -> Any:
     state = comfyui_update(load_file(folder / COMFY_WEIGHTS), model, adapter.modules)
     network = _network(model)
-    add(network, state, gain)
+    add_update(network, state, gain)
     return network
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -246,3 +247,12 @@ def check_checksums(folder: Path, names: Iterable[str]) -> None:
                 f"{folder / name} is not the file that was written: its SHA-256 is not the one in {CHECKSUMS}; "
                 f"copy the folder again, or remove {CHECKSUMS} if you changed the file yourself"
             )
+
+
+def finite(value: Any) -> Any:
+    """A copy of plain values in which numbers that JSON cannot hold (NaN and infinities) are None."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -59,7 +59,7 @@ class JobLog:
         if not self.shown:
             return self
         earlier = f", {self.place} of them done before" if self.place else ""
-        say(f"{self.task}: {self._count(self.total)}{earlier}")
+        print_line(f"{self.task}: {self._count(self.total)}{earlier}")
         if sys.stderr.isatty():
             self._bar = tqdm(total=self.total, initial=self.place, unit=self.unit, mininterval=1, file=sys.stderr)
         return self
@@ -72,7 +72,7 @@ class JobLog:
             self._bar.update(count)
         elif self.shown and self._clock() - self._last_line >= self.interval:
             self._last_line = self._clock()
-            say(self.line(note))
+            print_line(self.line(note))
 
     def line(self, note: str = "") -> str:
         """Place, rate and time left in words."""
@@ -90,13 +90,13 @@ class JobLog:
             self._bar.close()
         if self.shown and kind is None:
             seconds = self._clock() - self._started
-            say(f"done: {self._count(self.place - self._first)} in {duration(seconds)}")
+            print_line(f"done: {self._count(self.place - self._first)} in {duration(seconds)}")
 
     def _count(self, number: int) -> str:
         return f"{number} {self.unit}{'' if number == 1 else 's'}"
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """A line for the reader, on standard error, at once, without credentials."""
     print(mask_text(text), file=sys.stderr, flush=True)
 

@@ -57,7 +57,7 @@ class Predictors(Protocol):
 
 
 class BlockLimits(Protocol):
-    """The feature blocks that a network has; `swd.modules.backbones.base.Limits` implements it."""
+    """The feature blocks that a network has; `swd.modules.backbones.base.NetworkLimits` implements it."""
 
     def check_block(self, block: int) -> None:
         """Raise UserError for a feature block that does not exist."""

@@ -29,7 +29,7 @@ BLOCK = 4096
 
 
 @dataclass(frozen=True)
-class Interval:
+class ConfidenceInterval:
     """A value with the interval that holds it in a share `level` of repetitions with other prompts."""
 
     value: float
@@ -84,7 +84,9 @@ def numbers_of(clusters: Sequence[Hashable]) -> Tensor:
     return torch.tensor([known.setdefault(cluster, len(known)) for cluster in clusters])
 
 
-def interval(statistic: Statistic, resamples: Resamples, level: float = LEVEL, centred: bool = False) -> Interval:
+def interval(
+    statistic: Statistic, resamples: Resamples, level: float = LEVEL, centred: bool = False
+) -> ConfidenceInterval:
     """The percentile interval of a statistic.
 
     Args:
@@ -98,7 +100,9 @@ def interval(statistic: Statistic, resamples: Resamples, level: float = LEVEL, c
     return _percentiles(value, statistic(resamples.counts()), level, centred)
 
 
-def paired(a: Statistic, b: Statistic, resamples: Resamples, level: float = LEVEL, centred: bool = False) -> Interval:
+def paired(
+    a: Statistic, b: Statistic, resamples: Resamples, level: float = LEVEL, centred: bool = False
+) -> ConfidenceInterval:
     """The percentile interval of `a - b`, the difference of two models on the same prompts and seeds.
 
     Args:
@@ -109,14 +113,28 @@ def paired(a: Statistic, b: Statistic, resamples: Resamples, level: float = LEVE
     return interval(lambda counts: a(counts) - b(counts), resamples, level, centred)
 
 
-def _percentiles(value: float, drawn: Tensor, level: float, centred: bool) -> Interval:
+def ratio_parts(above: Tensor, below: Tensor) -> Tensor:
+    """`[N, ...]` values whose means are the ratios `sum above / sum below` `[...]`, for the intervals of these ratios.
+
+    Each is the ratio plus its derivative in the direction of the sample (the influence function):
+    `r + (a_i - r b_i) / mean b`.
+
+    Args:
+        above: `[N, ...]`, a row for each sample.
+        below: of the same shape; its sums are not 0.
+    """
+    ratio = above.sum(0) / below.sum(0)
+    return ratio + (above - ratio * below) / below.mean(0)
+
+
+def _percentiles(value: float, drawn: Tensor, level: float, centred: bool) -> ConfidenceInterval:
     if not 0 < level < 1:
         raise UserError(f"level={level} is not valid; use a number between 0 and 1, such as {LEVEL}")
     if centred:
         drawn = drawn - drawn.mean() + value
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     low, high = torch.quantile(drawn, ends).tolist()
-    return Interval(value, low, high, level)
+    return ConfidenceInterval(value, low, high, level)
 
 
 # Statistics
@@ -164,7 +182,7 @@ def kernel_distance_of(
     groups = numbers_of(clusters)
     cross = torch.cat([polynomial_kernel(part, reference).mean(1) for part in features.split(block)])
     within_reference = _off_diagonal_mean(reference, block)
-    parts = [_Pairs.of(features, groups, chosen) for chosen in _blocks(groups, block)]
+    parts = [_PairSums.of(features, groups, chosen) for chosen in _blocks(groups, block)]
 
     def statistic(counts: Tensor) -> Tensor:
         sums, pairs = (torch.stack(each).sum(0) for each in zip(*(part(counts) for part in parts), strict=True))
@@ -189,7 +207,7 @@ def _blocks(groups: Tensor, block: int) -> list[Tensor]:
 
 
 @dataclass(frozen=True)
-class _Pairs:
+class _PairSums:
     """Kernels of pairs of different pictures, summed over the pictures of each prompt.
 
     Attributes:
@@ -205,7 +223,7 @@ class _Pairs:
     sizes: Tensor
 
     @classmethod
-    def of(cls, features: Tensor, groups: Tensor, chosen: Tensor) -> _Pairs:
+    def of(cls, features: Tensor, groups: Tensor, chosen: Tensor) -> _PairSums:
         members = torch.nn.functional.one_hot(numbers_of(groups[chosen].tolist())).double()
         kernels = polynomial_kernel(features[chosen], features[chosen]).fill_diagonal_(0)
         sums = members.T @ kernels @ members

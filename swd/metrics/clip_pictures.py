@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPVisionModelWithProjection
 
 from swd.metrics.base import Extractor
-from swd.metrics.preparation import CentreCrop, Squash, Step, names, normalise, prepare
+from swd.metrics.preparation import CentreCrop, Squash, Transform, apply_transforms, names, normalise
 from swd.metrics.weights import find_model, load_network, weights_hash
 from swd.modules.model_folders import read_json
 
@@ -35,7 +35,7 @@ class ClipPictureFeatures(Extractor):
         super().__init__()
         self.path = path
         self.revision = revision
-        self.steps: tuple[Step, ...] = (CentreCrop(), Squash(side, "bicubic"))
+        self.steps: tuple[Transform, ...] = (CentreCrop(), Squash(side, "bicubic"))
         self.name = f"{Path(path).name}-{names(self.steps)}"
 
     @property
@@ -53,7 +53,7 @@ class ClipPictureFeatures(Extractor):
         return weights_hash(self.folder())
 
     def prepare(self, picture: Tensor) -> Tensor:
-        return normalise(prepare(picture, self.steps), MEAN, STD)
+        return normalise(apply_transforms(picture, self.steps), MEAN, STD)
 
     def build(self) -> nn.Module:
         folder = self.folder()

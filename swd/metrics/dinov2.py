@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from transformers import Dinov2Model
 
 from swd.metrics.base import Extractor
-from swd.metrics.preparation import Squash, Step, names, normalise, prepare
+from swd.metrics.preparation import Squash, Transform, apply_transforms, names, normalise
 from swd.metrics.weights import find_model, load_network, weights_hash
 from swd.modules.model_folders import read_json
 
-STEPS: tuple[Step, ...] = (Squash(224, "bicubic"),)
+STEPS: tuple[Transform, ...] = (Squash(224, "bicubic"),)
 """The source's preparation: Pillow's bicubic resize to 224 x 224, whatever the aspect ratio."""
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -48,7 +48,7 @@ class Dinov2Features(Extractor):
         return weights_hash(self.folder())
 
     def prepare(self, picture: Tensor) -> Tensor:
-        return normalise(prepare(picture, STEPS), MEAN, STD)
+        return normalise(apply_transforms(picture, STEPS), MEAN, STD)
 
     def build(self) -> nn.Module:
         return load_network(Dinov2Model, self.folder())

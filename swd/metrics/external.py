@@ -38,7 +38,7 @@ PATIENCE = 900
 MANUAL = "docs/external_metrics.md"
 
 
-def write_index(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+def write_picture_index(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Write the index of a folder of pictures.
 
     Args:

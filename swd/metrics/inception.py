@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from swd.io.files import file_hash, write_aside
 from swd.metrics.base import Extractor
-from swd.metrics.preparation import CentreCrop, ShortSide, Step, names, prepare
-from swd.metrics.weights import stable_hash
-from swd.modules.model_folders import is_whole
+from swd.metrics.preparation import CentreCrop, ShortSide, Transform, apply_transforms, names
+from swd.metrics.weights import cached_file_hash
+from swd.modules.model_folders import is_whole_file
 from swd.types import UserError
 
 WIDTH = 2048
@@ -29,7 +29,7 @@ KNOWN = "6726825d"
 """How the SHA-256 of the common file begins; it is also in the file's name."""
 DROPPED = ("fc.", "AuxLogits.")
 """Beginnings of the names of weights that no feature depends on: both classifiers."""
-PAPER: tuple[Step, ...] = (ShortSide(512, "bicubic"), ShortSide(256, "lanczos"), CentreCrop(256))
+PAPER: tuple[Transform, ...] = (ShortSide(512, "bicubic"), ShortSide(256, "lanczos"), CentreCrop(256))
 """Preparation of the released code: Pillow's resize to 512, then Lanczos to 256 and a crop around the middle. That code
 squashes to 512 x 512, which is the same for square pictures; the others keep their aspect ratio here."""
 
@@ -232,7 +232,7 @@ class InceptionFeatures(Extractor):
             the common implementation); the default is the released code's.
     """
 
-    def __init__(self, path: str | None, steps: Sequence[Step] = PAPER) -> None:
+    def __init__(self, path: str | None, steps: Sequence[Transform] = PAPER) -> None:
         super().__init__()
         self.path = path
         self.steps = tuple(steps)
@@ -254,7 +254,7 @@ class InceptionFeatures(Extractor):
                 f"there is no Inception network at {file}; download pt_inception-2015-12-05-6726825d.pth from "
                 "github.com/mseitzer/pytorch-fid/releases/tag/fid_weights and convert it (docs/metrics.md)"
             )
-        if not is_whole(file):
+        if not is_whole_file(file):
             raise UserError(f"{file} is damaged; convert it again (docs/metrics.md)")
 
     def _file(self) -> Path:
@@ -266,10 +266,10 @@ class InceptionFeatures(Extractor):
         return Path(self.path)
 
     def weights_id(self) -> str:
-        return stable_hash(self._file())
+        return cached_file_hash(self._file())
 
     def prepare(self, picture: Tensor) -> Tensor:
-        pixels = prepare(picture, self.steps).float() / 255
+        pixels = apply_transforms(picture, self.steps).float() / 255
         return F.interpolate(pixels[None], (SIDE, SIDE), mode="bilinear", align_corners=False)[0]
 
     def build(self) -> nn.Module:

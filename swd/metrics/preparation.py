@@ -22,7 +22,7 @@ FILTERS = {
 }
 
 
-class Step(Protocol):
+class Transform(Protocol):
     """One step of a preparation; `name` has letters, digits and "-" only."""
 
     @property
@@ -79,12 +79,12 @@ class CentreCrop:
         return image.crop((left, top, left + size, top + size))
 
 
-def names(steps: Sequence[Step]) -> str:
+def names(steps: Sequence[Transform]) -> str:
     """The names of all steps, joined by "-"; "plain" for none."""
     return "-".join(step.name for step in steps) or "plain"
 
 
-def prepare(picture: Tensor, steps: Sequence[Step]) -> Tensor:
+def apply_transforms(picture: Tensor, steps: Sequence[Transform]) -> Tensor:
     """A picture, uint8 `[3, H, W]`, after all steps: uint8 `[3, H', W']`, on its device."""
     if not steps:
         return picture

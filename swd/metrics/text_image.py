@@ -12,7 +12,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from swd.metrics.base import Drawn, PictureMetric, Reference, Score, TextExtractor, features_of
 from swd.metrics.clip_pictures import MEAN, STD
-from swd.metrics.preparation import CentreCrop, ShortSide, Step, names, normalise, prepare
+from swd.metrics.preparation import CentreCrop, ShortSide, Transform, apply_transforms, names, normalise
 from swd.metrics.weights import find_model, load_network, weights_hash
 from swd.modules import hub
 from swd.modules.model_folders import read_json
@@ -42,7 +42,7 @@ class ClipFeatures(TextExtractor):
         self.path = path
         self.tokenizer = tokenizer
         self.revision = revision
-        self.steps: tuple[Step, ...] = (ShortSide(side, "bicubic"), CentreCrop(side))
+        self.steps: tuple[Transform, ...] = (ShortSide(side, "bicubic"), CentreCrop(side))
         self.name = f"{Path(path).name}-{names(self.steps)}-{TOKENS}tokens"
         self._tokenizer: Any = None
 
@@ -74,7 +74,7 @@ class ClipFeatures(TextExtractor):
         return weights_hash(self.folder())
 
     def prepare(self, picture: Tensor) -> Tensor:
-        return normalise(prepare(picture, self.steps), MEAN, STD)
+        return normalise(apply_transforms(picture, self.steps), MEAN, STD)
 
     def build(self) -> nn.Module:
         self._tokenizer = CLIPTokenizer.from_pretrained(self.tokenizer_folder(), local_files_only=True)

@@ -48,11 +48,11 @@ def _from_hub(path: str, revision: str | None, key: str) -> Path:
 
 def weights_hash(folder: Path) -> str:
     """SHA-256 of the names and SHA-256 of a folder's weight files."""
-    listed = "".join(f"{file.name} {stable_hash(file)}\n" for file in weight_files(folder)[1])
+    listed = "".join(f"{file.name} {cached_file_hash(file)}\n" for file in weight_files(folder)[1])
     return hashlib.sha256(listed.encode()).hexdigest()
 
 
-def stable_hash(file: Path) -> str:
+def cached_file_hash(file: Path) -> str:
     """SHA-256 of a file, read again only if its size or time of change is another."""
     about = file.stat()
     return _hash(file, about.st_size, about.st_mtime_ns)

@@ -17,7 +17,7 @@ from swd.types import Checks
 
 
 @dataclass(frozen=True)
-class Part:
+class BatchPart:
     """Results of a part of a batch, or of all of it.
 
     Attributes:
@@ -33,10 +33,10 @@ class Part:
     checks: Checks
 
     @staticmethod
-    def joined(parts: Sequence[Part]) -> Part:
+    def joined(parts: Sequence[BatchPart]) -> BatchPart:
         """All parts as one: losses and metrics are means, and a check holds if it does in every part."""
         first = parts[0]
-        return Part(
+        return BatchPart(
             torch.stack([part.loss for part in parts]).mean(),
             torch.cat([part.x0_hat for part in parts]),
             {name: torch.stack([part.metrics[name] for part in parts]).mean() for name in first.metrics},
@@ -47,10 +47,10 @@ class Part:
 def accumulate(
     inputs: Inputs,
     count: int,
-    work: Callable[[Inputs], Part],
+    work: Callable[[Inputs], BatchPart],
     backward: Callable[[Tensor], None],
     strategy: Strategy,
-) -> Part:
+) -> BatchPart:
     """Add the gradient of a batch to the parameters' own, part by part; only one part's graph is in memory.
 
     Args:
@@ -63,14 +63,14 @@ def accumulate(
     Returns:
         Results of the whole batch, detached.
     """
-    done: list[Part] = []
+    done: list[BatchPart] = []
     for part in inputs.parts(count):
         result = work(part)
         is_last = len(done) == count - 1
         with nullcontext() if is_last else without_exchange(strategy):
             backward(result.loss / count)
-        done.append(Part(result.loss.detach(), result.x0_hat, result.metrics, result.checks))
-    return Part.joined(done)
+        done.append(BatchPart(result.loss.detach(), result.x0_hat, result.metrics, result.checks))
+    return BatchPart.joined(done)
 
 
 def without_exchange(strategy: Strategy) -> AbstractContextManager[None]:

@@ -22,17 +22,17 @@ from torch.optim.swa_utils import AveragedModel
 from swd.io import limits
 from swd.losses.base import CriticStep, GeneratorStep, LossTerm, Metrics, ModelFacts
 from swd.losses.update import critic_loss, generator_gradient, settle, student_x0, trainers, wanted
-from swd.modules.accumulation import Part, accumulate
+from swd.modules.accumulation import BatchPart, accumulate
 from swd.modules.adapters import check_start, read_adapter
 from swd.modules.bad_steps import Action, BadStepRule, BadSteps
 from swd.modules.checkpoints import optimizer_misfit, progress_in_iterations
 from swd.modules.encoders import Encoders
 from swd.modules.finite import all_finite, step_or_stop
 from swd.modules.inputs import InputBuilder, Inputs
-from swd.modules.layouts import swap, whole
+from swd.modules.layouts import swap, whole_tensor
 from swd.modules.networks import Networks, SharedBase
 from swd.modules.pretrained import Pretrained
-from swd.modules.reporting import report
+from swd.modules.run_values import log_values
 from swd.modules.sampling import initial_latents, sample_latents
 from swd.modules.statistics import prediction_statistics
 from swd.modules.training_task import average_name, averaged
@@ -116,7 +116,7 @@ class Distiller(LightningModule):
         self.schedule = schedule
         self.seed = seed
         settle(loss)
-        check_fit(model, schedule, loss)
+        check_parts(model, schedule, loss)
         self.terms: Any = ModuleDict(dict(loss))
         self.critic_updates = critic_updates if trainers(loss) else 0
         if critic_updates < 1 and trainers(loss):
@@ -295,7 +295,7 @@ class Distiller(LightningModule):
         done, norm = self._descend("fake", self._critic_part, inputs)
         return {} if norm is None else done.metrics | {"monitor/gradient_norm_critic": norm}
 
-    def _critic_part(self, inputs: Inputs) -> Part:
+    def _critic_part(self, inputs: Inputs) -> BatchPart:
         """The critic's loss on a batch, or on a part of it."""
         with torch.no_grad():
             x0_hat = self._student_x0(inputs)
@@ -311,7 +311,7 @@ class Distiller(LightningModule):
         )
         checks = inputs.finite() | {"the student's prediction": all_finite([x0_hat])}
         loss, metrics = critic_loss(self.terms, step, checks)
-        return Part(loss, x0_hat, metrics, checks)
+        return BatchPart(loss, x0_hat, metrics, checks)
 
     def _generator_update(self, inputs: Inputs) -> Metrics:
         """The generator's metrics; none if the update was skipped."""
@@ -322,7 +322,7 @@ class Distiller(LightningModule):
         watched = {"monitor/gradient_norm_student": norm} | prediction_statistics(done.x0_hat, inputs.target)
         return {"loss": done.metrics["loss"], "x0_mse": distance} | done.metrics | watched
 
-    def _generator_part(self, inputs: Inputs) -> Part:
+    def _generator_part(self, inputs: Inputs) -> BatchPart:
         """The generator's loss on a batch, or on a part of it."""
         x0_hat = self._student_x0(inputs)
         leaf = x0_hat.detach().requires_grad_()
@@ -338,7 +338,7 @@ class Distiller(LightningModule):
         )
         checks = inputs.finite() | {"the student's prediction": all_finite([leaf])}
         loss, gradient, metrics = generator_gradient(self.terms, step, checks)
-        return Part((x0_hat * gradient).sum(), leaf.detach(), {"loss": loss} | metrics, checks)
+        return BatchPart((x0_hat * gradient).sum(), leaf.detach(), {"loss": loss} | metrics, checks)
 
     @property
     def _shares(self) -> int:
@@ -346,8 +346,8 @@ class Distiller(LightningModule):
         return self.trainer.world_size * self.accumulate
 
     def _descend(
-        self, role: Literal["student", "fake"], work: Callable[[Inputs], Part], inputs: Inputs
-    ) -> tuple[Part, Tensor | None]:
+        self, role: Literal["student", "fake"], work: Callable[[Inputs], BatchPart], inputs: Inputs
+    ) -> tuple[BatchPart, Tensor | None]:
         """One optimizer step down the gradient of the losses that `work` makes, if everything checked is finite.
 
         Returns:
@@ -358,7 +358,7 @@ class Distiller(LightningModule):
         optimizer.zero_grad()
         done = accumulate(inputs, self.accumulate, work, self.manual_backward, self.trainer.strategy)
         # Not `self.clip_gradients`, which does not tell the norm.
-        norm = whole(clip_grad_norm_(parameters, self.clip))
+        norm = whole_tensor(clip_grad_norm_(parameters, self.clip))
         owner = "the student" if role == "student" else "the critic"
         checks = done.checks | {f"gradient norm of {owner}": norm.isfinite()}
         good = self.bad_steps.good(self.trainer, role, norm, checks, inputs.place)
@@ -415,7 +415,7 @@ class Distiller(LightningModule):
         self.last_metrics = dict(zip(local, values, strict=True))
         row = {name if "/" in name else f"loss/{name}": value for name, value in self.last_metrics.items()}
         row["monitor/interval"] = torch.tensor(float(inputs.interval.index))
-        report(self.trainer, row)
+        log_values(self.trainer, row)
 
     # The average of the student's weights
 
@@ -559,7 +559,7 @@ def mean_metrics(rows: Sequence[Metrics]) -> Metrics:
     return {name: torch.stack([row[name] for row in rows]).mean() for name in (rows[0] if rows else {})}
 
 
-def check_fit(model: Pretrained, schedule: ScaleSchedule, terms: Mapping[str, LossTerm]) -> None:
+def check_parts(model: Pretrained, schedule: ScaleSchedule, terms: Mapping[str, LossTerm]) -> None:
     """Raise UserError if the model cannot take a size or the levels of the schedule, or a term does not fit them."""
     if model.tuning == "lora":
         model.check_targets()

@@ -14,7 +14,7 @@ from torch import nn
 from swd.io.limits import LARGEST_SIDE, STEPS
 from swd.modules import hub
 from swd.modules.backbones import load_family
-from swd.modules.backbones.base import Limits
+from swd.modules.backbones.base import NetworkLimits
 from swd.modules.encoders import pixel_size
 from swd.modules.model_folders import LARGEST_WIDTH, MOST_LAYERS, check_scaling, check_shift
 from swd.modules.pipeline_folder import PipelineFolder, reason_of
@@ -190,7 +190,7 @@ class FamilyFolder:
         return self.files.config(self.backbone_class.subfolder)
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> NetworkLimits:
         """Valid sizes and blocks, from the network's configuration."""
         config = self.network_config
         try:

@@ -10,7 +10,7 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 
-from swd.modules.layouts import local
+from swd.modules.layouts import local_part
 from swd.types import Checks, UserError
 
 
@@ -19,7 +19,7 @@ def all_finite(tensors: Iterable[Tensor]) -> Tensor:
 
     Of tensors that are divided over processes, each looks at its own part.
     """
-    found = [local(tensor).isfinite().all() for tensor in tensors if tensor.is_floating_point()]
+    found = [local_part(tensor).isfinite().all() for tensor in tensors if tensor.is_floating_point()]
     # An optimizer keeps its step counter on the CPU and its moments on the device.
     return torch.stack([each.to(found[0].device) for each in found]).all() if found else torch.tensor(True)
 

@@ -22,7 +22,6 @@ from torch.optim.swa_utils import AveragedModel
 
 from swd.modules.backbones.base import Backbone
 from swd.modules.finite import all_finite
-from swd.modules.fresh_weights import initialise_transformer
 from swd.modules.hub import is_hub_id
 from swd.modules.muon import MuonAdamW, hidden_matrices
 from swd.modules.pretrained import Pretrained
@@ -150,7 +149,7 @@ class FlowMatching(WatchedTask):
             model.fetch(), subfolder=model.backbone_class.subfolder, torch_dtype=torch.float32, use_safetensors=True
         )
         if self.from_scratch:
-            initialise_transformer(network, self.seed)
+            model.backbone_class.initialise(network, self.seed)
         self.backbone = model.backbone_class(network.train().requires_grad_(True), model.embedded_guidance)
         self.average = averaged(network, self.ema)
 

@@ -120,7 +120,9 @@ def _download(
     # This machine cannot store it, or cannot reach the hub.
     except Exception as error:
         if is_local(error):
-            raise UserError(f"{where} cannot be stored: {describe(error)}; free space, or set HF_HOME=FOLDER") from None
+            raise UserError(
+                f"{where} cannot be stored: {file_error_text(error)}; free space, or set HF_HOME=FOLDER"
+            ) from None
         if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in HTTP_LIBRARIES:
             raise
         raise UserError(
@@ -139,7 +141,7 @@ def is_local(error: Exception) -> bool:
     return error.errno is not None and error.errno not in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN)
 
 
-def describe(error: Exception) -> str:
+def file_error_text(error: Exception) -> str:
     """Path and reason of a failed file operation, on one line."""
     assert isinstance(error, OSError)
     return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)

@@ -17,12 +17,12 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds, without a copy; all of it where it is not divided."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor on every process. A divided one is gathered, so all processes call this at the same time."""
     if isinstance(tensor, DTensor):
         full: Tensor = tensor.full_tensor()
@@ -37,7 +37,7 @@ def gathered(value: Any) -> Any:
     holds more than one of them whole; other processes get empty ones. What is not divided stays as it is.
     """
     if isinstance(value, DTensor):
-        full = whole(value.detach())
+        full = whole_tensor(value.detach())
         return full.cpu() if dist.get_rank() == 0 else torch.empty(0, dtype=value.dtype)
     if isinstance(value, Mapping):
         return {key: gathered(each) for key, each in value.items()}
@@ -59,7 +59,7 @@ def swap(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Exchange the values of the tensors of each pair; without a copy where they are not divided."""
     for a, b in pairs:
         if isinstance(a, DTensor):  # FSDP computes with the memory that it took at first, so that is what must change
-            here, there = local(a), local(b)
+            here, there = local_part(a), local_part(b)
             kept = here.clone()
             here.copy_(there)
             there.copy_(kept)

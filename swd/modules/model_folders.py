@@ -189,7 +189,7 @@ def check_model_folder(folder: Path, where: str | None = None) -> None:
         if missing:
             raise UserError(f"{where} has no {min(missing)}; download it again")
     for name in sorted(files):
-        if not is_whole(folder / name):
+        if not is_whole_file(folder / name):
             raise UserError(f"{where} has a damaged {name}; download it again")
 
 
@@ -208,7 +208,7 @@ def first_misfit(folder: Path, network: nn.Module) -> str | None:
     return None
 
 
-def is_whole(file: Path) -> bool:
+def is_whole_file(file: Path) -> bool:
     """Whether a safetensors file is as long as its header says; the weights are not read."""
     try:
         with open(file, "rb") as stream:

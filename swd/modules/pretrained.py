@@ -120,7 +120,8 @@ class Pretrained(FamilyFolder):
         self.tuned.check_width(self.limits.width)
         if self.network_config.get("guidance_embeds") and self.embedded_guidance is None:
             raise UserError(
-                "model.embedded_guidance is null, but this network is fed a guidance scale; FLUX.1-dev's is 4.5"
+                "model.embedded_guidance is null, but this network is fed a guidance scale; give "
+                "model.embedded_guidance=SCALE, as its model card says for drawing"
             )
 
     @property

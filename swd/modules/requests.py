@@ -43,7 +43,9 @@ class Requests(Sequence[Request]):
     """
 
     def __init__(self, rows: Sequence[tuple[str, int | None]], copies: int, seed: int) -> None:
-        self.rows, self.copies, self.seed = rows, copies, seed
+        self.rows = rows
+        self.copies = copies
+        self.seed = seed
         count = len(rows) * copies
         if count > limits.MOST_ROWS:
             raise UserError(
@@ -119,3 +121,10 @@ def _seed(cell: Any, where: str) -> int | None:
     if isinstance(cell, str | int) and re.fullmatch("[0-9]{1,19}", text) and int(text) < 2**63:
         return int(text)
     raise UserError(f"{where}: seed {text[:40]!r} is not a whole number of 0 or more, below 2^63")
+
+
+def check_filled(rows: Sequence[tuple[str, int | None]], file: str, key: str = "prompts") -> None:
+    """Raise UserError if one of the prompts that `read_prompts` gave is empty."""
+    for number, (prompt, _) in enumerate(rows, 1):
+        if not prompt:
+            raise UserError(f"{key}={file}: prompt {number} is empty; remove the line")

@@ -306,7 +306,7 @@ def check_equal(task: nn.Module, strategy: Strategy) -> None:
 
     FSDP2 sends none: weights that differ would be a mixture of all processes' without any error.
     """
-    mine = fingerprint(task)
+    mine = weights_fingerprint(task)
     first = strategy.broadcast(mine)
     differ = torch.tensor(float(mine != first), device=strategy.root_device)
     if strategy.reduce(differ, reduce_op="sum"):
@@ -316,7 +316,7 @@ def check_equal(task: nn.Module, strategy: Strategy) -> None:
         )
 
 
-def fingerprint(task: nn.Module) -> str:
+def weights_fingerprint(task: nn.Module) -> str:
     """Hash of the names and values of all trained weights, which lie whole on this process."""
     digest = hashlib.sha256()
     for name, value in trained(task):
@@ -330,7 +330,7 @@ def trained(task: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, value) for name, value in task.named_parameters() if value.requires_grad)
 
 
-def check(strategy: Any, task: nn.Module, processes: int, nodes: int) -> None:
+def check_strategy(strategy: Any, task: nn.Module, processes: int, nodes: int) -> None:
     """Let a strategy refuse, before any model is loaded, a task or a number of processes.
 
     Raises:
@@ -344,6 +344,6 @@ def check(strategy: Any, task: nn.Module, processes: int, nodes: int) -> None:
         strategy.group_size(processes, processes // nodes)
 
 
-def chosen(strategy: Any, processes: int) -> Any:
+def strategy_for(strategy: Any, processes: int) -> Any:
     """The strategy for a value of `trainer.strategy`: `DDP` for "ddp", and for "auto" with several processes."""
     return DDP() if strategy == "ddp" or (strategy == "auto" and processes > 1) else strategy

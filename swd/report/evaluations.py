@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from swd.evaluation.table import RESULTS, Grid, grids, metric_names, with_interval
-from swd.report.folders import PictureFolder, read_pictures
+from swd.evaluation.result_files import RESULTS, Grid, grids, metric_names, with_interval
+from swd.report.folders import PictureFolder, read_picture_folder
 from swd.types import UserError
 
 FORMAT = 1
@@ -28,7 +28,7 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationSection:
     """All that a page shows of one evaluation.
 
     Attributes:
@@ -65,7 +65,7 @@ def _read(file: Path) -> dict[str, Any]:
     return found
 
 
-def read_evaluation(folder: Path, name: str) -> Evaluation:
+def read_evaluation(folder: Path, name: str) -> EvaluationSection:
     """An evaluation as it lies in its folder.
 
     Raises:
@@ -85,8 +85,8 @@ def read_evaluation(folder: Path, name: str) -> Evaluation:
     for model in names:
         place = folder / "pictures" / model
         if place.resolve().parent == (folder / "pictures").resolve() and (place / "index.jsonl").is_file():
-            pictures[model] = read_pictures(place)
-    return Evaluation(name, folder, str(results.get("command", "")), tables, bars, pictures)
+            pictures[model] = read_picture_folder(place)
+    return EvaluationSection(name, folder, str(results.get("command", "")), tables, bars, pictures)
 
 
 # Intervals

@@ -38,7 +38,7 @@ class PictureFolder:
     pictures: Mapping[Key, Picture]
 
 
-def read_pictures(folder: Path) -> PictureFolder:
+def read_picture_folder(folder: Path) -> PictureFolder:
     """The pictures of a folder: those of its `index.jsonl`, or else all that lie in it.
 
     Raises:
@@ -118,7 +118,7 @@ def embedded(file: Path, side: int, quality: int) -> str:
     return "data:image/webp;base64," + base64.b64encode(picture_bytes(small, "webp", quality)).decode()
 
 
-def spread(count: int, wanted: int) -> list[int]:
+def evenly_spread(count: int, wanted: int) -> list[int]:
     """`wanted` of the positions 0 to count - 1, evenly spread, with the first and the last; all if they are few."""
     if wanted >= count:
         return list(range(count))

@@ -10,8 +10,8 @@ from typing import Any
 from PIL import Image
 
 from swd.report.charts import frame
-from swd.report.evaluations import Evaluation, is_evaluation, read_evaluation
-from swd.report.folders import embedded, names_of, spread
+from swd.report.evaluations import EvaluationSection, is_evaluation, read_evaluation
+from swd.report.folders import embedded, evenly_spread, names_of
 from swd.report.page import templates
 from swd.report.runs import Run, Sheet, differences, is_run, read_run
 from swd.types import UserError
@@ -47,7 +47,7 @@ HIDDEN = ("train/interval",)
 
 
 @dataclass(frozen=True)
-class Limits:
+class PageLimits:
     """How much of the pictures goes into a page.
 
     Attributes:
@@ -64,7 +64,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Progress:
+class SheetsOfRun:
     """Sample sheets of a run inside the page.
 
     Attributes:
@@ -92,7 +92,7 @@ class SideBySide:
     pictures: dict[str, str]
 
 
-def read(folders: Sequence[Path]) -> tuple[list[Run], list[Evaluation]]:
+def read_folders(folders: Sequence[Path]) -> tuple[list[Run], list[EvaluationSection]]:
     """The runs and evaluations in the folders; one that is a run and an evaluation counts as both.
 
     Raises:
@@ -121,7 +121,9 @@ def read(folders: Sequence[Path]) -> tuple[list[Run], list[Evaluation]]:
     )
 
 
-def render(runs: Sequence[Run], evaluations: Sequence[Evaluation], limits: Limits, title: str, command: str) -> str:
+def render_overview(
+    runs: Sequence[Run], evaluations: Sequence[EvaluationSection], limits: PageLimits, title: str, command: str
+) -> str:
     """The page as one HTML document.
 
     Raises:
@@ -131,7 +133,7 @@ def render(runs: Sequence[Run], evaluations: Sequence[Evaluation], limits: Limit
     with_sheets = [index for index, run in enumerate(runs) if run.sheets]
     with_pictures = [evaluation for evaluation in evaluations if evaluation.pictures]
     share = limits.megabytes * 1e6 / max(1, bool(with_sheets) + bool(with_pictures))
-    samples = [progress_of(runs[i], i, limits, share / len(with_sheets)) for i in with_sheets]
+    samples = [sheets_of(runs[i], i, limits, share / len(with_sheets)) for i in with_sheets]
     pictures = {e.name: side_by_side(e, limits, share / len(with_pictures)) for e in with_pictures}
 
     # The data that the script of the page draws.
@@ -191,10 +193,10 @@ def curves_of(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
 # Pictures
 
 
-def progress_of(run: Run, index: int, limits: Limits, quota: float) -> Progress:
+def sheets_of(run: Run, index: int, limits: PageLimits, quota: float) -> SheetsOfRun:
     """As many sheets of a run as fit into `quota` bytes, evenly spread, the first and the last among them."""
     kept, pictures = fitting(run.sheets, limits, quota)
-    return Progress(
+    return SheetsOfRun(
         run=index,
         iterations=[sheet.iteration for sheet in kept],
         pictures=pictures,
@@ -204,7 +206,7 @@ def progress_of(run: Run, index: int, limits: Limits, quota: float) -> Progress:
     )
 
 
-def fitting(sheets: Sequence[Sheet], limits: Limits, quota: float) -> tuple[list[Sheet], list[str]]:
+def fitting(sheets: Sequence[Sheet], limits: PageLimits, quota: float) -> tuple[list[Sheet], list[str]]:
     """The sheets that fit, and their addresses; one that is alone is made smaller until it fits."""
     made: dict[int, str] = {}
     wanted, side = len(sheets), limits.side
@@ -212,7 +214,7 @@ def fitting(sheets: Sequence[Sheet], limits: Limits, quota: float) -> tuple[list
     last = len(embedded(sheets[-1].file, side, limits.quality)) * 0.75
     wanted = max(1, min(wanted, int(quota / last)))
     while True:
-        chosen = spread(len(sheets), wanted)
+        chosen = evenly_spread(len(sheets), wanted)
         for i in chosen:
             made.setdefault(i, embedded(sheets[i].file, side, limits.quality))
         size = sum(len(made[i]) for i in chosen) * 0.75
@@ -244,7 +246,7 @@ def columns_of(run: Run, sheet: Sheet) -> list[tuple[str, int]]:
     ]
 
 
-def side_by_side(evaluation: Evaluation, limits: Limits, quota: float) -> list[SideBySide]:
+def side_by_side(evaluation: EvaluationSection, limits: PageLimits, quota: float) -> list[SideBySide]:
     """The first prompts that all models drew, as many as fit into `quota` bytes."""
     folders = evaluation.pictures
     first, *others = folders.values()

@@ -30,7 +30,7 @@ def templates(*folders: Path) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"significant": significant, "png": png, "data": data}
+    environment.filters |= {"significant": significant, "png": png_base64, "data": data}
     environment.globals["generator"] = Markup(GENERATOR)
     return environment
 
@@ -42,7 +42,7 @@ def significant(value: float, digits: int = 3) -> str:
     return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
 
 
-def png(pixels: Tensor) -> str:
+def png_base64(pixels: Tensor) -> str:
     """The picture `[3, H, W]` in [-1, 1] as the base64 text of a PNG file."""
     buffer = io.BytesIO()
     to_pil(pixels).save(buffer, format="PNG", optimize=True)

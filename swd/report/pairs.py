@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from swd.io.files import file_hash
-from swd.report.folders import Key, Picture, embedded, names_of, read_pictures
+from swd.report.folders import Key, Picture, embedded, names_of, read_picture_folder
 from swd.report.page import templates
 from swd.types import UserError
 
@@ -69,7 +69,7 @@ def read_study(a: Path, b: Path, criteria: Sequence[str], n: int | None = None) 
         UserError: if a folder holds no pictures, no two of them belong together, or two that do have other prompts.
     """
     names = names_of([a, b])
-    first, second = read_pictures(a).pictures, read_pictures(b).pictures
+    first, second = read_picture_folder(a).pictures, read_picture_folder(b).pictures
     common = sorted((key for key in first if key in second), key=lambda key: (isinstance(key, str), key))
     if not common:
         raise UserError(
@@ -115,7 +115,7 @@ class Layout:
     megabytes: float
 
 
-def render(study: Study, layout: Layout) -> str:
+def render_pairs(study: Study, layout: Layout) -> str:
     """The page as one HTML document.
 
     Raises:

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from swd.evaluation.candidate_pictures import CandidatePainter, draw_share
 from swd.evaluation.candidates import Candidate, DrawingModel
-from swd.evaluation.draw import Painter, draw_share
 from swd.evaluation.plan import Plan, chunks_of
 from swd.evaluation.score import Bootstrap, Scoring
 from swd.evaluation.timing import Costs, Timing
@@ -156,7 +156,7 @@ def draw_pictures(plan: Plan, timing: Timing | None = None) -> dict[str, Any]:
     """Draw the pictures of a row; returns what they cost."""
     (candidate,) = plan.candidates
     assert isinstance(candidate, DrawingModel)
-    painter, costs = Painter(plan, candidate), Costs(plan, candidate, timing)
+    painter, costs = CandidatePainter(plan, candidate), Costs(plan, candidate, timing)
     draw_share(painter)
     costs.measure(painter)
     painter.free()
@@ -225,7 +225,7 @@ def make_row(name: str, costs: Mapping[str, Any], judged: Judged, reference: Ten
 
 
 @dataclass(frozen=True)
-class Store:
+class StoredStatistics:
     """Stored features and scores of a contender that does not change, such as the teacher.
 
     A JSON file beside the arrays records the weights, prompts and settings that they were made with. Statistics that
@@ -272,7 +272,7 @@ class Store:
         write_json(self.about, self.facts | {"n_pictures": len(judged), "command": command})
 
 
-def teacher_store(task: Distiller, judge_folder: Path) -> Store:
+def teacher_store(task: Distiller, judge_folder: Path) -> StoredStatistics:
     """The store of the statistics of the teacher with all its steps."""
     model = task.model
     facts = {
@@ -284,7 +284,7 @@ def teacher_store(task: Distiller, judge_folder: Path) -> Store:
         "size": list(task.schedule.sizes[-1]),
         "scheduler": "FlowMatchEulerDiscreteScheduler(shift=3)",
     }
-    return Store(judge_folder / f"teacher_{model.teacher_steps}steps.npz", facts)
+    return StoredStatistics(judge_folder / f"teacher_{model.teacher_steps}steps.npz", facts)
 
 
 def sha256_of(folder: Path) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import os
 import platform
 import sys
@@ -23,8 +22,8 @@ from torch import Tensor
 
 from swd.config import stored
 from swd.evaluation.timing import Timing
-from swd.io.files import write_json, write_text
-from swd.io.job_log import JobLog, say
+from swd.io.files import finite, write_json, write_text
+from swd.io.job_log import JobLog, print_line
 from swd.metrics.features import read_pictures
 from swd.metrics.fid import frechet_distance
 from swd.modules.distiller import Distiller
@@ -45,7 +44,7 @@ TIMED_BATCH = 8
 
 
 @dataclass(frozen=True)
-class Study:
+class DemoMeasurements:
     """Results of the comparison.
 
     Attributes:
@@ -68,7 +67,7 @@ class Study:
         return [row.name for row in self.rows]
 
 
-def compare(cfg: DictConfig, task: Distiller, judge: Judge, judge_folder: Path, clock: Clock) -> Study:
+def compare(cfg: DictConfig, task: Distiller, judge: Judge, judge_folder: Path, clock: Clock) -> DemoMeasurements:
     """Draw, time and judge the pictures of every row, on the same prompts and seeds."""
     n, device, run = cfg.n_pictures, task.device, Path(cfg.folder)
     with clock.phase("reference"), bar("render reference pictures", 2 * n) as advance:
@@ -93,7 +92,7 @@ def compare(cfg: DictConfig, task: Distiller, judge: Judge, judge_folder: Path, 
             pictures.append(torch.stack([*read_pictures(plan.pictures(candidate).files[: cfg.shown])]) / 127.5 - 1)
     found = distances(features, torch.cat([reference, floor]), prompts)
     rows = [replace(row, distances=each) for row, each in zip(rows, found, strict=True)]
-    return Study(rows, pictures, prompts, frechet_distance(reference, floor), contest.full_size_gflop(task))
+    return DemoMeasurements(rows, pictures, prompts, frechet_distance(reference, floor), contest.full_size_gflop(task))
 
 
 def stored_statistics(cfg: DictConfig, task: Distiller, judge_folder: Path, name: str) -> Judged | None:
@@ -103,17 +102,17 @@ def stored_statistics(cfg: DictConfig, task: Distiller, judge_folder: Path, name
     store = contest.teacher_store(task, judge_folder)
     reason = store.why_not(cfg.n_pictures)
     if reason is not None:
-        say(f"{name}: drawing every picture now, because {reason}")
+        print_line(f"{name}: drawing every picture now, because {reason}")
         return None
     return store.load().first(cfg.n_pictures)
 
 
-def ratios_of(study: Study) -> dict[str, dict[str, Any]]:
+def ratios_of(measured: DemoMeasurements) -> dict[str, dict[str, Any]]:
     """Ratios of the student to the teacher and to full-size sampling, each with its expected range."""
-    teacher = study.rows[0]
-    student = study.rows[-1]
+    teacher = measured.rows[0]
+    student = measured.rows[-1]
     return {
-        "gflop_of_full_size_steps": ratio(student.gflop, study.full_size_gflop, at_most=0.56),
+        "gflop_of_full_size_steps": ratio(student.gflop, measured.full_size_gflop, at_most=0.56),
         "accuracy_of_teacher": ratio(student.prompt_accuracy, teacher.prompt_accuracy, at_least=0.95),
         "fid_of_teacher": ratio(student.fid, teacher.fid, at_most=1.5),
         "speedup_over_teacher": ratio(teacher.ms_per_image, student.ms_per_image),
@@ -164,7 +163,9 @@ def first_and_last(curve: Sequence[float], cycle: int) -> list[float]:
 # Results
 
 
-def describe(cfg: DictConfig, task: Distiller, judge: Judge, study: Study) -> tuple[dict[str, Any], report.Page]:
+def results_and_page(
+    cfg: DictConfig, task: Distiller, judge: Judge, measured: DemoMeasurements
+) -> tuple[dict[str, Any], report.Page]:
     """All measurements, as plain values for `results.json` and as the data of the report."""
     # The run's own records.
     folder = Path(cfg.folder)
@@ -173,10 +174,10 @@ def describe(cfg: DictConfig, task: Distiller, judge: Judge, study: Study) -> tu
 
     # Plain values.
     results = {
-        "rows": [row.as_dict() for row in study.rows],
-        "ratios": ratios_of(study),
-        "fid_floor": study.fid_floor,
-        "full_size_gflop": study.full_size_gflop,
+        "rows": [row.as_dict() for row in measured.rows],
+        "ratios": ratios_of(measured),
+        "fid_floor": measured.fid_floor,
+        "full_size_gflop": measured.full_size_gflop,
         "n_pictures": cfg.n_pictures,
         "losses": {name: first_and_last(curve, len(task.schedule)) for name, curve in curves.items()},
         "iterations": int(cfg.trainer.max_steps),
@@ -195,8 +196,8 @@ def describe(cfg: DictConfig, task: Distiller, judge: Judge, study: Study) -> tu
     # The page shows pictures too.
     page = report.Page(
         results=results,
-        comparisons=comparisons_of(cfg, judge, study),
-        progressions=progressions_of(task, study.prompts[: min(4, cfg.shown)]),
+        comparisons=comparisons_of(cfg, judge, measured),
+        progressions=progressions_of(task, measured.prompts[: min(4, cfg.shown)]),
         curves=curves,
         cycle=len(task.schedule),
         config=(folder / "config.yaml").read_text().replace(f"{Path.cwd()}{os.sep}", ""),
@@ -204,10 +205,10 @@ def describe(cfg: DictConfig, task: Distiller, judge: Judge, study: Study) -> tu
     return results, page
 
 
-def comparisons_of(cfg: DictConfig, judge: Judge, study: Study) -> list[report.Comparison]:
+def comparisons_of(cfg: DictConfig, judge: Judge, measured: DemoMeasurements) -> list[report.Comparison]:
     """The first prompts of the evaluation, with the picture of every contender and the judge's score."""
-    prompts = study.prompts[: cfg.shown]
-    pictures = dict(zip(study.names, study.pictures, strict=True))
+    prompts = measured.prompts[: cfg.shown]
+    pictures = dict(zip(measured.names, measured.pictures, strict=True))
     marks = {}
     for name, drawn in pictures.items():
         scores = contest.judge_pictures(judge, drawn.to(next(judge.parameters()).device), prompts).scores.sum(1)
@@ -241,9 +242,9 @@ def machine(task: Distiller) -> dict[str, Any]:
     }
 
 
-def finish(cfg: DictConfig, results: dict[str, Any], page: report.Page) -> None:
+def write_and_print(cfg: DictConfig, results: dict[str, Any], page: report.Page) -> None:
     """Write results and report into the run's folder and into its parent folder, and print the table."""
-    html = report.render(page)
+    html = report.render_page(page)
     latest = Path(cfg.output) / cfg.name
     for folder in (Path(cfg.folder), latest):
         write_json(folder / "results.json", finite(results))
@@ -254,15 +255,6 @@ def finish(cfg: DictConfig, results: dict[str, Any], page: report.Page) -> None:
         console.print(line, markup=False, highlight=False)
     print(f"{results['wall_seconds']['total'] / 60:.1f} minutes")
     print(latest / "report.html")
-
-
-def finite(value: Any) -> Any:
-    """A copy in which numbers that JSON cannot hold are None."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def terminal_table(rows: Sequence[Mapping[str, Any]]) -> Table:

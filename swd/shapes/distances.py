@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from swd.metrics.bootstrap import Interval, Resamples, interval, mean_of, paired
+from swd.metrics.bootstrap import ConfidenceInterval, Resamples, interval, mean_of, paired
 from swd.metrics.functional import (
     frechet_infinity,
     frechet_parts,
@@ -37,9 +37,9 @@ class Distances:
         fid_inf: Fréchet distance extrapolated to infinitely many pictures; its interval is the distance's, moved.
     """
 
-    mmd: Interval
-    mmd_over_first: Interval | None
-    fid_inf: Interval | None
+    mmd: ConfidenceInterval
+    mmd_over_first: ConfidenceInterval | None
+    fid_inf: ConfidenceInterval | None
 
 
 def distances(models: Sequence[Tensor], reference: Tensor, prompts: Sequence[Hashable]) -> list[Distances | None]:
@@ -78,7 +78,7 @@ def mmd_to_rendered(features: Tensor, reference: Tensor) -> Tensor:
     return SCALE * mmd_parts(white(features), white(reference), kernel, unbiased=True)
 
 
-def extrapolated(features: Tensor, reference: Tensor, resamples: Resamples) -> Interval | None:
+def extrapolated(features: Tensor, reference: Tensor, resamples: Resamples) -> ConfidenceInterval | None:
     """The Fréchet distance of infinitely many pictures; None for too few to extrapolate from."""
     real = gaussian(reference)
     value = frechet_infinity(real, features)

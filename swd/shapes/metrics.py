@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from swd.metrics.base import Drawn, Extractor, PictureMetric, Reference, Score, features_of, real_features
-from swd.metrics.preparation import CentreCrop, ShortSide, Step, names, prepare
+from swd.metrics.bootstrap import ratio_parts
+from swd.metrics.preparation import CentreCrop, ShortSide, Transform, apply_transforms, names
 from swd.metrics.weights import weights_hash
 from swd.modules.family_folder import resolve_asset
 from swd.shapes.dataset import PLACES, RESOLUTION, parse_caption
@@ -18,7 +19,7 @@ from swd.shapes.judge import ATTRIBUTES, Judge, pack_score, reading_of, score_re
 from swd.types import UserError
 
 JUDGE = "swd://assets/shapes-judge"
-STEPS: tuple[Step, ...] = (ShortSide(RESOLUTION, "bicubic"), CentreCrop(RESOLUTION))
+STEPS: tuple[Transform, ...] = (ShortSide(RESOLUTION, "bicubic"), CentreCrop(RESOLUTION))
 """Pictures of the judge's own size stay as they are."""
 EXACT = "exact_match"
 
@@ -51,7 +52,7 @@ class _JudgeExtractor(Extractor):
         return weights_hash(self.folder())
 
     def prepare(self, picture: Tensor) -> Tensor:
-        return prepare(picture, STEPS).float() / 127.5 - 1
+        return apply_transforms(picture, STEPS).float() / 127.5 - 1
 
     def build(self) -> nn.Module:
         return Judge.from_pretrained(self.folder())
@@ -177,13 +178,3 @@ def accuracy_of(statements: Tensor, name: str = "shapes_accuracy", exact: bool =
     labels = [attribute for attribute, is_said in zip(ATTRIBUTES, said.tolist(), strict=True) if is_said]
     others = {"mean": float(shares.mean())} if exact else {EXACT: float(right.mean())}
     return Score({name: float(parts.mean())} | others | dict(zip(labels, shares.tolist(), strict=True)), parts)
-
-
-def ratio_parts(hits: Tensor, made: Tensor) -> Tensor:
-    """`[N, A]` values whose means over pictures are the shares `sum hits / sum made`, for intervals.
-
-    A picture's value is the share plus its derivative in the direction of the picture (the influence function):
-    `r + N (h_i - r m_i) / sum m`.
-    """
-    share = hits.sum(0) / made.sum(0)
-    return share + len(hits) * (hits - share * made) / made.sum(0)

@@ -2,7 +2,7 @@
 
 The tokenizers know the words of the captions. The text encoders are random and frozen: each word has its own vector,
 positions and neighbouring words are added at comparable strength, and the transformer learns to read the result.
-`build_pipeline` builds the pipeline with an untrained VAE and transformer; `swd.shapes.train_vae` and
+`build_shapes_pipeline` builds the pipeline with an untrained VAE and transformer; `swd.shapes.train_vae` and
 `swd.modules.flow_matching` train those.
 """
 
@@ -30,7 +30,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from swd.modules.fresh_weights import fill
+from swd.modules.fresh_weights import draw_normal
 from swd.shapes.dataset import WORDS
 
 TEXT_TOKENS = 24
@@ -111,11 +111,11 @@ def build_clip_encoder(vocab_size: int, seed: int) -> CLIPTextModelWithProjectio
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in encoder.named_parameters():
         if "token_embedding" in name:
-            fill(parameter, 1.0, generator)
+            draw_normal(parameter, 1.0, generator)
         elif "position_embedding" in name:
-            fill(parameter, 0.7, generator)
+            draw_normal(parameter, 0.7, generator)
         elif parameter.ndim == 2:
-            fill(parameter, parameter.shape[1] ** -0.5, generator)
+            draw_normal(parameter, parameter.shape[1] ** -0.5, generator)
         else:
             parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
     return encoder.eval().requires_grad_(False)
@@ -147,11 +147,11 @@ def build_t5_encoder(vocab_size: int, seed: int) -> T5EncoderModel:
             for head, offset in enumerate(_T5_OFFSETS):  # bucket of an offset: |offset|, plus 16 to the right
                 parameter[abs(offset) + 16 * (offset > 0), head] = 6.0
         elif "shared" in name or "embed_tokens" in name:
-            fill(parameter, 1.0, generator)
+            draw_normal(parameter, 1.0, generator)
         elif parameter.ndim == 2:
             # T5 does not divide attention scores by sqrt(d_kv), so the query's weights are scaled down instead.
             width = parameter.shape[1] * (config.d_kv if name.endswith("q.weight") else 1)
-            fill(parameter, width**-0.5, generator)
+            draw_normal(parameter, width**-0.5, generator)
         else:
             parameter.fill_(1.0)
     return encoder.eval().requires_grad_(False)
@@ -183,7 +183,9 @@ def build_vae(channels: tuple[int, ...] = (16, 32, 64, 80), latent_channels: int
     generator = torch.Generator().manual_seed(seed)
     for name, module in vae.named_modules():
         if isinstance(module, nn.Conv2d):
-            fill(module.weight, (0.1 if name.endswith("conv2") else 1.0) / module.weight[0].numel() ** 0.5, generator)
+            draw_normal(
+                module.weight, (0.1 if name.endswith("conv2") else 1.0) / module.weight[0].numel() ** 0.5, generator
+            )
             assert module.bias is not None  # each convolution of `AutoencoderKL` has one
             module.bias.zero_()
     return vae
@@ -207,7 +209,7 @@ def build_transformer(layers: int = 6, heads: int = 4, head_dim: int = 32) -> SD
     )
 
 
-def build_pipeline(seed: int = 0) -> StableDiffusion3Pipeline:
+def build_shapes_pipeline(seed: int = 0) -> StableDiffusion3Pipeline:
     """The whole pipeline with an untrained VAE and transformer; equal seeds give equal weights."""
     clip = build_clip_tokenizer()
     t5 = build_t5_tokenizer()

@@ -129,7 +129,7 @@ def difference_lines(results: Mapping[str, Any]) -> list[str]:
 # The page
 
 
-def render(page: Page) -> str:
+def render_page(page: Page) -> str:
     """The page as one HTML document."""
     results = page.results
     rows = results["rows"]

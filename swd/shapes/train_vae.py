@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from swd.modules.training_task import WatchedTask, averaged, check_finite, replace_files, warmup_cosine
-from swd.shapes.pipeline import build_pipeline, save_pipeline
+from swd.shapes.pipeline import build_shapes_pipeline, save_pipeline
 from swd.types import PictureBatch, UserError
 
 
@@ -102,9 +102,11 @@ class VAETask(WatchedTask):
         if hasattr(self, "vae"):
             return
         if not (self.path / "model_index.json").exists():
-            save_pipeline(build_pipeline(self.seed), self.path)
+            save_pipeline(build_shapes_pipeline(self.seed), self.path)
         whole = self.part == "all"
-        vae: Any = build_pipeline(self.seed).vae if whole else AutoencoderKL.from_pretrained(self.path / "vae").train()
+        vae: Any = (
+            build_shapes_pipeline(self.seed).vae if whole else AutoencoderKL.from_pretrained(self.path / "vae").train()
+        )
         self.vae = vae.to(memory_format=torch.channels_last)
         if self.part == "decoder":
             self.vae.encoder.requires_grad_(False)

@@ -11,9 +11,10 @@ import tiny
 import torch
 from torch import Tensor
 
-from swd.callbacks.validation import Validation, fake_errors, ratio_parts, student_errors, summary
+from swd.callbacks.validation import Validation, fake_errors, student_errors, summary
 from swd.commands import train
 from swd.diffusion import RectifiedFlow
+from swd.metrics.bootstrap import ratio_parts
 from swd.modules.distiller import Distiller
 from swd.modules.inputs import Inputs
 from swd.schedule import Interval

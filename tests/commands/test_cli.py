@@ -283,6 +283,27 @@ def test_wrong_input_to_sample(refused: Refused, arguments: list[str], words: st
     assert words in refused(f"output={Path.cwd() / 'out'}", *arguments, command="sample")
 
 
+@pytest.mark.parametrize(
+    ("command", "argument", "message"),
+    [
+        (
+            "encode",
+            "task.lr=1",
+            "unknown key task.lr; --help and --cfg job list what there is; this key belongs to swd ",
+        ),
+        ("sample", "steps=4", "this key belongs to swd generate\n"),
+        ("sample", "trainer.max_steps=7", "this key belongs to swd train and swd demo\n"),
+        ("train", "preset=ci", "unknown key preset; swd demo has experiment=demo_ci and experiment=demo_full in its"),
+        ("train", "+preset=ci", "unknown key preset; swd demo has experiment=demo_ci and experiment=demo_full in its"),
+        ("export", "zzz=1", "unknown key zzz; --help and --cfg job list what there is\n"),
+        ("encode", "batch_size=null", "error: batch_size=None is not valid; expected an integer\n"),
+    ],
+)
+def test_keys_of_other_commands(refused: Refused, command: str, argument: str, message: str) -> None:
+    folder = ["out=cache"] if command == "encode" else []
+    assert message in refused(*folder, argument, command=command)
+
+
 def test_wrong_input_to_a_sweep_of_samples(refused: Refused) -> None:
     assert "seed='x'" in refused("-m", f"output={Path.cwd() / 'out'}", "adapter=null", "seed=1,x", command="sample")
 
@@ -415,9 +436,9 @@ def test_no_iteration_leaves_no_adapter(monkeypatch: pytest.MonkeyPatch, tiny_mo
 
 def test_data_of_the_judge_are_for_the_judge_alone() -> None:
     with pytest.raises(UserError, match="data=judge is for task=judge alone"):
-        train.build(composed(["folder=x", "name=y", "data=judge"]))
+        train.build_task_and_data(composed(["folder=x", "name=y", "data=judge"]))
     with pytest.raises(UserError, match="choose them with data=judge"):
-        train.build(composed(["folder=x", "name=y", "experiment=shapes_judge", "data=shapes"]))
+        train.build_task_and_data(composed(["folder=x", "name=y", "experiment=shapes_judge", "data=shapes"]))
 
 
 def test_wandb_without_an_account_is_told_before_a_folder_is_made(

@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 
 from swd.commands import evaluate, sample
-from swd.commands.evaluate import Painter
-from swd.evaluation.features import Store
+from swd.evaluation.candidate_pictures import CandidatePainter
+from swd.evaluation.feature_files import FeatureFiles
 from swd.evaluation.plan import Plan
 from swd.modules.adapters import save_adapter
 from swd.modules.pretrained import Pretrained
@@ -120,7 +120,7 @@ def launch(arguments: list[str], rank: int = 0, world: int = 1) -> subprocess.Po
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-# What comes out
+# Results
 
 
 def test_pictures_are_those_of_sample_and_the_table_holds_what_was_computed(
@@ -210,7 +210,7 @@ def test_a_second_run_computes_nothing_again(
     evaluate.run(config(folder))
     before = results(folder)
     changed = {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
-    for target, name in ((Pretrained, "pipeline"), (Store, "write"), (evaluate.Scoring, "score")):
+    for target, name in ((Pretrained, "pipeline"), (FeatureFiles, "write"), (evaluate.Scoring, "score")):
         monkeypatch.setattr(target, name, None)
     evaluate.run(config(folder))
     assert results(folder) == before
@@ -232,13 +232,13 @@ def test_a_killed_evaluation_goes_on_with_the_batch_it_was_at(
     assert 7 <= len(there) < 60, "it was through before the kill"
 
     drawn: list[int] = []
-    original = Painter.draw
+    original = CandidatePainter.draw
 
-    def draw(self: Painter, rows: range) -> Any:
+    def draw(self: CandidatePainter, rows: range) -> Any:
         drawn.extend(rows if self.candidate.name == "teacher_3" else [])
         return original(self, rows)
 
-    monkeypatch.setattr(Painter, "draw", draw)
+    monkeypatch.setattr(CandidatePainter, "draw", draw)
     evaluate.run(config(folder, **more))
     assert sorted({*drawn, *there}) == list(range(60))
     assert len(set(drawn) & there) < 3, "more than a batch was drawn again"
@@ -252,8 +252,10 @@ def test_models_and_metrics_may_be_added_and_the_rest_is_kept(
     teacher = "{name: teacher_3, model: teacher, steps: 3, guidance_scale: 2.0}"
     evaluate.run(config(folder, models=f"[{teacher}]", metrics=f"[{BRIGHT}]"))
     drawn: list[str] = []
-    original = Painter.paint
-    monkeypatch.setattr(Painter, "paint", lambda self, rows: (drawn.append(self.candidate.name), original(self, rows)))
+    original = CandidatePainter.paint
+    monkeypatch.setattr(
+        CandidatePainter, "paint", lambda self, rows: (drawn.append(self.candidate.name), original(self, rows))
+    )
     evaluate.run(config(folder))
     assert set(drawn) == {"mine"}
     assert [row["name"] for row in results(folder)["models"]] == ["teacher_3", "mine"]
@@ -326,7 +328,7 @@ def test_the_released_list_of_captions_is_read_as_it_is(config: Callable[..., An
     assert [(request.prompt, request.seed) for request in requests[:]] == [("A red star.", 7), ("Two, rings", 8)]
 
 
-# What is refused
+# Refusals
 
 
 @pytest.mark.parametrize(

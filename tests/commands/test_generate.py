@@ -90,7 +90,7 @@ def pixels(shards: ShardSet, row: int, ending: str = "png") -> np.ndarray:
 
 
 def stock(name: str, folder: Path, rows: range, **more: Any) -> list[Any]:
-    """What the diffusers pipeline gives when called by hand."""
+    """The picture of the diffusers pipeline when called by hand."""
     pipe = getattr(__import__("diffusers"), families.build(name).__class__.__name__).from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     size = families.SIZES[name][-1]

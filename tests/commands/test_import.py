@@ -417,7 +417,7 @@ def broken(folder: Path) -> Path:
 def test_a_killed_import_continues_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: int) -> None:
     folder = broken(tmp_path / "photos")
     whole = do(folder, tmp_path / "whole", "shard_size=3")
-    original = import_pictures.load
+    original = import_pictures.load_row
 
     def load(entry: Any, number: int, plan: Any) -> Any:
         if number == row:
@@ -426,7 +426,7 @@ def test_a_killed_import_continues_to_the_same_bytes(tmp_path: Path, monkeypatch
 
     (tmp_path / "out" / ".00001.x" / ".00001.done").mkdir(parents=True)  # as a killed process leaves it
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(import_pictures, "load", load)
+        patched.setattr(import_pictures, "load_row", load)
         do(folder, tmp_path / "out", "shard_size=3")
     assert len(list((tmp_path / "out").glob("*.tar"))) == row // 3
     assert not (tmp_path / "out" / "manifest.json").exists() and not list((tmp_path / "out").glob(".*"))

@@ -1,4 +1,4 @@
-"""What the loggers of a run get: metrics by iteration, pictures with captions, the configuration, and no credential."""
+"""A run in its loggers: metrics by iteration, pictures with captions, the configuration, and no credential."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from docs import table
-from swd.commands.train import build
+from swd.commands.train import build_task_and_data
 from swd.modules import hub
 from swd.modules.pretrained import Pretrained
 from swd.modules.targets import is_target
@@ -169,7 +169,7 @@ def test_commands_build(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     arguments = shlex.split(line, comments=True)[2:]
     assert any(a.startswith("trainer.devices=") for a in arguments)
-    task, _ = build(composed([*arguments, "folder=x", "name=y"]))
+    task, _ = build_task_and_data(composed([*arguments, "folder=x", "name=y"]))
     assert task.model.init_adapter == next((a.partition("=")[2] for a in arguments if "init_adapter" in a), None)
 
 

@@ -398,7 +398,7 @@ def test_embedded_teacher_is_configured() -> None:
     assert (model.size, model.channels, model.limits.blocks) == ((16, 16), 16, 6)
 
 
-# What can be asked for
+# Requests
 
 
 @pytest.mark.parametrize(
@@ -486,5 +486,5 @@ def test_a_picture_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
         drawn = torch.zeros(3, 8, 8)
         drawn[1, 2, 3] = value
         with pytest.raises(UserError, match=r"a\.png would hold values that are not finite"):
-            sample.save(drawn, tmp_path / "a.png", {})
+            sample.save_drawn(drawn, tmp_path / "a.png", {})
     assert not (tmp_path / "a.png").exists()

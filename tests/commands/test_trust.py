@@ -1,4 +1,4 @@
-"""What comes from somebody else is data: nothing it names is built, imported or resolved. Credentials stay here."""
+"""Files from somebody else are data: nothing they name is built, imported or resolved. Credentials stay here."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Mine:
         self.weight = weight
 
 
-# What may be built
+# Classes that may be built
 
 HOSTILE = [
     "webdataset.gopen",
@@ -408,7 +408,7 @@ def test_a_picture_holds_no_value_of_the_environment(
 def test_a_credential_of_the_environment_in_an_ordinary_value_is_refused(key: str, environment: None) -> None:
     cfg = tiny.composed(["folder=x", *(["name=y"] if key != "name" else []), f"{key}=x-${{oc.env:SOME_TOKEN}}"])
     with pytest.raises(UserError, match="holds the value of the environment variable SOME_TOKEN") as caught:
-        train.build(cfg)
+        train.build_task_and_data(cfg)
     assert "hf_0123" not in str(caught.value)
 
 

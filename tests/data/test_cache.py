@@ -1,4 +1,4 @@
-"""What a cache stores of text and latents, and how exactly it comes back."""
+"""Text and latents in a cache, and how exactly they come back."""
 
 from __future__ import annotations
 

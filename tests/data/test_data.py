@@ -86,7 +86,7 @@ def test_pictures_and_captions_stay_together() -> None:
 
 
 class StubTrainer:
-    """What `PairData` asks of a trainer, for a run of twelve batches."""
+    """A stand-in with the attributes that `PairData` reads of a trainer, for a run of twelve batches."""
 
     global_rank, world_size = 0, 1
 

@@ -201,7 +201,7 @@ def test_a_manifest_counts_and_hashes_what_is_there(folder: Path) -> None:
         write_manifest(folder, "pictures", 2, {"kind": "x"})
 
 
-# What is refused
+# Refusals
 
 
 @pytest.mark.parametrize(

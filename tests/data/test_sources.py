@@ -1,4 +1,4 @@
-"""What other people's folders, lists and shards hold: `swd import`, `data=images` and streams agree on it."""
+"""Folders, lists and shards of other people: `swd import`, `data=images` and streams agree on it."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def kinds(report: dict[str, Any]) -> dict[str, str]:
 
 
 def captions_of(folder: Path, **options: Any) -> dict[str, str]:
-    """What data=images trains on, by name."""
+    """The captions that data=images trains on, by name."""
     data = FolderDataset(str(folder), 32, **options)
     return {file.relative_to(folder).as_posix(): caption for file, caption in data.pairs}
 

@@ -31,7 +31,7 @@ from swd.types import Batch, Conditioning, UserError
 
 
 class StubTrainer:
-    """What the data ask of a trainer."""
+    """A stand-in with the attributes that data read of a trainer."""
 
     def __init__(self, updates: int = 0, total: int = 12, rank: int = 0, world: int = 1) -> None:
         self.max_steps, self.global_rank, self.world_size = total, rank, world

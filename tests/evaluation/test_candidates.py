@@ -11,8 +11,8 @@ import tiny
 import torch
 from PIL import Image
 
-from swd.evaluation.candidates import DrawingModel, check_names, given_pictures, name_of
-from swd.evaluation.draw import Painter, check_levels
+from swd.evaluation.candidate_pictures import CandidatePainter, check_levels
+from swd.evaluation.candidates import DrawingModel, check_row_names, given_pictures, name_of
 from swd.evaluation.plan import Plan, chunks_of, mine
 from swd.modules.pretrained import Pretrained
 from swd.modules.requests import Requests
@@ -35,13 +35,13 @@ ROWS = [("a red star", None), ("a green circle", None), ("two rings", 9)]
 )
 def test_the_name_of_a_row_that_is_given_none(source: str, name: str) -> None:
     assert name_of(source) == name
-    check_names([name])
+    check_row_names([name])
 
 
 @pytest.mark.parametrize("name", ["", "_reference", "a/b", "..", "a b", "é", "x" * 101])
 def test_names_are_names_of_folders(name: str) -> None:
     with pytest.raises(UserError, match="is no name of a row"):
-        check_names([name])
+        check_row_names([name])
 
 
 def test_a_list_says_which_file_is_of_which_row(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_teacher_at_given_levels_takes_guided_euler_steps_there(tiny_model: Pa
     )  # fmt: skip
     candidate = DrawingModel("few", "teacher", model, None, None, (8, 8), 3, tiny.SIGMAS)
     plan = Plan(tmp_path, "p", Requests(ROWS[:2], 1, 3), (candidate,), 2, 2)
-    drawn = torch.stack(Painter(plan, candidate).draw(range(2)))
+    drawn = torch.stack(CandidatePainter(plan, candidate).draw(range(2)))
 
     networks, encoders = model.networks(["student"]), model.encoders()
     text, empty = (encoders.encode_prompts(texts) for texts in (["a red star", "a green circle"], [""]))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from swd.evaluation.features import Store, fill, key_for
+from swd.evaluation.feature_files import FeatureFiles, extract_missing, key_for
 from swd.evaluation.score import Bootstrap, Resampled
 from swd.metrics.base import Score
 
@@ -53,17 +53,17 @@ def test_chunks_of_another_key_are_computed_again_and_others_kept(tmp_path: Path
         asked.append(rows)
         return torch.arange(rows.start, rows.stop).float()[:, None]
 
-    store = Store(tmp_path, 7, 3, "one")
+    store = FeatureFiles(tmp_path, 7, 3, "one")
     store.write(1, torch.full((3, 1), 5.0))
     assert not store.is_complete
-    fill(store, compute, "task")
+    extract_missing(store, compute, "task")
     assert asked == [range(3), range(6, 7)] and store.is_complete
     assert store.load().flatten().tolist() == [0, 1, 2, 5, 5, 5, 6]
     (tmp_path / "00002.safetensors").write_bytes(b"cut")
     assert not store.is_done(2)
-    other = Store(tmp_path, 7, 3, "two")
+    other = FeatureFiles(tmp_path, 7, 3, "two")
     assert not any(other.is_done(chunk) for chunk in range(3))
-    fill(other, compute, "task")
+    extract_missing(other, compute, "task")
     assert other.load().flatten().tolist() == [0, 1, 2, 3, 4, 5, 6] and not store.is_done(0)
 
 

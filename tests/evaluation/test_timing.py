@@ -10,8 +10,8 @@ import tiny
 import torch
 
 from swd.evaluation import timing
+from swd.evaluation.candidate_pictures import CandidatePainter
 from swd.evaluation.candidates import DrawingModel
-from swd.evaluation.draw import Painter
 from swd.evaluation.plan import Plan
 from swd.evaluation.timing import Costs, Timing
 from swd.metrics.flops import forward_gflop
@@ -29,8 +29,8 @@ def model(tiny_model: Path) -> Pretrained:
     )
 
 
-def painter(candidate: DrawingModel, folder: Path) -> Painter:
-    return Painter(Plan(folder, "p", Requests(ROWS, 1, 0), (candidate,), 2, 2), candidate)
+def painter(candidate: DrawingModel, folder: Path) -> CandidatePainter:
+    return CandidatePainter(Plan(folder, "p", Requests(ROWS, 1, 0), (candidate,), 2, 2), candidate)
 
 
 @pytest.fixture

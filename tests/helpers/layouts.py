@@ -23,7 +23,7 @@ from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from torch import Tensor
 
 from swd.callbacks import Checkpoint, Monitor, Sentinel, Students
-from swd.callbacks.sentinel import restore
+from swd.callbacks.sentinel import restore_task
 from swd.data.iterations import Iterations
 from swd.losses import DMD, GAN, MMD
 from swd.modules.distiller import Distiller
@@ -185,7 +185,7 @@ class GoBack(Callback):
             kept = {"state_dict": pl_module.kept_state(strategy.lightning_module_state_dict())}
             self.kept = copy.deepcopy(strategy.broadcast(kept | {"optimizer_states": states}))
         elif trainer.global_step == 2:
-            restore(pl_module, self.kept, 1.0)
+            restore_task(pl_module, self.kept, 1.0)
 
 
 CALLBACKS: dict[str, Callable[[], Callback]] = {

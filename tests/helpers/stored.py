@@ -1,4 +1,4 @@
-"""What the tests against stored numbers of the released code share."""
+"""Shared parts of the tests against stored numbers of the released code."""
 
 from __future__ import annotations
 

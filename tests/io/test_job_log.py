@@ -1,4 +1,4 @@
-"""What a long job says where its output is a file."""
+"""Lines of a long job where its output is a file."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_job_tells_no_credentials(monkeypatch: pytest.MonkeyPatch, capfd: pyte
     with JobLog("reading https://me:word@host/a.tar into hf_0123456789", 1, "sample"):
         pass
     job.say("listing s3://id:word@bucket/x")
-    job_log.say("from https://host/x?token=word")
+    job_log.print_line("from https://host/x?token=word")
     assert capfd.readouterr().err.splitlines() == [
         "reading https://***@host/a.tar into ***: 1 sample",
         "done: 0 samples in 0 s",

@@ -217,7 +217,7 @@ def test_a_small_dmd_step_moves_the_student_from_fake_towards_real() -> None:
     assert ((moved - step.x0_hat) * gradient).sum() < 0
 
 
-# What is shared, and what is drawn
+# Shared values, and draws
 
 
 @pytest.mark.parametrize(

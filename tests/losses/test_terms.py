@@ -1,4 +1,4 @@
-"""What terms refuse and report, what a step shares between them, and losses where a rule has an edge."""
+"""Refusals and metrics of terms, values that a step shares between them, and losses where a rule has an edge."""
 
 from __future__ import annotations
 

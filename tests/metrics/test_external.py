@@ -60,7 +60,7 @@ def draw(folder: Path, prompts: Sequence[str] = PROMPTS, ending: str = "png") ->
     rows = [{"file": f"{i:05}.{ending}", "prompt": prompt, "seed": i} for i, prompt in enumerate(prompts)]
     for i, row in enumerate(rows):
         (folder / str(row["file"])).write_text("x" * (i + 1))
-    external.write_index(folder, rows)
+    external.write_picture_index(folder, rows)
     return folder
 
 
@@ -112,7 +112,7 @@ def test_a_killed_script_goes_on_where_it_was(pictures: Path, packages: Path) ->
     assert score("hpsv3", packages, pictures).returncode == 0
     found = json.loads((pictures / "hpsv3.json").read_text())["scores"]
     assert found == pytest.approx({"00000.png": 5.0, "00001.png": 6.0, "00002.png": EXPECTED[2]})
-    # What is left of another index counts for nothing.
+    # Scores left over from another index count for nothing.
     (pictures / ".hpsv3.json.partial").write_text(json.dumps(left | {"index_sha256": "0"}))
     assert score("hpsv3", packages, pictures).returncode == 0
     assert json.loads((pictures / "hpsv3.json").read_text())["scores"]["00000.png"] == pytest.approx(EXPECTED[0])
@@ -326,7 +326,7 @@ def test_the_metric_is_the_mean_of_scores(
     found = metric.score(Drawn({"outside-hpsv3": rows}))
     assert found.values["hpsv3"] == pytest.approx(sum(EXPECTED) / 3)
     assert found.parts is not None and found.parts.tolist() == pytest.approx(EXPECTED)
-    # What was scored is read again, by whoever has no interpreter.
+    # Stored scores are read again, also by those who have no interpreter.
     monkeypatch.delenv("SWD_SCORER_HPSV3")
     assert torch.equal(External("hpsv3", run=False).outside(pictures), rows)
     assert (packages / "hpsv3.py.calls").read_text().split() == ["3"]

@@ -1,4 +1,4 @@
-"""What each metric makes of stored features, and what it refuses."""
+"""The values of each metric on stored features, and its refusals."""
 
 from __future__ import annotations
 

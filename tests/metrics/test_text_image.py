@@ -146,7 +146,7 @@ def test_a_prompt_alone_and_in_a_batch_is_the_same(features: ClipFeatures) -> No
     together = features.prompt_features(PROMPTS)
     alone = torch.cat([features.prompt_features([prompt]) for prompt in PROMPTS])
     torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
-    # What lies beyond the limit is not seen; what lies within is.
+    # Words beyond the limit are not seen; words within are.
     longer = features.prompt_features([PROMPTS[2] + " c", "a" + " b" * 73 + " c" + " b" * 20])
     torch.testing.assert_close(longer[0], together[2], atol=1e-6, rtol=0)
     assert (longer[1] - together[2]).abs().max() > 1e-4

@@ -130,7 +130,7 @@ def test_a_repository_is_fetched_under_the_users_name_for_it(tmp_path: Path, mon
     assert asked == [("owner/name", "student")]
 
 
-# What is read
+# Files that are read
 
 
 def test_an_adapter_describes_itself(tmp_path: Path) -> None:
@@ -380,7 +380,7 @@ def test_a_convolution_s_lora_has_a_kernel_in_lora_a_alone(tmp_path: Path) -> No
     assert load(stored(tmp_path, weights)).state.keys() == weights.keys()
 
 
-# What a student starts from
+# A student's start
 
 
 def a_model(init: Path, **more: Any) -> Any:

@@ -85,7 +85,7 @@ def trained_whole(name: str, model: Pretrained, folder: Path) -> FullStudent:
 
 @pytest.fixture(scope="module")
 def snippets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the text in the exported README draws where this package cannot be imported, and what `swd sample` draws."""
+    """Pictures of the code in the exported README, where this package cannot be imported, and of `swd sample`."""
     root, found, jobs = tmp_path_factory.mktemp("snippets"), {}, []
     for case in SNIPPETS:
         name = case.removesuffix("-full")

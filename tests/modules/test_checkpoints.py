@@ -18,7 +18,7 @@ from tiny import composed, overrides
 from swd.callbacks import checkpoint as callback
 from swd.callbacks.fixed_losses import FixedLosses
 from swd.callbacks.sample_sheets import Samples
-from swd.commands.train import build, fit
+from swd.commands.train import build_task_and_data, fit
 from swd.io.files import clear_leftovers, in_use, write_aside
 from swd.modules.checkpoints import CheckpointFiles, damage, progress_in_iterations
 from swd.modules.distiller import Distiller
@@ -135,7 +135,7 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(
     newest = copied(finished, tmp_path)
     DAMAGE[kind](newest)
     cfg = composed(overrides(tiny_model, tmp_path / "runs" / "next", loss="dmd", resume="auto"))
-    task: Any = build(cfg)[0]
+    task: Any = build_task_and_data(cfg)[0]
     with pytest.warns(UserWarning, match=r"iteration-2\.ckpt is damaged \(.+\) and was passed over"):
         found = callback.find_checkpoint("auto", tmp_path / "runs", cfg, task)
     assert found == str(newest.with_name("iteration-1.ckpt"))

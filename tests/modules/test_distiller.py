@@ -1,4 +1,4 @@
-"""What a distillation is built of: its options, its roles and optimizers, and what it draws with."""
+"""The parts of a distillation: its options, its roles and optimizers, and what it draws with."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def critic_of(task: Distiller) -> torch.Tensor:
 
 
 def update_by_hand(task: Distiller, inputs: Inputs, critic: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """What is differentiated in an update, and its metrics."""
+    """The loss that is differentiated in an update, and its metrics."""
     networks, terms = task.networks, task.terms
     x0_hat = student_x0(networks, inputs.interval, inputs.source, inputs.conditioning, inputs.draws)
     leaf = x0_hat.detach().requires_grad_(not critic)

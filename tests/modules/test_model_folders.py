@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from swd.commands import sample
-from swd.commands.train import build
+from swd.commands.train import build_task_and_data
 from swd.modules import hub, model_folders, pipeline_folder
 from swd.modules.model_folders import class_of, weight_files
 from swd.modules.pretrained import Pretrained
@@ -471,7 +471,7 @@ def test_absurd_ranks_and_heads_are_refused_on_the_command_line(tmp_path: Path, 
         "model.path=''",
     ):
         with pytest.raises(Exception) as caught:
-            build(tiny.composed([*tiny.overrides(tiny_model, tmp_path), override]))
+            build_task_and_data(tiny.composed([*tiny.overrides(tiny_model, tmp_path), override]))
         cause: BaseException | None = caught.value
         while cause is not None and not isinstance(cause, UserError):
             cause = cause.__cause__ or cause.__context__

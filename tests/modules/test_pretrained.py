@@ -17,11 +17,11 @@ import torch
 from huggingface_hub import errors
 
 from swd.modules import hub
-from swd.modules.backbones.base import Limits
+from swd.modules.backbones.base import NetworkLimits
 from swd.modules.backbones.sd3 import SD3Encoders
 from swd.modules.backbones.sdxl import SDXLEncoders
 from swd.modules.family_folder import resolve_asset
-from swd.modules.model_folders import is_whole
+from swd.modules.model_folders import is_whole_file
 from swd.modules.pretrained import Pretrained
 from swd.modules.targets import is_target
 from swd.types import UserError
@@ -63,7 +63,7 @@ def test_sizes_that_the_network_cannot_take_are_refused(
 
 @pytest.mark.parametrize("size", [(10**9, 128), (128, 0), (0, 128, 128), (10**6, 128, 128)])
 def test_no_side_is_zero_or_huge_where_positions_are_computed(size: tuple[int, ...]) -> None:
-    limits = Limits(divisor=2, max_side=None, blocks=3, width=8, channels=4, native=(128,) * len(size))
+    limits = NetworkLimits(divisor=2, max_side=None, blocks=3, width=8, channels=4, native=(128,) * len(size))
     limits.check_size((128,) * len(size))
     with pytest.raises(UserError, match="is no side of a latent; use 1 to 16384"):
         limits.check_size(size)
@@ -256,11 +256,11 @@ def test_impossible_quantization_is_refused(tiny_model: Path, values: dict[str, 
 HTTP: Any = importlib.import_module(
     next(name for c in errors.HfHubHTTPError.__mro__ if (name := c.__module__.partition(".")[0]) in hub.HTTP_LIBRARIES)
 )
-"""What the installed huggingface_hub speaks with; should a release change it, its errors would be tracebacks."""
+"""The HTTP library of the installed huggingface_hub; should a release change it, its errors would be tracebacks."""
 
 
 def answer(monkeypatch: pytest.MonkeyPatch, error: Exception) -> str:
-    """What a user reads when the hub's client raises `error`."""
+    """The message that a user reads when the hub's client raises `error`."""
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise error
@@ -311,7 +311,7 @@ def test_errors_of_the_program_itself_are_not_hidden(monkeypatch: pytest.MonkeyP
 
 def test_whole_weights_are_whole(tiny_model: Path) -> None:
     files = list(tiny_model.glob("*/*.safetensors"))
-    assert len(files) == 5 and all(map(is_whole, files))
+    assert len(files) == 5 and all(map(is_whole_file, files))
 
 
 def test_missing_folders_are_refused(tmp_path: Path) -> None:

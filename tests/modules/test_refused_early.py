@@ -1,4 +1,4 @@
-"""What does not fit is refused before any weight is loaded: loading anything fails these tests."""
+"""Settings that do not fit are refused before any weight is loaded: loading anything fails these tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hydra.errors import InstantiationException
 from tiny import composed, overrides
 from transformers import PreTrainedModel
 
-from swd.commands.train import build
+from swd.commands.train import build_task_and_data
 from swd.modules.adapters import load, save_adapter
 from swd.modules.pretrained import Pretrained
 from swd.types import UserError
@@ -116,13 +116,13 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
 
 
 def checked(stored: dict[str, Path], folder: Path, *more: str) -> Any:
-    """`build` on a command line; what is refused inside a constructor comes out as the command shows it."""
+    """Task and data of a command line; what is refused inside a constructor comes out as the command shows it."""
     given = [argument.format(**stored) for argument in more]
     base = overrides(stored["sd3"], folder)
     if "data=images" in given:
         base = [argument for argument in base if not argument.startswith("data.dataset.resolution")]
     try:
-        return build(composed([*base, *given]))[0]
+        return build_task_and_data(composed([*base, *given]))[0]
     except InstantiationException as error:
         assert isinstance(error.__cause__, UserError), error
         raise error.__cause__ from None

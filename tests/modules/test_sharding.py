@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from swd.losses import MMD
-from swd.modules.accumulation import Part
+from swd.modules.accumulation import BatchPart
 from swd.modules.inputs import InputBuilder, Inputs
-from swd.modules.layouts import divided_like, gathered, is_sharded, local, swap, whole
-from swd.modules.sharding import DDP, Sharded, check, chosen, fingerprint, shard_heads
+from swd.modules.layouts import divided_like, gathered, is_sharded, local_part, swap, whole_tensor
+from swd.modules.sharding import DDP, Sharded, check_strategy, shard_heads, strategy_for, weights_fingerprint
 from swd.types import SeededDraws, UserError
 
 
@@ -45,9 +45,9 @@ def test_processes_that_wait_end_after_ten_minutes() -> None:
 
 
 def test_several_processes_have_whole_copies_unless_told_otherwise() -> None:
-    assert [type(chosen(*given)) for given in (("auto", 2), ("ddp", 2), ("ddp", 1))] == [DDP] * 3
+    assert [type(strategy_for(*given)) for given in (("auto", 2), ("ddp", 2), ("ddp", 1))] == [DDP] * 3
     own = Sharded()
-    assert chosen("auto", 1) == "auto" and chosen(own, 2) is own
+    assert strategy_for("auto", 1) == "auto" and strategy_for(own, 2) is own
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_groups_of_processes(shard: Any, processes: int, per_node: int, size: in
             "group of all",
         ),
         (
-            lambda: check(Sharded(), nn.Linear(1, 1), 2, 1),
+            lambda: check_strategy(Sharded(), nn.Linear(1, 1), 2, 1),
             "this trainer shards a distillation; Linear trains one network of moderate size: use trainer=ddp",
         ),
     ],
@@ -99,7 +99,7 @@ def test_a_state_that_no_process_can_gather_is_refused_before_any_weight_is_load
         "for a checkpoint (trainer.strategy.largest_state=1e-06); raise that if its machine has the memory, or use "
         "model.tuning=lora"
     ):
-        check(Sharded(largest_state=1e-6), task, 2, 1)
+        check_strategy(Sharded(largest_state=1e-6), task, 2, 1)
     assert not hasattr(task, "networks")
 
 
@@ -107,9 +107,9 @@ def test_a_state_that_no_process_can_gather_is_refused_before_any_weight_is_load
 def test_strategies_of_lightning_that_shard_are_refused(strategy: Any, model: dict[str, Any]) -> None:
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
     with says(f"trainer.strategy={name} does not fit a distillation; use trainer=fsdp, hsdp or ddp"):
-        check(strategy, a_task(Case("other", model=model)), 2, 1)
+        check_strategy(strategy, a_task(Case("other", model=model)), 2, 1)
     for known in ("auto", "ddp", DDP(), Sharded()):
-        check(known, a_task(Case("known", model=model)), 2, 1)
+        check_strategy(known, a_task(Case("known", model=model)), 2, 1)
 
 
 def test_a_parameter_outside_of_modules_cannot_be_sharded() -> None:
@@ -121,12 +121,12 @@ def test_a_parameter_outside_of_modules_cannot_be_sharded() -> None:
 
 def test_a_fingerprint_is_of_all_that_is_trained() -> None:
     task = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).bfloat16().requires_grad_(False))
-    first = fingerprint(task)
+    first = weights_fingerprint(task)
     with torch.no_grad():
         task[1].weight += 1
-        assert fingerprint(task) == first, "it is frozen"
+        assert weights_fingerprint(task) == first, "it is frozen"
         task[0].bias[1] += 1e-6
-    assert fingerprint(task) != first
+    assert weights_fingerprint(task) != first
 
 
 def test_tensors_that_are_not_divided_stay_as_they_are() -> None:
@@ -134,7 +134,7 @@ def test_tensors_that_are_not_divided_stay_as_they_are() -> None:
     values = {"x": a, "y": [b, (1, "z")]}
     found = gathered(values)
     assert found == {"x": a, "y": [b, (1, "z")]} and found["x"] is a and found["y"][0] is b
-    assert local(a) is a and whole(a) is a and divided_like(a, b) is a and not is_sharded(nn.Linear(1, 1))
+    assert local_part(a) is a and whole_tensor(a) is a and divided_like(a, b) is a and not is_sharded(nn.Linear(1, 1))
     places = a.data_ptr(), b.data_ptr()
     swap([(a, b)])
     assert (b.data_ptr(), a.data_ptr()) == places and a.tolist() == [1, 1]
@@ -178,11 +178,13 @@ def test_a_part_draws_what_its_rows_draw_in_the_batch(model: dict[str, Any]) -> 
 
 
 def test_a_check_fails_if_it_does_in_any_part() -> None:
-    def part(value: float, fine: bool) -> Part:
+    def part(value: float, fine: bool) -> BatchPart:
         number = torch.tensor(value)
-        return Part(number, torch.full((1, 2), value), {"loss": number}, {"a": torch.tensor(fine), "b": number > 0})
+        return BatchPart(
+            number, torch.full((1, 2), value), {"loss": number}, {"a": torch.tensor(fine), "b": number > 0}
+        )
 
-    both = Part.joined([part(1.0, True), part(4.0, False)])
+    both = BatchPart.joined([part(1.0, True), part(4.0, False)])
     assert both.loss == 2.5 and both.metrics == {"loss": torch.tensor(2.5)}
     assert both.x0_hat.tolist() == [[1, 1], [4, 4]] and {k: bool(v) for k, v in both.checks.items()} == {
         "a": False,

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import build_conditioning, build_latents, composed, overrides
 from torch.testing import assert_close
 
-from swd.commands.train import build
+from swd.commands.train import build_task_and_data
 from swd.modules import adapters
 from swd.modules.adapters import check_start
 from swd.modules.pretrained import Pretrained
@@ -50,7 +50,7 @@ def test_the_student_starts_as_the_published_model(
     base = Pretrained("sd3", str(tiny_model), rank=4, precision="fp32", feature_blocks=(1,))
     folder = published(base, tmp_path / "adapter", **PUBLISHED[case])
     given = overrides(tiny_model, tmp_path, model__init_adapter=folder, model__alpha=alpha)
-    task: Any = build(composed(given))[0]
+    task: Any = build_task_and_data(composed(given))[0]
     task.configure_model()
     x, sigma, text = build_latents(), torch.tensor([0.9, 0.4]), build_conditioning()
 
@@ -72,14 +72,14 @@ def test_the_file_is_read_once_and_let_go_of(tiny_model: Path, tmp_path: Path, m
     reads = []
     load = adapters.load
     monkeypatch.setattr(adapters, "load", lambda path: reads.append(path) or load(path))
-    task: Any = build(composed(overrides(tiny_model, tmp_path, model__init_adapter=folder)))[0]
+    task: Any = build_task_and_data(composed(overrides(tiny_model, tmp_path, model__init_adapter=folder)))[0]
     assert len(reads) == 1 and task.model.initial
     task.configure_model()
     assert len(reads) == 1 and task.model.initial is None
 
 
 def test_the_targets_that_a_message_names_are_right(tiny_model: Path, tmp_path: Path) -> None:
-    """What the message says, given as targets, lets the same adapter in."""
+    """The targets that the message names let the same adapter in."""
     base = Pretrained("sd3", str(tiny_model), rank=4, precision="fp32", feature_blocks=(1,))
     folder = published(base, tmp_path / "adapter", lora_alpha=4)
     options: dict[str, Any] = {"rank": 4, "feature_blocks": (1,), "init_adapter": str(folder)}
@@ -104,7 +104,7 @@ def test_a_start_in_8_bits_keeps_the_adapter_exact(tiny_model: Path, tmp_path: P
     base = Pretrained("sd3", str(tiny_model), rank=4, precision="fp32", feature_blocks=(1,))
     folder = published(base, tmp_path / "adapter", lora_alpha=12)
     given = overrides(tiny_model, tmp_path, model__init_adapter=folder, model__quantization="int8")
-    task: Any = build(composed(given))[0]
+    task: Any = build_task_and_data(composed(given))[0]
     task.configure_model()
     assert any(isinstance(module, QuantizedLinear) for module in task.networks.modules())
     state = task.networks.adapter_state("student")

@@ -10,7 +10,7 @@ import pytest
 from browser import WIDTHS, visit
 from report_folders import EVIL, write_evaluation
 
-from swd.report.pairs import Layout, read_study, render, unscramble
+from swd.report.pairs import Layout, read_study, render_pairs, unscramble
 from swd.report.votes import read_ballot, win_rates
 
 
@@ -20,7 +20,7 @@ def page(tmp_path: Path) -> Path:
     drawn = write_evaluation(tmp_path / "evaluation") / "pictures"
     study = read_study(drawn / "teacher", drawn / "student", ["relevance", EVIL])
     file = tmp_path / "compare.html"
-    file.write_text(render(study, Layout(EVIL, 0, 64, 80, 10)), encoding="utf-8")
+    file.write_text(render_pairs(study, Layout(EVIL, 0, 64, 80, 10)), encoding="utf-8")
     return file
 
 

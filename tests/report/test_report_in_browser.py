@@ -11,7 +11,7 @@ from report_folders import EVIL, write_evaluation, write_run
 
 from swd.report import overview
 
-LIMITS = overview.Limits(20, 256, 85, 6)
+LIMITS = overview.PageLimits(20, 256, 85, 6)
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +21,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [f"{i},{1 / i},{2 / i},{10 / i if i % 20 == 0 else ''}" for i in range(1, 61)]
     first = write_run(folder / "first", lines, [20, 40, 60])
     second = write_run(folder / "a-very-long-name-of-a-run-that-does-not-fit-a-phone", [*lines[:30], "x,1,1,"], [30])
-    found = overview.read([first, second, write_evaluation(folder / "evaluation")])
+    found = overview.read_folders([first, second, write_evaluation(folder / "evaluation")])
     file = folder / "report.html"
-    file.write_text(overview.render(*found, LIMITS, EVIL, "swd report"), encoding="utf-8")
+    file.write_text(overview.render_overview(*found, LIMITS, EVIL, "swd report"), encoding="utf-8")
     return file
 
 
@@ -109,6 +109,8 @@ def test_a_page_of_an_evaluation_alone_or_of_an_empty_run(browser: Any, tmp_path
     empty = [write_run(tmp_path / "run", [])]
     for name, folders in (("a.html", alone), ("b.html", empty)):
         file = tmp_path / name
-        file.write_text(overview.render(*overview.read(folders), LIMITS, name, "swd report"), encoding="utf-8")
+        file.write_text(
+            overview.render_overview(*overview.read_folders(folders), LIMITS, name, "swd report"), encoding="utf-8"
+        )
         with visit(browser, file) as opened:
             assert opened.overflow() <= 0

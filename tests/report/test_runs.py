@@ -9,8 +9,8 @@ from conftest import DATA
 from report_folders import write_evaluation, write_picture, write_run
 
 from swd.report.evaluations import bars_of, read_evaluation
-from swd.report.folders import names_of, read_pictures, spread
-from swd.report.overview import Limits, columns_of, curves_of, fitting, read
+from swd.report.folders import evenly_spread, names_of, read_picture_folder
+from swd.report.overview import PageLimits, columns_of, curves_of, fitting, read_folders
 from swd.report.runs import MOST_POINTS, Sheet, differences, read_curves, read_run
 from swd.types import UserError
 
@@ -94,15 +94,20 @@ def test_columns_of_a_sheet_are_named_only_where_the_schedule_fits(tmp_path: Pat
 
 def test_sheets_are_left_out_evenly_until_they_fit(tmp_path: Path) -> None:
     sheets = [Sheet(i, write_picture(tmp_path / f"{i}.png", "red", 40, 40)) for i in range(1, 10)]
-    all_kept, pictures = fitting(sheets, Limits(20, 64, 85, 6), 1e6)
+    all_kept, pictures = fitting(sheets, PageLimits(20, 64, 85, 6), 1e6)
     assert all_kept == sheets and len(pictures) == 9
     one = len(pictures[0]) * 0.75
-    kept, pictures = fitting(sheets, Limits(20, 64, 85, 6), 3.5 * one)
+    kept, pictures = fitting(sheets, PageLimits(20, 64, 85, 6), 3.5 * one)
     assert [sheet.iteration for sheet in kept] == [1, 5, 9] and sum(map(len, pictures)) * 0.75 <= 3.5 * one
 
 
 def test_positions_are_spread_evenly() -> None:
-    assert spread(9, 3) == [0, 4, 8] and spread(3, 9) == [0, 1, 2] and spread(5, 1) == [4] and spread(0, 1) == []
+    assert (
+        evenly_spread(9, 3) == [0, 4, 8]
+        and evenly_spread(3, 9) == [0, 1, 2]
+        and evenly_spread(5, 1) == [4]
+        and evenly_spread(0, 1) == []
+    )
 
 
 def test_names_are_what_folders_do_not_have_in_common(tmp_path: Path) -> None:
@@ -152,16 +157,16 @@ def test_folders_that_are_neither_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for folder, message in ((tmp_path / "none", "does not exist"), (tmp_path / "empty", "is neither a run")):
         with pytest.raises(UserError, match=message):
-            read([folder])
+            read_folders([folder])
     with pytest.raises(UserError, match="0 folders"):
-        read([])
+        read_folders([])
     (tmp_path / "empty" / "results.json").write_text("[1")
     with pytest.raises(UserError, match=r"results\.json cannot be read"):
-        read([tmp_path / "empty"])
+        read_folders([tmp_path / "empty"])
 
 
 def test_an_index_that_is_damaged_is_refused(tmp_path: Path) -> None:
     for line in ("{", '{"index": 0}', '{"index": "a", "file": "x.png"}'):
         (tmp_path / "index.jsonl").write_text(line + "\n")
         with pytest.raises(UserError, match=r"index\.jsonl, line 1: no index and file"):
-            read_pictures(tmp_path)
+            read_picture_folder(tmp_path)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 from report_folders import EVIL, write_evaluation, write_picture
 
-from swd.report.pairs import Layout, read_study, render, scramble, unscramble
+from swd.report.pairs import Layout, read_study, render_pairs, scramble, unscramble
 from swd.report.votes import Ballot, Vote, check_together, read_ballot, wilson, win_rates
 from swd.types import UserError
 
@@ -73,14 +73,14 @@ def test_folders_without_a_common_picture_are_refused(tmp_path: Path) -> None:
             read_study(a, other, ["x"])
     (b / "0.png").write_text("no picture")
     with pytest.raises(UserError, match=r"0\.png is no picture that can be read"):
-        render(read_study(a, b, ["x"]), LAYOUT)
+        render_pairs(read_study(a, b, ["x"]), LAYOUT)
 
 
 def test_sides_are_balanced_seeded_and_not_readable_in_the_page(tmp_path: Path) -> None:
     study = read_study(*write_two(tmp_path), ["overall"])
-    html = render(study, LAYOUT)
-    assert html == render(study, LAYOUT)
-    page, other = data_of(html), data_of(render(study, Layout("x", 1, 64, 80, 10)))
+    html = render_pairs(study, LAYOUT)
+    assert html == render_pairs(study, LAYOUT)
+    page, other = data_of(html), data_of(render_pairs(study, Layout("x", 1, 64, 80, 10)))
     hidden = unscramble(page["sealed"], page["study"])
     assert hidden["names"] == ["model-a", "model-b"]
     red = [pair["left"] for pair in page["pairs"]].count(page["pairs"][0]["left"])
@@ -102,7 +102,7 @@ def test_another_picture_or_criterion_is_another_study(tmp_path: Path) -> None:
 def test_a_page_that_is_too_large_is_refused(tmp_path: Path) -> None:
     study = read_study(*write_two(tmp_path), ["overall"])
     with pytest.raises(UserError, match=r"the first 0 of 8 pairs are larger than megabytes=0\.0001"):
-        render(study, Layout("x", 0, 64, 80, 0.0001))
+        render_pairs(study, Layout("x", 0, 64, 80, 0.0001))
 
 
 def test_scrambling_is_undone_by_its_key_alone() -> None:

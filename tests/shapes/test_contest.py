@@ -13,8 +13,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from swd.evaluation.candidate_pictures import CandidatePainter
 from swd.evaluation.candidates import DrawingModel, GivenPictures
-from swd.evaluation.draw import Painter
 from swd.evaluation.plan import Plan
 from swd.io.pictures import to_pil
 from swd.losses import MMD
@@ -25,7 +25,7 @@ from swd.modules.pretrained import Pretrained
 from swd.modules.requests import Requests
 from swd.modules.training_task import averaged
 from swd.shapes import contest
-from swd.shapes.contest import Judged, Store
+from swd.shapes.contest import Judged, StoredStatistics
 from swd.shapes.dataset import ShapesDataset
 from swd.shapes.judge import ATTRIBUTES, Judge, prompt_accuracy
 from swd.shapes.rendered import FLOOR_SEED, PROMPT_SEED, REFERENCE_SEED, SPLIT, prompts_of
@@ -180,7 +180,7 @@ def save_task_adapter(task: Distiller, folder: Path) -> None:
 def drawn_by(candidate: DrawingModel, folder: Path, prompts: list[str], seeds: list[int]) -> Tensor:
     """Pictures of one batch, each with its own seed."""
     requests = Requests(list(zip(prompts, seeds, strict=True)), 1, 0)
-    painter = Painter(Plan(folder, "p", requests, (candidate,), 8, 8), candidate)
+    painter = CandidatePainter(Plan(folder, "p", requests, (candidate,), 8, 8), candidate)
     return torch.stack(painter.draw(range(len(prompts))))
 
 
@@ -262,7 +262,7 @@ def test_the_student_is_drawn_with_the_average_of_its_weights(task: Distiller, t
 
 
 def test_stored_statistics_are_the_prefix_of_what_was_judged(judge: Judge, tmp_path: Path) -> None:
-    store = Store(tmp_path / "stored" / "teacher.npz", {"weights": "abc"})
+    store = StoredStatistics(tmp_path / "stored" / "teacher.npz", {"weights": "abc"})
     store.path.parent.mkdir()
     assert "not there" in (store.why_not(1) or "")
     judged = judge_files(tmp_path, judge, 9)
@@ -270,7 +270,7 @@ def test_stored_statistics_are_the_prefix_of_what_was_judged(judge: Judge, tmp_p
     assert store.why_not(9) is None and "10 are asked for" in (store.why_not(10) or "")
     loaded = store.load()
     assert torch.equal(loaded.features, judged.features) and torch.equal(loaded.scores, judged.scores)
-    assert "another weights" in (Store(store.path, {"weights": "abd"}).why_not(2) or "")
+    assert "another weights" in (StoredStatistics(store.path, {"weights": "abd"}).why_not(2) or "")
     assert json.loads(store.about.read_text())["command"] == "make it"
     assert sorted(path.name for path in store.path.parent.iterdir()) == ["teacher.json", "teacher.npz"]
 

@@ -15,7 +15,7 @@ from swd.shapes import report
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_demos_page_in_a_browser(browser: Any, tmp_path: Path, width: int) -> None:
     file = tmp_path / "report.html"
-    file.write_text(report.render(build_page()), encoding="utf-8")
+    file.write_text(report.render_page(build_page()), encoding="utf-8")
     with visit(browser, file, width) as opened:
         assert opened.overflow() <= 0
         pictures = opened.page.evaluate("[...document.images].map(i => [i.complete, i.naturalWidth])")

@@ -23,7 +23,7 @@ from swd.shapes.judge import Judge
 from swd.shapes.pipeline import (
     TEXT_TOKENS,
     build_clip_tokenizer,
-    build_pipeline,
+    build_shapes_pipeline,
     build_t5_tokenizer,
     build_transformer,
     save_pipeline,
@@ -38,7 +38,7 @@ VAE = Path(__file__).parents[2] / "assets" / "shapes-sd3" / "vae"
 @pytest.fixture(scope="module")
 def skeleton(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("skeleton") / "sd3"
-    save_pipeline(build_pipeline(), folder)
+    save_pipeline(build_shapes_pipeline(), folder)
     return folder
 
 
@@ -94,7 +94,7 @@ def test_the_folder_loads_offline_as_float32_and_draws(skeleton: Path) -> None:
 
 
 def test_embeddings_tell_words_and_their_order_apart(skeleton: Path) -> None:
-    pipeline = build_pipeline()
+    pipeline = build_shapes_pipeline()
     texts = ["a red star above a ring", "a blue star above a ring", "a ring above a red star"]
     embeds, _, pooled, _ = pipeline.encode_prompt(
         texts, None, None, do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS

@@ -13,6 +13,7 @@ import pytest
 from demo_page import EVIL, NAMES, build_page, ratio, row
 from PIL import Image
 
+from swd.io.files import finite
 from swd.io.pictures import to_pil
 from swd.shapes import demo, report
 from swd.types import UserError
@@ -50,7 +51,7 @@ class Reader(HTMLParser):
 
 
 def test_page_is_whole_and_loads_nothing() -> None:
-    html = report.render(build_page())
+    html = report.render_page(build_page())
     reader = Reader(html)
     assert html.startswith("<!doctype html>") and reader.open == []
     assert not re.search(r"https?:|//[a-z]|@import|url\(", html)
@@ -62,7 +63,7 @@ def test_page_is_whole_and_loads_nothing() -> None:
 
 def test_pictures_are_embedded_unchanged() -> None:
     page = build_page()
-    reader = Reader(report.render(page))
+    reader = Reader(report.render_page(page))
     assert len(reader.images) == 5
     for image, pixels in zip(reader.images, [*page.comparisons[0].pictures.values()], strict=False):
         kind, data = str(image["src"]).split(",", 1)
@@ -73,7 +74,7 @@ def test_pictures_are_embedded_unchanged() -> None:
 
 
 def test_everything_from_outside_is_escaped() -> None:
-    html = report.render(build_page())
+    html = report.render_page(build_page())
     assert "<script" not in html and "<b>'" not in html and "odd<name" not in html
     reader = Reader(html)
     assert any(EVIL in text for text in reader.text) and any("odd<name" in text for text in reader.text)
@@ -93,9 +94,9 @@ def test_ratios_say_what_was_expected() -> None:
 def test_a_stored_row_is_named_as_such_and_a_run_without_losses_says_so() -> None:
     page = build_page(curves={})
     page.results["rows"][0]["source"] = "stored: swd demo store_teacher=true"
-    html = report.render(page)
+    html = report.render_page(page)
     assert "recompute=true" in html and "kept no losses" in html
-    assert "recompute=true" not in report.render(build_page())
+    assert "recompute=true" not in report.render_page(build_page())
 
 
 # The demo's arithmetic
@@ -127,7 +128,7 @@ def test_ratio_knows_whether_it_is_as_expected() -> None:
 
 
 def test_results_hold_no_number_that_json_lacks() -> None:
-    assert demo.finite({"a": [1.0, math.nan], "b": {"c": math.inf, "d": "x"}}) == {
+    assert finite({"a": [1.0, math.nan], "b": {"c": math.inf, "d": "x"}}) == {
         "a": [1.0, None],
         "b": {"c": None, "d": "x"},
     }
@@ -171,7 +172,7 @@ def test_a_distance_stands_with_its_interval_and_says_what_it_settles() -> None:
         "teacher, 4 steps: MMD +5.0 [+3.0, +7.0] over teacher, 28 steps (worse)",
         "student, 4 steps, scale-wise: MMD -0.4 [-2.4, +1.6] over teacher, 28 steps (not told apart)",
     ]
-    text = "".join(Reader(report.render(build_page(results=dict(build_page().results) | {"rows": rows}))).text)
+    text = "".join(Reader(report.render_page(build_page(results=dict(build_page().results) | {"rows": rows}))).text)
     assert all(line in text for line in lines)
 
 

@@ -21,7 +21,7 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
 
 
 @dataclass(frozen=True)
-class Limits:
+class NetworkLimits:
     """Valid input of a network, by its own configuration.
 
     Attributes:
@@ -124,7 +124,7 @@ class Backbone(nn.Module, ABC):
         packed: whether its pipeline carries latents as tokens.
         float_latents: whether its pipeline carries latents in float32 whatever the network's dtype.
         unknown_settings: settings of `model_index.json` that mark variants which this backbone does not support.
-        trains_from_scratch: whether `task.from_scratch` has initial weights for this network.
+        trains_from_scratch: whether `initialise` has weights for `task.from_scratch`.
         comfyui: whether ComfyUI supports this family and loads its LoRA under the names of `comfy_key`.
         poor_at_low_resolution: whether the teacher draws poorly at sizes below its native one.
     """
@@ -153,7 +153,7 @@ class Backbone(nn.Module, ABC):
 
     @staticmethod
     @abstractmethod
-    def limits_of(config: dict[str, Any]) -> Limits:
+    def limits_of(config: dict[str, Any]) -> NetworkLimits:
         """Limits from the network's `config.json`, before any weight is loaded."""
 
     @staticmethod
@@ -168,6 +168,16 @@ class Backbone(nn.Module, ABC):
         width, pooled = cls.conditioning_widths(config)
         embeds = torch.randn(batch, tokens, width, generator=generator)
         return Conditioning(embeds, None if pooled is None else torch.randn(batch, pooled, generator=generator))
+
+    @staticmethod
+    def initialise(network: nn.Module, seed: int) -> None:
+        """Set the weights with which training from scratch begins; only for families with `trains_from_scratch`.
+
+        Args:
+            network: the diffusers model.
+            seed: of the weights; equal seeds give equal ones.
+        """
+        raise NotImplementedError("this family is not trained from scratch")
 
     @staticmethod
     def sampling_arguments(max_text_tokens: int, guidance: float | None) -> dict[str, Any]:
@@ -254,7 +264,7 @@ class Backbone(nn.Module, ABC):
         return list(modules)
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> NetworkLimits:
         """Limits of this network."""
         return self.limits_of(dict(self.diffusers_model.config))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from swd.diffusion import Process, RectifiedFlow
-from swd.modules.backbones.base import Backbone, Limits
+from swd.modules.backbones.base import Backbone, NetworkLimits
 from swd.modules.encoders import Encoders
 from swd.scheduler import pack, position_ids, unpack
 from swd.types import Conditioning, Size
@@ -40,8 +40,8 @@ class FluxBackbone(Backbone):
     packed: ClassVar[bool] = True
 
     @staticmethod
-    def limits_of(config: dict[str, Any]) -> Limits:
-        return Limits(
+    def limits_of(config: dict[str, Any]) -> NetworkLimits:
+        return NetworkLimits(
             divisor=2,
             max_side=None,
             blocks=config["num_layers"],

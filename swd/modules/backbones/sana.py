@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from swd.diffusion import Process, RectifiedFlow
-from swd.modules.backbones.base import Backbone, Limits
+from swd.modules.backbones.base import Backbone, NetworkLimits
 from swd.modules.encoders import Encoders
 from swd.types import Conditioning
 
@@ -51,10 +51,10 @@ class SanaBackbone(Backbone):
     float_latents: ClassVar[bool] = True
 
     @staticmethod
-    def limits_of(config: dict[str, Any]) -> Limits:
+    def limits_of(config: dict[str, Any]) -> NetworkLimits:
         # Without a scale for interpolation there is no positional embedding, and so no limit.
         bounded = config.get("interpolation_scale") is not None
-        return Limits(
+        return NetworkLimits(
             divisor=config["patch_size"],
             max_side=config["sample_size"] if bounded else None,
             blocks=config["num_layers"],

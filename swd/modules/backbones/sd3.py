@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from swd.diffusion import Process, RectifiedFlow
-from swd.modules.backbones.base import Backbone, Limits
+from swd.modules.backbones.base import Backbone, NetworkLimits
 from swd.modules.encoders import Encoders
+from swd.modules.fresh_weights import draw_normal
 from swd.types import Conditioning
 
 
@@ -44,9 +46,9 @@ class SD3Backbone(Backbone):
     comfyui: ClassVar[bool] = True
 
     @staticmethod
-    def limits_of(config: dict[str, Any]) -> Limits:
+    def limits_of(config: dict[str, Any]) -> NetworkLimits:
         patch = config["patch_size"]
-        return Limits(
+        return NetworkLimits(
             divisor=patch,
             max_side=config["pos_embed_max_size"] * patch,
             blocks=config["num_layers"],
@@ -58,6 +60,22 @@ class SD3Backbone(Backbone):
     @staticmethod
     def conditioning_widths(config: dict[str, Any]) -> tuple[int, int | None]:
         return config["joint_attention_dim"], config["pooled_projection_dim"]
+
+    @staticmethod
+    @torch.no_grad()
+    def initialise(network: nn.Module, seed: int) -> None:
+        """adaLN-zero, as in DiT (arXiv 2212.09748, section 3.2)."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, module in network.named_modules():
+            if isinstance(module, nn.Linear):
+                modulation = ".norm1" in name or name.startswith("norm_out")
+                fan_in = module.in_features
+                fan_out = module.out_features
+                std = 0.02 if "embedder" in name and "context" not in name else (2 / (fan_in + fan_out)) ** 0.5
+                zero = (modulation and name.endswith("linear")) or name == "proj_out"
+                draw_normal(module.weight, 0.0 if zero else std, generator)
+                if module.bias is not None:
+                    module.bias.zero_()
 
     @property
     def block_list(self) -> Sequence[nn.Module]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from swd.diffusion import Process, VariancePreserving
-from swd.modules.backbones.base import Backbone, Limits
+from swd.modules.backbones.base import Backbone, NetworkLimits
 from swd.modules.encoders import Encoders
 from swd.types import Conditioning, Size
 
@@ -50,9 +50,9 @@ class SDXLBackbone(Backbone):
     poor_at_low_resolution: ClassVar[bool] = True  # SwD paper, appendix B
 
     @staticmethod
-    def limits_of(config: dict[str, Any]) -> Limits:
+    def limits_of(config: dict[str, Any]) -> NetworkLimits:
         channels = config["block_out_channels"]
-        return Limits(
+        return NetworkLimits(
             divisor=2 ** (len(channels) - 1),  # odd maps inside the UNet would be resized on the way up
             max_side=None,
             blocks=1,

@@ -10,7 +10,7 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor, nn
 
 from swd.diffusion import Process, RectifiedFlow
-from swd.modules.backbones.base import Backbone, Limits
+from swd.modules.backbones.base import Backbone, NetworkLimits
 from swd.modules.encoders import Encoders
 from swd.types import Conditioning
 
@@ -58,10 +58,10 @@ class WanBackbone(Backbone):
     poor_at_low_resolution: ClassVar[bool] = True  # SwD paper, appendix B
 
     @staticmethod
-    def limits_of(config: dict[str, Any]) -> Limits:
+    def limits_of(config: dict[str, Any]) -> NetworkLimits:
         frames, height, width = config["patch_size"]
         assert frames == 1 and height == width, "Wan 2.1 patches are (1, 2, 2)"
-        return Limits(
+        return NetworkLimits(
             divisor=height,
             max_side=config["rope_max_seq_len"] * height,
             blocks=config["num_layers"],

@@ -32,7 +32,7 @@ PNG_BYTES = 1.6
 """About how many bytes a pixel of a photograph takes."""
 
 
-class Painter:
+class CandidatePainter:
     """Draws rows of a plan with one model; the pipeline is loaded when it is first needed.
 
     Args:
@@ -132,7 +132,7 @@ class FixedLevels(FlowMatchEulerDiscreteScheduler):
         super().set_timesteps(sigmas=self.levels, device=device)
 
 
-def draw_share(painter: Painter) -> None:
+def draw_share(painter: CandidatePainter) -> None:
     """Draw what is missing of this process's share of one model's pictures, and say how far it is."""
     plan = painter.plan
     clear_leftovers(painter.files[0].parent)
@@ -147,7 +147,7 @@ def draw_share(painter: Painter) -> None:
                 progress.advance(len(batch))
 
 
-def is_drawn(painter: Painter) -> bool:
+def is_drawn(painter: CandidatePainter) -> bool:
     """Whether all pictures of all processes are there."""
     return all(file.is_file() for file in painter.files)
 
@@ -157,7 +157,7 @@ def check_space(plan: Plan) -> None:
     needed = 0.0
     for candidate in plan.candidates:
         if isinstance(candidate, DrawingModel):
-            painter = Painter(plan, candidate)
+            painter = CandidatePainter(plan, candidate)
             left = sum(len(batch) for rows in plan.chunks for batch in painter.left(rows))
             needed += left * PNG_BYTES * torch.Size(candidate.model.pixel_size(candidate.size)).numel()
     free = shutil.disk_usage(plan.folder).free

@@ -24,7 +24,7 @@ from swd.metrics.features import load_features, picture_files, save_features
 from swd.metrics.streaming import StreamedMetrics
 from swd.modules.distiller import Distiller
 from swd.modules.finite import all_finite
-from swd.modules.reporting import report
+from swd.modules.run_values import log_values
 from swd.schedule import downscale
 from swd.types import Conditioning, PictureBatch, Size, UserError
 
@@ -247,7 +247,7 @@ class Metrics(Measurement):
                 extractor.unload()
         if row is None:
             return {}
-        report(trainer, row)
+        log_values(trainer, row)
         return row
 
     def _extractors(self) -> dict[Extractor, None]:

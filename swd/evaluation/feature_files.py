@@ -25,7 +25,7 @@ NAME = "features"
 
 
 @dataclass(frozen=True)
-class Store:
+class FeatureFiles:
     """Features `[N, D]` of N rows in one folder.
 
     Attributes:
@@ -86,7 +86,7 @@ def key_for(extractor: str, weights: str, source: str) -> str:
     return key_of({"extractor": extractor, "weights": weights, "source": source})
 
 
-def fill(store: Store, compute: Callable[[range], Tensor], task: str, unit: str = "picture") -> None:
+def extract_missing(store: FeatureFiles, compute: Callable[[range], Tensor], task: str, unit: str = "picture") -> None:
     """Compute this process's share of the chunks that are missing.
 
     Args:

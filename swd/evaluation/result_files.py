@@ -39,7 +39,7 @@ def published_rows() -> list[dict[str, Any]]:
     return [row | {"source": known["source"]} for row in known["rows"]]
 
 
-def write(folder: Path, results: Results) -> None:
+def write_results(folder: Path, results: Results) -> None:
     """Write the results and every form of the table."""
     tables = grids(results)
     write_json(folder / RESULTS, results)
@@ -77,16 +77,16 @@ def models_grid(results: Results, detailed: bool = True) -> Grid:
     rows = []
     for row in results["models"]:
         time = row.get("latency") or {}
-        parts = [shown(time.get(name)) for name in ("text_s", "denoise_s", "decode_s")] if time else []
+        parts = [number_text(time.get(name)) for name in ("text_s", "denoise_s", "decode_s")] if time else []
         memory = row.get("peak_memory_bytes")
         rows.append(
             [
                 str(row["name"]),
                 *(with_interval(row["metrics"].get(name)) for name in names),
-                *(shown(row.get(name)) for name in ("steps", "evaluations", "tflop")),
-                shown(time.get("per_picture_s")),
-                *([" + ".join(parts) or shown(None)] if detailed else []),
-                shown(None if memory is None else memory / 1e9),
+                *(number_text(row.get(name)) for name in ("steps", "evaluations", "tflop")),
+                number_text(time.get("per_picture_s")),
+                *([" + ".join(parts) or number_text(None)] if detailed else []),
+                number_text(None if memory is None else memory / 1e9),
             ]
         )
     n = results["prompts"]["n"] * results.get("images_per_prompt", 1)
@@ -113,9 +113,9 @@ def published_grid(results: Results, detailed: bool = True) -> Grid:
         [
             str(row["name"]),
             str(row["data"]),
-            shown(row.get("steps")),
-            *(shown(row.get("metrics", {}).get(name)) for name in names),
-            *([shown(row.get("per_picture_s"))] if detailed else []),
+            number_text(row.get("steps")),
+            *(number_text(row.get("metrics", {}).get(name)) for name in names),
+            *([number_text(row.get("per_picture_s"))] if detailed else []),
         ]
         for row in found
     ]
@@ -131,14 +131,14 @@ def metric_names(results: Results) -> list[str]:
 def with_interval(metric: Mapping[str, Any] | None) -> str:
     """A value as "2.68 [2.51, 2.90]", with its floor where it has one."""
     if metric is None:
-        return shown(None)
-    text = shown(metric["value"])
+        return number_text(None)
+    text = number_text(metric["value"])
     if metric.get("low") is not None:
-        text += f" [{shown(metric['low'])}, {shown(metric['high'])}]"
-    return f"{text}, floor {shown(metric['floor'])}" if metric.get("floor") is not None else text
+        text += f" [{number_text(metric['low'])}, {number_text(metric['high'])}]"
+    return f"{text}, floor {number_text(metric['floor'])}" if metric.get("floor") is not None else text
 
 
-def shown(value: Any) -> str:
+def number_text(value: Any) -> str:
     """A number with 4 significant digits, a whole number as it is, and a dash for none."""
     if value is None:
         return "–"
@@ -188,4 +188,4 @@ def html(results: Results, tables: Sequence[Grid]) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
-    return environment.get_template("table.html.j2").render(results=results, grids=tables)
+    return environment.get_template("results.html.j2").render(results=results, grids=tables)

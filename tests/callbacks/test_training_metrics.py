@@ -15,7 +15,7 @@ from extractors import TinyExtractor
 from PIL import Image, ImageChops
 from processes import train_on_two
 
-from swd.callbacks.metrics import Metrics, size_name, to_bytes
+from swd.callbacks.training_metrics import Metrics, size_name, to_bytes
 from swd.commands import train
 from swd.metrics.base import Drawn, Reference
 from swd.metrics.fid import Frechet

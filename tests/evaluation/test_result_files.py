@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from swd.evaluation import table
+from swd.evaluation import result_files
 
 EVIL = "a|<script>alert('&')</script>"
 
@@ -77,7 +77,7 @@ class Reader(HTMLParser):
 
 
 def test_rows_hold_values_with_intervals_floor_and_costs(tmp_path: Path) -> None:
-    models, pairs = table.grids(build_results())
+    models, pairs = result_files.grids(build_results())
     assert models.title == "Models, 2,000 pictures each" and models.columns[1] == "fid ↓"
     assert models.rows[0][1:] == [
         "2.681 [2.500, 2.900], floor 2.700",
@@ -97,10 +97,10 @@ def test_rows_hold_values_with_intervals_floor_and_costs(tmp_path: Path) -> None
 
 
 def test_every_form_holds_the_same_and_escapes(tmp_path: Path) -> None:
-    results = build_results(published=table.published_rows())
-    table.write(tmp_path, results)
+    results = build_results(published=result_files.published_rows())
+    result_files.write_results(tmp_path, results)
     assert json.loads((tmp_path / "results.json").read_text()) == results
-    grids = table.grids(results)
+    grids = result_files.grids(results)
     page = Reader((tmp_path / "report.html").read_text())
     assert not page.tags & {"script", "link", "img"}
     assert page.rows == [list(line) for grid in grids for line in (grid.columns, *grid.rows)]
@@ -122,11 +122,11 @@ def _split(line: str) -> list[str]:
     [(None, "–"), (4, "4"), (0.0, "0.000"), (1234.5, "1234"), (2e-5, "2e-05"), (123456.0, "1.23e+05"), ("a", "a")],
 )
 def test_numbers_have_four_digits(value: Any, text: str) -> None:
-    assert table.shown(value) == text
+    assert result_files.number_text(value) == text
 
 
 def test_published_numbers_are_those_of_the_paper_and_marked() -> None:
-    rows = table.published_rows()
+    rows = result_files.published_rows()
     found = {(row["name"], row["data"]): row for row in rows}
     assert found["SD3.5-M-SwD", "MJHQ-30K"]["metrics"] == {
         "pickscore": 21.8,
@@ -139,6 +139,6 @@ def test_published_numbers_are_those_of_the_paper_and_marked() -> None:
         4: 0.72,
     }
     assert all("arxiv.org/abs/2503.16397" in row["source"] for row in rows)
-    grid = table.grids(build_results(published=rows))[-1]
+    grid = result_files.grids(build_results(published=rows))[-1]
     assert grid.title.startswith("Published, not measured here")
     assert ["SD3.5-L-SwD", "COCO-30K", "4", "22.80", "12.80", "1.200", "20.60", "–", "–"] in grid.rows

@@ -9,7 +9,7 @@ from lightning import Trainer
 from torch import Tensor
 
 
-def report(trainer: Trainer, row: Mapping[str, Tensor | float]) -> None:
+def log_values(trainer: Trainer, row: Mapping[str, Tensor | float]) -> None:
     """Log values with the iteration as x axis, and put them into `trainer.callback_metrics`.
 
     May be called from every hook. `self.log` may not, and it hands a row to the loggers only after the callbacks: a run
