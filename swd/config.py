@@ -130,6 +130,7 @@ ALLOWED: Mapping[str, Collection[str]] = {
     "swd.metrics.clip_pictures": ("ClipPictureFeatures",),
     "swd.metrics.preparation": ("CentreCrop", "ShortSide", "Squash"),
     "swd.shapes.metrics": ("JudgeFeatures", "JudgeMmd", "ShapesAccuracy"),
+    "swd.modules.sharding": ("DDP", "Sharded"),
     "lightning": ("Trainer",),
     "lightning.pytorch": ("Trainer",),
     "lightning.pytorch.loggers": (

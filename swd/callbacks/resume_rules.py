@@ -35,7 +35,11 @@ SECTIONS = ("seed", "model", "schedule", "loss", "data", "task")
 """Parts of the configuration that say which experiment a run is, in the order in which differences are named."""
 RULES = (
     Rule(("data.workers", "data.prefetch"), "free", "who loads data ahead changes neither samples nor their order"),
-    Rule(("data.max_bad",), "free", "a run that stopped for too many unreadable samples may go on with more"),
+    Rule(
+        ("data.max_bad", "data.dataset.max_missing"),
+        "free",
+        "a run that stopped for too many unreadable samples may go on with more",
+    ),
     Rule(("task.checkpointing",), "free", "activations are computed again instead of kept: the numbers are the same"),
     Rule(("task.accumulate",), "free", "the parts of a batch add up to the same gradient, but for rounding"),
     Rule(
@@ -69,6 +73,8 @@ RULES = (
 )
 """The first rule that fits a key counts. What computes is no setting: `Checkpoint` says it if processes, devices
 or versions differ."""
+ADDED = {"task.downscale": "direct", "task.frames": "blend"}
+"""Keys that earlier versions lacked, and the value that says what they did."""
 
 
 def rule_for(key: str) -> Rule:
@@ -107,8 +113,12 @@ def changes(checkpoint: Path, cfg: DictConfig) -> Iterator[Change]:
 
 
 def comparable(plain: dict[str, Any]) -> dict[str, Any]:
-    """A recorded configuration with today's names, without data of their own to validate on, which change no weight."""
+    """A recorded configuration with today's keys, without data of their own to validate on, which change no weight."""
     found: dict[str, Any] = renamed(plain)
+    for key, value in ADDED.items():
+        section, _, name = key.partition(".")
+        if isinstance(found.get(section), dict):
+            found[section].setdefault(name, value)
     if isinstance(found.get("data"), dict) and not isinstance(found["data"].get("validation"), int | float):
         found["data"].pop("validation", None)
     return found

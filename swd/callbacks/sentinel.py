@@ -19,6 +19,7 @@ from swd.losses.base import Metrics
 from swd.modules.checkpoints import damage, iterations
 from swd.modules.distiller import Distiller, Observer
 from swd.modules.inputs import Inputs
+from swd.modules.layouts import local_part
 from swd.types import Role, UserError
 
 WINDOW = 10
@@ -265,8 +266,7 @@ def sampled_weights(role: Role, task: Distiller) -> Tensor:
     """A copy of up to `SAMPLE` weights of a role, spread over its layers; on each process those that it holds."""
     parameters = task.networks.role_parameters(role)
     each = max(SAMPLE // max(len(parameters), 1), 1)
-    local = (getattr(p, "to_local", lambda p=p: p)().detach().flatten() for p in parameters)
-    return torch.cat([values[:each].float() for values in local])
+    return torch.cat([local_part(p).detach().flatten()[:each].float() for p in parameters])
 
 
 def good_checkpoint(trainer: Trainer, task: Distiller, before: int) -> str | None:
@@ -285,9 +285,10 @@ def restore_task(task: Distiller, checkpoint: Mapping[str, Any], factor: float) 
         checkpoint: of the same configuration, as `Checkpoint` writes it.
         factor: on the configured learning rates.
     """
-    task.load_state_dict(checkpoint["state_dict"], strict=False)
+    strategy = task.trainer.strategy  # which knows how weights lie on processes
+    strategy.load_model_state_dict(checkpoint, strict=False)
+    strategy.load_optimizer_state_dict(checkpoint)
     rates = (task.lr, task.critic_lr)
-    for optimizer, state, rate in zip(task.trainer.optimizers, checkpoint["optimizer_states"], rates, strict=False):
-        optimizer.load_state_dict(state)
+    for optimizer, rate in zip(task.trainer.optimizers, rates, strict=False):
         for group in optimizer.param_groups:
             group["lr"] = rate * factor

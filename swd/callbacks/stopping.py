@@ -10,6 +10,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
+from swd.io.job_log import print_line
+
 
 class CheckStopping(Callback):
     """Calls every EarlyStopping after each new value of the metric that it monitors.

@@ -7,8 +7,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from safetensors import SafetensorError
+from torch import Tensor
 
 from swd.config import one_line
 from swd.io.files import write_aside
@@ -25,8 +27,12 @@ from swd.modules.adapters import (
 )
 from swd.modules.distiller import Distiller
 from swd.modules.finite import all_finite, last_checkpoint, stop_unless_finite
+from swd.modules.layouts import gathered, is_sharded, reshard
 from swd.modules.networks import SharedBase
 from swd.types import Checks, UserError
+
+Weights = dict[str, Tensor]
+"""A student's weights: an adapter's in peft's layout, or all of a network by their names in diffusers."""
 
 
 class Students(Callback):
@@ -97,6 +103,13 @@ class SaveAdapter(Callback):
         done = trainer.global_step
         if not (isinstance(pl_module, Distiller) and trainer.is_global_zero and done > self._written):
             return
+        if is_sharded(pl_module):
+            warnings.warn(
+                f"no student of iteration {done} was written: its weights are divided over processes that may have "
+                "ended; go on with resume=auto",
+                stacklevel=2,
+            )
+            return
         folder = student_folder(Path(trainer.default_root_dir), pl_module)
         try:
             if all(student_checks(pl_module).values()):
@@ -135,10 +148,12 @@ def write_student(trainer: Trainer, task: Distiller, folder: Path) -> None:
     """
     place = f"iteration {trainer.global_step}, before the student is written"
     stop_unless_finite(trainer, student_checks(task), place, "no student was written")
+    # All processes gather what is divided, the first one writes.
+    weights = student_weights(task)
     failure = ""
     if trainer.is_global_zero:
         try:
-            save(folder, task)
+            save(folder, task, weights)
         except (OSError, SafetensorError) as error:
             failure = (
                 f"the student cannot be written to {trainer.default_root_dir} ({one_line(error)}); make room and give "
@@ -149,28 +164,58 @@ def write_student(trainer: Trainer, task: Distiller, folder: Path) -> None:
         raise UserError(failure)
 
 
-def save(folder: Path, task: Distiller) -> Path:
-    """Write the student aside, then rename it; the average of its weights, if there is one, lies in a folder in it."""
+def student_weights(task: Distiller) -> dict[str, Weights]:
+    """The student's weights, and the average of them if there is one, by the folder inside its own that they go to.
+
+    All processes call it at the same time where weights are divided; the first one then has them whole, on the CPU.
+    """
+    found = {".": weights_of(task)}
+    if task.average is not None:
+        with task.averaged_student():
+            found[AVERAGE] = weights_of(task)
+    return found
+
+
+def weights_of(task: Distiller) -> Weights:
+    """The weights with which the student predicts now: an adapter's, or all of a network that is trained whole."""
+    if isinstance(task.networks, SharedBase):
+        return task.networks.adapter_state("student")
+    network = task.networks.backbone_of("student").network
+    reshard(network)
+    state: Weights = gathered(network.state_dict())
+    return state
+
+
+def save(folder: Path, task: Distiller, weights: dict[str, Weights] | None = None) -> Path:
+    """Write the student aside, then rename it; the average of its weights, if there is one, lies in a folder in it.
+
+    Args:
+        folder: the student's.
+        task: the distillation.
+        weights: from `student_weights`; None: as they are now, on one process alone.
+    """
+    parts = student_weights(task) if weights is None else weights
 
     def write(new: Path) -> None:
-        fill(new, task)
-        if task.average is not None:
-            with task.averaged_student():
-                fill(new / AVERAGE, task)
+        for name, state in parts.items():
+            fill(new / name, task, state)
 
     return write_aside(folder, write)
 
 
-def fill(folder: Path, task: Distiller) -> None:
-    """Write the student as it predicts now, and its schedule, into a folder that is made."""
+def fill(folder: Path, task: Distiller, weights: Weights) -> None:
+    """Write a student of these weights, and its schedule, into a folder that is made."""
     model, networks = task.model, task.networks
     if not isinstance(networks, SharedBase):
-        network: Any = networks.backbone_of("student").network
+        config = networks.backbone_of("student").diffusers_model.config
+        with torch.device("meta"):
+            network: Any = model.network_class.from_config(config)
+        network.load_state_dict(weights, assign=True)
         fill_student(folder, network, task.scheduler())
         return
     fill_adapter(
         folder,
-        networks.adapter_state("student"),
+        weights,
         model.rank,
         model.rank if model.alpha is None else model.alpha,
         task.scheduler(),

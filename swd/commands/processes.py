@@ -20,11 +20,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.environments import ClusterEnvironment, LightningEnvironment, TorchElasticEnvironment
-from lightning.pytorch.strategies import DDPStrategy
 
 from swd.io import peers
 from swd.io.files import write_text
 from swd.io.ranks import Ranks, meeting_point, ranks
+from swd.modules import sharding
 from swd.types import UserError
 
 TIMEOUT = 600.0
@@ -107,17 +107,12 @@ def distribute(options: dict[str, Any], timeout: float = TIMEOUT) -> None:
         options: of the Trainer, settled; changed in place.
         timeout: seconds after which a stalled process ends all.
     """
-    if options.get("strategy", "auto") in ("auto", "ddp"):
-        options["strategy"] = "auto"
-        if count(options) > 1:
-            # Student and fake network step in turn, so some parameters have no gradient in each update.
-            # Buffers never change, and SD3.5 Medium's hold 0.45 GB.
-            options["strategy"] = DDPStrategy(find_unused_parameters=True, broadcast_buffers=False)
+    options["strategy"] = sharding.strategy_for(options.get("strategy", "auto"), count(options))
 
     # An exchange of tensors outlives a stall, so that this is reported in one line.
     strategy = options["strategy"]
     if hasattr(strategy, "_timeout"):
-        strategy._timeout = max(strategy._timeout, timedelta(seconds=timeout + SPARE))
+        strategy._timeout = timedelta(seconds=timeout + SPARE)
 
     # Who is who.
     given = options.get("plugins") or []

@@ -46,6 +46,7 @@ from swd.io.masking import mask_text
 from swd.io.memory import out_of_memory
 from swd.io.ranks import ranks
 from swd.io.signals import Stopped
+from swd.modules import sharding
 from swd.modules.checkpoints import CheckpointFiles, Resumable, iterations
 from swd.modules.distiller import Distiller
 from swd.modules.finite import last_checkpoint
@@ -413,6 +414,8 @@ def build_task_and_data(cfg: DictConfig) -> tuple[LightningModule, Any]:
     if isinstance(task, Distiller):
         task.check_data(data)
         task.check_processes(world)
+        task.check_batch(data.batch_size, world)
+    sharding.check_strategy(options.get("strategy"), task, world, int(options.get("num_nodes", 1)))
     return task, data
 
 
@@ -528,7 +531,7 @@ def check_trainer(options: dict[str, Any], task: LightningModule) -> None:
     if not task.automatic_optimization:
         for key, idle, fix in (
             ("gradient_clip_val", (None, 0), "gradients are clipped to task.clip"),
-            ("accumulate_grad_batches", (None, 1), "use a larger data.batch_size"),
+            ("accumulate_grad_batches", (None, 1), "task.accumulate divides a batch into parts"),
         ):
             if options.get(key) not in idle:
                 raise UserError(f"trainer.{key}={options[key]} has no effect in a distillation; {fix}")

@@ -139,8 +139,8 @@ class Step:
         x0_real: target latents of the same shape.
         draws: where random numbers come from.
         wanted: union of the outputs that the terms need from the fake network.
-        shares: number of processes that the global batch is split over. Gradients are averaged over processes, so a
-            loss that is a sum over the batch must be multiplied by this.
+        shares: number of parts that the global batch is split into: over processes, and on each by `task.accumulate`.
+            Gradients are averaged over parts, so a loss that is a sum over the batch must be multiplied by this.
     """
 
     networks: Predictors
@@ -272,6 +272,10 @@ class LossTerm(nn.Module):
 
         It can be if its gradient is the mean of the gradients of its parts, by itself or with a factor `Step.shares`.
         """
+
+    def check_accumulate(self, key: str, parts: int) -> None:
+        """Raise UserError if each process's share of a batch cannot be worked on in so many parts; as for processes."""
+        self.check_processes(key, parts)
 
     def build(self, width: int) -> None:
         """Create the modules that the term owns; `width` is the backbone's feature width D."""

@@ -81,6 +81,13 @@ class MMD(LossTerm):
                 f"use {key}.reduce=image, or one process (trainer.devices=1)"
             )
 
+    def check_accumulate(self, key: str, parts: int) -> None:
+        if parts > 1 and self.reduce == "batch":
+            raise UserError(
+                f"{key}.reduce=batch compares the whole batch as one set, which cannot be done in {parts} parts; "
+                f"use {key}.reduce=image, or task.accumulate=1"
+            )
+
     def generator(self, step: GeneratorStep) -> tuple[Tensor, Metrics]:
         fake, real = self._noised(step)
         role = self.features or "teacher"

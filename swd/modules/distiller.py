@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -21,18 +22,20 @@ from torch.optim.swa_utils import AveragedModel
 from swd.io import limits
 from swd.losses.base import CriticStep, GeneratorStep, LossTerm, Metrics, ModelFacts
 from swd.losses.update import critic_loss, generator_gradient, settle, student_x0, trainers, wanted
+from swd.modules.accumulation import BatchPart, accumulate
 from swd.modules.adapters import check_start, read_adapter
 from swd.modules.bad_steps import Action, BadStepRule, BadSteps
 from swd.modules.checkpoints import optimizer_misfit, progress_in_iterations
 from swd.modules.encoders import Encoders
 from swd.modules.finite import all_finite, step_or_stop
 from swd.modules.inputs import InputBuilder, Inputs
+from swd.modules.layouts import swap, whole_tensor
 from swd.modules.networks import Networks, SharedBase
 from swd.modules.pretrained import Pretrained
 from swd.modules.run_values import log_values
 from swd.modules.sampling import initial_latents, sample_latents
 from swd.modules.statistics import prediction_statistics
-from swd.modules.training_task import averaged
+from swd.modules.training_task import average_name, averaged
 from swd.schedule import Frames, Resizing, ScaleSchedule
 from swd.scheduler import ScaleWiseScheduler
 from swd.types import CachedBatch, Checks, Conditioning, PictureBatch, Role, SeededDraws, UserError
@@ -55,6 +58,8 @@ class Distiller(LightningModule):
         loss: terms by name, at least one.
         seed: of every random draw.
         critic_updates: critic updates before each generator update; without effect where no term trains a critic.
+        accumulate: parts that each process's share of a batch is worked on in, one after the other: the same update
+            with less memory. 1: the released scripts.
         lr: student's learning rate.
         critic_lr: fake network's and head's learning rate; None: the student's.
         betas: of AdamW.
@@ -97,6 +102,7 @@ class Distiller(LightningModule):
         loss: Mapping[str, LossTerm],
         seed: int = 0,
         critic_updates: int = 5,
+        accumulate: int = 1,
         lr: float = 5e-6,
         critic_lr: float | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -124,6 +130,8 @@ class Distiller(LightningModule):
         if critic_updates < 1 and trainers(loss):
             names = " and ".join(trainers(loss))
             raise UserError(f"task.critic_updates={critic_updates}; use 1 or more, since there is a critic for {names}")
+        limits.number("task.accumulate", accumulate, least=1)
+        self.accumulate = accumulate
         self.lr = lr
         self.critic_lr = lr if critic_lr is None else critic_lr
         check_optimizer(lr=lr, critic_lr=self.critic_lr, clip=clip, betas=betas, weight_decay=weight_decay)
@@ -220,12 +228,28 @@ class Distiller(LightningModule):
             )
 
     def check_processes(self, processes: int) -> None:
-        """Raise UserError if a term of the loss cannot be shared by so many processes."""
+        """Raise UserError if a term of the loss cannot be shared by so many processes, or by the parts of a batch."""
         for name, term in self.terms.items():
             term.check_processes(f"loss.{name}", processes)
+            if self.accumulate > 1:
+                term.check_accumulate(f"loss.{name}", self.accumulate)
+
+    def check_batch(self, batch_size: int, processes: int) -> None:
+        """Raise UserError if each process's share of a batch does not divide into `accumulate` parts."""
+        share = batch_size // processes
+        if share % self.accumulate:
+            each = f" for each of {processes} processes" if processes > 1 else ""
+            raise UserError(
+                f"task.accumulate={self.accumulate} does not divide {share} samples{each} (data.batch_size="
+                f"{batch_size}); use a divisor"
+            )
 
     def on_fit_start(self) -> None:
-        self.check_processes(self.trainer.world_size)  # whatever launcher started them
+        processes = self.trainer.world_size  # whatever launcher started them
+        self.check_processes(processes)
+        batch_size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
+        if batch_size is not None:
+            self.check_batch(batch_size, processes)
 
     # One iteration
 
@@ -285,6 +309,11 @@ class Distiller(LightningModule):
 
     def _critic_update(self, inputs: Inputs) -> Metrics:
         """The critic's metrics; none if the update was skipped."""
+        done, norm = self._descend("fake", self._critic_part, inputs)
+        return {} if norm is None else done.metrics | {"monitor/gradient_norm_critic": norm}
+
+    def _critic_part(self, inputs: Inputs) -> BatchPart:
+        """The critic's loss on a batch, or on a part of it."""
         with torch.no_grad():
             x0_hat = self._student_x0(inputs)
         step = CriticStep(
@@ -295,15 +324,25 @@ class Distiller(LightningModule):
             inputs.target,
             inputs.draws,
             wanted(trainers(self.terms), "critic_pass"),
-            self.trainer.world_size,
+            self._shares,
         )
         checks = inputs.finite() | {"the student's prediction": all_finite([x0_hat])}
         loss, metrics = critic_loss(self.terms, step, checks)
-        norm = self._descend("fake", loss, checks, inputs.place)
-        return {} if norm is None else metrics | {"monitor/gradient_norm_critic": norm}
+        return BatchPart(loss, x0_hat, metrics, checks)
 
     def _generator_update(self, inputs: Inputs) -> Metrics:
         """The generator's metrics; none if the update was skipped."""
+        done, norm = self._descend("student", self._generator_part, inputs)
+        if norm is None:
+            return {}
+        distance = (done.x0_hat - inputs.target).square().mean()
+        average = partial(self.trainer.strategy.reduce, reduce_op="mean")
+        watched = prediction_statistics(done.x0_hat, inputs.target, average, self.trainer.world_size)
+        norms = {"monitor/gradient_norm_student": norm}
+        return {"loss": done.metrics["loss"], "x0_mse": distance} | done.metrics | norms | watched
+
+    def _generator_part(self, inputs: Inputs) -> BatchPart:
+        """The generator's loss on a batch, or on a part of it."""
         x0_hat = self._student_x0(inputs)
         leaf = x0_hat.detach().requires_grad_()
         step = GeneratorStep(
@@ -314,41 +353,41 @@ class Distiller(LightningModule):
             inputs.target,
             inputs.draws,
             wanted(self.terms, "generator_pass"),
-            self.trainer.world_size,
+            self._shares,
         )
         checks = inputs.finite() | {"the student's prediction": all_finite([leaf])}
         loss, gradient, metrics = generator_gradient(self.terms, step, checks)
-        norm = self._descend("student", (x0_hat * gradient).sum(), checks, inputs.place)
-        if norm is None:
-            return {}
-        distance = (leaf.detach() - inputs.target).square().mean()
-        average = partial(self.trainer.strategy.reduce, reduce_op="mean")
-        watched = prediction_statistics(leaf.detach(), inputs.target, average, self.trainer.world_size)
-        norms = {"monitor/gradient_norm_student": norm}
-        return {"loss": loss, "x0_mse": distance} | metrics | norms | watched
+        return BatchPart((x0_hat * gradient).sum(), leaf.detach(), {"loss": loss} | metrics, checks)
 
-    def _descend(self, role: Literal["student", "fake"], loss: Tensor, checks: Checks, place: str) -> Tensor | None:
-        """One optimizer step down the gradient of `loss`, if that and everything in `checks` is finite.
+    @property
+    def _shares(self) -> int:
+        """Number of parts that the global batch is worked on in."""
+        return self.trainer.world_size * self.accumulate
+
+    def _descend(
+        self, role: Literal["student", "fake"], work: Callable[[Inputs], BatchPart], inputs: Inputs
+    ) -> tuple[BatchPart, Tensor | None]:
+        """One optimizer step down the gradient of the losses that `work` makes, if everything checked is finite.
 
         Returns:
-            The gradient's norm before clipping; None if the update was skipped.
+            Results of the batch, and the gradient's norm before clipping; None for it if the update was skipped.
         """
         optimizer = self._optimizer(role)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         optimizer.zero_grad()
-        self.manual_backward(loss)
+        done = accumulate(inputs, self.accumulate, work, self.manual_backward, self.trainer.strategy)
         # Not `self.clip_gradients`, which does not tell the norm.
-        norm = clip_grad_norm_(parameters, self.clip)
+        norm = whole_tensor(clip_grad_norm_(parameters, self.clip))
         owner = "the student" if role == "student" else "the critic"
-        checks = checks | {f"gradient norm of {owner}": norm.isfinite()}
-        good = self.bad_steps.good(self.trainer, role, norm, checks, place)
+        checks = done.checks | {f"gradient norm of {owner}": norm.isfinite()}
+        good = self.bad_steps.good(self.trainer, role, norm, checks, inputs.place)
         if good:
-            step_or_stop(partial(self._step, role), self.trainer, parameters, f"weights of {owner}", place)
-            return norm.detach()
+            step_or_stop(partial(self._step, role), self.trainer, parameters, f"weights of {owner}", inputs.place)
+            return done, norm.detach()
         optimizer.zero_grad()
         if role == "student":
             self._step(role)  # without gradients AdamW changes nothing; the iteration counts
-        return None
+        return done, None
 
     @torch.no_grad()
     def predictions(self) -> Checks:
@@ -502,6 +541,11 @@ class Distiller(LightningModule):
         wrong = (optimizer_misfit(one, list(each.values())) for one, each in pairs)
         return next((reason for reason in wrong if reason), None)
 
+    def state_bytes(self) -> int:
+        """Bytes of a checkpoint's weights and optimizer moments; loads no weights."""
+        trained = [sum(4 * math.prod(shape) for shape in group.values()) for group in self._shapes()]
+        return 3 * sum(trained) + (trained[0] if self.ema is not None else 0)
+
     def _shapes(self) -> list[dict[str, tuple[int, ...]]]:
         """Name and shape of what each optimizer trains, without weights in memory."""
         networks = self.model.untrained_networks(self.roles)
@@ -526,21 +570,9 @@ def checked_decay(ema: float | None) -> float | None:
     return ema or None
 
 
-def average_name(name: str) -> str:
-    """The name in the average of a parameter of the networks: torch allows no dots in it."""
-    return name.replace(".", "/")
-
-
 def average_key(key: str) -> str:
     """The key in a checkpoint of the average of a weight of the student."""
     return f"average.module.{average_name(key.removeprefix('networks.'))}"
-
-
-@torch.no_grad()
-def swap(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Exchange the values of the tensors of each pair, without a copy."""
-    for a, b in pairs:
-        a.data, b.data = b.data, a.data
 
 
 def mean_metrics(rows: Sequence[Metrics]) -> Metrics:

@@ -10,12 +10,16 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 
+from swd.modules.layouts import local_part
 from swd.types import Checks, UserError
 
 
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:
-    """Whether no element of any tensor is infinite or NaN: a boolean scalar, computed where the tensors are."""
-    found = [tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point()]
+    """Whether no element of any tensor is infinite or NaN: a boolean scalar, computed where the tensors are.
+
+    Of tensors that are divided over processes, each looks at its own part.
+    """
+    found = [local_part(tensor).isfinite().all() for tensor in tensors if tensor.is_floating_point()]
     # An optimizer keeps its step counter on the CPU and its moments on the device.
     return torch.stack([each.to(found[0].device) for each in found]).all() if found else torch.tensor(True)
 

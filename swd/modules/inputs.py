@@ -46,6 +46,21 @@ class Inputs:
         texts = [t for c in (self.conditioning, self.empty) for t in (c.embeds, c.pooled) if t is not None]
         return {"latents of the data": all_finite([self.source, self.target]), "encoded prompts": all_finite(texts)}
 
+    def parts(self, count: int) -> list[Inputs]:
+        """The batch in equal parts, which draw as its rows do; `count` divides it."""
+        size = len(self.target) // count
+        assert size * count == len(self.target), f"{count} parts of {len(self.target)} samples"
+        return [self] if count == 1 else [self._rows(start, start + size) for start in range(0, size * count, size)]
+
+    def _rows(self, start: int, end: int) -> Inputs:
+        return replace(
+            self,
+            source=self.source[start:end],
+            target=self.target[start:end],
+            conditioning=self.conditioning.rows(slice(start, end)),
+            draws=replace(self.draws, first=self.draws.first + start),
+        )
+
     def first(self) -> Inputs:
         """The first sample alone."""
         return replace(

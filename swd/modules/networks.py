@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from swd.modules.backbones.base import TARGETS, Backbone
+from swd.modules.layouts import whole_tensor
 from swd.modules.quantize import QuantizedLinear
 from swd.modules.targets import check_targets
 from swd.types import Conditioning, Role, UserError
@@ -230,9 +231,9 @@ class SharedBase(Networks):
         return [p for key, p in self.named_parameters() if f".{role}." in key and "lora_" in key]
 
     def adapter_state(self, role: Role) -> dict[str, Tensor]:
-        """A role's LoRA weights in peft's layout, without the adapter's name."""
+        """A role's LoRA weights in peft's layout, without the adapter's name; whole, so all processes call it."""
         state: dict[str, Tensor] = get_peft_model_state_dict(self.backbone.network, adapter_name=role)
-        return {key: value.detach().clone() for key, value in state.items()}
+        return {key: whole_tensor(value.detach()).clone() for key, value in state.items()}
 
     def load_adapter(self, role: Role, state: dict[str, Tensor]) -> None:
         """Set a role's LoRA weights.

@@ -102,6 +102,11 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(model, multi_avg_fn=update).requires_grad_(False)
 
 
+def average_name(name: str) -> str:
+    """The name in an average of a parameter: torch allows no dots in it."""
+    return name.replace(".", "/")
+
+
 def warmup_cosine(warmup: int, total: int, floor: float = 0.0) -> Callable[[int], float]:
     """The factor on the learning rate at a step: linear up over `warmup` steps, then half a cosine to `floor`."""
 

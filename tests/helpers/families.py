@@ -273,8 +273,11 @@ def save(name: str, folder: Path) -> Path:
     return folder
 
 
-def pretrained(name: str, folder: Path, kind: type[Model] = Pretrained, **more: Any) -> Model:  # type: ignore[assignment]
-    options = {
+def settings(name: str, folder: Path, **more: Any) -> dict[str, Any]:
+    """Arguments of `Pretrained` for a pipeline that `save` wrote; plain values."""
+    return {
+        "family": FAMILY[name],
+        "path": str(folder),
         "rank": 4,
         "precision": "fp32",
         "feature_blocks": [0],
@@ -285,7 +288,10 @@ def pretrained(name: str, folder: Path, kind: type[Model] = Pretrained, **more: 
         "embedded_guidance": 4.5 if name == "flux" else None,
         "targets": TARGETS[:4] if name == "sana" else TARGETS,
     } | more
-    return kind(FAMILY[name], str(folder), **options)
+
+
+def pretrained(name: str, folder: Path, kind: type[Model] = Pretrained, **more: Any) -> Model:  # type: ignore[assignment]
+    return kind(**settings(name, folder, **more))
 
 
 def random_state(model: Pretrained, seed: int = 0) -> dict[str, Tensor]:

@@ -106,6 +106,37 @@ def test_early_exit_equals_the_whole_pass(name: str, model: Pretrained) -> None:
     assert torch.equal(backbone.features(x, sigma, text, (last,))[0], whole[0])
 
 
+def test_repeated_blocks_are_in_the_order_in_which_they_run(name: str, model: Pretrained) -> None:
+    backbone, ran = model.network(), []
+    blocks = list(backbone.repeated_blocks)
+    for block in blocks:
+        block.register_forward_pre_hook(lambda module, args: ran.append(module))
+    backbone.predict(latents(name), torch.tensor([0.9, 0.3]), conditioning(model))
+    assert list(map(id, ran)) == list(map(id, blocks)) and len(blocks) > 1
+
+
+@pytest.mark.parametrize("blocks", [(0,), ()])
+def test_exposed_features_change_no_prediction(name: str, model: Pretrained, blocks: tuple[int, ...]) -> None:
+    """Hooks of the network see features among its outputs, also if a pass ends early; callers see no difference."""
+    backbone, x, sigma, text = model.network(), latents(name), torch.tensor([0.9, 0.3]), conditioning(model)
+    prediction, features = backbone.predict(x, sigma, text, blocks)
+    exited = backbone.features(x, sigma, text, blocks) if blocks else []
+    seen: list[Any] = []
+    backbone.network.register_forward_hook(lambda module, args, output: seen.append(output))
+    backbone.expose_features()
+    again = backbone.predict(x, sigma, text, blocks)
+    assert torch.equal(again[0], prediction) and all(map(torch.equal, again[1], features))
+    with torch.no_grad():
+        backbone.predict(x, sigma, text, blocks)
+        assert not torch.is_grad_enabled()
+    if blocks:
+        assert torch.equal(backbone.features(x, sigma, text, blocks)[0], exited[0])
+        whole, _, early = seen
+        assert early[0] is None and torch.equal(early[1][0], exited[0]) and torch.equal(whole[1][0], exited[0])
+        _, kept = backbone.predict(x.requires_grad_(), sigma, text, blocks, grad_to_features_only=True)
+        assert kept[0].requires_grad and torch.is_grad_enabled() and not backbone._found
+
+
 def test_a_sample_does_not_depend_on_its_batch(name: str, model: Pretrained) -> None:
     backbone, x, sigma, text = model.network(), latents(name), torch.tensor([0.9, 0.3]), conditioning(model)
     both = backbone.predict(x, sigma, text)[0]

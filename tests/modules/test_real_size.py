@@ -25,6 +25,7 @@ PARAMETERS = {
     "sdxl": 2_567_463_684,
     "wan21_1_3b": 1_418_996_800,
 }
+BLOCKS = {"sd35_medium": 24, "sd35_large": 38, "flux_dev": 57, "sdxl": 87, "wan21_1_3b": 30}
 LORA_LAYERS = {"sd35_medium": 242, "sd35_large": 302, "flux_dev": 266, "sdxl": 700, "wan21_1_3b": 300}
 
 
@@ -47,6 +48,12 @@ def network(model: Pretrained) -> Any:
 
 def test_parameters(name: str, network: Any) -> None:
     assert sum(p.numel() for p in network.parameters()) == PARAMETERS[name]
+
+
+def test_repeated_blocks_hold_nearly_all_weights(name: str, model: Pretrained, network: Any) -> None:
+    blocks = model.backbone_class(network).repeated_blocks
+    inside = sum(p.numel() for block in blocks for p in block.parameters())
+    assert len(blocks) == BLOCKS[name] and inside / PARAMETERS[name] > (0.9 if name == "sdxl" else 0.97)
 
 
 def test_lora_layers_and_their_rank(name: str, model: Pretrained) -> None:

@@ -149,6 +149,7 @@ class Backbone(nn.Module, ABC):
         self.network = network
         self.guidance = guidance
         self._dtype: torch.dtype | None = None
+        self._found: dict[int, Tensor] = {}  # features of the forward pass that runs
 
     @staticmethod
     @abstractmethod
@@ -230,6 +231,14 @@ class Backbone(nn.Module, ABC):
     def block_list(self) -> Sequence[nn.Module]:
         """The blocks, counted from 0."""
 
+    @property
+    def repeated_blocks(self) -> Sequence[nn.Module]:
+        """The modules that hold nearly all weights, in the order in which they run: the units of sharding.
+
+        They need not be those that features are read from.
+        """
+        return self.block_list
+
     @abstractmethod
     def call(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's prediction `[B, C, *size]`, in the network's own dtype."""
@@ -288,39 +297,69 @@ class Backbone(nn.Module, ABC):
         Returns:
             The prediction `[B, C, *size]` and one `[B, L, D]` per block asked for.
         """
-        found: dict[int, Tensor] = {}
 
-        def keep(block: int, tensor: Tensor) -> None:
-            found[block] = tensor
+        def after(block: int) -> None:
             # The blocks after this one run without a graph.
             if grad_to_features_only and block == max(blocks):
                 torch.set_grad_enabled(False)
 
-        with self._hooks(blocks, keep), torch.set_grad_enabled(torch.is_grad_enabled()):
+        with self._hooks(blocks, after) as found, torch.set_grad_enabled(torch.is_grad_enabled()):
             prediction = self.call(x_t, sigma, conditioning)
         return prediction, [found[block] for block in blocks]
 
     def features(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning, blocks: Sequence[int]) -> list[Tensor]:
         """Features `[B, L, D]` per block asked for; stops at the last of them."""
-        found: dict[int, Tensor] = {}
 
-        def keep(block: int, tensor: Tensor) -> None:
-            found[block] = tensor
+        def after(block: int) -> None:
             if block == max(blocks):
                 raise _Done
 
-        with self._hooks(blocks, keep), suppress(_Done):
+        with self._hooks(blocks, after) as found, suppress(_Done):
             self.call(x_t, sigma, conditioning)
         return [found[block] for block in blocks]
 
-    @contextmanager
-    def _hooks(self, blocks: Sequence[int], keep: Callable[[int, Tensor], None]) -> Iterator[None]:
-        def hook_of(block: int) -> Callable[..., None]:
-            return lambda module, args, output: keep(block, self.image_stream(output))
+    def expose_features(self) -> None:
+        """Let hooks that the network has already run at an early exit too, and see the features as outputs.
 
+        Neither before hooks are added that take the place of the last, nor before the backbone is copied: the copy
+        would run this network.
+        """
+        network = cast(Any, self.network)
+        original = network.forward
+
+        def forward(*args: Any, **kwargs: Any) -> tuple[Any, list[Tensor]]:
+            output = None
+            has_graph = torch.is_grad_enabled()
+            with suppress(_Done):
+                output = original(*args, **kwargs)
+            torch.set_grad_enabled(has_graph)  # which `predict` may have changed; hooks must see the graph of features
+            return output, list(self._found.values())
+
+        def unwrap(module: nn.Module, args: Any, output: tuple[Any, list[Tensor]]) -> Any:
+            if output[0] is None:
+                raise _Done
+            return output[0]
+
+        network.forward = forward
+        network.register_forward_hook(unwrap)
+
+    @contextmanager
+    def _hooks(self, blocks: Sequence[int], after: Callable[[int], None]) -> Iterator[dict[int, Tensor]]:
+        """Context that finds the features of `blocks`, and calls `after` with the number of each once it has run."""
+        found: dict[int, Tensor] = {}
+
+        def hook_of(block: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                found[block] = self.image_stream(output)
+                after(block)
+
+            return hook
+
+        self._found = found
         handles = [self.block_list[b].register_forward_hook(hook_of(b)) for b in sorted(set(blocks))]
         try:
-            yield
+            yield found
         finally:
+            self._found = {}  # or the features would stay in memory
             for handle in handles:
                 handle.remove()

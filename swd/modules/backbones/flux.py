@@ -75,6 +75,10 @@ class FluxBackbone(Backbone):
     def block_list(self) -> Sequence[nn.Module]:
         return self.module_list("transformer_blocks")
 
+    @property
+    def repeated_blocks(self) -> Sequence[nn.Module]:
+        return [*self.block_list, *self.module_list("single_transformer_blocks")]
+
     def image_stream(self, output: Any) -> Tensor:
         tensor: Tensor = output[1]  # (text tokens, image tokens)
         return tensor

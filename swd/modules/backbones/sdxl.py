@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any, ClassVar
 
 import torch
@@ -102,6 +103,19 @@ class SDXLBackbone(Backbone):
     @property
     def block_list(self) -> Sequence[nn.Module]:
         return [self.network.get_submodule("mid_block")]
+
+    @property
+    def repeated_blocks(self) -> Sequence[nn.Module]:
+        """Residual and transformer blocks; `modules()` has them in another order than that in which they run."""
+        parts = [*self.module_list("down_blocks"), self.network.get_submodule("mid_block")]
+        found: list[nn.Module] = []
+        for part in [*parts, *self.module_list("up_blocks")]:
+            stages: Any = part
+            # In each part a residual block comes first, then an attention in turn with them.
+            for pair in zip_longest(stages.resnets, getattr(stages, "attentions", ())):
+                for stage in pair:
+                    found += [] if stage is None else list(getattr(stage, "transformer_blocks", [stage]))
+        return found
 
     def image_stream(self, output: Any) -> Tensor:
         tokens: Tensor = output.flatten(2).transpose(1, 2)  # [B, D, H, W] to [B, H * W, D]
