@@ -126,7 +126,7 @@ def run(cfg: DictConfig) -> None:
 def draw_and_score(evaluation: Evaluation) -> None:
     """This process's share of drawing and features; the process that finds everything there writes the result_files."""
     plan, scoring = evaluation.plan, evaluation.scoring
-    before = written(plan.folder)
+    before = results_written_at(plan.folder)
     check_space(plan)
     if scoring.real is not None and isinstance(scoring.real.pictures, RenderedPictures):
         chunks = chunks_of(len(scoring.real.pictures.files), plan.chunk_size)
@@ -148,7 +148,7 @@ def draw_and_score(evaluation: Evaluation) -> None:
             print(f"process {rank + 1} of {world} is through; another one scores")
 
 
-def written(folder: Path) -> int | None:
+def results_written_at(folder: Path) -> int | None:
     """When the results were written, in nanoseconds; None if they are not there."""
     file = folder / result_files.RESULTS
     return file.stat().st_mtime_ns if file.is_file() else None
@@ -156,12 +156,12 @@ def written(folder: Path) -> int | None:
 
 def was_written(folder: Path, before: int | None) -> bool:
     """Whether another process of this command has written the results, since they were written `before`."""
-    if written(folder) in (None, before):
+    if results_written_at(folder) in (None, before):
         return False
-    return bool(read_json(folder / result_files.RESULTS).get("command") == command_line())
+    return bool(read_json(folder / result_files.RESULTS).get("command") == evaluation_command())
 
 
-def command_line() -> str:
+def evaluation_command() -> str:
     """The command as it was given, without secrets."""
     return mask_text(" ".join(["swd evaluate", *sys.argv[1:]]))
 
@@ -225,7 +225,7 @@ def results_of(evaluation: Evaluation) -> dict[str, Any]:
         "prompts": {"file": plan.prompts, "n": len(plan.requests.rows), "hash": plan.rows_hash},
         "images_per_prompt": plan.requests.copies,
         "seeds": {"first": plan.requests.seed, "own": any(seed is not None for _, seed in plan.requests.rows)},
-        "command": command_line(),
+        "command": evaluation_command(),
         "version": __version__,
         "bootstrap": {"draws": scoring.bootstrap.draws, "level": scoring.bootstrap.level},
         "models": rows,

@@ -248,8 +248,10 @@ def memory_advice(cfg: DictConfig) -> str:
     if batch and batch > 1:
         advice.append(f"a smaller data.batch_size (now {batch})")
     parts = OmegaConf.select(cfg, "task.accumulate")
-    if parts is not None:
-        advice.append(f"task.accumulate={2 * parts} (now {parts})")
+    share = batch // ranks().world if batch else 0
+    more = [k for k in range(parts + 1, share + 1) if share % k == 0] if parts else []
+    if more:
+        advice.append(f"task.accumulate={more[0]} (now {parts})")
     for key, frugal, values in (
         ("task.checkpointing", (True,), "true"),
         ("model.precision", ("bf16", "fp16"), "bf16"),

@@ -334,5 +334,7 @@ def check_strategy(strategy: Any, task: nn.Module, processes: int, nodes: int) -
 
 
 def strategy_for(strategy: Any, processes: int) -> Any:
-    """The strategy for a value of `trainer.strategy`: `DDP` for "ddp", and for "auto" with several processes."""
-    return DDP() if strategy == "ddp" or (strategy == "auto" and processes > 1) else strategy
+    """The strategy for a value of `trainer.strategy`: "auto" and "ddp" are `DDP` with several processes."""
+    if strategy not in ("auto", "ddp"):
+        return strategy
+    return DDP() if processes > 1 else "auto"

@@ -31,8 +31,8 @@ def test_too_little_memory_is_one_line_with_advice_in_order(
         fit(composed(overrides(tiny_model, tmp_path / "run", **options)))
     assert str(error.value) == (
         "training stopped at iteration 3: out of memory, 2.00 GiB more were asked for; try, in this order, a smaller "
-        "data.batch_size (now 4), task.checkpointing=true (now false), model.precision=bf16 (now fp32), "
-        "model.quantization=int8 or fp8 (now null); last good checkpoint: "
+        "data.batch_size (now 4), task.accumulate=2 (now 1), task.checkpointing=true (now false), "
+        "model.precision=bf16 (now fp32), model.quantization=int8 or fp8 (now null); last good checkpoint: "
         f"{tmp_path / 'run' / 'checkpoints' / 'iteration-1.ckpt'}"
     )
 
@@ -62,3 +62,11 @@ def test_which_errors_are_of_memory(error: Exception, words: str | None) -> None
     outer = RuntimeError("in a hook")
     outer.__cause__ = error
     assert out_of_memory(outer) == words
+
+
+@pytest.mark.parametrize(
+    ("parts", "advised"), [(1, "task.accumulate=2 (now 1)"), (2, "task.accumulate=3"), (3, "=6 (")]
+)
+def test_parts_are_advised_that_divide_the_batch(tiny_model: Path, tmp_path: Path, parts: int, advised: str) -> None:
+    cfg = composed(overrides(tiny_model, tmp_path, data__batch_size=6, task__accumulate=parts))
+    assert advised in memory_advice(cfg)

@@ -104,10 +104,10 @@ def test_every_form_holds_the_same_and_escapes(tmp_path: Path) -> None:
     page = Reader((tmp_path / "report.html").read_text())
     assert not page.tags & {"script", "link", "img"}
     assert page.rows == [list(line) for grid in grids for line in (grid.columns, *grid.rows)]
-    lines = [line for line in (tmp_path / "result_files.md").read_text().splitlines() if line.startswith("|")]
+    lines = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("|")]
     cells = [[cell.strip().replace("\\|", "|") for cell in _split(line)] for line in lines]
     assert [line for line in cells if set(line) != {"---"}] == page.rows
-    first, second = csv.DictReader(io.StringIO((tmp_path / "result_files.csv").read_text()))
+    first, second = csv.DictReader(io.StringIO((tmp_path / "table.csv").read_text()))
     assert (float(first["fid"]), float(first["fid_low"]), float(first["fid_floor"])) == (2.68123, 2.5, 2.7)
     assert float(first["latency_per_picture_s"]) == 0.3 and second["name"] == EVIL and second["fid_low"] == ""
 

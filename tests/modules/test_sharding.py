@@ -39,9 +39,9 @@ def says(message: str) -> Any:
 
 
 def test_several_processes_have_whole_copies_unless_told_otherwise() -> None:
-    assert [type(strategy_for(*given)) for given in (("auto", 2), ("ddp", 2), ("ddp", 1))] == [DDP] * 3
+    assert [type(strategy_for(*given)) for given in (("auto", 2), ("ddp", 2))] == [DDP] * 2
     own = Sharded()
-    assert strategy_for("auto", 1) == "auto" and strategy_for(own, 2) is own
+    assert strategy_for("auto", 1) == strategy_for("ddp", 1) == "auto" and strategy_for(own, 2) is own
 
 
 @pytest.mark.parametrize(
