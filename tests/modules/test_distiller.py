@@ -427,7 +427,9 @@ def checkpoint_of(task: Distiller, trainer: Trainer) -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore:iteration .* was skipped")
-def test_a_checkpoint_fits_the_task_that_wrote_it_and_no_other(model: Pretrained, tmp_path: Path) -> None:
+def test_a_checkpoint_fits_the_task_that_wrote_it_and_no_other(
+    model: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     task = a_task(model, **RATES, ema=0.5)
     checkpoint = checkpoint_of(task, trained(task, 2, (0,), default_root_dir=tmp_path))
     assert checkpoint["swd"]["updates"] == 6 and checkpoint["swd"]["bad_steps"]["total"] == 1
@@ -453,6 +455,8 @@ def test_a_checkpoint_fits_the_task_that_wrote_it_and_no_other(model: Pretrained
     assert a_task(model, **RATES).misfit(checkpoint) is None, "an average that is not asked for does no harm"
     no_average = checkpoint | {"state_dict": {k: v for k, v in state.items() if not k.startswith("average.")}}
     assert re.fullmatch(r"average\.module\.\S+ is missing or has another shape", other.misfit(no_average) or "")
+    shapes = other._shapes()
+    monkeypatch.setattr(other, "_shapes", lambda: shapes)  # each of many calls would build the networks
     for key in state:
         lacks = {k: v for k, v in state.items() if k != key}
         wrong = state | {key: torch.zeros(1, 2, 3)}
