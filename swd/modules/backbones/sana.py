@@ -32,13 +32,6 @@ class SanaEncoders(Encoders):
         )
         return Conditioning(embeds, mask=mask)
 
-    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        latents: Tensor = self.vae.encode(pixels.to(self.vae.dtype)).latent.float()
-        return latents, torch.zeros_like(latents)
-
-    def shift_and_scale(self, latents: Tensor) -> tuple[Any, Any]:
-        return 0.0, self.vae.config.scaling_factor
-
 
 class SanaBackbone(Backbone):
     """`SanaTransformer2DModel`: velocity prediction, timestep 0..1000, text by cross-attention."""
