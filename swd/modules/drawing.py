@@ -114,7 +114,7 @@ def draw(
         if model.drawing_guidance_scale != 1.0:
             arguments |= backbone.guidance_arguments(model.drawing_guidance_scale)
             arguments |= negative_prompts(model, len(requests))
-    latents = pipe([request.prompt for request in requests], **arguments)[0]
+    latents = pipe(prompt=[request.prompt for request in requests], **arguments)[0]
     latents = backbone.from_pipeline(latents, size)
     encoders = backbone.encoders_type(pipe, model.max_text_tokens)
     final = list(encoders.decode(latents).cpu())
