@@ -444,8 +444,9 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
             layout: of the result, see `to_layout`.
 
         Returns:
-            `[B, C, *first_size]` float32, or the same in another layout. They keep their final size when they are moved, cast, split, or
-            put together with others for the same final size. Latents with changed values count as the pipeline's own.
+            `[B, C, *first_size]` float32, or the same in another layout. They keep their final size when they are
+            moved, cast, split, or put together with others for the same final size. Latents with changed values count
+            as the pipeline's own.
 
         Raises:
             ValueError: if there are not as many generators as samples, or a side is no multiple of `divisor`.
