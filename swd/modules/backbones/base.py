@@ -18,7 +18,7 @@ from swd.scheduler import to_layout, unpack
 from swd.types import Conditioning, Size, UserError
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
-"""Linear layers that get LoRA: attention and MLP (SwD paper, appendix A). All five families use these names."""
+"""Linear layers that get LoRA: attention and MLP (SwD paper, appendix A), by the names that most families use."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,7 @@ class Backbone(nn.Module, ABC):
         float_latents: whether its pipeline carries latents in float32 whatever the network's dtype.
         unknown_settings: settings of `model_index.json` that mark variants which this backbone does not support.
         trains_from_scratch: whether `initialise` has weights for `task.from_scratch`.
+        targets: linear layers that get LoRA unless a configuration names others.
         comfyui: whether ComfyUI supports this family and loads its LoRA under the names of `comfy_key`.
         poor_at_low_resolution: whether the teacher draws poorly at sizes below its native one.
     """
@@ -142,6 +143,7 @@ class Backbone(nn.Module, ABC):
     float_latents: ClassVar[bool] = False
     unknown_settings: ClassVar[tuple[str, ...]] = ()
     trains_from_scratch: ClassVar[bool] = False
+    targets: ClassVar[tuple[str, ...]] = TARGETS
     comfyui: ClassVar[bool] = False
     poor_at_low_resolution: ClassVar[bool] = False
 

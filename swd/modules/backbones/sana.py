@@ -42,6 +42,7 @@ class SanaBackbone(Backbone):
     pipeline_aliases: ClassVar[tuple[str, ...]] = ("SanaPAGPipeline",)
     encoders_type: ClassVar[type[Encoders]] = SanaEncoders
     float_latents: ClassVar[bool] = True
+    targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")  # its MLP is made of convolutions
 
     @staticmethod
     def limits_of(config: dict[str, Any]) -> NetworkLimits:
