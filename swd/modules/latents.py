@@ -1,4 +1,4 @@
-"""Latents of each kind of VAE: channels, pixels per latent, normalisation. Families share a kind; it is written once."""
+"""Latents of each kind of VAE: channels, pixels per latent and normalisation, written once for all families."""
 
 from __future__ import annotations
 
