@@ -16,6 +16,14 @@ from torch import Tensor
 
 from swd.scheduler import BETAS, vp_scales, vp_timestep
 
+SHIFT = 3.0
+"""Shift of rectified flow's table of noise levels (released configuration)."""
+RENOISE_BELOW = 0.795
+"""Noise level of rectified flow below which the student's pictures are noised again: 0.79 in two digits, of which the
+largest is 0.7904 in the released code's table."""
+FEATURES_BELOW = 0.61
+"""Noise level of rectified flow below which features are compared (SwD paper, section 4.2)."""
+
 IndexRange = tuple[int, int]
 """Table indices of noise levels, inclusive at both ends."""
 
@@ -39,15 +47,18 @@ class Process(Protocol):
     """Interface of a diffusion process.
 
     Attributes:
-        ranges: noise levels that losses draw from.
         prediction_type: "flow" where networks predict the velocity, "epsilon" where they predict the noise.
         trained_on: settings of a model's scheduler that give this process's noise levels; settings that the scheduler's
             file leaves out are not compared.
     """
 
-    ranges: ClassVar[Ranges]
     prediction_type: ClassVar[str]
     trained_on: ClassVar[Mapping[str, Any]]
+
+    @property
+    def ranges(self) -> Ranges:
+        """Noise levels that losses draw from."""
+        ...
 
     def level(self, index: Tensor) -> Tensor:
         """Noise level sigma `[B]` of table indices `[B]`."""
@@ -74,16 +85,26 @@ class RectifiedFlow:
     """Rectified flow (SD3.5, FLUX, Wan): networks predict the velocity `eps - x0` (arXiv 2209.03003).
 
     Of the ranges, `renoise` is sigma below 0.79 (released code), `features` sigma below 0.61 (SwD paper, section 4.2).
+
+    Args:
+        shift: of the levels that losses draw from, see `rectified_flow_table`. The default is that of the released
+            configuration; a family that was trained with far more or less noise names its own.
     """
 
-    ranges: ClassVar[Ranges] = Ranges(whole=(0, 27), renoise=(12, 27), features=(18, 27))
     prediction_type: ClassVar[str] = "flow"
     trained_on: ClassVar[Mapping[str, Any]] = {}
+
+    def __init__(self, shift: float = SHIFT) -> None:
+        self.shift = shift
+        last = len(self.table) - 2  # the level behind it is 0
+        renoise = int((self.table >= RENOISE_BELOW).sum())
+        features = int((self.table >= FEATURES_BELOW).sum())
+        self.ranges = Ranges(whole=(0, last), renoise=(renoise, last), features=(features, last))
 
     @property
     def table(self) -> Tensor:
         """The 29 noise levels from 1 to 0, float32."""
-        return rectified_flow_table()
+        return rectified_flow_table(self.shift)
 
     def level(self, index: Tensor) -> Tensor:
         return self.table[index]
@@ -138,17 +159,20 @@ class VariancePreserving:
 
 
 @cache
-def rectified_flow_table() -> Tensor:
-    """The one table of noise levels for all rectified-flow families, `[29]` float32 from 1 to 0.
+def rectified_flow_table(shift: float = SHIFT) -> Tensor:
+    """Noise levels of rectified flow, `[29]` float32 from 1 to 0.
 
-    It is diffusers' Euler scheduler with shift 3 at 28 steps, which applies the shift twice (released configuration).
+    It is diffusers' Euler scheduler at 28 steps, which applies the shift twice (released configuration).
+
+    Args:
+        shift: s in `s t / (1 + (s - 1) t)`, where t falls evenly; more of it puts more levels near 1.
     """
-    return rectified_flow_levels(28)
+    return rectified_flow_levels(28, shift)
 
 
-def rectified_flow_levels(steps: int) -> Tensor:
+def rectified_flow_levels(steps: int, shift: float = SHIFT) -> Tensor:
     """Noise levels of that Euler scheduler at another number of steps, `[steps + 1]` float32 from 1 to 0."""
-    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0)
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)
     scheduler.set_timesteps(steps)
     return scheduler.sigmas.to(torch.float32)
 

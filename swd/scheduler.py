@@ -5,7 +5,7 @@ This file stands alone: it needs torch and diffusers only, so that an exported m
     scheduler = ScaleWiseScheduler.from_pretrained(folder)
     scheduler.attach(pipe)
     latents = scheduler.initial_latents(1, channels=16, height=128, width=128, generator=generator)
-    pipe(prompt, latents=latents, height=1024, width=1024, num_inference_steps=4, guidance_scale=1.0)
+    pipe(prompt=prompt, latents=latents, height=1024, width=1024, num_inference_steps=4, guidance_scale=1.0)
 
 Without `latents`, a pipeline draws the noise itself: call it with `height` and `width` (Wan: `num_frames` too) of the
 *first* size; the picture comes out at the last one. SANA then needs `use_resolution_binning=False` as well, and SDXL
@@ -34,6 +34,8 @@ from torch import Tensor
 INTERPOLATION = "bicubic"
 REMEMBERED = 20_000
 """Largest number of first latents whose sizes a scheduler remembers; each counts twice, as a map and as tokens."""
+LAYOUTS = ("map", "tokens", "patches")
+"""Layouts in which pipelines take latents, see `to_layout`."""
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
 """First and last beta of the variance-preserving process, under the keys of Stable Diffusion's schedulers."""
 
@@ -194,6 +196,27 @@ def unpack(tokens: Tensor, size: Sequence[int]) -> Tensor:
     batch, _, width = tokens.shape
     grid = tokens.view(batch, size[0] // 2, size[1] // 2, width // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return grid.reshape(batch, width // 4, size[0], size[1])
+
+
+def to_layout(latents: Tensor, layout: str) -> Tensor:
+    """Latents `[B, C, *size]` in a pipeline's layout.
+
+    Args:
+        latents: the latents.
+        layout: "map" leaves them as they are; "tokens" is `pack`; "patches" is a map of its tokens
+            `[B, 4 C, H/2, W/2]`, as FLUX.2's pipelines take them.
+
+    Raises:
+        ValueError: for another layout.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r} is not known; use one of {', '.join(LAYOUTS)}")
+    if layout == "map":
+        return latents
+    tokens = pack(latents)
+    if layout == "tokens":
+        return tokens
+    return tokens.transpose(1, 2).unflatten(2, (latents.shape[-2] // 2, latents.shape[-1] // 2))
 
 
 def position_ids(size: Sequence[int], device: Any = None, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -408,6 +431,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         frames: int | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         packed: bool = False,
+        layout: str = "map",
     ) -> Tensor:
         """Pure noise at the first size, for a pipeline's `latents=`.
 
@@ -416,11 +440,13 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
             channels: latent channels.
             height, width, frames: *final* latent size, from which the first one follows; None: the schedule's own.
             generator: one for all samples, or one for each.
-            packed: as FLUX's tokens `[B, L, 4 C]`.
+            packed: as FLUX's tokens `[B, L, 4 C]`: the same as `layout="tokens"`.
+            layout: of the result, see `to_layout`.
 
         Returns:
-            `[B, C, *first_size]` float32, or tokens. They keep their final size when they are moved, cast, split, or
-            put together with others for the same final size. Latents with changed values count as the pipeline's own.
+            `[B, C, *first_size]` float32, or the same in another layout. They keep their final size when they are
+            moved, cast, split, or put together with others for the same final size. Latents with changed values count
+            as the pipeline's own.
 
         Raises:
             ValueError: if there are not as many generators as samples, or a side is no multiple of `divisor`.
@@ -441,7 +467,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         else:
             noise = torch.randn(batch, channels, *first, generator=generator)
         noise = self._remember(noise, plan)
-        return pack(noise) if packed else noise
+        return to_layout(noise, "tokens" if packed else layout)
 
     def _remember(self, noise: Tensor, plan: list[tuple[int, ...]]) -> Tensor:
         """Remember the sizes of a call by the values of its first latents, and return these latents.
@@ -464,15 +490,17 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
     def attach(self, pipe: Any) -> Any:
         """Make a diffusers pipeline sample with this schedule; returns the pipeline.
 
-        FLUX's pipeline makes position ids once, for the final size; a hook replaces them by those of each step's size.
+        Some pipelines make an input of their network once, for one size; a hook replaces it by that of each step's
+        size. The network's class says which input that is; networks of other classes are left alone.
         """
         pipe.scheduler = self
         network = getattr(pipe, "transformer", None)
-        if network is not None and hasattr(network.config, "axes_dims_rope"):
-            for handle in getattr(network, "_scale_wise_hooks", []):
-                handle.remove()  # the hook of an earlier schedule
-            hook = network.register_forward_pre_hook(self._refresh_ids, with_kwargs=True)
-            network._scale_wise_hooks = [hook]
+        refresh = {"FluxTransformer2DModel": self._refresh_ids}
+        for name in _class_names(network):
+            if name in refresh:
+                for handle in getattr(network, "_scale_wise_hooks", []):
+                    handle.remove()  # the hook of an earlier schedule
+                network._scale_wise_hooks = [network.register_forward_pre_hook(refresh[name], with_kwargs=True)]
         return pipe
 
     def _refresh_ids(self, network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -679,6 +707,14 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         sizes = [self._stretched(size, first, base[0]) for size in base]
         sizes[0] = first
         return sizes
+
+
+def _class_names(network: Any) -> list[str]:
+    """Names of a network's class and of that class's bases; of the network inside, where compiling or peft wraps it."""
+    network = getattr(network, "_orig_mod", network)
+    if hasattr(network, "get_base_model"):
+        network = network.get_base_model()
+    return [base.__name__ for base in type(network).__mro__]
 
 
 def _mark(final: tuple[int, ...], count: int) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Size = tuple[int, ...]
 """Latent side lengths: (H, W) for images, (F, H, W) for video."""
@@ -80,14 +80,40 @@ class Conditioning:
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Stack several conditionings along the batch axis."""
+        """Stack several conditionings along the batch axis; shorter texts are padded with masked tokens.
+
+        Raises:
+            UserError: if only some of them have a pooled text or sizes, or texts of several lengths have no mask, so
+                that the network would attend to padding.
+        """
+        parts = _of_one_length(parts)
         first = parts[0]
-        values = {
-            f.name: torch.cat([getattr(part, f.name) for part in parts])
-            for f in fields(first)
-            if getattr(first, f.name) is not None
-        }
+        values = {}
+        for name in (f.name for f in fields(first)):
+            tensors = [tensor for part in parts if (tensor := getattr(part, name)) is not None]
+            if len(tensors) not in (0, len(parts)):
+                raise UserError(f"encoded texts cannot be stacked: only some of them have {name}; encode them alike")
+            if tensors:
+                values[name] = torch.cat(tensors)
         return replace(first, **values)
+
+
+def _of_one_length(parts: Sequence[Conditioning]) -> Sequence[Conditioning]:
+    """The conditionings, padded to the length of the longest text, and all with a mask if any has one."""
+    lengths = [part.embeds.shape[1] for part in parts]
+    masks = [part.mask for part in parts if part.mask is not None]
+    if len(set(lengths)) == 1 and len(masks) in (0, len(parts)):
+        return parts
+    if not masks:
+        found = " and ".join(map(str, sorted(set(lengths))))
+        raise UserError(f"encoded texts of {found} tokens without a mask cannot be stacked; encode them to one length")
+    padded = []
+    for part, length in zip(parts, lengths, strict=True):
+        mask = part.embeds.new_ones(part.embeds.shape[:2]).to(masks[0].dtype) if part.mask is None else part.mask
+        missing = max(lengths) - length
+        embeds = nn.functional.pad(part.embeds, (0, 0, 0, missing))
+        padded.append(replace(part, embeds=embeds, mask=nn.functional.pad(mask, (0, missing))))
+    return padded
 
 
 @dataclass(frozen=True)

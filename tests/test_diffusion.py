@@ -33,6 +33,21 @@ def test_levels_are_table_entries() -> None:
         assert 0 <= low <= high < 28
 
 
+def test_a_familys_shift_moves_the_levels_and_the_ranges_follow_the_levels() -> None:
+    assert PROCESS.ranges == ((0, 27), (12, 27), (18, 27))
+    for shift in (1.8, 3.0, 6.4):
+        process = RectifiedFlow(shift)
+
+        def shifted(t: torch.Tensor, s: float = shift) -> torch.Tensor:
+            return s * t / (1 + (s - 1) * t)
+
+        even = torch.linspace(1.0, float(shifted(torch.tensor(0.001))), 28, dtype=torch.float64)
+        assert_close(process.table[:-1].double(), shifted(even), rtol=0, atol=1e-5)
+        for (first, last), bound in zip(process.ranges[1:], (0.795, 0.61), strict=True):
+            assert last == 27 and process.table[first] < bound <= process.table[first - 1]
+    assert RectifiedFlow(6.4).ranges.renoise == (17, 27) and RectifiedFlow(1.8).ranges.features == (15, 27)
+
+
 @pytest.mark.parametrize("shape", [(5, 4, 3, 3), (5, 4, 2, 3, 3)])
 def test_add_noise_is_a_straight_line(shape: tuple[int, ...]) -> None:
     x0, eps, sigma = sample(*shape), sample(*shape, seed=1), torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])

@@ -32,9 +32,13 @@ class Network(torch.nn.Module):
         return hidden_states / 2
 
 
+class FluxTransformer2DModel(Network):
+    """The class name by which the scheduler knows FLUX."""
+
+
 def attached(**config: Any) -> tuple[ScaleWiseScheduler, Network]:
     scheduler = ScaleWiseScheduler(sigmas=SIGMAS, sizes=SIZES, divisor=2)
-    network = Network(**({"axes_dims_rope": (2, 2)} | config))
+    network = FluxTransformer2DModel(**({"axes_dims_rope": (2, 2)} | config))
     pipe = SimpleNamespace(scheduler=None, transformer=network)
     assert scheduler.attach(pipe) is pipe and pipe.scheduler is scheduler
     return scheduler, network
@@ -102,10 +106,42 @@ def test_attaching_again_replaces_the_earlier_schedule() -> None:
 
 def test_other_networks_are_left_alone() -> None:
     scheduler = ScaleWiseScheduler(sigmas=SIGMAS, sizes=SIZES)
-    other = Network()  # no rotary axes: not FLUX
+    other = Network(axes_dims_rope=(2, 2))  # other families have rotary axes too
     for pipe in (SimpleNamespace(transformer=other), SimpleNamespace(transformer=None), SimpleNamespace()):
         assert scheduler.attach(pipe) is pipe and pipe.scheduler is scheduler
     assert not other._forward_pre_hooks
+
+
+def test_a_compiled_network_or_one_with_an_adapter_is_known_by_the_network_inside() -> None:
+    scheduler = ScaleWiseScheduler(sigmas=SIGMAS, sizes=SIZES, divisor=2)
+    for wrapped in (torch.compile(FluxTransformer2DModel()), WithAdapter(FluxTransformer2DModel())):
+        scheduler.attach(SimpleNamespace(transformer=wrapped))
+        assert len(wrapped._forward_pre_hooks) == 1
+
+
+class WithAdapter(torch.nn.Module):
+    """A peft model's way to its base."""
+
+    def __init__(self, base: Network) -> None:
+        super().__init__()
+        self.base = base
+
+    def get_base_model(self) -> Network:
+        return self.base
+
+
+def test_layouts_hold_the_same_numbers() -> None:
+    scheduler = ScaleWiseScheduler(sigmas=SIGMAS, sizes=SIZES, divisor=2)
+    made = {
+        layout: scheduler.initial_latents(2, CHANNELS, 12, 8, generator=seeded(), layout=layout)
+        for layout in ("map", "tokens", "patches")
+    }
+    assert made["map"].shape == (2, 4, 6, 4) and made["patches"].shape == (2, 16, 3, 2)
+    assert torch.equal(made["tokens"], pack(made["map"]))
+    assert torch.equal(made["patches"].flatten(2).transpose(1, 2), made["tokens"])
+    assert torch.equal(made["patches"][1, 4 * 3 + 2 * 1 + 0], made["map"][1, 3, 1::2, 0::2])
+    with pytest.raises(ValueError, match=r"^layout 'rows' is not known; use one of map, tokens, patches$"):
+        scheduler.initial_latents(1, CHANNELS, layout="rows")
 
 
 def test_tokens_of_another_size_are_refused() -> None:

@@ -365,7 +365,7 @@ scheduler = ScaleWiseScheduler.from_pretrained("FOLDER")
 scheduler.attach(pipe)
 latents = scheduler.initial_latents({initial}, generator=torch.Generator().manual_seed(0))
 {result} = pipe(
-    "a prompt",
+    prompt="a prompt",
     latents=latents.to("cuda", {latents_dtype}),
     num_inference_steps={steps},
 {arguments}
@@ -399,7 +399,7 @@ def card(content: Content, model: Pretrained, schedule: ScaleWiseScheduler) -> s
     arguments |= {"height": pixels[-2], "width": pixels[-1]}
     if backbone.video:
         arguments["num_frames"] = pixels[0]
-    initial = f"1, channels={model.channels}" + (", packed=True" if backbone.packed else "")
+    initial = f"1, channels={model.channels}" + ("" if backbone.layout == "map" else f", layout={backbone.layout!r}")
     snippet = _SNIPPET.format(
         classes=content.classes,
         module=SCHEDULER_FILE.removesuffix(".py"),

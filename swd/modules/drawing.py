@@ -120,7 +120,7 @@ def draw(
             arguments |= negative_prompts(model, len(requests))
     if start is not None:
         arguments["latents"] = backbone.to_pipeline(start).to(pipe._execution_device, model.latent_dtype(pipe))
-    latents = pipe([request.prompt for request in requests], **arguments)[0]
+    latents = pipe(prompt=[request.prompt for request in requests], **arguments)[0]
     latents = backbone.from_pipeline(latents, size)
     encoders = backbone.encoders_type(pipe, model.max_text_tokens)
     final = list(encoders.decode(latents).cpu())

@@ -10,12 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from swd.modules.latents import factors as latent_factors
+from swd.modules.latents import kind_of
 from swd.types import Conditioning, Draws, Size
 
 
 class Encoders(nn.Module):
-    """Text encoders and VAE of a stock pipeline, frozen. Families implement `text`; some also replace `posterior`
-    and `shift_and_scale`.
+    """Text encoders and VAE of a stock pipeline, frozen. Families implement `text`; the VAE's latents are known by its
+    class (`swd.modules.latents`), and a family may replace `posterior` and `shift_and_scale`.
 
     Args:
         pipeline: the pipeline; its denoising network may be None.
@@ -54,10 +56,7 @@ class Encoders(nn.Module):
     @staticmethod
     def factors(config: Mapping[str, Any]) -> tuple[int, int]:
         """Frames per latent frame beyond the first one, and pixels per latent along a side; `config` is the VAE's."""
-        for key in ("encoder_block_out_channels", "block_out_channels"):
-            if key in config:
-                return 1, int(2 ** (len(config[key]) - 1))
-        return int(config.get("scale_factor_temporal", 4)), int(config.get("scale_factor_spatial", 8))
+        return latent_factors(config)
 
     @classmethod
     def vae_precision(cls, config: Mapping[str, Any], base: torch.dtype, kept: bool = False) -> torch.dtype:
@@ -134,16 +133,16 @@ class Encoders(nn.Module):
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the VAE's own latents, float32."""
-        distribution = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
-        return distribution.mean.float(), distribution.std.float()
+        return kind_of(self.vae).posterior(self.vae, pixels)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures or videos in [-1, 1], float32, of latents of any size."""
+        """Pictures or videos in [-1, 1], float32, of latents `[B, C, *size]` of any size."""
         shift, scale = self.shift_and_scale(latents)
         z = (latents.float() / scale + shift).to(self.vae.dtype)
         rows = self._rows(self.pixel_size(tuple(latents.shape[2:])))
-        parts = [self.vae.decode(part, return_dict=False)[0].float() for part in z.split(rows)]
+        kind = kind_of(self.vae)
+        parts = [kind.decode(self.vae, part) for part in z.split(rows)]
         return torch.cat(parts).clamp(-1, 1)
 
     def _rows(self, pixels: Size) -> int:
@@ -152,7 +151,7 @@ class Encoders(nn.Module):
 
     def shift_and_scale(self, latents: Tensor) -> tuple[Any, Any]:
         """Shift and scale that turn the VAE's latents into the network's: `(latents - shift) * scale`."""
-        return self.vae.config.shift_factor or 0.0, self.vae.config.scaling_factor
+        return kind_of(self.vae).shift_and_scale(self.vae, latents)
 
     def pixel_size(self, size: Size) -> Size:
         """Size in pixels of a latent size."""

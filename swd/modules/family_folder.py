@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from swd.io.limits import LARGEST_SIDE, STEPS
-from swd.modules import hub
+from swd.modules import hub, latents
 from swd.modules.backbones import load_family
 from swd.modules.backbones.base import NetworkLimits
 from swd.modules.encoders import pixel_size
@@ -131,7 +131,7 @@ class FamilyFolder:
 
     def _check_channels(self) -> None:
         """Refuse networks for inpainting, control or a first frame: they take more channels than latents have."""
-        latent = self.vae_config.get("latent_channels", self.vae_config.get("z_dim"))
+        latent = latents.channels(self.vae_config)
         if latent not in (None, self.channels):
             raise UserError(
                 f"model.path={self.path}: its {self.backbone_class.subfolder} takes latents of {self.channels} "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from torch import Tensor
 from swd.io import limits
 from swd.modules import hub
 from swd.modules.backbones import load_family
-from swd.modules.backbones.base import TARGETS, Backbone
+from swd.modules.backbones.base import Backbone
 from swd.modules.encoders import Encoders
 from swd.modules.family_folder import FamilyFolder
 from swd.modules.guidance import guidance_scales
@@ -23,11 +24,15 @@ from swd.modules.model_folders import first_misfit
 from swd.modules.networks import Networks
 from swd.modules.pipeline_folder import LOADING_FAILS, PipelineFolder, reason_of
 from swd.modules.quantize import Quantization
-from swd.modules.targets import check_targets
+from swd.modules.targets import check_targets, covered_share
 from swd.modules.tuning import Tuning
 from swd.types import Role, Size, UserError
 
 Precision = Literal["auto", "fp32", "bf16"]
+
+LEAST_SHARE = 0.1
+"""Share of a network's linear weights below which `Pretrained.check_targets` warns. Ours: attention alone holds a third
+and more; names that miss the fused layers of a network can hold a twentieth."""
 
 
 class Pretrained(FamilyFolder):
@@ -42,7 +47,7 @@ class Pretrained(FamilyFolder):
         tuning: "lora" trains adapters on one frozen base; "full" trains whole copies of it.
         rank: LoRA rank.
         alpha: LoRA alpha; None: alpha = rank.
-        targets: names of the linear layers that get LoRA.
+        targets: names of the linear layers that get LoRA; None: the family's own.
         precision: dtype of the frozen base; LoRA and losses are always float32. "auto": bf16 where the machine computes
             it natively.
         vae_precision: dtype of the VAE, "fp32" or "bf16"; None: the base's, or float32 where the model needs that.
@@ -80,7 +85,7 @@ class Pretrained(FamilyFolder):
         tuning: Literal["lora", "full"] = "lora",
         rank: int = 64,
         alpha: float | None = None,
-        targets: Sequence[str] = TARGETS,
+        targets: Sequence[str] | None = None,
         precision: Precision = "auto",
         quantization: Quantization | None = None,
         dmd_guidance_scale: float | None = None,
@@ -100,8 +105,10 @@ class Pretrained(FamilyFolder):
                     f"model.{key} is empty; give model.{key}=VALUE" + (", or null" if key != "path" else "")
                 )
         # Settings are checked first, so that a mistake in them is reported without asking the hub.
-        most_tokens = load_family(family).encoders_type.most_text_tokens
-        self.tuned = Tuning(tuning, rank, alpha, tuple(targets), init_adapter, quantization)
+        backbone = load_family(family)
+        most_tokens = backbone.encoders_type.most_text_tokens
+        named = backbone.targets if targets is None else tuple(targets)
+        self.tuned = Tuning(tuning, rank, alpha, named, init_adapter, quantization)
         self.precision = precision
         self.vae_precision = vae_precision
         self.dmd_guidance_scale, self.drawing_guidance_scale = guidance_scales(
@@ -166,8 +173,19 @@ class Pretrained(FamilyFolder):
         return self.tuned.quantization
 
     def check_targets(self) -> None:
-        """Raise UserError if a target names no layer of the network; loads no weights."""
+        """Raise UserError if a target names no layer of the network; loads no weights.
+
+        Warns if the layers that are named hold less than `LEAST_SHARE` of the weights: a student with so little to
+        train learns slowly or not at all, and names that fit one family often miss most of another.
+        """
         check_targets(self.meta_network, self.targets)
+        share = covered_share(self.meta_network, self.targets)
+        if self.tuning == "lora" and share < LEAST_SHARE:
+            warnings.warn(
+                f"model.targets={list(self.targets)} adapt {share:.1%} of the weights in this network's linear layers; "
+                "name more of them, or leave model.targets=null for the family's own",
+                stacklevel=2,
+            )
 
     def latent_dtype(self, pipe: Any) -> torch.dtype:
         """The dtype of latents in the stock pipeline."""

@@ -29,6 +29,12 @@ def targets_of(modules: set[str], layers: Sequence[str]) -> list[str]:
     return sorted(found)
 
 
+def covered_share(network: nn.Module, targets: Sequence[str]) -> float:
+    """Share of the weights in linear layers that lie in layers which `targets` name, 0 to 1."""
+    sizes = {name: m.in_features * m.out_features for name, m in network.named_modules() if isinstance(m, nn.Linear)}
+    return sum(size for name, size in sizes.items() if is_target(name, targets)) / max(1, sum(sizes.values()))
+
+
 def check_targets(network: nn.Module, targets: Sequence[str]) -> None:
     """Raise UserError for a target that names no linear layer: it would silently stay without an adapter."""
     layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]

@@ -6,6 +6,7 @@ import copy
 import math
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,49 @@ def test_roles_on_one_base_have_the_gradients_of_separate_copies(
             assert_close(b.grad, grad @ a.detach().t(), rtol=2e-3, atol=1e-5)
             checked += 1
         assert checked > 3, role
+
+
+def partly_masked(model: Pretrained) -> Conditioning:
+    """Text of two rows, the last three tokens of the first one masked in families that take a mask."""
+    text = conditioning(model)
+    if text.mask is not None:
+        text.mask[0, 4:] = 0
+    return text
+
+
+def test_checkpointing_changes_no_number(name: str, model: Pretrained) -> None:
+    """Prediction, features and gradients with a partly masked text: a block that is recomputed must see the mask."""
+    found = []
+    for checkpointing in (False, True):
+        networks = randomised(model.networks(("student",)))
+        if checkpointing:
+            networks.enable_checkpointing()
+        networks.train()
+        x0, features = networks.x0("student", latents(name), torch.tensor([0.9, 0.6]), partly_masked(model), (0,))
+        (x0.square().mean() + features[0].square().mean()).backward()
+        gradients = [p.grad for p in networks.role_parameters("student")]
+        found.append([x0, features[0], *(g for g in gradients if g is not None)])
+    assert len(found[0]) == len(found[1]) > 8
+    for plain, checkpointed in zip(*found, strict=True):
+        assert torch.equal(plain, checkpointed)
+
+
+def test_masked_tokens_are_not_seen(name: str, model: Pretrained) -> None:
+    """Nor do they count as text: a shorter text with the rest cut away gives the same, guided too."""
+    text = partly_masked(model)
+    if text.mask is None:
+        pytest.skip("it attends to all tokens")
+    backbone, x, sigma = model.network(), latents(name), torch.tensor([0.9, 0.6])
+    embeds = text.embeds.clone()
+    embeds[0, 4:] += 5
+    prediction = backbone.predict(x, sigma, text)[0]
+    assert torch.equal(backbone.predict(x, sigma, replace(text, embeds=embeds))[0], prediction)
+    short = text.rows([0]).map(lambda t: t[:, :4])
+    assert_close(backbone.predict(x[:1], sigma[:1], short)[0], prediction[:1], rtol=1e-4, atol=1e-5)
+    networks = model.networks(("student",))
+    with torch.no_grad():
+        guided = [networks.guided_x0(x, sigma, text, empty, 3.0) for empty in (text.rows([0]), short)]
+    assert_close(*guided, rtol=1e-4, atol=1e-5)
 
 
 def merged(networks: SharedBase, role: Any) -> Any:

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ import torch
 from huggingface_hub import errors
 
 from swd.modules import hub
-from swd.modules.backbones.base import NetworkLimits
+from swd.modules.backbones import load_family
+from swd.modules.backbones.base import TARGETS, NetworkLimits
 from swd.modules.backbones.sd3 import SD3Encoders
 from swd.modules.backbones.sdxl import SDXLEncoders
 from swd.modules.family_folder import resolve_asset
 from swd.modules.model_folders import is_whole_file
 from swd.modules.pretrained import Pretrained
-from swd.modules.targets import is_target
+from swd.modules.targets import covered_share, is_target
 from swd.types import UserError
 
 
@@ -328,6 +330,26 @@ def test_impossible_adapters_are_refused(tiny_model: Path, values: dict[str, Any
     key = next(iter(values))
     with pytest.raises(UserError, match=rf"model\.{key}="):
         pretrained(tiny_model, **values)
+
+
+def test_targets_are_the_familys_unless_they_are_named(tiny_model: Path) -> None:
+    assert pretrained(tiny_model).targets == TARGETS
+    assert pretrained(tiny_model, targets=["to_q"]).targets == ("to_q",)
+    assert load_family("sana").targets == ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def test_targets_that_adapt_little_are_said(tiny_model: Path) -> None:
+    model = pretrained(tiny_model)
+    weights = {k: m.weight.numel() for k, m in model.meta_network.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert covered_share(model.meta_network, ["proj_out"]) == weights["proj_out"] / sum(weights.values())
+    assert covered_share(model.meta_network, list(weights)) == 1.0
+    few = pretrained(tiny_model, targets=("proj_out",))
+    with pytest.warns(UserWarning, match=r"^model\.targets=\['proj_out'\] adapt \d\.\d% of the weights in this"):
+        few.check_targets()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pretrained(tiny_model).check_targets()
+        pretrained(tiny_model, targets=("proj_out",), tuning="full").check_targets()
 
 
 def test_unknown_targets_are_refused_without_loading(tiny_model: Path) -> None:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from swd.diffusion import Process, expand
 from swd.io.limits import LARGEST_SIDE
 from swd.modules.encoders import Encoders
+from swd.scheduler import to_layout, unpack
 from swd.types import Conditioning, Size, UserError
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
-"""Linear layers that get LoRA: attention and MLP (SwD paper, appendix A). All five families use these names."""
+"""Linear layers that get LoRA: attention and MLP (SwD paper, appendix A), by the names that most families use."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +122,11 @@ class Backbone(nn.Module, ABC):
         encoders_type: text encoders and VAE of that pipeline.
         video: whether it draws videos.
         has_refiner: whether there are refiners, networks of their own that take over for the last steps.
-        packed: whether its pipeline carries latents as tokens.
+        layout: how its pipeline takes latents, see `swd.scheduler.to_layout`.
         float_latents: whether its pipeline carries latents in float32 whatever the network's dtype.
         unknown_settings: settings of `model_index.json` that mark variants which this backbone does not support.
         trains_from_scratch: whether `initialise` has weights for `task.from_scratch`.
+        targets: linear layers that get LoRA unless a configuration names others.
         comfyui: whether ComfyUI supports this family and loads its LoRA under the names of `comfy_key`.
         poor_at_low_resolution: whether the teacher draws poorly at sizes below its native one.
     """
@@ -137,10 +139,11 @@ class Backbone(nn.Module, ABC):
     encoders_type: ClassVar[type[Encoders]]
     video: ClassVar[bool] = False
     has_refiner: ClassVar[bool] = False
-    packed: ClassVar[bool] = False
+    layout: ClassVar[str] = "map"
     float_latents: ClassVar[bool] = False
     unknown_settings: ClassVar[tuple[str, ...]] = ()
     trains_from_scratch: ClassVar[bool] = False
+    targets: ClassVar[tuple[str, ...]] = TARGETS
     comfyui: ClassVar[bool] = False
     poor_at_low_resolution: ClassVar[bool] = False
 
@@ -199,15 +202,15 @@ class Backbone(nn.Module, ABC):
         """
         return empty
 
-    @staticmethod
-    def to_pipeline(latents: Tensor) -> Tensor:
-        """Latents in the layout that the stock pipeline uses."""
-        return latents
+    @classmethod
+    def to_pipeline(cls, latents: Tensor) -> Tensor:
+        """Latents in the layout that the stock pipeline takes."""
+        return to_layout(latents, cls.layout)
 
-    @staticmethod
-    def from_pipeline(latents: Tensor, size: Size) -> Tensor:
-        """The inverse of `to_pipeline`, for latents of `size`."""
-        return latents
+    @classmethod
+    def from_pipeline(cls, latents: Tensor, size: Size) -> Tensor:
+        """Latents `[B, C, *size]` of those in the stock pipeline's loop: maps as they are, or tokens `[B, L, 4 C]`."""
+        return latents if cls.layout == "map" else unpack(latents, size)
 
     @staticmethod
     def comfy_key(module: str) -> str:

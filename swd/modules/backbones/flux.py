@@ -12,7 +12,7 @@ from swd.diffusion import Process, RectifiedFlow
 from swd.modules.backbones.base import Backbone, NetworkLimits
 from swd.modules.encoders import Encoders
 from swd.scheduler import pack, position_ids, unpack
-from swd.types import Conditioning, Size
+from swd.types import Conditioning
 
 
 class FluxEncoders(Encoders):
@@ -37,7 +37,7 @@ class FluxBackbone(Backbone):
     pipeline_aliases: ClassVar[tuple[str, ...]] = ("FluxImg2ImgPipeline", "FluxInpaintPipeline")
     encoders_type: ClassVar[type[Encoders]] = FluxEncoders
     comfyui: ClassVar[bool] = True
-    packed: ClassVar[bool] = True
+    layout: ClassVar[str] = "tokens"
 
     @staticmethod
     def limits_of(config: dict[str, Any]) -> NetworkLimits:
@@ -62,14 +62,6 @@ class FluxBackbone(Backbone):
     @staticmethod
     def conditioning_widths(config: dict[str, Any]) -> tuple[int, int | None]:
         return config["joint_attention_dim"], config["pooled_projection_dim"]
-
-    @staticmethod
-    def to_pipeline(latents: Tensor) -> Tensor:
-        return pack(latents)
-
-    @staticmethod
-    def from_pipeline(latents: Tensor, size: Size) -> Tensor:
-        return unpack(latents, size)
 
     @property
     def block_list(self) -> Sequence[nn.Module]:

@@ -32,13 +32,6 @@ class SanaEncoders(Encoders):
         )
         return Conditioning(embeds, mask=mask)
 
-    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        latents: Tensor = self.vae.encode(pixels.to(self.vae.dtype)).latent.float()
-        return latents, torch.zeros_like(latents)
-
-    def shift_and_scale(self, latents: Tensor) -> tuple[Any, Any]:
-        return 0.0, self.vae.config.scaling_factor
-
 
 class SanaBackbone(Backbone):
     """`SanaTransformer2DModel`: velocity prediction, timestep 0..1000, text by cross-attention."""
@@ -49,6 +42,7 @@ class SanaBackbone(Backbone):
     pipeline_aliases: ClassVar[tuple[str, ...]] = ("SanaPAGPipeline",)
     encoders_type: ClassVar[type[Encoders]] = SanaEncoders
     float_latents: ClassVar[bool] = True
+    targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")  # its MLP is made of convolutions
 
     @staticmethod
     def limits_of(config: dict[str, Any]) -> NetworkLimits:

@@ -34,14 +34,6 @@ class WanEncoders(Encoders):
         )
         return Conditioning(embeds)
 
-    def shift_and_scale(self, latents: Tensor) -> tuple[Any, Any]:
-        config = self.vae.config
-        mean, std = (
-            torch.tensor(v, device=latents.device).view(1, -1, 1, 1, 1)
-            for v in (config.latents_mean, config.latents_std)
-        )
-        return mean, 1 / std
-
 
 class WanBackbone(Backbone):
     """`WanTransformer3DModel`: velocity prediction on latents `[B, C, F, H, W]`, timestep 0..1000."""
