@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
-import torch
-from torch import Tensor, nn
+# torch takes over a second to import; help and messages about wrong keys need this module and not torch.
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Size = tuple[int, ...]
 """Latent side lengths: (H, W) for images, (F, H, W) for video."""
@@ -16,7 +18,7 @@ Size = tuple[int, ...]
 Role = Literal["student", "fake", "teacher"]
 """A part that the network plays: the few-step student, the fake score (fake network), the frozen teacher."""
 
-Checks = dict[str, Tensor]
+Checks: TypeAlias = "dict[str, Tensor]"
 """Boolean scalars: whether a value is finite, by the value's name in messages; a cause stands before its effects."""
 
 
@@ -86,6 +88,8 @@ class Conditioning:
             UserError: if only some of them have a pooled text or sizes, or texts of several lengths have no mask, so
                 that the network would attend to padding.
         """
+        import torch
+
         parts = _of_one_length(parts)
         first = parts[0]
         values = {}
@@ -229,14 +233,20 @@ class SeededDraws:
 
     def generator(self, purpose: str, row: int) -> torch.Generator:
         """The generator of one sample for one purpose."""
+        import torch
+
         key = f"{self.seed}/{purpose}/{self.iteration}/{self.update}/{self.first + row}"
         return torch.Generator().manual_seed(stable_hash(key.encode()))
 
     def noise(self, purpose: str, like: Tensor) -> Tensor:
+        import torch
+
         rows = [torch.randn(like.shape[1:], generator=self.generator(purpose, i)) for i in range(len(like))]
         return torch.stack(rows).to(like.device)
 
     def index(self, purpose: str, low: int, high: int, batch: int) -> Tensor:
+        import torch
+
         draws = [torch.randint(low, high + 1, (), generator=self.generator(purpose, i)) for i in range(batch)]
         return torch.stack(draws)
 

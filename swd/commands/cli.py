@@ -9,6 +9,7 @@ import importlib
 import inspect
 import os
 import re
+import string
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from swd.io.files import ADVICE, failed_operation
 from swd.io.masking import mask_text
 from swd.io.memory import out_of_memory
-from swd.io.ranks import ranks
+from swd.io.ranks import is_first, ranks
 from swd.io.signals import Stopped, listening
 from swd.types import UserError
 
@@ -73,6 +74,8 @@ NOTICES = (
     ".*with manual optimization and every_n_train_steps.*",  # whole iterations are what a resumed run continues from
 )
 
+INSTALLED = Path(__file__).parents[1] / "conf"
+"""Folder of the package `swd.conf`, which an installation has and a checkout lacks."""
 LISTED = "--help and --cfg job list what there is"
 """End of messages about unknown keys that resemble no known one."""
 
@@ -108,17 +111,20 @@ def launch(command: str) -> None:
 
     Exits with status 2 and one line on standard error if the input was wrong, in a sweep too.
     """
-    # Hydra, and the command's module.
+    # Hydra. The command's module, and with it torch, is imported once the configuration is composed: not for help, and
+    # not to say that a key is unknown.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises errors instead of printing them itself
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(help_text(command))
+        return
     import hydra
 
     from swd.config import for_command
 
     for_command(command)
     quiet_warnings()
-    run: Callable[..., float | None] = importlib.import_module(COMMANDS[command][0]).run
     main = hydra.main(config_path=config_path(), config_name=command, **hydra_options(hydra.main))
 
     # The job, once its configuration is composed.
@@ -131,6 +137,7 @@ def launch(command: str) -> None:
         quiet_warnings()  # again: a sweep's job may run in a process of its own
         try:
             with user_errors(where=results_folder(cfg)), listening():  # here, before Hydra adds lines to them
+                run: Callable[..., float | None] = importlib.import_module(COMMANDS[command][0]).run
                 return run(cfg)
         finally:
             remove_empty_output()
@@ -150,6 +157,24 @@ def launch(command: str) -> None:
             raise UserError(
                 f"output folder {folder} cannot be written ({reason}); choose another with output="
             ) from None
+
+
+def help_text(command: str) -> str:
+    """The help of a command by its default configuration: the text that Hydra prints, without the second it takes.
+
+    Hydra composes the configuration and lists the groups one by one; with overrides beside `--help` it still does.
+    """
+    import yaml
+
+    folder = config_folder()
+    template = yaml.safe_load((folder / f"{command}.yaml").read_text(encoding="utf-8"))["hydra"]["help"]["template"]
+    files = [file.relative_to(folder) for file in folder.glob("*/**/*.yaml")]
+    options: dict[str, list[str]] = {}
+    for file in files:
+        options.setdefault(file.parent.as_posix(), []).append(file.stem)
+    own = sorted(group for group in options if group.partition("/")[0] != "hydra")
+    groups = "".join(f"{group}: {', '.join(sorted(options[group]))}\n" for group in own)
+    return string.Template(template).substitute(APP_CONFIG_GROUPS=groups)
 
 
 def hydra_options(function: Callable[..., Any]) -> dict[str, Any]:
@@ -276,8 +301,6 @@ def user_errors(where: str | None = None) -> Iterator[None]:
     Args:
         where: the folder of the results, for failed writes that do not say which file it was.
     """
-    from swd.data.job import is_first
-
     try:
         yield
     except KeyboardInterrupt:
@@ -344,9 +367,15 @@ def message_for_user(error: BaseException, where: str | None = None) -> str | No
 
 
 def config_path() -> str:
-    """Folder of the configuration: `conf/` of a checkout, else the one installed as `swd.conf`."""
+    """Where Hydra finds the configuration: `conf/` of a checkout, else the one installed as `swd.conf`."""
+    folder = config_folder()
+    return "pkg://swd.conf" if folder == INSTALLED else str(folder)
+
+
+def config_folder() -> Path:
+    """Folder of the configuration: `conf/` of a checkout, else the one beside the installed package's modules."""
     folder = Path(__file__).parents[2] / "conf"
-    return str(folder) if (folder / "train.yaml").is_file() else "pkg://swd.conf"
+    return folder if (folder / "train.yaml").is_file() else INSTALLED
 
 
 def _machine_or_user(error: BaseException | None, where: str | None) -> str | None:

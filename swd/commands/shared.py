@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from swd.config import GROUP
 from swd.io.ranks import ranks
 
@@ -17,6 +15,8 @@ RECIPE = {"batch_size": int, "lr": float, "iterations": int, "checkpointing": bo
 
 def use_own_gpu() -> None:
     """Under a launcher, give each process of a machine a GPU of its own."""
+    import torch
+
     here = ranks()
     if here.launched and torch.cuda.is_available():
         torch.cuda.set_device(here.local_rank % torch.cuda.device_count())
