@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from swd.types import Checks, UserError
 
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:
     """Whether no element of any tensor is infinite or NaN: a boolean scalar, computed where the tensors are."""
-    found = [tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point()]
+    floating = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    # The largest magnitude of each: it is finite where all are, NaN where one is, and cannot overflow.
+    found = [largest.isfinite() for largest in torch._foreach_norm(floating, inf)] if floating else []
     # An optimizer keeps its step counter on the CPU and its moments on the device.
     return torch.stack([each.to(found[0].device) for each in found]).all() if found else torch.tensor(True)
 
