@@ -20,7 +20,7 @@ STARTED := $(shell date +%s)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full test test-lowest lint format mutants clean
+.PHONY: help demo demo-full test test-lowest lint format bench mutants clean
 
 help:  ## show this list
 	@echo "usage: make TARGET [ARGS='...'] [PYTHON=python3.11]"
@@ -46,6 +46,9 @@ lint: $(STAMP)  ## check style, formatting and types
 format: $(STAMP)  ## reformat, and fix what can be fixed
 	@$(BIN)/ruff check --fix-only --exit-zero .
 	@$(BIN)/ruff format .
+
+bench: $(STAMP)  ## time the tiny iteration (ARGS='--against PATH' against another checkout); see benchmarks/README.md
+	@$(BIN)/python benchmarks/tiny_step.py $(ARGS)
 
 mutants:  ## put small mistakes into the core and see that tests fail (ARGS='swd.losses*' for a part); takes hours
 	@$(MAKE) --no-print-directory VENV=.venv-mutants .venv-mutants/.mutmut

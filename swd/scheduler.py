@@ -494,7 +494,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         size. The network's class says which input that is; networks of other classes are left alone.
         """
         pipe.scheduler = self
-        network = getattr(pipe, "transformer", None)
+        network: Any = getattr(pipe, "transformer", None)
         refresh = {"FluxTransformer2DModel": self._refresh_ids}
         for name in _class_names(network):
             if name in refresh:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
@@ -104,6 +104,8 @@ class Conditioning:
 
 def _of_one_length(parts: Sequence[Conditioning]) -> Sequence[Conditioning]:
     """The conditionings, padded to the length of the longest text, and all with a mask if any has one."""
+    import torch.nn.functional as F
+
     lengths = [part.embeds.shape[1] for part in parts]
     masks = [part.mask for part in parts if part.mask is not None]
     if len(set(lengths)) == 1 and len(masks) in (0, len(parts)):
@@ -115,8 +117,8 @@ def _of_one_length(parts: Sequence[Conditioning]) -> Sequence[Conditioning]:
     for part, length in zip(parts, lengths, strict=True):
         mask = part.embeds.new_ones(part.embeds.shape[:2]).to(masks[0].dtype) if part.mask is None else part.mask
         missing = max(lengths) - length
-        embeds = nn.functional.pad(part.embeds, (0, 0, 0, missing))
-        padded.append(replace(part, embeds=embeds, mask=nn.functional.pad(mask, (0, missing))))
+        embeds = F.pad(part.embeds, (0, 0, 0, missing))
+        padded.append(replace(part, embeds=embeds, mask=F.pad(mask, (0, missing))))
     return padded
 
 
@@ -231,24 +233,30 @@ class SeededDraws:
     update: int = 0
     first: int = 0
 
-    def generator(self, purpose: str, row: int) -> torch.Generator:
-        """The generator of one sample for one purpose."""
-        import torch
-
-        key = f"{self.seed}/{purpose}/{self.iteration}/{self.update}/{self.first + row}"
-        return torch.Generator().manual_seed(stable_hash(key.encode()))
-
     def noise(self, purpose: str, like: Tensor) -> Tensor:
         import torch
 
-        rows = [torch.randn(like.shape[1:], generator=self.generator(purpose, i)) for i in range(len(like))]
-        return torch.stack(rows).to(like.device)
+        drawn = torch.empty(like.shape, dtype=torch.float32, device="cpu", pin_memory=like.is_cuda)
+        for row, generator in zip(drawn, self._generators(purpose, len(like)), strict=True):
+            torch.randn(row.shape, generator=generator, out=row)
+        return drawn.to(like.device, non_blocking=True)
 
     def index(self, purpose: str, low: int, high: int, batch: int) -> Tensor:
         import torch
 
-        draws = [torch.randint(low, high + 1, (), generator=self.generator(purpose, i)) for i in range(batch)]
-        return torch.stack(draws)
+        drawn = torch.empty(batch, dtype=torch.int64, device="cpu")
+        for row, generator in zip(drawn, self._generators(purpose, batch), strict=True):
+            torch.randint(low, high + 1, (), generator=generator, out=row)
+        return drawn
+
+    def _generators(self, purpose: str, batch: int) -> Iterator[torch.Generator]:
+        """For each sample in turn, one generator seeded anew: making one costs more than the draw of a small latent."""
+        import torch
+
+        generator = torch.Generator()
+        for row in range(batch):
+            key = f"{self.seed}/{purpose}/{self.iteration}/{self.update}/{self.first + row}"
+            yield generator.manual_seed(stable_hash(key.encode()))
 
 
 def stable_hash(data: bytes) -> int:

@@ -81,3 +81,17 @@ def test_indices_are_uniform_with_both_ends(low: int, high: int) -> None:
 def test_hashes_are_the_same_everywhere() -> None:
     assert stable_hash(b"swd") == 3897029751569831211
     assert 0 <= stable_hash(b"") < 2**63
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 3), (3, 4, 5, 5), (2, 4, 8, 8), (2, 16, 3, 4, 6)])
+def test_numbers_are_those_of_a_fresh_generator_for_each_sample(shape: tuple[int, ...]) -> None:
+    """Bit by bit, whether a draw has fewer than 16 numbers, a multiple of 16, or neither: each is drawn its own way."""
+
+    def generator(purpose: str, row: int) -> torch.Generator:
+        return torch.Generator().manual_seed(stable_hash(f"3/{purpose}/7/2/{row}".encode()))
+
+    noise = BASE.noise("a", torch.zeros(shape))
+    index = BASE.index("b", 12, 27, shape[0])
+    for row in range(shape[0]):
+        assert torch.equal(noise[row], torch.randn(shape[1:], generator=generator("a", row)))
+        assert index[row] == torch.randint(12, 28, (), generator=generator("b", row))

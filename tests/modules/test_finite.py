@@ -25,6 +25,7 @@ from swd.losses.gan import GAN
 from swd.losses.mmd import MMD
 from swd.modules.checkpoints import damage
 from swd.modules.distiller import Distiller, check_optimizer
+from swd.modules.finite import all_finite
 from swd.modules.inputs import InputBuilder
 from swd.modules.training_task import WatchedTask, check_finite
 from swd.types import Conditioning, UserError
@@ -310,3 +311,16 @@ def test_all_processes_stop_when_one_of_them_must(tiny_model: Path, tmp_path: Pa
     assert "Traceback" not in result.stderr
     assert "iteration 2, step 2 of 3 of the schedule, generator update: not finite: mmd;" in result.stderr
     assert [file.name for file in (tmp_path / "run" / "checkpoints").iterdir()] == ["iteration-1.ckpt"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_finite_means_every_element_of_every_tensor(dtype: torch.dtype) -> None:
+    largest = torch.full((3, 5), torch.finfo(dtype).max, dtype=dtype)
+    rest = [torch.zeros(0), torch.tensor([2**40]), torch.tensor(-1.0), largest[:, ::2], -largest]
+    assert all_finite(rest) and all_finite([]) and all_finite(rest[:2]), "a sum of squares would overflow"
+    for value in (NAN, INF, -INF):
+        for place in ((0, 0), (2, 4)):
+            spoilt = largest.clone()
+            spoilt[place] = value
+            found = all_finite([*rest, spoilt])
+            assert found.dtype == torch.bool and found.shape == () and not found
