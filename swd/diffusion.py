@@ -73,7 +73,7 @@ class Process(Protocol):
 class RectifiedFlow:
     """Rectified flow (SD3.5, FLUX, Wan): networks predict the velocity `eps - x0` (arXiv 2209.03003).
 
-    Of the ranges, `renoise` is sigma below 0.79 (released code), `features` sigma below 0.61 (SwD paper, section 4.2).
+    Of the ranges, `renoise` is sigma up to 0.7904 (released code), `features` up to 0.6022 (SwD paper, section 4.2).
     """
 
     ranges: ClassVar[Ranges] = Ranges(whole=(0, 27), renoise=(12, 27), features=(18, 27))
