@@ -84,7 +84,7 @@ class Process(Protocol):
 class RectifiedFlow:
     """Rectified flow (SD3.5, FLUX, Wan): networks predict the velocity `eps - x0` (arXiv 2209.03003).
 
-    Of the ranges, `renoise` is sigma below 0.79 (released code), `features` sigma below 0.61 (SwD paper, section 4.2).
+    Of the ranges, `renoise` is sigma up to 0.7904 (released code), `features` up to 0.6022 (SwD paper, section 4.2).
 
     Args:
         shift: of the levels that losses draw from, see `rectified_flow_table`. The default is that of the released

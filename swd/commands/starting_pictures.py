@@ -279,12 +279,14 @@ def _source_size(given: int | Sequence[int], target: Size) -> Size:
     """Latent size at which pictures are encoded.
 
     Raises:
-        UserError: if it is larger than `target`, or of another aspect ratio.
+        UserError: if it is below 1, larger than `target`, or of another aspect ratio.
     """
     size = (given, given) if isinstance(given, int) else tuple(given)
     shown = list(target) if target[0] != target[1] else target[0]
     if len(size) != 2 or any(not 1 <= side <= most for side, most in zip(size, target, strict=False)):
-        raise UserError(f"from={given}: pictures are enlarged from it to {shown} (latent sides); use at most that")
+        raise UserError(
+            f"from={given}: pictures are enlarged from it to {shown} (latent sides); use at least 1 and at most that"
+        )
     # Rounding moves a side by less than one latent pixel.
     if abs(size[0] / target[0] - size[1] / target[1]) * max(size) >= 1:
         near = [max(1, round(side * size[0] / target[0])) for side in target]

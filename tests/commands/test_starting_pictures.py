@@ -139,6 +139,7 @@ GOOD = {"level": 0.6, "from": 4}
         ({"level": 0.7}, "level=0.7 is none of the student's: 0.8, 0.6; use one of them"),
         ({"from": 9}, "from=9: pictures are enlarged from it to 8"),
         ({"from": 8, "level": 0.8}, "from=8: pictures are enlarged from it to 6"),
+        ({"from": 0}, "from=0: pictures are enlarged .* use at least 1 and at most that"),
         ({"from": "[4,6]"}, r"from=\[4, 6\] would squash pictures of 8 .* use from='\[4, 4\]'"),
         ({"from": "[4,4,4]"}, r"from=\[4, 4, 4\]: pictures are enlarged"),
         ({"n": 3}, "n=3, but start=.* has 2 captioned pictures"),
