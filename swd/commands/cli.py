@@ -72,6 +72,7 @@ NOTICES = (
     ".*could be decompression bomb.*",  # pictures have a limit of our own, which says what to do
     ".*Checkpoint directory .* exists and is not empty.*",  # of a run that goes on in its folder
     ".*with manual optimization and every_n_train_steps.*",  # whole iterations are what a resumed run continues from
+    ".*returned a view tensor.*",  # FSDP2's advice to code that changes predictions in place, which none here does
 )
 
 INSTALLED = Path(__file__).parents[1] / "conf"
