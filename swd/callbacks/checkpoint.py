@@ -167,7 +167,7 @@ class Checkpoint(ModelCheckpoint):
 def made_by(trainer: Trainer) -> dict[str, str]:
     """What computes a run: processes and devices, and versions of packages, by name."""
     strategy = trainer.strategy
-    layout = f"{trainer.world_size} x {strategy.root_device.type}, {type(strategy).__name__}"
+    layout = f"{trainer.world_size} x {strategy.root_device.type}, {getattr(strategy, 'layout', 'one device')}"
     return {"processes": layout, "swd": __version__} | {name: version(name) for name in PACKAGES}
 
 

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from swd.io.ranks import is_first
+
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 """Signals that are obeyed: of schedulers and `kill`, of Ctrl-C, of a terminal that closes, of SLURM's `--signal`."""
 SAME = 2.0
@@ -61,7 +63,9 @@ class _Received:
             self.number = number
             self.when = time.monotonic()
             if self.postponed:
-                _tell(f"{signal.Signals(number).name}: the iteration is finished and saved first; again ends at once")
+                if is_first():  # each of many processes gets the signal
+                    name = signal.Signals(number).name
+                    _tell(f"{name}: the iteration is finished and saved first; again ends at once")
                 return
             if number == signal.SIGINT:
                 raise KeyboardInterrupt

@@ -53,6 +53,8 @@ class DDP(DDPStrategy):
     some of their types cannot be sent (fp8).
     """
 
+    layout = "a whole copy each"
+
     def __init__(self) -> None:
         super().__init__(find_unused_parameters=True, broadcast_buffers=False)
 
@@ -93,6 +95,11 @@ class Sharded(ModelParallelStrategy):
         super().__init__(data_parallel_size=1, tensor_parallel_size=1)
         self.shard = shard
         self.largest_state = largest_state
+
+    @property
+    def layout(self) -> str:
+        """How weights lie on the processes, in words."""
+        return f"weights divided over {self.group_size(self.world_size, self.num_processes)}"
 
     # Building
 

@@ -129,7 +129,7 @@ def test_two_processes_go_on_with_the_data_and_draws_of_one_and_say_so(
     arguments = [*overrides(tiny_model, tmp_path / "two", **OPTIONS, trainer="ddp_cpu"), *CALLBACKS]
     said = train_on_two([*arguments, f"resume={folder / 'checkpoints' / 'iteration-2.ckpt'}"], tmp_path)
     (line,) = (line for line in said.splitlines() if "going on" in line)
-    assert "processes 1 x cpu, SingleDeviceStrategy, now 2 x cpu, DDP" in line
+    assert "processes 1 x cpu, one device, now 2 x cpu, a whole copy each" in line
     assert "data, their order and all draws stay the same" in line
     ours, theirs = (read_checkpoint(run / "checkpoints" / "iteration-4.ckpt") for run in (tmp_path / "two", folder))
     assert ours["made_by"]["processes"].startswith("2 x ") and theirs["made_by"]["processes"].startswith("1 x ")
