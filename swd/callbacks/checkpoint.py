@@ -20,7 +20,7 @@ from swd.io import limits
 from swd.io.files import clear_leftovers
 from swd.io.job_log import print_line
 from swd.modules.adapters import CHECKPOINTS, STUDENTS
-from swd.modules.checkpoints import CheckpointFiles, Resumable, damage, tensors
+from swd.modules.checkpoint_files import CheckpointFiles, Resumable, damage, tensors
 from swd.modules.distiller import Distiller
 from swd.modules.finite import all_finite, stop_unless_finite
 from swd.types import UserError

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from swd.io import limits
 from swd.losses.base import Metrics
-from swd.modules.checkpoints import damage, iterations
+from swd.modules.checkpoint_files import damage, iterations
 from swd.modules.distiller import Distiller, Observer
 from swd.modules.inputs import Inputs
 from swd.modules.layouts import local_part

@@ -51,7 +51,7 @@ from swd.modules.hub import is_hub_id
 from swd.modules.model_folders import read_json
 from swd.modules.pretrained import Pretrained
 from swd.modules.requests import Requests, check_filled, read_prompts
-from swd.modules.student import load_student
+from swd.modules.saved_student import load_student
 from swd.modules.tokens import warn_beyond
 from swd.schedule import ScaleSchedule
 from swd.scheduler import ScaleWiseScheduler
@@ -589,7 +589,7 @@ def student_candidate(entry: Mapping[str, Any], cfg: DictConfig) -> DrawingModel
         cfg = on_base(cfg, base_of(entry))
         node = node_of(cfg, "model")
     model = build_pictures_model(node, name, cfg)
-    found.check_fits(model)
+    found.check_model(model)
     schedule = own_schedule(entry["schedule"], model, cfg) if "schedule" in entry else schedule_of(source, cfg, model)
     size = final_size(cfg, model, schedule.base_sizes[-1])
     return DrawingModel(name, entry["model"], model, found, schedule, size, len(schedule.config.sigmas))

@@ -11,7 +11,7 @@ from swd.config import check
 from swd.export.student_folder import build_model, check_target, export, recorded_model, schedule_of
 from swd.io.job_log import JobLog
 from swd.modules.adapters import locate
-from swd.modules.student import load_student
+from swd.modules.saved_student import load_student
 from swd.types import UserError
 
 ROOT = shared.ROOT | {"run": str, "to": str, "verify": bool, "output": str, "ema": bool | None}
@@ -28,7 +28,7 @@ def run(cfg: DictConfig) -> None:
     source = locate(cfg.run, Path(cfg.output), "run", cfg.ema)
     student = load_student(source, cfg.ema)
     model = build_model(recorded_model(source, cfg), cfg)
-    student.check_fits(model)
+    student.check_model(model)
     schedule = schedule_of(source, cfg, model)
     task = f"exporting {source} of {model.name} to {target}" + (", and loading it back" if cfg.verify else "")
     with JobLog(task, 1, "student") as progress:

@@ -36,7 +36,7 @@ from swd.modules.drawing import build_pipeline, draw
 from swd.modules.model_folders import check_model_folder, read_json
 from swd.modules.pretrained import Pretrained
 from swd.modules.requests import Request, read_prompts
-from swd.modules.student import Student, load_student
+from swd.modules.saved_student import Student, load_student
 from swd.modules.tokens import warn_beyond
 from swd.scheduler import ScaleWiseScheduler
 from swd.types import Size, UserError
@@ -174,7 +174,7 @@ def prepare(cfg: DictConfig) -> SamplingPlan:
     student = schedule = None
     if source is not None:
         student = load_student(source, cfg.ema)
-        student.check_fits(model)
+        student.check_model(model)
         schedule = schedule_of(source, cfg, model)
     if model.backbone_class.video:
         video.check_available()

@@ -47,7 +47,7 @@ from swd.io.memory import out_of_memory
 from swd.io.ranks import ranks
 from swd.io.signals import Stopped
 from swd.modules import sharding
-from swd.modules.checkpoints import CheckpointFiles, Resumable, iterations
+from swd.modules.checkpoint_files import CheckpointFiles, Resumable, iterations
 from swd.modules.distiller import Distiller
 from swd.modules.finite import last_checkpoint
 from swd.modules.training_task import WatchedTask

@@ -19,7 +19,7 @@ from swd.io.tables import read_table
 from swd.metrics.features import picture_files
 from swd.modules.pretrained import Pretrained
 from swd.modules.requests import Requests
-from swd.modules.student import Student
+from swd.modules.saved_student import Student
 from swd.scheduler import ScaleWiseScheduler
 from swd.types import Size, UserError
 

@@ -53,7 +53,7 @@ from swd.modules.checkpoint_student import CheckpointNetwork
 from swd.modules.hub import is_hub_id
 from swd.modules.model_folders import read_json
 from swd.modules.pretrained import Pretrained
-from swd.modules.student import FullStudent, Student
+from swd.modules.saved_student import FullStudent, Student
 from swd.schedule import ScaleSchedule
 from swd.scheduler import ScaleWiseScheduler
 from swd.types import Size, UserError, WrongProcess

@@ -25,7 +25,7 @@ from swd.config import one_line
 from swd.modules.adapters import DIFFUSERS_WEIGHTS, MERGE, PEFT_WEIGHTS, Adapter, Lora, is_checkpoint, read_lora
 from swd.modules.checkpoint_student import CheckpointNetwork
 from swd.modules.pretrained import Pretrained
-from swd.modules.student import FullStudent
+from swd.modules.saved_student import FullStudent
 from swd.types import Size, UserError
 
 COMFY_WEIGHTS = "comfyui.safetensors"

@@ -114,9 +114,9 @@ class Adapter:
         """First 16 digits of the SHA-256 of its file, for records."""
         return file_hash(self.source)[:16]
 
-    def check_fits(self, model: Pretrained) -> None:
+    def check_model(self, model: Pretrained) -> None:
         """Raise UserError, with both names, if it was made for another network."""
-        check_fits(self, model)
+        check_model(self, model)
 
     def network(self, model: Pretrained, device: torch.device | str = "cpu") -> Any:
         """The denoising network that a pipeline is built around: the base."""
@@ -431,7 +431,7 @@ def _fold(lora: Lora, settings: Settings | None, file: Path, base: str | None = 
     return Adapter(state, file, base)
 
 
-def check_fits(adapter: Adapter, model: Pretrained) -> None:
+def check_model(adapter: Adapter, model: Pretrained) -> None:
     """Raise UserError, with both names, if the adapter was made for another network."""
     layers = {name: layer for name, layer in model.meta_network.named_modules() if isinstance(layer, _LAYERS)}
     for module in adapter.modules:
@@ -455,7 +455,7 @@ def check_start(model: Pretrained) -> None:
     """
     assert model.init_adapter is not None
     adapter = load(locate(model.init_adapter, Path("outputs"), "model.init_adapter"))
-    check_fits(adapter, model)
+    check_model(adapter, model)
     where = f"model.init_adapter={model.init_adapter}"
     ranks = sorted(adapter.ranks)
     if len(ranks) > 1:

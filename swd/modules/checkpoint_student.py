@@ -12,7 +12,7 @@ from torch import Tensor
 from swd.config import read_recorded
 from swd.io.files import file_hash
 from swd.modules.adapters import Adapter, fold_alpha
-from swd.modules.checkpoints import read_resumable
+from swd.modules.checkpoint_files import read_resumable
 from swd.modules.pretrained import Pretrained
 from swd.modules.tuning import ALPHAS
 from swd.types import UserError
@@ -41,7 +41,7 @@ class CheckpointNetwork:
     def hash(self) -> str:
         return file_hash(self.source)[:16]
 
-    def check_fits(self, model: Pretrained) -> None:
+    def check_model(self, model: Pretrained) -> None:
         shapes = {name: tuple(parameter.shape) for name, parameter in model.meta_network.named_parameters()}
         for name in sorted({*shapes, *self.state}):
             found = tuple(self.state[name].shape) if name in self.state else None

@@ -25,7 +25,7 @@ from swd.losses.update import critic_loss, generator_gradient, settle, student_x
 from swd.modules.accumulation import BatchPart, accumulate
 from swd.modules.adapters import check_start, read_adapter
 from swd.modules.bad_steps import Action, BadStepRule, BadSteps
-from swd.modules.checkpoints import optimizer_misfit, progress_in_iterations
+from swd.modules.checkpoint_files import optimizer_misfit, progress_in_iterations
 from swd.modules.encoders import Encoders
 from swd.modules.finite import all_finite, step_or_stop
 from swd.modules.inputs import InputBuilder, Inputs

@@ -12,7 +12,7 @@ from torch import Tensor
 from swd.modules.pretrained import Pretrained
 from swd.modules.quantize import quantize
 from swd.modules.requests import Request
-from swd.modules.student import Student
+from swd.modules.saved_student import Student
 from swd.scheduler import ScaleWiseScheduler
 from swd.types import Size, UserError
 

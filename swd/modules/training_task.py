@@ -18,7 +18,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import AveragedModel
 
 from swd.io.files import clear_leftovers, in_use
-from swd.modules.checkpoints import lost_settings, tensors
+from swd.modules.checkpoint_files import lost_settings, tensors
 from swd.modules.finite import all_finite, step_or_stop, stop_unless_finite
 from swd.types import Checks, UserError
 

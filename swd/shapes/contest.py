@@ -28,7 +28,7 @@ from swd.metrics.flops import forward_gflop
 from swd.modules.adapters import locate
 from swd.modules.distiller import Distiller
 from swd.modules.requests import Requests
-from swd.modules.student import load_student
+from swd.modules.saved_student import load_student
 from swd.shapes.dataset import ShapesDataset
 from swd.shapes.distances import Distances
 from swd.shapes.judge import ATTRIBUTES, Judge, Score, pack_score, score_pictures, summarise

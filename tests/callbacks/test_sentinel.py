@@ -20,7 +20,7 @@ from swd.callbacks.sentinel import COLLAPSED, VISITS, WINDOW
 from swd.commands.train import fit
 from swd.losses import GeneratorStep, LossTerm
 from swd.losses.base import Metrics
-from swd.modules.checkpoints import read_checkpoint
+from swd.modules.checkpoint_files import read_checkpoint
 from swd.modules.distiller import Distiller
 from swd.modules.inputs import InputBuilder, Inputs
 from swd.types import UserError

@@ -18,7 +18,7 @@ from tiny import composed, overrides
 from swd.commands.train import fit
 from swd.io import signals
 from swd.io.signals import Stopped
-from swd.modules.checkpoints import read_checkpoint
+from swd.modules.checkpoint_files import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 CALLBACKS = "callbacks=[checkpoint,adapter]"

@@ -16,7 +16,7 @@ from tiny import composed, overrides
 
 from swd.commands import train
 from swd.commands.cli import launch
-from swd.modules.checkpoints import read_checkpoint
+from swd.modules.checkpoint_files import read_checkpoint
 from swd.modules.run_values import log_values
 from swd.types import UserError
 

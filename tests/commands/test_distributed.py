@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from swd.commands.train import fit
-from swd.modules.checkpoints import read_checkpoint
+from swd.modules.checkpoint_files import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,7 +16,7 @@ from launches import ROOT, Launch, Outcome, srun, start, torchrun
 from tiny import overrides
 from torch.testing import assert_close
 
-from swd.modules.checkpoints import read_checkpoint
+from swd.modules.checkpoint_files import read_checkpoint
 
 OPTIONS: dict[str, Any] = {"loss": "dmd", "task__lr": 1e-4, "task__critic_updates": 1}
 BAD_BATCH = """

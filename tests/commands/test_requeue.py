@@ -16,7 +16,7 @@ from tiny import composed, overrides
 from swd.commands.requeue import earlier_run
 from swd.commands.train import fit
 from swd.io.signals import Stopped
-from swd.modules.checkpoints import read_checkpoint
+from swd.modules.checkpoint_files import read_checkpoint
 
 CALLBACKS = "callbacks=[checkpoint,adapter]"
 

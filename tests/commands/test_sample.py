@@ -21,10 +21,10 @@ from swd.config import build
 from swd.export import student_folder
 from swd.io.files import file_hash
 from swd.io.pictures import to_pil
-from swd.modules.adapters import check_fits, load, locate, save_adapter, save_student
+from swd.modules.adapters import check_model, load, locate, save_adapter, save_student
 from swd.modules.pretrained import Pretrained
 from swd.modules.sampling import initial_latents, sample_latents
-from swd.modules.student import FullStudent
+from swd.modules.saved_student import FullStudent
 from swd.types import UserError
 
 PROMPTS = ["a red star above a blue ring", "a green circle"]
@@ -145,7 +145,7 @@ def test_an_adapter_of_another_network_is_refused(made, tmp_path: Path) -> None:
     state = {k: torch.cat([v, v], 1) if ".lora_A." in k else v for k, v in networks.adapter_state("student").items()}
     adapter = save_adapter(tmp_path / "a", state, 4, 4, tiny.build_schedule().scheduler(2), "wider", "transformer")
     with pytest.raises(UserError, match=r"made for wider\) does not fit model tiny-sd3"):
-        check_fits(load(adapter), model)
+        check_model(load(adapter), model)
 
 
 def test_without_an_adapter_the_teacher_draws(made) -> None:

@@ -25,7 +25,7 @@ from swd.callbacks.resume_rules import config_difference
 from swd.commands import encode
 from swd.commands.cli import launch
 from swd.commands.train import fit
-from swd.modules.checkpoints import read_checkpoint
+from swd.modules.checkpoint_files import read_checkpoint
 from swd.modules.distiller import Distiller
 from swd.modules.inputs import InputBuilder
 from swd.schedule import downscale

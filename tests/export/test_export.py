@@ -22,7 +22,7 @@ from swd.export import student_folder
 from swd.modules import adapters
 from swd.modules.adapters import PEFT_CONFIG, PEFT_WEIGHTS, Adapter, load, locate, save_adapter
 from swd.modules.pretrained import Pretrained
-from swd.modules.student import load_student
+from swd.modules.saved_student import load_student
 from swd.scheduler import ScaleWiseScheduler
 from swd.types import UserError
 
@@ -246,10 +246,10 @@ def test_a_flipped_byte_of_a_whole_student_is_noticed(small: Any, tmp_path: Path
     _, model, schedule = small
     folder = adapters.save_student(tmp_path / "student", model.network().network, schedule)
     student = load_student(folder)
-    student.check_fits(model)
+    student.check_model(model)
     file = next(folder.glob("*.safetensors"))
     data = bytearray(file.read_bytes())
     data[-7] ^= 4
     file.write_bytes(data)
     with pytest.raises(UserError, match=f"{file.name} is not the file that was written"):
-        load_student(folder).check_fits(model)
+        load_student(folder).check_model(model)

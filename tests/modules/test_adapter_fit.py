@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from swd.modules.adapters import Adapter, check_fits
+from swd.modules.adapters import Adapter, check_model
 from swd.types import UserError
 
 MODEL: Any = SimpleNamespace(
@@ -29,8 +29,8 @@ def adapter(module: str, inner: tuple[int, ...], outer: int, base: str | None = 
 
 
 def test_an_adapter_fits_layers_of_its_shape() -> None:
-    check_fits(adapter("a", (6,), 5), MODEL)
-    check_fits(adapter("b", (3, 2, 2), 4), MODEL)
+    check_model(adapter("a", (6,), 5), MODEL)
+    check_model(adapter("b", (3, 2, 2), 4), MODEL)
 
 
 @pytest.mark.parametrize(
@@ -52,4 +52,4 @@ def test_an_adapter_fits_layers_of_its_shape() -> None:
 )
 def test_an_adapter_of_another_network_is_refused_with_both_names(made: Adapter, message: str) -> None:
     with pytest.raises(UserError, match=f"^adapter {re.escape(message)}$"):
-        check_fits(made, MODEL)
+        check_model(made, MODEL)

@@ -22,7 +22,7 @@ from swd.export import student_folder
 from swd.io.files import CHECKSUMS
 from swd.modules import adapters
 from swd.modules.adapter_settings import Pattern, read_settings
-from swd.modules.adapters import Adapter, check_fits, load
+from swd.modules.adapters import Adapter, check_model, load
 from swd.modules.pretrained import Pretrained
 from swd.types import UserError
 
@@ -78,7 +78,7 @@ UNDERSTOOD: dict[str, dict[str, Any]] = {
 def test_what_is_taken_means_what_peft_makes_of_it(case: str, base: Pretrained, tmp_path: Path) -> None:
     folder = published(base, tmp_path / "a", **UNDERSTOOD[case])
     adapter = load(folder)
-    check_fits(adapter, base)
+    check_model(adapter, base)
     before, after = dict(base.network().network.named_parameters()), merged(base, folder)
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert sorted(changed) == [f"{module}.weight" for module in adapter.modules]

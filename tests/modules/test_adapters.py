@@ -22,9 +22,9 @@ from torch.testing import assert_close
 from swd.commands import sample
 from swd.export import student_folder, verification
 from swd.modules import adapters, hub
-from swd.modules.adapters import Adapter, check_fits, load, locate, read_adapter, save_adapter
+from swd.modules.adapters import Adapter, check_model, load, locate, read_adapter, save_adapter
 from swd.modules.pretrained import Pretrained
-from swd.modules.student import FullStudent, Student, load_student
+from swd.modules.saved_student import FullStudent, Student, load_student
 from swd.types import UserError
 
 
@@ -234,7 +234,7 @@ def test_mixed_ranks_and_alphas_mean_what_peft_makes_of_them(name: str, model: P
     with torch.no_grad():
         expected = verification.predict(PeftModel.from_pretrained(model.network().network, folder).eval(), model, size)
         adapter = load(folder)
-        check_fits(adapter, model)
+        check_model(adapter, model)
         made = student_folder.export(adapter, model, scheduler(name, model), tmp_path / "out")
         for source in (folder, made, made / adapters.DIFFUSERS_WEIGHTS):
             pipe = sample.build_pipeline(model, load(source), scheduler(name, model))
@@ -248,7 +248,7 @@ def test_a_student_that_was_trained_whole_is_exported_and_checked(name: str, mod
     assert locate(str(tmp_path / "run"), tmp_path) == student.folder
     made = locate(str(student_folder.export(student, model, scheduler(name, model), tmp_path / "out")), tmp_path)
     again = load_student(made)
-    again.check_fits(model)
+    again.check_model(model)
     assert isinstance(again, FullStudent) and again.hash == student.hash
     before, after = student.network(model).state_dict(), again.network(model).state_dict()
     assert before.keys() == after.keys() and all(torch.equal(after[key], value) for key, value in before.items())
@@ -259,7 +259,7 @@ def test_a_student_that_was_trained_whole_is_exported_and_checked(name: str, mod
     stranger = "flux" if name != "flux" else "wan"
     other = families.pretrained(stranger, families.save(stranger, tmp_path / "other"))
     with pytest.raises(UserError, match=r"does not fit model other: it is a \w+, that takes a"):
-        student.check_fits(other)
+        student.check_model(other)
 
 
 def test_a_whole_student_that_comes_back_otherwise_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
@@ -301,7 +301,7 @@ def test_published_layouts_mean_the_same(name: str, model: Pretrained, alpha: fl
     save_file(kohya | alphas, tmp_path / "kohya.safetensors")
     for path in (peft, tmp_path / "meta.safetensors", tmp_path / "kohya.safetensors"):
         adapter = load(locate(str(path), tmp_path))
-        check_fits(adapter, model)
+        check_model(adapter, model)
         for key, value in state.items():
             expected = value * (alpha / 4 if ".lora_B." in key else 1)
             assert_close(adapter.state[key], expected, rtol=0, atol=0)
@@ -344,7 +344,7 @@ def test_wrong_adapters_are_refused_with_both_names(name: str, model: Pretrained
     part = stranger.backbone_class.subfolder
     folder = save_adapter(tmp_path / "a", random_state(stranger), 4, 4, scheduler(other, stranger), "that-base", part)
     with pytest.raises(UserError, match=r"made for that-base\) does not fit model pipeline"):
-        check_fits(load(folder), model)
+        check_model(load(folder), model)
     own = save_adapter(tmp_path / "b", random_state(model), 4, 4, scheduler(name, model), "b", "transformer")
     with pytest.raises(UserError, match=r"has rank 4, but model\.rank=8; set model\.rank=4"):
         read_adapter(families.pretrained(name, model.folder, rank=8, init_adapter=str(own)))

@@ -20,7 +20,7 @@ from swd.losses.base import CriticStep, GeneratorStep
 from swd.losses.dmd import DMD
 from swd.losses.mmd import MMD
 from swd.modules.bad_steps import BadStepRule, BadSteps
-from swd.modules.checkpoints import damage, read_checkpoint
+from swd.modules.checkpoint_files import damage, read_checkpoint
 from swd.modules.distiller import Distiller
 from swd.types import UserError
 

@@ -23,7 +23,7 @@ from swd.losses import functional
 from swd.losses.dmd import DMD
 from swd.losses.gan import GAN
 from swd.losses.mmd import MMD
-from swd.modules.checkpoints import damage
+from swd.modules.checkpoint_files import damage
 from swd.modules.distiller import Distiller, check_optimizer
 from swd.modules.finite import all_finite
 from swd.modules.inputs import InputBuilder

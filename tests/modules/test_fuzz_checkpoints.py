@@ -15,8 +15,8 @@ from swd.commands.train import fit
 from swd.io import sealed
 from swd.io.sealed import read_sealed, write_sealed
 from swd.modules.adapters import load
+from swd.modules.checkpoint_files import CheckpointFiles, damage, read_checkpoint
 from swd.modules.checkpoint_student import from_checkpoint
-from swd.modules.checkpoints import CheckpointFiles, damage, read_checkpoint
 from swd.types import UserError
 
 hypothesis = pytest.importorskip("hypothesis")

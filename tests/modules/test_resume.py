@@ -16,7 +16,7 @@ from torch import Tensor
 
 from swd.callbacks.checkpoint import Checkpoint, written
 from swd.commands.train import fit
-from swd.modules.checkpoints import read_checkpoint, tensors
+from swd.modules.checkpoint_files import read_checkpoint, tensors
 from swd.modules.distiller import Distiller
 from swd.modules.inputs import Inputs
 

@@ -32,7 +32,7 @@ class Student(Protocol):
     def hash(self) -> str:
         """Hash of its weights for records: 16 hexadecimal digits."""
 
-    def check_fits(self, model: Pretrained) -> None:
+    def check_model(self, model: Pretrained) -> None:
         """Raise UserError, with the names of student and model, if it was made for another network."""
 
     def network(self, model: Pretrained, device: torch.device | str = "cpu") -> Any:
@@ -63,7 +63,7 @@ class FullStudent:
         joined = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
         return joined[:16]
 
-    def check_fits(self, model: Pretrained) -> None:
+    def check_model(self, model: Pretrained) -> None:
         where = f"student {self.folder} does not fit model {model.name}"
         kind = read_json(self.folder / NETWORK_CONFIG).get("_class_name")
         expected = model.backbone_class.network_type

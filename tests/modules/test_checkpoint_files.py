@@ -22,8 +22,8 @@ from swd.callbacks.sample_sheets import Samples
 from swd.commands.train import build_task_and_data, fit
 from swd.io import sealed
 from swd.io.files import clear_leftovers, in_use, write_aside
-from swd.modules import checkpoints
-from swd.modules.checkpoints import CheckpointFiles, damage, progress_in_iterations, read_checkpoint
+from swd.modules import checkpoint_files
+from swd.modules.checkpoint_files import CheckpointFiles, damage, progress_in_iterations, read_checkpoint
 from swd.modules.distiller import Distiller
 from swd.shapes.train_judge import JudgeTask
 from swd.types import UserError
@@ -166,7 +166,7 @@ def test_only_what_is_damaged_and_mine_is_set_aside(
     assert newest.with_name("iteration-2.ckpt.damaged").read_text() == "an earlier one"
     older = newest.with_name("iteration-1.ckpt")
     CheckpointFiles().save_checkpoint(read_checkpoint(older), newest)
-    monkeypatch.setattr(checkpoints, "VERSION", 0)
+    monkeypatch.setattr(checkpoint_files, "VERSION", 0)
     with pytest.raises(UserError, match=r"has format 1, and this version of swd reads up to 0; update swd"):
         callback.find_checkpoint("auto", tmp_path / "runs", cfg)
     assert newest.is_file() and older.is_file()
