@@ -7,6 +7,7 @@ import os
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from browser import running_browser
 from composing import compose_faster
 
 from swd.commands import cli
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, which programs started by a test would inherit
 
 DATA = Path(__file__).parent / "data"
 
