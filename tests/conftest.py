@@ -89,3 +89,12 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that has a captioned picture and a captioned video by name; neither is read."""
+    folder = tmp_path_factory.mktemp("captioned")
+    for name in ("a.png", "b.mp4", "a.txt", "b.txt"):
+        (folder / name).write_text("a red star")
+    return folder

@@ -136,15 +136,6 @@ def _networks_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FamilyFolder, "meta_network", property(meta_network))
 
 
-@pytest.fixture(scope="session")
-def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that has a captioned picture and a captioned video by name; neither is read."""
-    folder = tmp_path_factory.mktemp("captioned")
-    for name in ("a.png", "b.mp4", "a.txt", "b.txt"):
-        (folder / name).write_text("a red star")
-    return folder
-
-
 def arguments(tmp_path: Path, **groups: str) -> list[str]:
     return [f"folder={tmp_path}", "name=test", *(f"{group}={option}" for group, option in groups.items())]
 

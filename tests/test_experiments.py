@@ -41,15 +41,6 @@ RUNS = {f"{name}-{i}": line for name in EXPERIMENTS for i, line in enumerate(run
 
 
 @pytest.fixture(scope="module")
-def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that has a captioned picture and a captioned video by name; neither is read."""
-    folder = tmp_path_factory.mktemp("captioned")
-    for name in ("a.png", "b.mp4", "a.txt", "b.txt"):
-        (folder / name).write_text("a red star")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def snapshots(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return skeletons.hub(tmp_path_factory.mktemp("hub"))
 

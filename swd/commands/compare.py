@@ -16,7 +16,7 @@ from swd.io import limits
 from swd.io.files import write_json
 from swd.io.job_log import print_line
 from swd.report import pairs, votes
-from swd.report.page import check_replaceable, write_page
+from swd.report.page import check_page_size, check_replaceable, write_page
 from swd.report.votes import WinRate
 from swd.types import UserError
 
@@ -67,9 +67,7 @@ def prepare(cfg: DictConfig) -> None:
         raise UserError(f"criteria={list(cfg.criteria)}; give each a name of its own")
     limits.whole("n", cfg.n, 1)
     limits.seed("seed", cfg.seed)
-    limits.whole("side", cfg.side, 64, limits.SIDE)
-    limits.whole("quality", cfg.quality, 1, 100)
-    limits.number("megabytes", cfg.megabytes, 0.1, 1000, "a browser opens no larger page")
+    check_page_size(cfg.megabytes, cfg.side, cfg.quality)
     limits.number("level", cfg.level, 0.5, 0.9999)
     counting = [path.endswith(".json") for path in cfg.paths]
     if any(counting) and not all(counting):

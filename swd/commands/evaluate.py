@@ -158,12 +158,7 @@ def was_written(folder: Path, before: int | None) -> bool:
     """Whether another process of this command has written the results, since they were written `before`."""
     if results_written_at(folder) in (None, before):
         return False
-    return bool(read_json(folder / result_files.RESULTS).get("command") == evaluation_command())
-
-
-def evaluation_command() -> str:
-    """The command as it was given, without secrets."""
-    return mask_text(" ".join(["swd evaluate", *sys.argv[1:]]))
+    return bool(read_json(folder / result_files.RESULTS).get("command") == shared.given_command("evaluate"))
 
 
 def score_and_print(evaluation: Evaluation) -> None:
@@ -225,7 +220,7 @@ def results_of(evaluation: Evaluation) -> dict[str, Any]:
         "prompts": {"file": plan.prompts, "n": len(plan.requests.rows), "hash": plan.rows_hash},
         "images_per_prompt": plan.requests.copies,
         "seeds": {"first": plan.requests.seed, "own": any(seed is not None for _, seed in plan.requests.rows)},
-        "command": evaluation_command(),
+        "command": shared.given_command("evaluate"),
         "version": __version__,
         "bootstrap": {"draws": scoring.bootstrap.draws, "level": scoring.bootstrap.level},
         "models": rows,

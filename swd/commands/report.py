@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from swd.commands import shared
 from swd.config import check
 from swd.io import limits
-from swd.io.masking import mask_text
 from swd.report import overview
-from swd.report.page import check_replaceable, write_page
+from swd.report.page import check_page_size, check_replaceable, write_page
 from swd.types import UserError
 
 ROOT = {
@@ -32,7 +31,7 @@ def run(cfg: DictConfig) -> None:
     counts = [(len(runs), "run"), (len(evaluations), "evaluation")]
     title = cfg.title or " and ".join(f"{n} {word}{'s' * (n > 1)}" for n, word in counts if n)
     kept = overview.PageLimits(cfg.megabytes, cfg.side, cfg.quality, cfg.shown)
-    command = mask_text(" ".join(["swd report", *sys.argv[1:]]))
+    command = shared.given_command("report")
     print(write_page(Path(cfg.out), overview.render_overview(runs, evaluations, kept, title, command)))
 
 
@@ -45,8 +44,6 @@ def prepare(cfg: DictConfig) -> None:
     if OmegaConf.is_missing(cfg, "folders"):
         raise UserError("no folder is given; give runs or evaluations: swd report FOLDER ...")
     check(cfg, ROOT)
-    limits.number("megabytes", cfg.megabytes, 0.1, 1000, "a browser opens no larger page")
-    limits.whole("side", cfg.side, 64, limits.SIDE)
-    limits.whole("quality", cfg.quality, 1, 100)
+    check_page_size(cfg.megabytes, cfg.side, cfg.quality)
     limits.whole("shown", cfg.shown, 0)
     check_replaceable(Path(cfg.out))

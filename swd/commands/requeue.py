@@ -83,12 +83,7 @@ def requeue(stop: Stopped) -> None:
 
 def has_checkpoints(run: Path) -> bool:
     """Whether a run folder holds checkpoints, whole or damaged."""
-    return any(_checkpoints(run))
-
-
-def _checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run, the oldest first."""
-    return sorted((run / CHECKPOINTS).glob("iteration-*"), key=lambda path: path.stat().st_mtime_ns)
+    return any((run / CHECKPOINTS).glob("iteration-*"))
 
 
 def go_on_writing(loggers: Sequence[Logger], folder: Path, iterations: int) -> None:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from swd.config import GROUP
+from swd.io.masking import mask_text
 from swd.io.ranks import ranks
 
 ROOT: dict[str, Any] = {"model": GROUP, "schedule": GROUP, "allow": list[str]}
 """Keys at the root of the configuration of every command on a model, and their types."""
 RECIPE = {"batch_size": int, "lr": float, "iterations": int, "checkpointing": bool}
 """Values that suit a model, and their types; `data`, `task` and `trainer` use them unless they are given others."""
+
+
+def given_command(command: str) -> str:
+    """A command as it was given, without secrets.
+
+    Args:
+        command: its name.
+    """
+    return mask_text(" ".join(["swd", command, *sys.argv[1:]]))
 
 
 def use_own_gpu() -> None:

@@ -113,8 +113,7 @@ class BadSteps:
             return {}
         median = record.norms.nanmedian()
         beyond = norm.isfinite() & (norm > self.rule.exploding * median) & (median > 0)
-        owner = "the student" if role == "student" else "the critic"
-        return {f"gradient norm of {owner} over {self.rule.exploding:g} times its median": ~beyond}
+        return {f"gradient norm of {owner_of(role)} over {self.rule.exploding:g} times its median": ~beyond}
 
     def _skip(self, trainer: Trainer, record: _Role, reason: str, place: str) -> None:
         """Count a bad update, and end the run where the rule says so."""
@@ -148,6 +147,11 @@ class BadSteps:
         """Take on what `state_dict` gave; an empty one, of a run of version 0.1, starts afresh."""
         self.total = int(state.get("total", 0))
         self._roles = {name: _Role(**values) for name, values in state.get("roles", {}).items()}
+
+
+def owner_of(role: str) -> str:
+    """What an update trains, for messages: `role` is "student" or "fake"."""
+    return "the student" if role == "student" else "the critic"
 
 
 def _reason(broken: list[str], exploding: list[str]) -> str:

@@ -24,7 +24,7 @@ from swd.losses.base import CriticStep, GeneratorStep, LossTerm, Metrics, ModelF
 from swd.losses.update import critic_loss, generator_gradient, settle, student_x0, trainers, wanted
 from swd.modules.accumulation import BatchPart, accumulate
 from swd.modules.adapters import check_start, read_adapter
-from swd.modules.bad_steps import Action, BadStepRule, BadSteps
+from swd.modules.bad_steps import Action, BadStepRule, BadSteps, owner_of
 from swd.modules.checkpoint_files import optimizer_misfit, progress_in_iterations
 from swd.modules.encoders import Encoders
 from swd.modules.finite import all_finite, step_or_stop
@@ -378,7 +378,7 @@ class Distiller(LightningModule):
         done = accumulate(inputs, self.accumulate, work, self.manual_backward, self.trainer.strategy)
         # Not `self.clip_gradients`, which does not tell the norm.
         norm = whole_tensor(clip_grad_norm_(parameters, self.clip))
-        owner = "the student" if role == "student" else "the critic"
+        owner = owner_of(role)
         checks = done.checks | {f"gradient norm of {owner}": norm.isfinite()}
         good = self.bad_steps.good(self.trainer, role, norm, checks, inputs.place)
         if good:

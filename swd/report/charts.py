@@ -12,6 +12,19 @@ from swd.report.page import templates
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 210, 56, 12, 10, 30
 """Outer size and margins of a chart, in its own units."""
 
+LOSSES = {
+    "loss": "total of the student's losses",
+    "x0_mse": "squared distance of the student's prediction to the data",
+    "mmd": "distance of feature means (MMD)",
+    "dmd": "distribution matching against the teacher (DMD)",
+    "dmd_gap": "mean distance between fake score and teacher",
+    "gan": "student against the discriminator (GAN)",
+    "fake_score": "fake score's error on the student's pictures",
+    "discriminator": "discriminator's own loss",
+    "discriminator_accuracy": "share that the discriminator gets right",
+}
+"""Losses in words."""
+
 
 @dataclass(frozen=True)
 class Plot:

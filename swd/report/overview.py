@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from swd.report.charts import frame
+from swd.report.charts import LOSSES, frame
 from swd.report.evaluations import EvaluationSection, is_evaluation, read_evaluation
 from swd.report.folders import embedded, evenly_spread, names_of
 from swd.report.page import templates
@@ -30,18 +30,6 @@ GROUPS = {
     "time": "Time",
 }
 """Titles of the groups of curves, by the part of their name before the first slash; in this order, others behind."""
-HELP = {
-    "loss": "total of the student's losses",
-    "x0_mse": "squared distance of the student's prediction to the data",
-    "mmd": "distance of feature means (MMD)",
-    "dmd": "distribution matching against the teacher (DMD)",
-    "dmd_gap": "mean distance between fake score and teacher",
-    "gan": "student against the discriminator (GAN)",
-    "fake_score": "fake score's error on the student's pictures",
-    "discriminator": "discriminator's own loss",
-    "discriminator_accuracy": "share that the discriminator gets right",
-}
-"""Losses in words."""
 HIDDEN = ("train/interval",)
 """Columns that are no measurement: which step of the schedule an iteration trained."""
 
@@ -181,10 +169,10 @@ def curves_of(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
         ]
         group, _, rest = name.partition("/")
         title = GROUPS.get(group, group) if rest else "Other values"
-        chart = {"name": rest or name, "help": HELP.get(rest, ""), "series": series}
+        chart = {"name": rest or name, "help": LOSSES.get(rest, ""), "series": series}
         groups.setdefault(title, []).append(chart)
     order = [*dict.fromkeys(GROUPS.values()), *sorted(groups)]
-    known = list(HELP)
+    known = list(LOSSES)
     for charts in groups.values():
         charts.sort(key=lambda chart: known.index(chart["name"]) if chart["name"] in known else len(known))
     return {title: groups[title] for title in dict.fromkeys(order) if title in groups}

@@ -13,12 +13,26 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from torch import Tensor
 
+from swd.io import limits
 from swd.io.files import write_text
 from swd.io.pictures import to_pil
 from swd.types import UserError
 
 GENERATOR = '<meta name="generator" content="swd">'
 """By this line a page says that this program made it, and that it may be replaced by a newer one."""
+
+
+def check_page_size(megabytes: float, side: int, quality: int) -> None:
+    """Raise UserError unless the settings of a page's pictures are in range.
+
+    Args:
+        megabytes: the most that the page may have.
+        side: pixels of the longest side of a picture.
+        quality: of JPEG.
+    """
+    limits.number("megabytes", megabytes, 0.1, 1000, "a browser opens no larger page")
+    limits.whole("side", side, 64, limits.SIDE)
+    limits.whole("quality", quality, 1, 100)
 
 
 def templates(*folders: Path) -> Environment:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from swd.report.charts import frame, plot
+from swd.report.charts import LOSSES, frame, plot
 from swd.report.page import significant, templates
 
 # Content of a page
@@ -43,18 +43,6 @@ RATIOS = {
     "fid_of_teacher": "the teacher's FID",
 }
 """Denominators of the student's ratios, in words."""
-
-LOSSES = {
-    "loss": "total of the student's losses",
-    "x0_mse": "squared distance of the student's prediction to the data",
-    "mmd": "distance of feature means (MMD)",
-    "dmd": "distribution matching against the teacher (DMD)",
-    "dmd_gap": "mean distance between fake score and teacher",
-    "gan": "student against the discriminator (GAN)",
-    "fake_score": "fake score's error on the student's pictures",
-    "discriminator": "discriminator's own loss",
-    "discriminator_accuracy": "share that the discriminator gets right",
-}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-import torch
 from PIL import Image
 from processes import HELPERS, Fork
 
@@ -26,7 +25,6 @@ from swd.evaluation.candidate_pictures import CandidatePainter
 from swd.evaluation.feature_files import FeatureFiles
 from swd.evaluation.plan import Plan
 from swd.io.files import only_one
-from swd.modules.adapters import save_adapter
 from swd.modules.pretrained import Pretrained
 from swd.types import UserError
 
@@ -48,13 +46,7 @@ Arguments = Callable[..., list[str]]
 def student(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of an adapter that is not zero."""
     folder = tmp_path_factory.mktemp("run") / "mine"
-    model = Pretrained("sd3", str(tiny_model), rank=4, precision="fp32", feature_blocks=[1], max_text_tokens=12)
-    networks = model.networks(["student"])
-    generator = torch.Generator().manual_seed(5)
-    for parameter in networks.role_parameters("student"):
-        parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
-    state = networks.adapter_state("student")
-    save_adapter(folder / "adapter", state, 4, 4, tiny.build_schedule().scheduler(2), "tiny", "transformer")
+    tiny.save_trained_student(tiny_model, folder / "adapter")
     return folder
 
 

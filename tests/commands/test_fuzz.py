@@ -87,16 +87,6 @@ ADDED += ("model._args_", "task._partial_", "callbacks.mine._target_", "logger.a
 COMMANDS = ("sample", "generate", "encode", "import", "export", "evaluate")
 
 
-def keys_of(node: Any, path: str = "") -> list[str]:
-    """Every key of a configuration, dotted."""
-    found = []
-    for key, value in node.items():
-        found.append(f"{path}{key}")
-        if isinstance(value, dict):
-            found += keys_of(value, f"{path}{key}.")
-    return found
-
-
 def argument(dice: random.Random, keys: list[str]) -> str:
     """One random argument of a command line."""
     kind = dice.random()
@@ -169,7 +159,7 @@ def run_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: Path, 
 
 def cases(command: str, first: int, count: int) -> Iterator[list[str]]:
     """Argument lists, each from a seed of its own: a failure is repeated by its number."""
-    keys = keys_of(OmegaConf.to_container(tiny.composed([], command), resolve=False))
+    keys = tiny.keys_of(OmegaConf.to_container(tiny.composed([], command), resolve=False))
     for number in range(first, first + count):
         dice = random.Random(f"{command}/{number}")
         yield [argument(dice, keys) for _ in range(dice.choice((1, 1, 1, 2, 3)))]

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
@@ -27,17 +26,7 @@ COUNT = int(os.environ.get("SWD_FUZZ", "10000"))
 BOUNDED = settings(deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
-def keys_of(node: Any, path: str = "") -> list[str]:
-    """Every key of a configuration, dotted."""
-    found = []
-    for key, value in node.items():
-        found.append(f"{path}{key}")
-        if isinstance(value, dict):
-            found += keys_of(value, f"{path}{key}.")
-    return found
-
-
-KEYS = keys_of(OmegaConf.to_container(tiny.composed([]), resolve=False))
+KEYS = tiny.keys_of(OmegaConf.to_container(tiny.composed([]), resolve=False))
 GROUPS = (
     "task",
     "model",

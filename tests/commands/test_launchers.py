@@ -11,12 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from launches import ROOT, Launch, Outcome, srun, start, torchrun
-from tiny import overrides
-from torch.testing import assert_close
-
-from swd.modules.checkpoint_files import read_checkpoint
+from tiny import assert_same_weights, overrides
 
 OPTIONS: dict[str, Any] = {"loss": "dmd", "task__lr": 1e-4, "task__critic_updates": 1}
 BAD_BATCH = """
@@ -57,19 +53,6 @@ def numbered(environments: list[dict[str, str]]) -> list[dict[str, str]]:
 def broken(name: str, model: Path, what: str, *more: str) -> Launch:
     """A training whose second process does `what` in its second iteration."""
     return Launch(name, arguments(model, *more), numbered(torchrun(2)), BROKEN_STEP.format(what=what))
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    (file,) = folder.glob("**/iteration-2.ckpt")
-    state: dict[str, torch.Tensor] = read_checkpoint(file)["state_dict"]
-    return state
-
-
-def assert_same_weights(ours: Path, expected: Path) -> None:
-    known, found = weights(expected), weights(ours)
-    assert known.keys() == found.keys()
-    for key, value in known.items():
-        assert_close(found[key], value, rtol=0, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
 @pytest.fixture(scope="module")

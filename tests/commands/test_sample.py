@@ -34,13 +34,7 @@ PROMPTS = ["a red star above a blue ring", "a green circle"]
 def made(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory):
     """A model, networks with a non-zero student, and the student's adapter folder."""
     folder = tmp_path_factory.mktemp("adapter") / "adapter"
-    model = Pretrained("sd3", str(tiny_model), rank=4, precision="fp32", feature_blocks=[1], max_text_tokens=12)
-    networks = model.networks(["student"])
-    generator = torch.Generator().manual_seed(5)
-    for parameter in networks.role_parameters("student"):
-        parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
-    state = networks.adapter_state("student")
-    save_adapter(folder, state, 4, 4, tiny.build_schedule().scheduler(2), "tiny", "transformer")
+    model, networks = tiny.save_trained_student(tiny_model, folder)
     return model, networks, folder
 
 

@@ -16,9 +16,7 @@ from swd.commands import sample
 from swd.diffusion import rectified_flow_table
 from swd.evaluation.candidates import given_pictures
 from swd.io.pictures import to_pil
-from swd.modules.adapters import save_adapter
 from swd.modules.drawing import build_pipeline
-from swd.modules.pretrained import Pretrained
 from swd.modules.requests import Requests, read_prompts
 from swd.shapes.rendered import prompts_of
 from swd.types import UserError
@@ -30,13 +28,7 @@ CAPTIONS = ["a red star above a blue ring", "a green circle", "a white heart"]
 def student(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A student's networks and the folder of its adapter."""
     folder = tmp_path_factory.mktemp("adapter") / "adapter"
-    model = Pretrained("sd3", str(tiny_model), rank=4, precision="fp32", feature_blocks=[1], max_text_tokens=12)
-    networks = model.networks(["student"])
-    generator = torch.Generator().manual_seed(5)
-    for parameter in networks.role_parameters("student"):
-        parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
-    schedule = tiny.build_schedule().scheduler(2)
-    save_adapter(folder, networks.adapter_state("student"), 4, 4, schedule, "tiny", "transformer")
+    model, networks = tiny.save_trained_student(tiny_model, folder)
     return model, networks, folder
 
 

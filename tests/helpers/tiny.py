@@ -12,10 +12,14 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 from torch import Tensor
+from torch.testing import assert_close
 
 from swd.commands.cli import hydra_options
+from swd.modules.adapters import save_adapter
 from swd.modules.backbones.sd3 import SD3Backbone
+from swd.modules.checkpoint_files import read_checkpoint
 from swd.modules.networks import SharedBase
+from swd.modules.pretrained import Pretrained
 from swd.schedule import ScaleSchedule
 from swd.shapes.pipeline import build_clip_encoder, build_clip_tokenizer, build_t5_encoder, build_t5_tokenizer
 from swd.types import Conditioning, Role
@@ -153,3 +157,33 @@ def composed(arguments: Sequence[str], command: str = "train") -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), **hydra_options(initialize_config_dir)):
         return compose(command, list(arguments))
+
+
+def save_trained_student(model_folder: Path, adapter: Path) -> tuple[Pretrained, SharedBase]:
+    """A model and the networks of a student that is not zero, whose adapter is written into a folder."""
+    model = Pretrained("sd3", str(model_folder), rank=4, precision="fp32", feature_blocks=[1], max_text_tokens=12)
+    networks = model.networks(["student"])
+    generator = torch.Generator().manual_seed(5)
+    for parameter in networks.role_parameters("student"):
+        parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    save_adapter(adapter, networks.adapter_state("student"), 4, 4, build_schedule().scheduler(2), "tiny", "transformer")
+    return model, networks
+
+
+def keys_of(node: Any, path: str = "") -> list[str]:
+    """Every key of a configuration, dotted."""
+    found = []
+    for key, value in node.items():
+        found.append(f"{path}{key}")
+        if isinstance(value, dict):
+            found += keys_of(value, f"{path}{key}.")
+    return found
+
+
+def assert_same_weights(ours: Path, expected: Path) -> None:
+    """The checkpoints of iteration 2 in two folders have the same weights, up to the rounding of other batches."""
+    files = [file for folder in (expected, ours) for file in folder.glob("**/iteration-2.ckpt")]
+    known, found = (read_checkpoint(file)["state_dict"] for file in files)
+    assert known.keys() == found.keys()
+    for key, value in known.items():
+        assert_close(found[key], value, rtol=0, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
