@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -80,6 +81,11 @@ def test_an_update_says_how_many_share_its_batch_and_averages_over_all(
     monkeypatch.setattr(task, "_descend", lambda *_: (part, torch.tensor(1.0)))
     task._generator_update(inputs)
     assert reduced and set(reduced) == {"mean"}
+    # A process with one sample has others to compare it with.
+    alone = replace(part, x0_hat=part.x0_hat[:1])
+    monkeypatch.setattr(task, "_descend", lambda *_: (alone, torch.tensor(1.0)))
+    single = replace(inputs, target=inputs.target[:1])
+    assert "monitor/x0_spread" in task._generator_update(single)
 
 
 def test_a_checkpoint_of_another_seed_does_not_fit(model: dict[str, Any]) -> None:
@@ -87,3 +93,14 @@ def test_a_checkpoint_of_another_seed_does_not_fit(model: dict[str, Any]) -> Non
     assert task.misfit({"swd": {"seed": 4}}) == "its draws are of seed 4 rather than 5"
     assert task.misfit(cast(Any, {"swd": {"seed": 5}, "global_step": "1"})) == "its global_step is no number"
     assert task.misfit(cast(Any, {"global_step": "1"})) == "its global_step is no number", "of a version without seeds"
+
+
+@pytest.mark.parametrize("ema", [None, 0.5])
+def test_a_checkpoint_is_as_large_as_its_weights_moments_and_average(model: dict[str, Any], ema: float | None) -> None:
+    task = a_task(Case("sized", model=model, loss="dmd", task={"ema": ema}))
+    expected = task.state_bytes()
+    task.configure_model()
+    student, fake = (
+        sum(4 * weight.numel() for weight in task.networks.role_parameters(role)) for role in ("student", "fake")
+    )
+    assert expected == 3 * (student + fake) + (student if ema else 0)
