@@ -532,7 +532,12 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         return args, kwargs | {"img_shapes": [[(1, height // 2, width // 2)]] * len(shapes)}
 
     def _start_from_tokens(self, tokens: Tensor, final: tuple[int, ...]) -> None:
-        """Set the sizes of a call with tokens. It ends at its `height` and `width`, from which the pipeline has `final`."""
+        """Set the sizes of a call with tokens. It ends at its `height` and `width`.
+
+        Args:
+            tokens: the first ones, `[B, L, 4 C]`.
+            final: latent size of that height and width, of which the pipeline told its network.
+        """
         self.sizes = self.sizes_ending_at(final)
         self._started = True
         first = self.sizes[0]

@@ -14,7 +14,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 from swd.shapes.dataset import WORDS
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|video_pad|>")
-SYSTEM = "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial rela"
+SYSTEM = "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial rel"
 """Beginning of the pipeline's system text; as one token, so that its template has as many as with the real vocabulary:
 34 before the prompt, which the pipeline cuts after encoding, and 5 behind it."""
 
@@ -26,7 +26,8 @@ def build_tokenizer() -> Qwen2Tokenizer:
     vocab = {token: i for i, token in enumerate([*bytes_, *SPECIAL])}
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], unk_token=None, pad_token=SPECIAL[0], model_max_length=1024)
     tokenizer.add_tokens([AddedToken(token, special=True) for token in (*SPECIAL, SYSTEM)])
-    tokenizer.add_tokens([AddedToken(word, single_word=True) for word in ("system", "user", "assistant")])
+    # With its line break, which the first word of a prompt would swallow as it does a space.
+    tokenizer.add_tokens([AddedToken(word) for word in ("system", "user\n", "assistant")])
     tokenizer.add_tokens([AddedToken(word, single_word=True, lstrip=True) for word in WORDS])
     return tokenizer
 

@@ -208,7 +208,8 @@ class Backbone(nn.Module, ABC):
         """Classifier-free guidance of two predictions as the stock pipeline has it: `empty + scale * (text - empty)`.
 
         Args:
-            text, empty: with and without the prompt, `[B, C, *size]`: predictions, or the clean latents that they imply.
+            text, empty: with and without the prompt, `[B, C, *size]`: predictions, or the clean latents that they
+                imply.
             scale: the guidance scale; 1 gives `text`.
             x_t: for clean latents, the noised one; a family that guides otherwise measures velocities from it.
         """
