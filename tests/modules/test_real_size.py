@@ -1,4 +1,4 @@
-"""The five networks at real size, on the meta device: no weights, no arithmetic."""
+"""Networks at real size, on the meta device: no weights, no arithmetic."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from swd.metrics.flops import forward_gflop
 from swd.modules.backbones.base import TARGETS
 from swd.modules.pretrained import Pretrained
 
-MODELS = ("sd35_medium", "sd35_large", "flux_dev", "sdxl", "wan21_1_3b")
+MODELS = ("sd35_medium", "sd35_large", "flux_dev", "sdxl", "wan21_1_3b", "qwen_image")
 
 PARAMETERS = {
     "sd35_medium": 2_243_171_520,
@@ -24,9 +24,17 @@ PARAMETERS = {
     "flux_dev": 11_901_408_320,
     "sdxl": 2_567_463_684,
     "wan21_1_3b": 1_418_996_800,
+    "qwen_image": 20_430_401_088,
 }
-BLOCKS = {"sd35_medium": 24, "sd35_large": 38, "flux_dev": 57, "sdxl": 87, "wan21_1_3b": 30}
-LORA_LAYERS = {"sd35_medium": 242, "sd35_large": 302, "flux_dev": 266, "sdxl": 700, "wan21_1_3b": 300}
+BLOCKS = {"sd35_medium": 24, "sd35_large": 38, "flux_dev": 57, "sdxl": 87, "wan21_1_3b": 30, "qwen_image": 60}
+LORA_LAYERS = {
+    "sd35_medium": 242,
+    "sd35_large": 302,
+    "flux_dev": 266,
+    "sdxl": 700,
+    "wan21_1_3b": 300,
+    "qwen_image": 480,
+}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -100,7 +108,8 @@ def test_features_at_the_chosen_block(name: str, model: Pretrained, network: Any
     with torch.no_grad(), torch.device("meta"):
         feature = backbone.features(x, torch.ones(2, device="meta"), text, model.feature_blocks)[0]
     tokens = {"sdxl": 32 * 32, "wan21_1_3b": 21 * 30 * 52}.get(name, 64 * 64)
-    width = {"sd35_medium": 1536, "sd35_large": 2432, "flux_dev": 3072, "sdxl": 1280, "wan21_1_3b": 1536}[name]
+    widths = {"sd35_medium": 1536, "sd35_large": 2432, "flux_dev": 3072, "sdxl": 1280, "wan21_1_3b": 1536}
+    width = (widths | {"qwen_image": 3072})[name]
     assert tuple(feature.shape) == (2, tokens, width) and model.limits.width == width
 
 
