@@ -33,6 +33,8 @@ LENGTH = {
     "sdxl": 6 * 7 + 5 + 2,
     "wan": 6 * 7 + 5 + 1,
     "sana": 6 * 7 + 5 + 1,
+    # With the one token of its template for chats.
+    "flux2_klein": 6 * 7 + 5 + 1,
 }
 
 
@@ -59,7 +61,7 @@ def test_tokens_are_counted_as_the_pipeline_counts_them(saved: Any, name: str) -
     assert limit.beyond([" ".join([*words, "star"])]) == Beyond(24, 1, 1, 1)
 
 
-@pytest.mark.parametrize("name", ["sd3", "sdxl", "wan", "sana"])
+@pytest.mark.parametrize("name", ["sd3", "sdxl", "wan", "sana", "flux2_klein"])
 def test_what_is_beyond_the_limit_changes_nothing_and_what_is_within_does(saved: Any, name: str) -> None:
     """The limit is where the stock encoders stop to see."""
     model = families.pretrained(name, saved(name))
