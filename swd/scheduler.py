@@ -9,7 +9,7 @@ This file stands alone: it needs torch and diffusers only, so that an exported m
 
 Without `latents`, a pipeline draws the noise itself: call it with `height` and `width` (Wan: `num_frames` too) of the
 *first* size; the picture comes out at the last one. SANA then needs `use_resolution_binning=False` as well, and SDXL
-`original_size` and `target_size` of the last size, an input of its network at every step. FLUX and Qwen-Image need
+`original_size` and `target_size` of the last size, an input of its network at every step. FLUX.1 and Qwen-Image need
 `latents`.
 """
 
@@ -20,7 +20,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any
@@ -499,13 +499,45 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         refresh = {
             "FluxTransformer2DModel": self._refresh_ids,
             "QwenImageTransformer2DModel": self._refresh_shapes,
+            "Flux2Transformer2DModel": self._refresh_ids_of_flux2,
         }
         for name in _class_names(network):
             if name in refresh:
                 for handle in getattr(network, "_scale_wise_hooks", []):
                     handle.remove()  # the hook of an earlier schedule
                 network._scale_wise_hooks = [network.register_forward_pre_hook(refresh[name], with_kwargs=True)]
+        unpacking = getattr(type(pipe), "_unpack_latents_with_ids", None)
+        if unpacking is not None:
+            pipe._unpack_latents_with_ids = partial(self._unpack_final, unpacking)  # in place of an earlier schedule's
         return pipe
+
+    def _refresh_ids_of_flux2(
+        self, network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Give FLUX.2's transformer the position ids of the current step's size; its pipelines make the first one's."""
+        if not self._in_call:
+            return args, kwargs
+        tokens = kwargs["hidden_states"]
+        ids = kwargs["img_ids"]
+        if not self._started:
+            if bool(ids[..., 0].any()):
+                raise ValueError("image= was given, but this model was distilled for text alone as input; leave it out")
+            first = tuple(2 * (int(ids[..., axis].max()) + 1) for axis in (1, 2))
+            self._seeds = [_latent_seed(row) for row in unpack(tokens, first)]
+            self.sizes = self._start(first)
+            self._started = True
+        size = self._token_size(tokens)
+        return args, kwargs | {"img_ids": F.pad(position_ids(size, ids.device, ids.dtype), (0, 1))}
+
+    def _unpack_final(self, stock: Any, tokens: Tensor, ids: Tensor, *sides: Any, **named: Any) -> Tensor:
+        """Tokens `[B, L, 4 C]` as a map of patches, in place of the `stock` method of FLUX.2's pipelines.
+
+        After a scale-wise call, the tokens are those of the last size and `ids` those of the first one.
+        """
+        if tokens.shape[1] == ids.shape[1]:  # another scheduler's call, or one size throughout
+            unpacked: Tensor = stock(tokens, ids, *sides, **named)
+            return unpacked
+        return to_layout(unpack(tokens, self.sizes[-1]), "patches")
 
     def _refresh_ids(self, network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Give FLUX's transformer the position ids of the current step's size."""

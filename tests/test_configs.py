@@ -50,6 +50,7 @@ SCHEDULES = {
     "sana_1600m": ("sana_4step", "full_4step", "full_2step"),
     "qwen_image": ONE_MEGAPIXEL,
     "qwen_image_2512": ONE_MEGAPIXEL,
+    "flux2_klein_4b": ONE_MEGAPIXEL,
 }
 DATA = {"shapes": ("shapes",), "wan21_1_3b": ("videos",)}
 TERMS = {"dmd": DMD, "mmd": MMD, "gan": GAN}
@@ -171,7 +172,7 @@ def test_defaults_of_a_model_are_those_of_the_released_scripts(model: str, tmp_p
     cfg = composed(arguments(tmp_path, model=model))
     assert set(cfg.loss) == ({"mmd"} if model in ("sdxl", "wan21_1_3b") else {"dmd", "mmd", "gan"})
     assert len(cfg.schedule.sigmas) == (6 if model == "sd35_medium" else 4)
-    if model in ("shapes", "sana_1600m", "qwen_image", "qwen_image_2512"):
+    if model in ("shapes", "sana_1600m", "qwen_image", "qwen_image_2512", "flux2_klein_4b"):
         return
     assert cfg.task.lr == 5e-6 and cfg.task.checkpointing
     assert cfg.trainer.max_steps == (4000 if model == "sd35_large" else 3000)
@@ -189,6 +190,7 @@ GUIDANCE = {  # in DMD, when drawing, and as the network is fed it
     "sana_1600m": (4.5, 4.5, None),
     "qwen_image": (4.0, 4.0, None),
     "qwen_image_2512": (4.0, 4.0, None),
+    "flux2_klein_4b": (4.0, 4.0, None),
 }
 
 

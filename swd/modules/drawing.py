@@ -120,9 +120,9 @@ def draw(
             arguments |= negative_prompts(model, len(requests))
     if start is not None:
         arguments["latents"] = backbone.to_pipeline(start).to(pipe._execution_device, model.latent_dtype(pipe))
-    latents = pipe(prompt=[request.prompt for request in requests], **arguments)[0]
-    latents = backbone.from_pipeline(latents, size)
     encoders = backbone.encoders_type(pipe, model.max_text_tokens)
+    latents = pipe(prompt=[request.prompt for request in requests], **arguments)[0]
+    latents = backbone.from_output(latents, size, encoders)
     final = list(encoders.decode(latents).cpu())
     if not (show_sizes and isinstance(scheduler, ScaleWiseScheduler)):
         return final, []

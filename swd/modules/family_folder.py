@@ -85,6 +85,11 @@ class FamilyFolder:
                 f"model.path={self.path} is for {pipeline}, but model.family={self.family} is for "
                 f"{backbone.pipeline_type}; give a model of that kind"
             )
+        if index.get("is_distilled"):
+            raise UserError(
+                f"model.path={self.path} was distilled to few steps already (is_distilled in its model_index.json), so "
+                f"it is no teacher for a student of model.family={self.family}; give the base model"
+            )
         self.check_parts(set(self.files.absent))
         for name, entry in index.items():
             library = self.files.parts.get(name, ("", ""))[0]

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from swd.modules.backbones.base import TARGETS, Backbone
 from swd.modules.layouts import whole_tensor
 from swd.modules.quantize import QuantizedLinear
-from swd.modules.targets import check_targets
+from swd.modules.targets import check_targets, names_for_peft
 from swd.types import Conditioning, Role, UserError
 
 
@@ -161,11 +161,12 @@ class SharedBase(Networks):
 
     def _add_adapters(self, rank: int, alpha: float | None, targets: Sequence[str], seed: int) -> None:
         """Add an adapter for each trainable role."""
+        names = names_for_peft(self.backbone.network, targets)
         # Drawn on the CPU, whatever the default device is, so that initial weights are the same on every device.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            for number, name in enumerate(self.roles):
+            for number, role in enumerate(self.roles):
                 torch.manual_seed(2 * seed + number)
-                self._add_adapter(name, rank, alpha, targets)
+                self._add_adapter(role, rank, alpha, names)
 
     def _add_adapter(self, name: str, rank: int, alpha: float | None, targets: Sequence[str]) -> None:
         """Add a float32 adapter called `name`, with fresh weights, to the base."""

@@ -121,10 +121,7 @@ class Pretrained(FamilyFolder):
         )
         self.embedded_guidance = embedded_guidance
         self.negative_prompt = negative_prompt
-        if negative_prompt is not None and self.drawing_guidance_scale == 1:
-            raise UserError(
-                "model.negative_prompt has no effect where model.drawing_guidance_scale is 1, no guidance; leave it out"
-            )
+        self._check_drawing(backbone)
         self.feature_blocks = tuple(feature_blocks)
         self.max_text_tokens = max_text_tokens
         self.teacher_steps = teacher_steps
@@ -139,6 +136,23 @@ class Pretrained(FamilyFolder):
         self.size: Size = self.limits.native if size is None else (size, size) if isinstance(size, int) else tuple(size)
         self.limits.check_size(self.size)
         self.adapters = tuple(adapter.checked(self) for adapter in self.adapters)
+
+    def _check_drawing(self, backbone: type[Backbone]) -> None:
+        """Check that the stock pipeline takes what the teacher is to draw with."""
+        if self.negative_prompt is not None and self.drawing_guidance_scale == 1:
+            raise UserError(
+                "model.negative_prompt has no effect where model.drawing_guidance_scale is 1, no guidance; leave it out"
+            )
+        if self.drawing_guidance_scale != 1 and not backbone.guidance_arguments(self.drawing_guidance_scale):
+            raise UserError(
+                f"model.drawing_guidance_scale={self.drawing_guidance_scale}: {backbone.pipeline_type} has no "
+                "classifier-free guidance, its network is fed model.embedded_guidance; use 1"
+            )
+        if self.negative_prompt is not None and "negative_prompt" not in backbone.pipeline_arguments():
+            raise UserError(
+                f"model.negative_prompt has no effect: {backbone.pipeline_type} takes none, and guides away from the "
+                "empty prompt if at all; leave it out"
+            )
 
     def _check_fit(self) -> None:
         """Check settings that depend on the network."""
@@ -271,18 +285,24 @@ class Pretrained(FamilyFolder):
             # A `variant` for the pipeline would also replace plain weights, so parts without those are loaded here.
             if name not in overrides and files.has_variant(name):
                 parts[name] = files.load(name, vae_dtype if name == "vae" else dtype)
+        # Text alone is read: a processor's tokenizer takes its place, which the class would refuse as an argument.
+        names = [name for name in self.files.parts if "tokenizer" in name and files.is_processor(name)]
+        tokenizers = {name: files.tokenizer(name) for name in names if name not in overrides}
         try:
-            return pipeline_class.from_pretrained(
+            pipe = pipeline_class.from_pretrained(
                 files.path,
                 torch_dtype={"default": dtype, "vae": vae_dtype},
                 use_safetensors=True,
                 local_files_only=True,
-                **parts | overrides,
+                **parts | dict.fromkeys(tokenizers) | overrides,
             )
         except LOADING_FAILS as error:
             raise UserError(
                 f"model.path={files.path} cannot be loaded as {pipeline_class.__name__} ({reason_of(error)})"
             ) from None
+        for name, tokenizer in tokenizers.items():
+            setattr(pipe, name, tokenizer)
+        return pipe
 
     @property
     def _absent(self) -> list[str]:

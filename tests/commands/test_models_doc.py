@@ -87,6 +87,10 @@ def encoders() -> dict[str, int]:
         built["vae"] = diffusers.AutoencoderKL(latent_channels=16, **vae)
         built["qwen-vl"] = transformers.Qwen2_5_VLForConditionalGeneration(qwen_vl())
         built["vae-qwen"] = diffusers.AutoencoderKLQwenImage()
+        qwen = {"vocab_size": 151936, "head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 8}
+        qwen |= {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36}
+        built["qwen3-4b"] = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(tie_word_embeddings=True, **qwen))
+        built["vae-flux2"] = diffusers.AutoencoderKLFlux2()
         built["vae-wan"], built["vae-sana"] = diffusers.AutoencoderKLWan(), diffusers.AutoencoderDC(**deep)
     return {key: count(module) for key, module in built.items()}
 
@@ -100,6 +104,7 @@ PARTS = {
     "sana_1600m": ("gemma", "vae-sana"),
     "qwen_image": ("qwen-vl", "vae-qwen"),
     "qwen_image_2512": ("qwen-vl", "vae-qwen"),
+    "flux2_klein_4b": ("qwen3-4b", "vae-flux2"),
 }
 
 
@@ -123,7 +128,7 @@ def test_memory(name: str, model: Pretrained) -> None:
     network = model.meta_network
     base = 2 * (count(network) + sum(buffer.numel() for buffer in network.buffers()))
     adapter = 16 * sum(model.rank * (layer.in_features + layer.out_features) for layer in adapted(model))
-    beside = sum(encoders()[part] * (4 if part in ("vae", "vae-qwen") else 2) for part in PARTS[name])
+    beside = sum(encoders()[part] * (4 if part in ("vae", "vae-qwen", "vae-flux2") else 2) for part in PARTS[name])
     counted = [base, adapter, base + adapter, base + 2 * adapter, beside]
     assert table(TEXT_OF_DOC, "model | base")[name] == [f"{value / 1e9:.1f}" for value in counted]
     small = f"{(base - sum(layer.weight.numel() for layer in adapted(model))) / 1e9:.1f}"

@@ -26,7 +26,7 @@ PROMPT = {"wan21_1_3b": 100, "sana_1600m": 100, "qwen_image": 100, "qwen_image_2
 A100 = 312 * 0.4
 """TFLOP/s, as in docs/models.md."""
 VAE = dict(zip((32, 48, 64, 80, 96, 128), (0.27, 0.62, 1.12, 1.78, 2.61, 4.88), strict=True))
-T5, CLIP, DECODE = 4.84, 0.1, 10.47
+T5, CLIP, QWEN3_4B, DECODE = 4.84, 0.1, 4.27, 10.47
 # Qwen2.5-VL's language model with its head at 128 + 34 tokens, and the VAE of Qwen-Image, by the same count.
 QWEN, QWEN_DECODE = 2.30, 11.68
 QWEN_VAE = dict(zip((64, 80, 96, 128), (1.77, 2.79, 4.06, 7.39), strict=True))
@@ -80,7 +80,8 @@ def test_hours(name: str, model: Pretrained) -> None:
         assert (draw, code) == ("-", "-")
         return
     cost = float(TFLOP[name][max(TFLOP[name])])
-    text = CLIP if name == "sdxl" else T5 + CLIP * (not model.backbone_class.video)
+    own = {"sdxl": CLIP, "flux2_klein_4b": QWEN3_4B}
+    text = own.get(name, T5 + CLIP * (not model.backbone_class.video))
     decode = 0 if model.backbone_class.video else DECODE
     vae = VAE
     if model.family == "qwen_image":

@@ -1,10 +1,12 @@
-"""Tiny random pipelines of the five families: the stock diffusers classes, saved once, no download."""
+"""Tiny random pipelines of the families: the stock diffusers classes, saved once, no download."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import families_flux2
 import qwen_image
 import torch
 from diffusers import (
@@ -38,13 +40,13 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from swd.modules.backbones.base import TARGETS
+from swd.modules.backbones import load_family
 from swd.modules.pretrained import Pretrained
 from swd.schedule import ScaleSchedule
 from swd.shapes.pipeline import TEXT_TOKENS, build_clip_tokenizer, build_t5_tokenizer
 
 Model = TypeVar("Model", bound=Pretrained)
-FAMILIES = ("sd3", "sd35_medium", "flux", "sdxl", "wan", "sana", "qwen_image")
+FAMILIES = ("sd3", "sd35_medium", "flux", "sdxl", "wan", "sana", "qwen_image", "flux2_klein")
 FAMILY = {name: name for name in FAMILIES} | {"sd35_medium": "sd3"}
 """`sd3` is as SD3.5 Large, `sd35_medium` has dual attention."""
 SIZES: dict[str, list[Any]] = {
@@ -55,6 +57,7 @@ SIZES: dict[str, list[Any]] = {
     "wan": [[1, 4, 4], [2, 6, 6], [3, 8, 8]],
     "sana": [4, 6, 8],
     "qwen_image": [4, 6, 8],
+    "flux2_klein": [4, 6, 8],
 }
 NON_SQUARE = dict.fromkeys(FAMILIES, (8, 12)) | {"wan": (3, 8, 12)}
 CHANNELS = dict.fromkeys(FAMILIES, 4) | {"wan": 16, "qwen_image": 16}
@@ -258,9 +261,17 @@ def sana() -> SanaPipeline:
 
 def build(name: str) -> Any:
     torch.manual_seed(0)
-    makers = {"sd3": sd3, "sd35_medium": lambda: sd3((0,)), "flux": flux, "sdxl": sdxl, "wan": wan, "sana": sana}
-    makers["qwen_image"] = qwen_image.build
-    pipeline = makers[name]()
+    builders: dict[str, Callable[[], Any]] = {
+        "sd3": sd3,
+        "sd35_medium": lambda: sd3((0,)),
+        "flux": flux,
+        "sdxl": sdxl,
+        "wan": wan,
+        "sana": sana,
+        "qwen_image": qwen_image.build,
+        "flux2_klein": families_flux2.klein,
+    }
+    pipeline = builders[name]()
     network = getattr(pipeline, "unet", None) or pipeline.transformer
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # zero-initialised layers would hide what comes before them
@@ -288,7 +299,7 @@ def settings(name: str, folder: Path, **more: Any) -> dict[str, Any]:
         "dmd_guidance_scale": 1.0 if name == "flux" else 3.0,
         "drawing_guidance_scale": 1.0 if name == "flux" else 3.0,
         "embedded_guidance": 4.5 if name == "flux" else None,
-        "targets": TARGETS[:4] if name == "sana" else TARGETS,
+        "targets": load_family(FAMILY[name]).targets,
     } | more
 
 

@@ -633,7 +633,8 @@ def test_latents_end_where_they_were_planned_to_whatever_was_called_before(name:
     def latents(final: Any) -> Tensor:
         frames = final[0] if len(final) == 3 else None
         generator = torch.Generator().manual_seed(0)
-        return scheduler.initial_latents(1, model.channels, *final[-2:], frames, generator)
+        layout = model.backbone_class.layout
+        return scheduler.initial_latents(1, model.channels, *final[-2:], frames, generator, layout=layout)
 
     def ends(**more: Any) -> tuple[int, ...]:
         return tuple(pipe(**options, **more)[0].shape[2:])
@@ -665,7 +666,8 @@ def test_the_stock_pipeline_draws_what_training_draws_in_bf16(name: str, built: 
     final, _ = draw(pipe, half, [Request(prompt, seed) for seed, prompt in enumerate(PROMPTS)])
     assert all(picture.isfinite().all() for picture in final)
     assert pipe.text_encoder.dtype == getattr(pipe, half.backbone_class.subfolder).dtype == torch.bfloat16
-    assert pipe.vae.dtype == (torch.float32 if name in ("sdxl", "wan", "qwen_image") else torch.bfloat16)
+    full = ("sdxl", "wan", "qwen_image", "flux2_klein")
+    assert pipe.vae.dtype == (torch.float32 if name in full else torch.bfloat16)
 
     frames = half.size[0] if len(half.size) == 3 else None
     generators = [torch.Generator().manual_seed(seed) for seed in range(2)]

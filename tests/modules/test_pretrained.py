@@ -16,6 +16,7 @@ import families
 import pytest
 import torch
 from huggingface_hub import errors
+from torch import nn
 
 from swd.modules import hub
 from swd.modules.backbones import load_family
@@ -25,7 +26,7 @@ from swd.modules.backbones.sdxl import SDXLEncoders
 from swd.modules.family_folder import resolve_asset
 from swd.modules.model_folders import is_whole_file
 from swd.modules.pretrained import Pretrained
-from swd.modules.targets import covered_share, is_target
+from swd.modules.targets import covered_share, is_target, names_for_peft
 from swd.types import UserError
 
 
@@ -161,7 +162,7 @@ def edit(folder: Path, file: str, **values: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    names = ("sd3", "flux", "sdxl", "wan", "sana", "qwen_image")
+    names = ("sd3", "flux", "sdxl", "wan", "sana", "qwen_image", "flux2_klein")
     return {n: families.save(n, tmp_path_factory.mktemp(n) / n) for n in names}
 
 
@@ -202,6 +203,7 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {
         {"transformer": ("diffusers", "QwenImage21Transformer2DModel")},
         ["QwenImage21Transformer2DModel", "QwenImageTransformer2DModel"],
     ),
+    "FLUX.2 klein for few steps": ("flux2_klein", INDEX, {"is_distilled": True}, ["distilled to few steps already"]),
     "no class": ("sana", INDEX, {"_class_name": None}, ["SanaPipeline"]),
 }
 
@@ -230,6 +232,7 @@ def test_variants_for_other_tasks_are_refused(pipelines: dict[str, Path], tmp_pa
         ("wan", "WanVideoToVideoPipeline"),
         ("sana", "SanaPAGPipeline"),
         ("qwen_image", "QwenImageImg2ImgPipeline"),
+        ("flux2_klein", "Flux2KleinInpaintPipeline"),
     ],
 )
 def test_other_pipelines_of_the_same_weights_are_taken(
@@ -249,6 +252,15 @@ def test_flux_without_embedded_guidance_needs_no_scale(pipelines: dict[str, Path
     )
     for scale in (None, 4.5):
         assert families.pretrained("flux", folder, embedded_guidance=scale).limits.channels == 4
+
+
+def test_a_negative_prompt_is_refused_where_the_pipeline_takes_none(pipelines: dict[str, Path]) -> None:
+    with pytest.raises(
+        UserError, match="Flux2KleinPipeline takes none, and guides away from the empty prompt"
+    ) as caught:
+        families.pretrained("flux2_klein", pipelines["flux2_klein"], negative_prompt="a blue ring")
+    assert "\n" not in str(caught.value)
+    assert families.pretrained("sana", pipelines["sana"], negative_prompt="a blue ring").negative_prompt
 
 
 def test_one_rule_gives_sizes_in_pixels_before_and_after_loading(pipelines: dict[str, Path]) -> None:
@@ -378,6 +390,14 @@ def test_targets_that_adapt_little_are_said(tiny_model: Path) -> None:
 def test_unknown_targets_are_refused_without_loading(tiny_model: Path) -> None:
     with pytest.raises(UserError, match="to_qq"):
         pretrained(tiny_model, targets=("to_q", "to_qq")).check_targets()
+
+
+def test_a_name_that_is_a_list_of_modules_elsewhere_becomes_the_paths_of_the_layers() -> None:
+    """Peft adapts the last layers of FLUX.2's single-stream blocks so, `to_out`, and refuses that name."""
+    block = nn.ModuleDict({"to_q": nn.Linear(2, 2), "to_out": nn.ModuleList([nn.Linear(2, 2), nn.Dropout()])})
+    single = nn.ModuleDict({"to_q": nn.Linear(2, 2), "to_out": nn.Linear(2, 2)})
+    network = nn.ModuleDict({"blocks": nn.ModuleList([block]), "singles": nn.ModuleList([single])})
+    assert names_for_peft(network, ["to_q", "to_out.0", "to_out"]) == ["to_q", "to_out.0", "singles.0.to_out"]
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ from skeletons import NETWORKS, options, skeleton
 
 from swd.export.student_folder import comfy_state
 from swd.metrics.flops import forward_gflop
-from swd.modules.backbones.base import TARGETS
 from swd.modules.pretrained import Pretrained
+from swd.modules.targets import names_for_peft
 
-MODELS = ("sd35_medium", "sd35_large", "flux_dev", "sdxl", "wan21_1_3b", "qwen_image")
+MODELS = ("sd35_medium", "sd35_large", "flux_dev", "sdxl", "wan21_1_3b", "qwen_image", "flux2_klein_4b")
 
 PARAMETERS = {
     "sd35_medium": 2_243_171_520,
@@ -25,8 +25,10 @@ PARAMETERS = {
     "sdxl": 2_567_463_684,
     "wan21_1_3b": 1_418_996_800,
     "qwen_image": 20_430_401_088,
+    "flux2_klein_4b": 3_875_544_576,
 }
 BLOCKS = {"sd35_medium": 24, "sd35_large": 38, "flux_dev": 57, "sdxl": 87, "wan21_1_3b": 30, "qwen_image": 60}
+BLOCKS |= {"flux2_klein_4b": 25}
 LORA_LAYERS = {
     "sd35_medium": 242,
     "sd35_large": 302,
@@ -34,6 +36,7 @@ LORA_LAYERS = {
     "sdxl": 700,
     "wan21_1_3b": 300,
     "qwen_image": 480,
+    "flux2_klein_4b": 100,
 }
 
 
@@ -58,7 +61,7 @@ def lora(model: Pretrained) -> dict[str, torch.Tensor]:
     """Parameters of a student's adapter on a network of its own, by name."""
     with torch.device("meta"):
         network = model.network_class.from_config(model.network_config)
-        network.add_adapter(LoraConfig(r=model.rank, target_modules=list(TARGETS)), "student")
+        network.add_adapter(LoraConfig(r=model.rank, target_modules=names_for_peft(network, model.targets)), "student")
     return {key: p for key, p in network.named_parameters() if ".lora_" in key}
 
 
@@ -69,7 +72,9 @@ def test_parameters(name: str, network: Any) -> None:
 def test_repeated_blocks_hold_nearly_all_weights(name: str, model: Pretrained, network: Any) -> None:
     blocks = model.backbone_class(network).repeated_blocks
     inside = sum(p.numel() for block in blocks for p in block.parameters())
-    assert len(blocks) == BLOCKS[name] and inside / PARAMETERS[name] > (0.9 if name == "sdxl" else 0.97)
+    assert len(blocks) == BLOCKS[name] and inside / PARAMETERS[name] > (
+        0.9 if name in ("sdxl", "flux2_klein_4b") else 0.97
+    )
 
 
 def test_lora_layers_and_their_rank(name: str, lora: dict[str, torch.Tensor]) -> None:
@@ -109,7 +114,7 @@ def test_features_at_the_chosen_block(name: str, model: Pretrained, network: Any
         feature = backbone.features(x, torch.ones(2, device="meta"), text, model.feature_blocks)[0]
     tokens = {"sdxl": 32 * 32, "wan21_1_3b": 21 * 30 * 52}.get(name, 64 * 64)
     widths = {"sd35_medium": 1536, "sd35_large": 2432, "flux_dev": 3072, "sdxl": 1280, "wan21_1_3b": 1536}
-    width = (widths | {"qwen_image": 3072})[name]
+    width = (widths | {"qwen_image": 3072, "flux2_klein_4b": 3072})[name]
     assert tuple(feature.shape) == (2, tokens, width) and model.limits.width == width
 
 

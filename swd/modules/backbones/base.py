@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, cast
 
+import diffusers
 import torch
 from torch import Tensor, nn
 
@@ -216,6 +218,11 @@ class Backbone(nn.Module, ABC):
         return empty + scale * (text - empty)
 
     @classmethod
+    def pipeline_arguments(cls) -> set[str]:
+        """Names of the arguments that the stock pipeline is called with."""
+        return set(inspect.signature(getattr(diffusers, cls.pipeline_type).__call__).parameters)
+
+    @classmethod
     def to_pipeline(cls, latents: Tensor) -> Tensor:
         """Latents in the layout that the stock pipeline takes."""
         return to_layout(latents, cls.layout)
@@ -224,6 +231,17 @@ class Backbone(nn.Module, ABC):
     def from_pipeline(cls, latents: Tensor, size: Size) -> Tensor:
         """Latents `[B, C, *size]` of those in the stock pipeline's loop: maps as they are, or tokens `[B, L, 4 C]`."""
         return latents if cls.layout == "map" else unpack(latents, size)
+
+    @classmethod
+    def from_output(cls, latents: Tensor, size: Size, encoders: Encoders) -> Tensor:
+        """Latents `[B, C, *size]` of what the stock pipeline returns for `output_type="latent"`: those of its loop.
+
+        Args:
+            latents: the pipeline's result.
+            size: the size that it was drawn at.
+            encoders: of the pipeline, for families whose pipeline returns the VAE's own latents.
+        """
+        return cls.from_pipeline(latents, size)
 
     @staticmethod
     def comfy_key(module: str) -> str:
