@@ -85,6 +85,13 @@ class Encoders(nn.Module):
         """The prompt after the stock pipeline's own cleaning, which precedes the tokenizer."""
         return prompt
 
+    @classmethod
+    def count_tokens(cls, tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+        """Number of tokens of each of B prompts, including those that the stock pipeline adds; none are cut."""
+        cleaned = [cls.cleaned(prompt) for prompt in prompts]
+        found = tokenizer(cleaned, add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
+        return [len(tokens) for tokens in found]
+
     def text(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning of B prompts as the stock pipeline computes it, without sizes."""
         raise NotImplementedError

@@ -79,9 +79,7 @@ class TextLimit:
 
     def counts(self, prompts: Sequence[str]) -> list[int]:
         """Number of tokens of each prompt, including the special ones that the pipeline adds."""
-        cleaned = [self.encoders.cleaned(prompt) for prompt in prompts]
-        found = self._tokenizer(cleaned, add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
-        return [len(tokens) for tokens in found]
+        return self.encoders.count_tokens(self._tokenizer, prompts)
 
     def beyond(self, prompts: Iterable[str]) -> Beyond:
         """The number of prompts that are longer than the limit, and the largest excess."""

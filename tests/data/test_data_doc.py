@@ -21,12 +21,14 @@ from swd.schedule import ScaleSchedule
 from swd.types import Conditioning
 
 DOC = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
-PROMPT = {"wan21_1_3b": 100, "sana_1600m": 100}
+PROMPT = {"wan21_1_3b": 100, "sana_1600m": 100, "z_image": 100, "chroma1": 100}
 """Tokens of a prompt, for families whose padding is not stored."""
 A100 = 312 * 0.4
 """TFLOP/s, as in docs/models.md."""
 VAE = dict(zip((32, 48, 64, 80, 96, 128), (0.27, 0.62, 1.12, 1.78, 2.61, 4.88), strict=True))
 T5, CLIP, DECODE = 4.84, 0.1, 10.47
+ENCODERS = {"sdxl": CLIP, "wan21_1_3b": T5, "chroma1": T5, "z_image": 3.87}
+"""TFLOP of a prompt; that of T5 and CLIP elsewhere. Qwen3 4B takes 512 tokens of 2 FLOP a weight, and attention."""
 
 
 @pytest.fixture(params=skeletons.MODELS)
@@ -77,7 +79,7 @@ def test_hours(name: str, model: Pretrained) -> None:
         assert (draw, code) == ("-", "-")
         return
     cost = float(TFLOP[name][max(TFLOP[name])])
-    text = CLIP if name == "sdxl" else T5 + CLIP * (not model.backbone_class.video)
+    text = ENCODERS.get(name, T5 + CLIP)
     decode = 0 if model.backbone_class.video else DECODE
     assert float(draw.replace(",", "")) == pytest.approx(
         1e5 * (model.teacher_steps * passes * cost + decode + text) / A100 / 3600, rel=0.01

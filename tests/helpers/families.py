@@ -1,7 +1,8 @@
-"""Tiny random pipelines of the five families: the stock diffusers classes, saved once, no download."""
+"""Tiny random pipelines of all families: the stock diffusers classes, saved once, no download."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +25,8 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from tiny import build_vae
+from tiny_chroma import chroma
+from tiny_z_image import z_image
 from torch import Tensor
 from transformers import (
     CLIPTextConfig,
@@ -37,13 +40,13 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from swd.modules.backbones.base import TARGETS
+from swd.modules.backbones import load_family
 from swd.modules.pretrained import Pretrained
 from swd.schedule import ScaleSchedule
 from swd.shapes.pipeline import TEXT_TOKENS, build_clip_tokenizer, build_t5_tokenizer
 
 Model = TypeVar("Model", bound=Pretrained)
-FAMILIES = ("sd3", "sd35_medium", "flux", "sdxl", "wan", "sana")
+FAMILIES = ("sd3", "sd35_medium", "flux", "sdxl", "wan", "sana", "z_image", "chroma")
 FAMILY = {name: name for name in FAMILIES} | {"sd35_medium": "sd3"}
 """`sd3` is as SD3.5 Large, `sd35_medium` has dual attention."""
 SIZES: dict[str, list[Any]] = {
@@ -53,6 +56,8 @@ SIZES: dict[str, list[Any]] = {
     "sdxl": [4, 6, 8],
     "wan": [[1, 4, 4], [2, 6, 6], [3, 8, 8]],
     "sana": [4, 6, 8],
+    "z_image": [4, 6, 8],
+    "chroma": [4, 6, 8],
 }
 NON_SQUARE = dict.fromkeys(FAMILIES, (8, 12)) | {"wan": (3, 8, 12)}
 CHANNELS = dict.fromkeys(FAMILIES, 4) | {"wan": 16}
@@ -254,11 +259,21 @@ def sana() -> SanaPipeline:
     )
 
 
+BUILDERS: dict[str, Callable[[], Any]] = {
+    "sd3": sd3,
+    "sd35_medium": lambda: sd3((0,)),
+    "flux": flux,
+    "sdxl": sdxl,
+    "wan": wan,
+    "sana": sana,
+    "z_image": z_image,
+    "chroma": chroma,
+}
+
+
 def build(name: str) -> Any:
     torch.manual_seed(0)
-    pipeline = {"sd3": sd3, "sd35_medium": lambda: sd3((0,)), "flux": flux, "sdxl": sdxl, "wan": wan, "sana": sana}[
-        name
-    ]()
+    pipeline = BUILDERS[name]()
     network = getattr(pipeline, "unet", None) or pipeline.transformer
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # zero-initialised layers would hide what comes before them
@@ -286,7 +301,7 @@ def settings(name: str, folder: Path, **more: Any) -> dict[str, Any]:
         "dmd_guidance_scale": 1.0 if name == "flux" else 3.0,
         "drawing_guidance_scale": 1.0 if name == "flux" else 3.0,
         "embedded_guidance": 4.5 if name == "flux" else None,
-        "targets": TARGETS[:4] if name == "sana" else TARGETS,
+        "targets": load_family(FAMILY[name]).targets,
     } | more
 
 

@@ -541,37 +541,39 @@ def test_a_call_at_a_later_size_is_refused(name: str, model: Pretrained, which: 
         pytest.skip("its default is 480p whatever the network")
     pipe, options = scale_wise(name, model)
     size = {} if which == "default" else in_pixels(model, families.SIZES[name][which])
-    message = r"tokens are no latent.*pass latents=" if name == "flux" else r"starts at .* and ends at .*Pass latents="
+    tokens = model.backbone_class.layout == "tokens"
+    message = r"tokens are no latent.*pass latents=" if tokens else r"starts at .* and ends at .*Pass latents="
     for _ in range(2):
         with pytest.raises(ValueError, match=message) as caught:
             pipe(**options, **size)
         assert "\n" not in str(caught.value)
-    if name != "flux":
+    if not tokens:
         start = in_pixels(model, families.SIZES[name][0])
         assert tuple(pipe(**options, **start)[0].shape[2:]) == model.size
 
 
-def test_a_flux_call_ends_at_its_height_and_width(tmp_path: Path) -> None:
-    model = families.pretrained("flux", families.save("flux", tmp_path / "flux"))
-    pipe, options = scale_wise("flux", model)
+def test_a_call_with_tokens_ends_at_its_height_and_width(name: str, model: Pretrained) -> None:
+    if model.backbone_class.layout != "tokens":
+        pytest.skip("its latents are maps")
+    pipe, options = scale_wise(name, model)
     for sides in ((8, 8), (8, 12), (10, 6), (8, 8)):
-        latents = pipe.scheduler.initial_latents(1, 4, *sides, packed=True)
+        latents = pipe.scheduler.initial_latents(1, model.channels, *sides, packed=True)
         size = in_pixels(model, sides)
         first = pipe(**options, **size, latents=latents)[0]
         assert first.shape[1] == sides[0] * sides[1] // 4
         assert_close(copy.deepcopy(pipe)(**options, **size, latents=latents)[0], first, rtol=1e-4, atol=1e-5)
-        pipe.scheduler.initial_latents(1, 4, 12, 8)  # of a call that never comes
+        pipe.scheduler.initial_latents(1, model.channels, 12, 8)  # of a call that never comes
         assert torch.equal(pipe(**options, **size, latents=latents)[0], first)
     with pytest.raises(ValueError, match="height and width of the final size"):
-        pipe(**options, **in_pixels(model, 4), latents=pipe.scheduler.initial_latents(1, 4, packed=True))
-    turned = pipe.scheduler.initial_latents(1, 4, 4, 16, packed=True)  # as many tokens as the square
+        pipe(**options, **in_pixels(model, 4), latents=pipe.scheduler.initial_latents(1, model.channels, packed=True))
+    turned = pipe.scheduler.initial_latents(1, model.channels, 4, 16, packed=True)  # as many tokens as the square
     with pytest.raises(ValueError, match=r"made for the final size \(4, 16\).*are those of \(8, 8\)"):
         pipe(**options, **in_pixels(model, 8), latents=turned)
 
 
 def test_latents_end_where_they_were_planned_to_whatever_was_called_before(name: str, model: Pretrained) -> None:
     """Two final sizes with one first size and one seed; calls in both orders, again, and by a copy of the pipeline."""
-    if name == "flux":
+    if model.backbone_class.layout == "tokens":
         pytest.skip("its calls end at their height and width")
     pipe, options = scale_wise(name, model, [[1, 4, 4], [2, 6, 6], [3, 8, 16]] if name == "wan" else [4, 6, 16])
     scheduler, own = pipe.scheduler, pipe.scheduler.base_sizes[-1]

@@ -161,7 +161,10 @@ def edit(folder: Path, file: str, **values: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {n: families.save(n, tmp_path_factory.mktemp(n) / n) for n in ("sd3", "flux", "sdxl", "wan", "sana")}
+    return {
+        n: families.save(n, tmp_path_factory.mktemp(n) / n)
+        for n in ("sd3", "flux", "sdxl", "wan", "sana", "z_image", "chroma")
+    }
 
 
 INDEX = "model_index.json"
@@ -180,6 +183,7 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {
     "Wan2.2": ("wan", INDEX, {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, ["transformer_2"]),
     "Wan2.2 5B": ("wan", INDEX, {"expand_timesteps": True}, ["expand_timesteps"]),
     "SANA Sprint": ("sana", INDEX, {"_class_name": "SanaSprintPipeline"}, ["SanaSprintPipeline"]),
+    "Z-Image Omni": ("z_image", INDEX, {"_class_name": "ZImageOmniPipeline"}, ["ZImageOmniPipeline"]),
     "no class": ("sana", INDEX, {"_class_name": None}, ["SanaPipeline"]),
 }
 
@@ -207,6 +211,8 @@ def test_variants_for_other_tasks_are_refused(pipelines: dict[str, Path], tmp_pa
         ("sdxl", "StableDiffusionXLPAGPipeline"),
         ("wan", "WanVideoToVideoPipeline"),
         ("sana", "SanaPAGPipeline"),
+        ("z_image", "ZImageImg2ImgPipeline"),
+        ("chroma", "ChromaInpaintPipeline"),
     ],
 )
 def test_other_pipelines_of_the_same_weights_are_taken(
@@ -336,6 +342,7 @@ def test_targets_are_the_familys_unless_they_are_named(tiny_model: Path) -> None
     assert pretrained(tiny_model).targets == TARGETS
     assert pretrained(tiny_model, targets=["to_q"]).targets == ("to_q",)
     assert load_family("sana").targets == ("to_q", "to_k", "to_v", "to_out.0")
+    assert load_family("z_image").targets == ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
 
 
 def test_targets_that_adapt_little_are_said(tiny_model: Path) -> None:

@@ -33,7 +33,11 @@ LENGTH = {
     "sdxl": 6 * 7 + 5 + 2,
     "wan": 6 * 7 + 5 + 1,
     "sana": 6 * 7 + 5 + 1,
+    "z_image": 6 * 7 + 5 + 3,
+    "chroma": 6 * 7 + 5 + 1,
 }
+AROUND = dict.fromkeys(families.FAMILIES, 1) | {"sdxl": 2, "z_image": 3}
+"""Special tokens that the text has room beside."""
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +58,12 @@ def test_tokens_are_counted_as_the_pipeline_counts_them(saved: Any, name: str) -
     found = limit.beyond([SHORT, LONG, LONG, "a heart"])
     assert found == Beyond(24, 4, 2, LENGTH[name] - 24)
     # The longest text that is not cut, and one word more.
-    words = (LONG.split() * 2)[: 24 - (2 if name == "sdxl" else 1)]
+    words = (LONG.split() * 2)[: 24 - AROUND[name]]
     assert limit.beyond([" ".join(words)]).count == 0
     assert limit.beyond([" ".join([*words, "star"])]) == Beyond(24, 1, 1, 1)
 
 
-@pytest.mark.parametrize("name", ["sd3", "sdxl", "wan", "sana"])
+@pytest.mark.parametrize("name", ["sd3", "sdxl", "wan", "sana", "chroma"])
 def test_what_is_beyond_the_limit_changes_nothing_and_what_is_within_does(saved: Any, name: str) -> None:
     """The limit is where the stock encoders stop to see."""
     model = families.pretrained(name, saved(name))
