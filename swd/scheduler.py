@@ -7,10 +7,13 @@ This file stands alone: it needs torch and diffusers only, so that an exported m
     latents = scheduler.initial_latents(1, channels=16, height=128, width=128, generator=generator)
     pipe(prompt=prompt, latents=latents, height=1024, width=1024, num_inference_steps=4, guidance_scale=1.0)
 
+Z-Image refuses latents of another size than `height` and `width`: they are 512 there, those of the *first* size, and
+`guidance_scale` is 0.0 for none. The picture comes out at the last size all the same.
+
 Without `latents`, a pipeline draws the noise itself: call it with `height` and `width` (Wan: `num_frames` too) of the
 *first* size; the picture comes out at the last one. SANA then needs `use_resolution_binning=False` as well, and SDXL
-`original_size` and `target_size` of the last size, an input of its network at every step. FLUX.1 and Qwen-Image need
-`latents`.
+`original_size` and `target_size` of the last size, an input of its network at every step. FLUX.1, Chroma and
+Qwen-Image need `latents`.
 """
 
 from __future__ import annotations
@@ -500,6 +503,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
             "FluxTransformer2DModel": self._refresh_ids,
             "QwenImageTransformer2DModel": self._refresh_shapes,
             "Flux2Transformer2DModel": self._refresh_ids_of_flux2,
+            "ChromaTransformer2DModel": self._refresh_ids_and_mask,
         }
         for name in _class_names(network):
             if name in refresh:
@@ -549,6 +553,19 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
             self._start_from_tokens(kwargs["hidden_states"], final)
         size = self._token_size(kwargs["hidden_states"])
         return args, kwargs | {"img_ids": position_ids(size, ids.device, ids.dtype)}
+
+    def _refresh_ids_and_mask(self, network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Give Chroma's transformer ids and mask of the current step's size.
+
+        The mask becomes one of booleans: as the pipeline makes it, of numbers, it hides nothing.
+        """
+        args, kwargs = self._refresh_ids(network, args, kwargs)
+        mask = kwargs.get("attention_mask")
+        if not self._in_call or mask is None:
+            return args, kwargs
+        text = mask[:, : kwargs["encoder_hidden_states"].shape[1]].bool()
+        image = text.new_ones(kwargs["hidden_states"].shape[:2])
+        return args, kwargs | {"attention_mask": torch.cat([text, image], 1)}
 
     def _refresh_shapes(
         self, network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -51,6 +51,8 @@ SCHEDULES = {
     "qwen_image": ONE_MEGAPIXEL,
     "qwen_image_2512": ONE_MEGAPIXEL,
     "flux2_klein_4b": ONE_MEGAPIXEL,
+    "z_image": ONE_MEGAPIXEL,
+    "chroma1": ONE_MEGAPIXEL,
 }
 DATA = {"shapes": ("shapes",), "wan21_1_3b": ("videos",)}
 TERMS = {"dmd": DMD, "mmd": MMD, "gan": GAN}
@@ -167,12 +169,15 @@ def test_every_combination_composes_and_instantiates(row: dict[str, str], tmp_pa
     assert task.schedule.sizes[-1] == task.model.size
 
 
+PAPER = ("sd35_medium", "sd35_large", "flux_dev", "sdxl", "wan21_1_3b")
+
+
 @pytest.mark.parametrize("model", options("model"))
 def test_defaults_of_a_model_are_those_of_the_released_scripts(model: str, tmp_path: Path) -> None:
     cfg = composed(arguments(tmp_path, model=model))
     assert set(cfg.loss) == ({"mmd"} if model in ("sdxl", "wan21_1_3b") else {"dmd", "mmd", "gan"})
     assert len(cfg.schedule.sigmas) == (6 if model == "sd35_medium" else 4)
-    if model in ("shapes", "sana_1600m", "qwen_image", "qwen_image_2512", "flux2_klein_4b"):
+    if model not in PAPER:
         return
     assert cfg.task.lr == 5e-6 and cfg.task.checkpointing
     assert cfg.trainer.max_steps == (4000 if model == "sd35_large" else 3000)
@@ -191,6 +196,8 @@ GUIDANCE = {  # in DMD, when drawing, and as the network is fed it
     "qwen_image": (4.0, 4.0, None),
     "qwen_image_2512": (4.0, 4.0, None),
     "flux2_klein_4b": (4.0, 4.0, None),
+    "z_image": (5.0, 5.0, None),
+    "chroma1": (3.0, 3.0, None),
 }
 
 

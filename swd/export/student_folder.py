@@ -425,12 +425,8 @@ def card(content: Content, model: Pretrained, schedule: ScaleWiseScheduler) -> s
     """README of an exported folder: a description, and a snippet that samples it without `swd` installed."""
     # The snippet.
     backbone = model.backbone_class
-    final = schedule.base_sizes[-1]
-    pixels = model.pixel_size(final)
     arguments = dict(backbone.sampling_arguments(model.max_text_tokens, model.embedded_guidance))
-    arguments |= {"height": pixels[-2], "width": pixels[-1]}
-    if backbone.video:
-        arguments["num_frames"] = pixels[0]
+    arguments |= model.size_arguments(schedule.base_sizes[0], schedule.base_sizes[-1])
     initial = f"1, channels={model.channels}" + ("" if backbone.layout == "map" else f", layout={backbone.layout!r}")
     snippet = _SNIPPET.format(
         classes=content.classes,
@@ -445,6 +441,9 @@ def card(content: Content, model: Pretrained, schedule: ScaleWiseScheduler) -> s
     )
 
     # The text around it.
+    note = ""
+    if backbone.called_with_first_size:
+        note = " Height and width are those of the first step; the picture comes out at the size of the last."
     sizes = ", ".join("x".join(map(str, size)) for size in schedule.base_sizes)
     base = f"base_model: {model.path}\n" if is_hub_id(model.path) else ""
     return (
@@ -454,7 +453,7 @@ def card(content: Content, model: Pretrained, schedule: ScaleWiseScheduler) -> s
         f"{sizes} and noise levels {', '.join(f'{s:.4g}' for s in schedule.config.sigmas)} "
         "([Scale-wise Distillation](https://arxiv.org/abs/2503.16397)).\n\n"
         f"```python\n{snippet}```\n\n"
-        f"{placeholders(model)}\n\n"
+        f"{placeholders(model)}{note}\n\n"
         f"{about_adapters(model)}"
         f"Files: {content.files}, `{SCHEDULER_CONFIG}` and `{SCHEDULER_FILE}` for the sampler.\n\n"
         f"Exported by swd {__version__}.\n"

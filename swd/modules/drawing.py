@@ -36,6 +36,7 @@ def build_pipeline(
     network: Any = student.network(model, device) if student else model.network(device).network
     pipe = model.pipeline(dtype, **{part: network})
     pipe.set_progress_bar_config(disable=True)
+    model.backbone_class.mend(pipe)
     if student is not None:
         assert schedule is not None
         student.load_into(pipe, model)
@@ -100,10 +101,7 @@ def draw(
         The finished ones, and for every step its predictions.
     """
     backbone, scheduler, size = model.backbone_class, pipe.scheduler, size or model.size
-    pixels = model.pixel_size(size)
-    arguments: dict[str, Any] = {"height": pixels[-2], "width": pixels[-1], "output_type": "latent"}
-    if backbone.video:
-        arguments["num_frames"] = pixels[0]
+    arguments: dict[str, Any] = {"output_type": "latent"}
     generators = [torch.Generator().manual_seed(request.seed) for request in requests]
     arguments |= backbone.sampling_arguments(model.max_text_tokens, model.embedded_guidance)
     if isinstance(scheduler, ScaleWiseScheduler):
@@ -120,6 +118,7 @@ def draw(
             arguments |= negative_prompts(model, len(requests))
     if start is not None:
         arguments["latents"] = backbone.to_pipeline(start).to(pipe._execution_device, model.latent_dtype(pipe))
+    arguments |= model.size_arguments(size if start is None else tuple(start.shape[2:]), size)
     encoders = backbone.encoders_type(pipe, model.max_text_tokens)
     latents = pipe(prompt=[request.prompt for request in requests], **arguments)[0]
     latents = backbone.from_output(latents, size, encoders)

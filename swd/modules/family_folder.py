@@ -246,6 +246,16 @@ class FamilyFolder:
         """Size in pixels of a latent size."""
         return pixel_size(size, self._factors)
 
+    def size_arguments(self, first: Size, final: Size) -> dict[str, int]:
+        """Height and width (number of frames) in pixels with which the stock pipeline is called.
+
+        Args:
+            first: latent size of the call's first latents.
+            final: latent size of the finished pictures or videos.
+        """
+        pixels = self.pixel_size(first if self.backbone_class.called_with_first_size else final)
+        return {"height": pixels[-2], "width": pixels[-1]} | ({"num_frames": pixels[0]} if len(pixels) == 3 else {})
+
     def latent_size(self, pixels: Size) -> Size:
         """Latent size of a size in pixels.
 

@@ -74,6 +74,8 @@ def encoders() -> dict[str, int]:
     deep |= {"encoder_block_types": blocks, "decoder_block_types": blocks}
     gemma = {"vocab_size": 256000, "hidden_size": 2304, "num_hidden_layers": 26, "num_attention_heads": 8}
     gemma |= {"num_key_value_heads": 4, "head_dim": 256, "intermediate_size": 9216}
+    qwen: dict[str, Any] = {"vocab_size": 151936, "hidden_size": 2560, "num_hidden_layers": 36, "head_dim": 128}
+    qwen |= {"num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 9728}
     with torch.device("meta"):
         built: dict[str, nn.Module] = {
             f"clip-{k}": transformers.CLIPTextModelWithProjection(
@@ -84,6 +86,7 @@ def encoders() -> dict[str, int]:
         built["t5"] = transformers.T5EncoderModel(transformers.T5Config(vocab_size=32128, **t5))
         built["umt5"] = transformers.UMT5EncoderModel(transformers.UMT5Config(vocab_size=256384, **t5))
         built["gemma"] = transformers.Gemma2Model(transformers.Gemma2Config(**gemma))
+        built["qwen3-4b"] = transformers.Qwen3Model(transformers.Qwen3Config(**qwen))
         built["vae"] = diffusers.AutoencoderKL(latent_channels=16, **vae)
         built["qwen-vl"] = transformers.Qwen2_5_VLForConditionalGeneration(qwen_vl())
         built["vae-qwen"] = diffusers.AutoencoderKLQwenImage()
@@ -105,6 +108,8 @@ PARTS = {
     "qwen_image": ("qwen-vl", "vae-qwen"),
     "qwen_image_2512": ("qwen-vl", "vae-qwen"),
     "flux2_klein_4b": ("qwen3-4b", "vae-flux2"),
+    "z_image": ("qwen3-4b", "vae"),
+    "chroma1": ("t5", "vae"),
 }
 
 

@@ -21,12 +21,14 @@ from swd.schedule import ScaleSchedule
 from swd.types import Conditioning
 
 DOC = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
-PROMPT = {"wan21_1_3b": 100, "sana_1600m": 100, "qwen_image": 100, "qwen_image_2512": 100}
+PROMPT = dict.fromkeys(("wan21_1_3b", "sana_1600m", "qwen_image", "qwen_image_2512", "z_image", "chroma1"), 100)
 """Tokens of a prompt, for families whose padding is not stored."""
 A100 = 312 * 0.4
 """TFLOP/s, as in docs/models.md."""
 VAE = dict(zip((32, 48, 64, 80, 96, 128), (0.27, 0.62, 1.12, 1.78, 2.61, 4.88), strict=True))
-T5, CLIP, QWEN3_4B, DECODE = 4.84, 0.1, 4.27, 10.47
+T5, CLIP, DECODE = 4.84, 0.1, 10.47
+ENCODERS = {"sdxl": CLIP, "wan21_1_3b": T5, "chroma1": T5, "z_image": 3.87, "flux2_klein_4b": 4.27}
+"""TFLOP of a prompt; that of T5 and CLIP elsewhere. Qwen3 4B takes 512 tokens of 2 FLOP a weight, and attention."""
 # Qwen2.5-VL's language model with its head at 128 + 34 tokens, and the VAE of Qwen-Image, by the same count.
 QWEN, QWEN_DECODE = 2.30, 11.68
 QWEN_VAE = dict(zip((64, 80, 96, 128), (1.77, 2.79, 4.06, 7.39), strict=True))
@@ -80,8 +82,7 @@ def test_hours(name: str, model: Pretrained) -> None:
         assert (draw, code) == ("-", "-")
         return
     cost = float(TFLOP[name][max(TFLOP[name])])
-    own = {"sdxl": CLIP, "flux2_klein_4b": QWEN3_4B}
-    text = own.get(name, T5 + CLIP * (not model.backbone_class.video))
+    text = ENCODERS.get(name, T5 + CLIP)
     decode = 0 if model.backbone_class.video else DECODE
     vae = VAE
     if model.family == "qwen_image":

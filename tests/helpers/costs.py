@@ -7,8 +7,18 @@ from __future__ import annotations
 
 from typing import Any
 
-TEXT = {"sd35_medium": 589, "sd35_large": 589, "flux_dev": 512, "sdxl": 77, "wan21_1_3b": 512, "flux2_klein_4b": 512}
-TEXT |= dict.fromkeys(("qwen_image", "qwen_image_2512"), 128)  # a prompt of usual length: it is not padded
+TEXT = {
+    "sd35_medium": 589,
+    "sd35_large": 589,
+    "flux_dev": 512,
+    "sdxl": 77,
+    "wan21_1_3b": 512,
+    "flux2_klein_4b": 512,
+    "chroma1": 512,
+    "z_image": 128,  # a prompt of usual length: it is not padded
+    "qwen_image": 128,
+    "qwen_image_2512": 128,
+}
 SIDES = (32, 48, 64, 80, 96, 128)
 TFLOP: dict[str, dict[Any, str]] = {
     "sd35_medium": dict(zip(SIDES, ("1.31", "1.94", "2.90", "4.26", "6.14", "11.93"), strict=True)),
@@ -16,6 +26,8 @@ TFLOP: dict[str, dict[Any, str]] = {
     "flux_dev": dict(zip(SIDES, ("10.35", "14.90", "21.50", "30.41", "41.93", "74.38"), strict=True)),
     "flux2_klein_4b": dict(zip(SIDES, ("4.92", "7.06", "10.17", "14.35", "19.74", "34.82"), strict=True)),
     "sdxl": dict(zip(SIDES, (".4278", ".9051", "1.5888", "2.4942", "3.6412", "6.7612"), strict=True)),
+    "z_image": dict(zip((64, 80, 96, 128), ("13.7", "21.0", "30.4", "56.6"), strict=True)),
+    "chroma1": dict(zip((64, 80, 96, 128), ("21.7", "30.6", "42.1", "74.6"), strict=True)),
     "wan21_1_3b": {
         (6, 20, 34): "2.993",
         (11, 30, 52): "14.681",

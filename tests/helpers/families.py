@@ -27,6 +27,8 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from tiny import build_vae
+from tiny_chroma import chroma
+from tiny_z_image import z_image
 from torch import Tensor
 from transformers import (
     CLIPTextConfig,
@@ -46,7 +48,18 @@ from swd.schedule import ScaleSchedule
 from swd.shapes.pipeline import TEXT_TOKENS, build_clip_tokenizer, build_t5_tokenizer
 
 Model = TypeVar("Model", bound=Pretrained)
-FAMILIES = ("sd3", "sd35_medium", "flux", "sdxl", "wan", "sana", "qwen_image", "flux2_klein")
+FAMILIES = (
+    "sd3",
+    "sd35_medium",
+    "flux",
+    "sdxl",
+    "wan",
+    "sana",
+    "qwen_image",
+    "flux2_klein",
+    "z_image",
+    "chroma",
+)
 FAMILY = {name: name for name in FAMILIES} | {"sd35_medium": "sd3"}
 """`sd3` is as SD3.5 Large, `sd35_medium` has dual attention."""
 SIZES: dict[str, list[Any]] = {
@@ -58,6 +71,8 @@ SIZES: dict[str, list[Any]] = {
     "sana": [4, 6, 8],
     "qwen_image": [4, 6, 8],
     "flux2_klein": [4, 6, 8],
+    "z_image": [4, 6, 8],
+    "chroma": [4, 6, 8],
 }
 NON_SQUARE = dict.fromkeys(FAMILIES, (8, 12)) | {"wan": (3, 8, 12)}
 CHANNELS = dict.fromkeys(FAMILIES, 4) | {"wan": 16, "qwen_image": 16}
@@ -259,19 +274,23 @@ def sana() -> SanaPipeline:
     )
 
 
+BUILDERS: dict[str, Callable[[], Any]] = {
+    "sd3": sd3,
+    "sd35_medium": lambda: sd3((0,)),
+    "flux": flux,
+    "sdxl": sdxl,
+    "wan": wan,
+    "sana": sana,
+    "qwen_image": qwen_image.build,
+    "flux2_klein": families_flux2.klein,
+    "z_image": z_image,
+    "chroma": chroma,
+}
+
+
 def build(name: str) -> Any:
     torch.manual_seed(0)
-    builders: dict[str, Callable[[], Any]] = {
-        "sd3": sd3,
-        "sd35_medium": lambda: sd3((0,)),
-        "flux": flux,
-        "sdxl": sdxl,
-        "wan": wan,
-        "sana": sana,
-        "qwen_image": qwen_image.build,
-        "flux2_klein": families_flux2.klein,
-    }
-    pipeline = builders[name]()
+    pipeline = BUILDERS[name]()
     network = getattr(pipeline, "unet", None) or pipeline.transformer
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # zero-initialised layers would hide what comes before them

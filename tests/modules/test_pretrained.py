@@ -162,7 +162,7 @@ def edit(folder: Path, file: str, **values: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    names = ("sd3", "flux", "sdxl", "wan", "sana", "qwen_image", "flux2_klein")
+    names = ("sd3", "flux", "sdxl", "wan", "sana", "qwen_image", "flux2_klein", "z_image", "chroma")
     return {n: families.save(n, tmp_path_factory.mktemp(n) / n) for n in names}
 
 
@@ -204,6 +204,7 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {
         ["QwenImage21Transformer2DModel", "QwenImageTransformer2DModel"],
     ),
     "FLUX.2 klein for few steps": ("flux2_klein", INDEX, {"is_distilled": True}, ["distilled to few steps already"]),
+    "Z-Image Omni": ("z_image", INDEX, {"_class_name": "ZImageOmniPipeline"}, ["ZImageOmniPipeline"]),
     "no class": ("sana", INDEX, {"_class_name": None}, ["SanaPipeline"]),
 }
 
@@ -233,6 +234,8 @@ def test_variants_for_other_tasks_are_refused(pipelines: dict[str, Path], tmp_pa
         ("sana", "SanaPAGPipeline"),
         ("qwen_image", "QwenImageImg2ImgPipeline"),
         ("flux2_klein", "Flux2KleinInpaintPipeline"),
+        ("z_image", "ZImageImg2ImgPipeline"),
+        ("chroma", "ChromaInpaintPipeline"),
     ],
 )
 def test_other_pipelines_of_the_same_weights_are_taken(
@@ -371,6 +374,7 @@ def test_targets_are_the_familys_unless_they_are_named(tiny_model: Path) -> None
     assert pretrained(tiny_model).targets == TARGETS
     assert pretrained(tiny_model, targets=["to_q"]).targets == ("to_q",)
     assert load_family("sana").targets == ("to_q", "to_k", "to_v", "to_out.0")
+    assert load_family("z_image").targets == ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
 
 
 def test_targets_that_adapt_little_are_said(tiny_model: Path) -> None:

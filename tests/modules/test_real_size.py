@@ -16,7 +16,17 @@ from swd.metrics.flops import forward_gflop
 from swd.modules.pretrained import Pretrained
 from swd.modules.targets import names_for_peft
 
-MODELS = ("sd35_medium", "sd35_large", "flux_dev", "sdxl", "wan21_1_3b", "qwen_image", "flux2_klein_4b")
+MODELS = (
+    "sd35_medium",
+    "sd35_large",
+    "flux_dev",
+    "sdxl",
+    "wan21_1_3b",
+    "qwen_image",
+    "flux2_klein_4b",
+    "z_image",
+    "chroma1",
+)
 
 PARAMETERS = {
     "sd35_medium": 2_243_171_520,
@@ -26,9 +36,20 @@ PARAMETERS = {
     "wan21_1_3b": 1_418_996_800,
     "qwen_image": 20_430_401_088,
     "flux2_klein_4b": 3_875_544_576,
+    "z_image": 6_154_908_736,
+    "chroma1": 8_899_983_424,
 }
-BLOCKS = {"sd35_medium": 24, "sd35_large": 38, "flux_dev": 57, "sdxl": 87, "wan21_1_3b": 30, "qwen_image": 60}
-BLOCKS |= {"flux2_klein_4b": 25}
+BLOCKS = {
+    "sd35_medium": 24,
+    "sd35_large": 38,
+    "flux_dev": 57,
+    "sdxl": 87,
+    "wan21_1_3b": 30,
+    "qwen_image": 60,
+    "flux2_klein_4b": 25,
+    "z_image": 34,
+    "chroma1": 57,
+}
 LORA_LAYERS = {
     "sd35_medium": 242,
     "sd35_large": 302,
@@ -37,6 +58,20 @@ LORA_LAYERS = {
     "wan21_1_3b": 300,
     "qwen_image": 480,
     "flux2_klein_4b": 100,
+    "z_image": 238,
+    "chroma1": 266,
+}
+
+WIDTH = {
+    "sd35_medium": 1536,
+    "sd35_large": 2432,
+    "flux_dev": 3072,
+    "sdxl": 1280,
+    "wan21_1_3b": 1536,
+    "qwen_image": 3072,
+    "flux2_klein_4b": 3072,
+    "z_image": 3840,
+    "chroma1": 3072,
 }
 
 
@@ -72,15 +107,14 @@ def test_parameters(name: str, network: Any) -> None:
 def test_repeated_blocks_hold_nearly_all_weights(name: str, model: Pretrained, network: Any) -> None:
     blocks = model.backbone_class(network).repeated_blocks
     inside = sum(p.numel() for block in blocks for p in block.parameters())
-    assert len(blocks) == BLOCKS[name] and inside / PARAMETERS[name] > (
-        0.9 if name in ("sdxl", "flux2_klein_4b") else 0.97
-    )
+    share = {"sdxl": 0.9, "flux2_klein_4b": 0.9, "chroma1": 0.96}.get(name, 0.97)
+    assert len(blocks) == BLOCKS[name] and inside / PARAMETERS[name] > share
 
 
 def test_lora_layers_and_their_rank(name: str, lora: dict[str, torch.Tensor]) -> None:
     a = [p for key, p in lora.items() if ".lora_A.student." in key]
     assert len(a) == LORA_LAYERS[name]
-    assert {p.shape[0] for p in a} == {128 if name in ("flux_dev", "wan21_1_3b") else 64}
+    assert {p.shape[0] for p in a} == {128 if name in ("flux_dev", "wan21_1_3b", "chroma1") else 64}
 
 
 def check_cost(name: str, model: Pretrained, size: Any) -> None:
@@ -113,8 +147,7 @@ def test_features_at_the_chosen_block(name: str, model: Pretrained, network: Any
     with torch.no_grad(), torch.device("meta"):
         feature = backbone.features(x, torch.ones(2, device="meta"), text, model.feature_blocks)[0]
     tokens = {"sdxl": 32 * 32, "wan21_1_3b": 21 * 30 * 52}.get(name, 64 * 64)
-    widths = {"sd35_medium": 1536, "sd35_large": 2432, "flux_dev": 3072, "sdxl": 1280, "wan21_1_3b": 1536}
-    width = (widths | {"qwen_image": 3072, "flux2_klein_4b": 3072})[name]
+    width = WIDTH[name]
     assert tuple(feature.shape) == (2, tokens, width) and model.limits.width == width
 
 

@@ -36,8 +36,10 @@ LENGTH = {
     "qwen_image": 6 * 7 + 5 + 5,  # with the end of the chat
     # With the one token of its template for chats.
     "flux2_klein": 6 * 7 + 5 + 1,
+    "z_image": 6 * 7 + 5 + 3,
+    "chroma": 6 * 7 + 5 + 1,
 }
-AROUND = dict.fromkeys(families.FAMILIES, 1) | {"sdxl": 2, "qwen_image": 5}
+AROUND = dict.fromkeys(families.FAMILIES, 1) | {"sdxl": 2, "qwen_image": 5, "z_image": 3}
 """Special tokens that the text has room beside."""
 
 
@@ -64,7 +66,7 @@ def test_tokens_are_counted_as_the_pipeline_counts_them(saved: Any, name: str) -
     assert limit.beyond([" ".join([*words, "star"])]) == Beyond(24, 1, 1, 1)
 
 
-@pytest.mark.parametrize("name", ["sd3", "sdxl", "wan", "sana", "flux2_klein"])
+@pytest.mark.parametrize("name", ["sd3", "sdxl", "wan", "sana", "flux2_klein", "chroma"])
 def test_what_is_beyond_the_limit_changes_nothing_and_what_is_within_does(saved: Any, name: str) -> None:
     """The limit is where the stock encoders stop to see."""
     model = families.pretrained(name, saved(name))

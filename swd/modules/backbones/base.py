@@ -126,6 +126,8 @@ class Backbone(nn.Module, ABC):
         has_refiner: whether there are refiners, networks of their own that take over for the last steps.
         layout: how its pipeline takes latents, see `swd.scheduler.to_layout`.
         float_latents: whether its pipeline carries latents in float32 whatever the network's dtype.
+        called_with_first_size: whether its pipeline refuses latents of another size than its height and width, so that
+            with a scale-wise scheduler it is called with those of the first size.
         unknown_settings: settings of `model_index.json`, or of the network's configuration, that mark variants which
             this backbone does not support.
         trains_from_scratch: whether `initialise` has weights for `task.from_scratch`.
@@ -144,6 +146,7 @@ class Backbone(nn.Module, ABC):
     has_refiner: ClassVar[bool] = False
     layout: ClassVar[str] = "map"
     float_latents: ClassVar[bool] = False
+    called_with_first_size: ClassVar[bool] = False
     unknown_settings: ClassVar[tuple[str, ...]] = ()
     trains_from_scratch: ClassVar[bool] = False
     targets: ClassVar[tuple[str, ...]] = TARGETS
@@ -204,6 +207,10 @@ class Backbone(nn.Module, ABC):
             pipeline_config: the pipeline's `model_index.json`.
         """
         return empty
+
+    @staticmethod
+    def mend(pipe: Any) -> None:
+        """Mend a fault of the stock pipeline, with which the teacher would draw otherwise than it was trained."""
 
     @classmethod
     def guide(cls, text: Tensor, empty: Tensor, scale: float, x_t: Tensor | float = 0.0) -> Tensor:
