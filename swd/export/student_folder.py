@@ -303,13 +303,9 @@ class AdapterContent:
         if model.backbone_class.comfyui:
             self.files += f", `{COMFY_WEIGHTS if self._renamed() else DIFFUSERS_WEIGHTS}` for ComfyUI"
         self.classes = model.backbone_class.pipeline_type
-        self.loading = "\n".join(
-            [
-                f'pipe = {self.classes}.from_pretrained({base_arguments(model)}, torch_dtype=torch.bfloat16).to("cuda")',
-                *adding(model),
-                f'pipe.load_lora_weights("FOLDER", weight_name="{DIFFUSERS_WEIGHTS}")',
-            ]
-        )
+        base = f'{self.classes}.from_pretrained({base_arguments(model)}, torch_dtype=torch.bfloat16).to("cuda")'
+        student = f'pipe.load_lora_weights("FOLDER", weight_name="{DIFFUSERS_WEIGHTS}")'
+        self.loading = "\n".join([f"pipe = {base}", *adding(model), student])
 
     def _renamed(self) -> dict[str, Tensor]:
         """Weights under ComfyUI's names; empty if it does not know the family or reads diffusers' own names."""

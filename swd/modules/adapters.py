@@ -153,10 +153,10 @@ class Adapter:
         check_model(self, model)
         given = [entry.baked for entry in model.adapters]
         if self.baked and [(b.hash, b.weight) for b in self.baked] != [(b.hash, b.weight) for b in given]:
-            needed, found = (f"[{','.join(map(str, baked))}]" for baked in (self.baked, given))
+            needed, here = (f"[{','.join(map(str, baked))}]" for baked in (self.baked, given))
             raise UserError(
-                f"adapter {self.source.parent} was trained on {self.base or 'a base'} with model.adapters={needed} (hash "
-                f"{', '.join(b.hash for b in self.baked)}), but here they are {found}; give the same, with their paths"
+                f"adapter {self.source.parent} was trained on {self.base or 'a base'} with model.adapters={needed}, by "
+                f"hash {', '.join(b.hash for b in self.baked)}, but here they are {here}; give the same"
             )
 
     def network(self, model: Pretrained, device: torch.device | str = "cpu") -> Any:
