@@ -46,6 +46,7 @@ from swd.modules.adapters import (
     Adapter,
     is_checkpoint,
     run_folder,
+    write_base,
     write_layouts,
 )
 from swd.modules.backbones.base import Backbone
@@ -317,7 +318,8 @@ class AdapterContent:
     def write(self, folder: Path) -> None:
         model = self.model
         baked = [adapter.baked for adapter in model.adapters]
-        write_layouts(folder, self.adapter.state, model.name, model.backbone_class.subfolder, baked)
+        write_layouts(folder, self.adapter.state, model.name, model.backbone_class.subfolder)
+        write_base(folder, model.name, baked)
         renamed = self._renamed()
         if renamed:
             save_file(renamed, folder / COMFY_WEIGHTS)

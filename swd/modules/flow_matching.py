@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from swd.modules.adapters import fold_alpha, write_layouts
+from swd.modules.adapters import fold_alpha, write_base, write_layouts
 from swd.modules.backbones.base import Backbone
 from swd.modules.finite import all_finite
 from swd.modules.hub import is_hub_id
@@ -337,7 +337,8 @@ class FlowMatching(WatchedTask):
                 parameter.copy_(own)
         state = fold_alpha(state, model.rank, model.rank if model.alpha is None else model.alpha)
         baked = [adapter.baked for adapter in model.adapters]
-        write_layouts(folder, state, model.name, model.backbone_class.subfolder, baked)
+        write_layouts(folder, state, model.name, model.backbone_class.subfolder)
+        write_base(folder, model.name, baked)
 
     def configure_optimizers(self) -> Any:
         network = self.adapter if self.lora else self.backbone.network
