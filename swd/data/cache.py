@@ -189,7 +189,7 @@ class Assembler:
             raise CorruptSample(f"texts do not belong to one cache ({str(error)[:80]})") from None
 
     def _room(self, tokens: int) -> int:
-        """Number of tokens that the batch's texts have room for, at least so many; where it grows, the new are masked."""
+        """Number of tokens that the batch's texts have room for, at least so many; new ones are masked."""
         found = {name: self._text[name] for name in ("embeds", "mask") if name in self._text}
         if len(found) < 2:
             return tokens

@@ -46,6 +46,7 @@ from swd.modules.adapters import (
     Adapter,
     is_checkpoint,
     run_folder,
+    write_base,
     write_layouts,
 )
 from swd.modules.backbones.base import Backbone
@@ -303,13 +304,9 @@ class AdapterContent:
         if model.backbone_class.comfyui:
             self.files += f", `{COMFY_WEIGHTS if self._renamed() else DIFFUSERS_WEIGHTS}` for ComfyUI"
         self.classes = model.backbone_class.pipeline_type
-        self.loading = "\n".join(
-            [
-                f'pipe = {self.classes}.from_pretrained({base_arguments(model)}, torch_dtype=torch.bfloat16).to("cuda")',
-                *adding(model),
-                f'pipe.load_lora_weights("FOLDER", weight_name="{DIFFUSERS_WEIGHTS}")',
-            ]
-        )
+        base = f'{self.classes}.from_pretrained({base_arguments(model)}, torch_dtype=torch.bfloat16).to("cuda")'
+        student = f'pipe.load_lora_weights("FOLDER", weight_name="{DIFFUSERS_WEIGHTS}")'
+        self.loading = "\n".join([f"pipe = {base}", *adding(model), student])
 
     def _renamed(self) -> dict[str, Tensor]:
         """Weights under ComfyUI's names; empty if it does not know the family or reads diffusers' own names."""
@@ -321,7 +318,8 @@ class AdapterContent:
     def write(self, folder: Path) -> None:
         model = self.model
         baked = [adapter.baked for adapter in model.adapters]
-        write_layouts(folder, self.adapter.state, model.name, model.backbone_class.subfolder, baked)
+        write_layouts(folder, self.adapter.state, model.name, model.backbone_class.subfolder)
+        write_base(folder, model.name, baked)
         renamed = self._renamed()
         if renamed:
             save_file(renamed, folder / COMFY_WEIGHTS)

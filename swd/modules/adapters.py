@@ -153,10 +153,10 @@ class Adapter:
         check_model(self, model)
         given = [entry.baked for entry in model.adapters]
         if self.baked and [(b.hash, b.weight) for b in self.baked] != [(b.hash, b.weight) for b in given]:
-            needed, found = (f"[{','.join(map(str, baked))}]" for baked in (self.baked, given))
+            needed, here = (f"[{','.join(map(str, baked))}]" for baked in (self.baked, given))
             raise UserError(
-                f"adapter {self.source.parent} was trained on {self.base or 'a base'} with model.adapters={needed} (hash "
-                f"{', '.join(b.hash for b in self.baked)}), but here they are {found}; give the same, with their paths"
+                f"adapter {self.source.parent} was trained on {self.base or 'a base'} with model.adapters={needed}, by "
+                f"hash {', '.join(b.hash for b in self.baked)}, but here they are {here}; give the same"
             )
 
     def network(self, model: Pretrained, device: torch.device | str = "cpu") -> Any:
@@ -608,7 +608,8 @@ def fill_adapter(
         baked: adapters that were added to that model before.
     """
     new.mkdir()
-    write_layouts(new, fold_alpha(state, rank, alpha), base, part, baked)
+    write_layouts(new, fold_alpha(state, rank, alpha), base, part)
+    write_base(new, base, baked)
     scheduler.save_pretrained(new)
     write_checksums(new)
 
@@ -630,10 +631,14 @@ def fill_student(new: Path, network: Any, scheduler: ScaleWiseScheduler) -> None
     write_checksums(new)
 
 
-def write_layouts(folder: Path, state: dict[str, Tensor], base: str, part: str, baked: Sequence[Baked] = ()) -> None:
-    """Write an adapter, its scale folded in, in the layouts of peft and of diffusers, and what its base was made of."""
+def write_base(folder: Path, base: str, baked: Sequence[Baked]) -> None:
+    """Write of what the base of a student was made; nothing for a base to which nothing was added."""
     if baked:
         write_json(folder / BASE, {"base": base, "adapters": [asdict(entry) for entry in baked]})
+
+
+def write_layouts(folder: Path, state: dict[str, Tensor], base: str, part: str) -> None:
+    """Write an adapter, its scale folded in, in the layouts of peft and of diffusers."""
     state = {key: value.contiguous() for key, value in state.items()}
     save_file({f"base_model.model.{k}": v for k, v in state.items()}, folder / PEFT_WEIGHTS)
     save_file({f"{part}.{k}": v for k, v in state.items()}, folder / DIFFUSERS_WEIGHTS)

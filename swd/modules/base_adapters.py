@@ -81,7 +81,7 @@ def read_entries(given: Sequence[str | Mapping[str, Any]] | None) -> tuple[BaseA
     """
     entries = []
     for value in given or ():
-        entry = {"path": value} if isinstance(value, str) else dict(value)
+        entry = {"path": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else {}
         if not isinstance(entry.get("path"), str) or not entry["path"].strip() or not entry.keys() <= KEYS:
             raise UserError(
                 f"model.adapters has {value!r}; give a path, or a path and its weight: "

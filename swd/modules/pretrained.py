@@ -256,8 +256,12 @@ class Pretrained(FamilyFolder):
         if misfit:
             raise UserError(f"model.path={files.path}: {part!r} has weights of another configuration: {misfit}")
         network = files.load(part, self.dtype(device))
-        bake(network, [(adapter.read(self), adapter.weight) for adapter in self.adapters])
+        self.add_adapters(network)
         return self.backbone_class(network, self.embedded_guidance)
+
+    def add_adapters(self, network: torch.nn.Module) -> None:
+        """Add `adapters` to the weights of a network that was just loaded."""
+        bake(network, [(adapter.read(self), adapter.weight) for adapter in self.adapters])
 
     def networks(self, roles: Sequence[Role], seed: int = 0, device: torch.device | str = "cpu") -> Networks:
         """Load the base and give it its trainable roles: adapters, or copies of it."""
