@@ -24,6 +24,7 @@ from swd.losses.base import CriticStep, GeneratorStep, LossTerm, Metrics, ModelF
 from swd.losses.update import critic_loss, generator_gradient, settle, student_x0, trainers, wanted
 from swd.modules.accumulation import BatchPart, accumulate
 from swd.modules.adapters import check_start, read_adapter
+from swd.modules.ahead import with_predictions
 from swd.modules.bad_steps import Action, BadStepRule, BadSteps, owner_of
 from swd.modules.checkpoint_files import optimizer_misfit, progress_in_iterations
 from swd.modules.encoders import Encoders
@@ -42,6 +43,8 @@ from swd.types import CachedBatch, Checks, Conditioning, PictureBatch, Role, See
 
 SHRUNK = ("direct", "blend")
 """How `swd encode` shrinks pictures and clips: see `swd.schedule.Resizing`."""
+FUSED = ("cpu", "cuda")
+"""Devices on which AdamW steps in one operation."""
 Observer = Callable[[Inputs], Metrics]
 """Takes the inputs of an iteration's generator update; returns scalars by name, the same names on every process."""
 
@@ -211,6 +214,7 @@ class Distiller(LightningModule):
         options: dict[str, Any] = {"betas": tuple(self.betas), "weight_decay": self.weight_decay}
         rates = (self.lr, self.critic_lr)
         trained = self._trained(self.networks, self.terms)
+        options["fused"] = all(p.device.type in FUSED for group in trained for p in group)
         return [AdamW(parameters, lr=lr, **options) for parameters, lr in zip(trained, rates, strict=False)]
 
     def _trained(self, networks: Networks, terms: ModuleDict) -> list[list[Parameter]]:
@@ -255,11 +259,13 @@ class Distiller(LightningModule):
 
     def training_step(self, batches: Iterator[PictureBatch | CachedBatch], batch_idx: int) -> None:
         critic: list[Metrics] = []
-        for update in range(self.critic_updates):
-            inputs = self._next_inputs(batches, update)
+        ahead = [self._next_inputs(batches, update) for update in range(self.critic_updates)]
+        if ahead:
+            with self.phase("critic"), torch.no_grad():
+                ahead = with_predictions(self.networks, ahead, self.accumulate)
+        while ahead:
             with self.phase("critic"):
-                critic.append(self._critic_update(inputs))
-            del inputs  # two of them would lie on the device while the next ones are made
+                critic.append(self._critic_update(ahead.pop(0)))
         inputs = self._next_inputs(batches, self.critic_updates)
         with self.phase("generator"):
             generator = self._generator_update(inputs)
@@ -314,8 +320,8 @@ class Distiller(LightningModule):
 
     def _critic_part(self, inputs: Inputs) -> BatchPart:
         """The critic's loss on a batch, or on a part of it."""
-        with torch.no_grad():
-            x0_hat = self._student_x0(inputs)
+        x0_hat = inputs.x0_hat
+        assert x0_hat is not None  # `training_step` has made it
         step = CriticStep(
             self.networks,
             inputs.conditioning,
@@ -377,7 +383,7 @@ class Distiller(LightningModule):
         optimizer.zero_grad()
         done = accumulate(inputs, self.accumulate, work, self.manual_backward, self.trainer.strategy)
         # Not `self.clip_gradients`, which does not tell the norm.
-        norm = whole_tensor(clip_grad_norm_(parameters, self.clip))
+        norm = whole_tensor(clip_grad_norm_(parameters, self.clip, foreach=True))
         owner = owner_of(role)
         checks = done.checks | {f"gradient norm of {owner}": norm.isfinite()}
         good = self.bad_steps.good(self.trainer, role, norm, checks, inputs.place)
@@ -513,6 +519,9 @@ class Distiller(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.bad_steps.load_state_dict(checkpoint.get("swd", {}).get("bad_steps", {}))
         progress_in_iterations(checkpoint, self.batches_per_iteration)
+        for optimizer, stored in zip(self.configure_optimizers(), checkpoint["optimizer_states"], strict=True):
+            for group in stored["param_groups"]:  # as this version steps, whichever wrote it
+                group["fused"] = optimizer.defaults["fused"]
 
     def misfit(self, checkpoint: Mapping[str, Any]) -> str | None:
         """Description of what a checkpoint lacks or has in another shape; None if it fits. Loads no weights."""

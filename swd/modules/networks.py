@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from swd.modules.backbones.base import TARGETS, Backbone
 from swd.modules.layouts import whole_tensor
+from swd.modules.lora_linear import PlayedRole, follow, install
 from swd.modules.quantize import QuantizedLinear
 from swd.modules.targets import check_targets, names_for_peft
 from swd.types import Conditioning, Role, UserError
@@ -36,7 +37,17 @@ class Networks(nn.Module, ABC):
         self.backbone = backbone.requires_grad_(False)
         self.process = backbone.process
         self.roles = tuple(roles)
-        self._current: Role = "teacher"
+        self.played = PlayedRole()
+
+    @property
+    def _current(self) -> Role:
+        """The role that is played now."""
+        return self.played.role
+
+    @property
+    def narrows(self) -> bool:
+        """Whether `x0` takes `rows`."""
+        return self.backbone.narrows
 
     # Implemented by the two kinds of networks
 
@@ -56,7 +67,7 @@ class Networks(nn.Module, ABC):
         """Make `role` the current one."""
         if role != "teacher" and role not in self.roles:
             raise UserError(f"role {role!r} does not exist here; trainable roles are {list(self.roles)}")
-        self._current = role
+        self.played.role = role
 
     @contextmanager
     def role(self, role: Role) -> Iterator[None]:
@@ -71,7 +82,7 @@ class Networks(nn.Module, ABC):
     def autocast(self) -> AbstractContextManager[Any]:
         """Context of bf16 arithmetic for a bf16 base; trained weights stay float32 and are cast when they are used."""
         dtype = self.backbone.dtype
-        if dtype == torch.float32:
+        if dtype != torch.bfloat16:
             return nullcontext()
         return torch.autocast(next(self.backbone.parameters()).device.type, dtype)
 
@@ -85,13 +96,18 @@ class Networks(nn.Module, ABC):
         conditioning: Conditioning,
         blocks: Sequence[int] = (),
         grad_to_features_only: bool = False,
+        rows: int | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Clean prediction `[B, C, *size]` float32 of a role, and features of `blocks`."""
+        """Clean prediction `[B, C, *size]` float32 of a role, and features of `blocks`.
+
+        With `rows`, which needs `narrows`, only so many samples go on behind the last of `blocks`: the first ones,
+        whose prediction it is.
+        """
         with self.role(role), self.autocast():
             prediction, features = self.backbone_of(role).predict(
-                x_t, sigma, conditioning, blocks, grad_to_features_only
+                x_t, sigma, conditioning, blocks, grad_to_features_only, rows
             )
-        return self.process.to_x0(x_t, prediction, sigma), features
+        return self.process.to_x0(x_t[:rows], prediction, sigma[:rows]), features
 
     def features(
         self, role: Role, x_t: Tensor, sigma: Tensor, conditioning: Conditioning, blocks: Sequence[int]
@@ -126,7 +142,7 @@ class SharedBase(Networks):
     """One frozen network in device memory that plays all roles.
 
     The student and the fake score are LoRA adapters on it; the teacher is the base with both off, bit for bit.
-    Adapters are switched by `role`, which sets peft's per-layer state directly: peft's own switches flip
+    Adapters are switched by `role`, which all layers read from one object (`RoleLinear`): peft's own switches flip
     `requires_grad`, which loses gradients without an error if it happens between a forward pass and its backward pass.
 
     Args:
@@ -151,11 +167,10 @@ class SharedBase(Networks):
         check_targets(backbone.network, targets)
         self._add_adapters(rank, alpha, targets, seed)
         self._layers: list[LoraLayer] = [m for m in self.backbone.network.modules() if isinstance(m, LoraLayer)]
+        self._other_layers = install(self.backbone.network, self.played)
         for layer in self._layers:
             # Without this, peft casts bf16 input to float32 for the LoRA weights, and autocast casts it back to bf16.
             layer.cast_input_dtype_enabled = self.backbone.dtype == torch.float32
-        with self.role("teacher"):
-            pass
         self._unfreeze_adapters()
         self._self_test()
 
@@ -190,14 +205,14 @@ class SharedBase(Networks):
                 parameter.requires_grad_(True)
 
     def _self_test(self) -> None:
-        """Raise RuntimeError unless peft follows the private attributes that `_set` writes; they may change."""
+        """Raise RuntimeError unless peft follows the private attributes that `follow` writes; they may change."""
         layer = self._layers[0]
-        with self.role(self.roles[0]):
-            if list(layer.active_adapters) != [self.roles[0]] or layer.disable_adapters:
-                raise RuntimeError("this peft version does not follow _active_adapter; swd needs peft 0.17 to 0.21")
-        with self.role("teacher"):
-            if not layer.disable_adapters:
-                raise RuntimeError("this peft version does not follow _disable_adapters; swd needs peft 0.17 to 0.21")
+        follow(layer, self.roles[0])
+        if list(layer.active_adapters) != [self.roles[0]] or layer.disable_adapters:
+            raise RuntimeError("this peft version does not follow _active_adapter; swd needs peft 0.17 to 0.21")
+        follow(layer, "teacher")
+        if not layer.disable_adapters:
+            raise RuntimeError("this peft version does not follow _disable_adapters; swd needs peft 0.17 to 0.21")
 
     def backbone_of(self, role: Role) -> Backbone:
         return self.backbone
@@ -209,11 +224,8 @@ class SharedBase(Networks):
 
     def _set(self, role: Role) -> None:
         super()._set(role)
-        off = role == "teacher"
-        for layer in self._layers:
-            layer._disable_adapters = off
-            if not off:
-                layer._active_adapter = [role]
+        for layer in self._other_layers:
+            follow(layer, role)
 
     def enable_checkpointing(self) -> None:
         def in_role(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -222,6 +234,7 @@ class SharedBase(Networks):
             def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
                 return nullcontext(), self.role(role)
 
+            args, kwargs = self.backbone.narrow(module, args, kwargs)
             return checkpoint(module.__call__, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
         self.backbone.diffusers_model.enable_gradient_checkpointing(in_role)
@@ -287,4 +300,12 @@ class SeparateCopies(Networks):
     def enable_checkpointing(self) -> None:
         roles: tuple[Role, ...] = ("teacher", *self.roles)
         for role in roles:
-            self.backbone_of(role).diffusers_model.enable_gradient_checkpointing()
+            self._checkpoint(self.backbone_of(role))
+
+    @staticmethod
+    def _checkpoint(backbone: Backbone) -> None:
+        def narrowed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            args, kwargs = backbone.narrow(module, args, kwargs)
+            return checkpoint(module.__call__, *args, use_reentrant=False, **kwargs)
+
+        backbone.diffusers_model.enable_gradient_checkpointing(narrowed)

@@ -134,6 +134,7 @@ class Backbone(nn.Module, ABC):
         targets: linear layers that get LoRA unless a configuration names others.
         comfyui: whether ComfyUI supports this family and loads its LoRA under the names of `comfy_key`.
         poor_at_low_resolution: whether the teacher draws poorly at sizes below its native one.
+        narrows: whether a pass may go on with some of its samples behind a block; then `behind` is implemented.
     """
 
     process: ClassVar[Process]
@@ -152,6 +153,7 @@ class Backbone(nn.Module, ABC):
     targets: ClassVar[tuple[str, ...]] = TARGETS
     comfyui: ClassVar[bool] = False
     poor_at_low_resolution: ClassVar[bool] = False
+    narrows: ClassVar[bool] = False
 
     def __init__(self, network: nn.Module, guidance: float | None = None) -> None:
         super().__init__()
@@ -159,6 +161,7 @@ class Backbone(nn.Module, ABC):
         self.guidance = guidance
         self._dtype: torch.dtype | None = None
         self._found: dict[int, Tensor] = {}  # features of the forward pass that runs
+        self._narrow: dict[nn.Module, int] = {}  # number of samples that a module takes of those it is given
 
     @staticmethod
     @abstractmethod
@@ -284,6 +287,10 @@ class Backbone(nn.Module, ABC):
     def call(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's prediction `[B, C, *size]`, in the network's own dtype."""
 
+    def behind(self, block: int) -> Sequence[nn.Module]:
+        """The modules that run behind a block; only where `narrows`, and of all that is theirs rows are samples."""
+        raise NotImplementedError("this family's passes are not narrowed")
+
     def timestep(self, x_t: Tensor, sigma: Tensor) -> Tensor:
         """The network's timestep input for `sigma`, one value a sample `[B]`, on a scale of 0 to 1000."""
         return self.process.timestep(expand(sigma, x_t.new_empty(1)).expand(len(x_t)))
@@ -311,10 +318,14 @@ class Backbone(nn.Module, ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the network computes in: bf16 as soon as any of its weights is (some families keep a few)."""
+        """The dtype that the network computes in: bf16 as soon as any of its weights is (some families keep a few).
+
+        float64 is for checks.
+        """
         if self._dtype is None:
             dtypes = {p.dtype for name, p in self.network.named_parameters() if "lora_" not in name}
-            self._dtype = torch.bfloat16 if torch.bfloat16 in dtypes else torch.float32
+            kinds = (torch.bfloat16, torch.float64)
+            self._dtype = next((kind for kind in kinds if kind in dtypes), torch.float32)
         return self._dtype
 
     def predict(
@@ -324,6 +335,7 @@ class Backbone(nn.Module, ABC):
         conditioning: Conditioning,
         blocks: Sequence[int] = (),
         grad_to_features_only: bool = False,
+        rows: int | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Prediction and features in one pass.
 
@@ -334,9 +346,11 @@ class Backbone(nn.Module, ABC):
             blocks: blocks whose features are returned.
             grad_to_features_only: blocks after the last one asked for run without a graph (the prediction is
                 detached), which saves their activations.
+            rows: the first samples, which alone go on behind the last block asked for; None: all do. Only where
+                `narrows`.
 
         Returns:
-            The prediction `[B, C, *size]` and one `[B, L, D]` per block asked for.
+            The prediction `[B, C, *size]`, or that of the first `rows` samples; one `[B, L, D]` per block asked for.
         """
 
         def after(block: int) -> None:
@@ -344,7 +358,8 @@ class Backbone(nn.Module, ABC):
             if grad_to_features_only and block == max(blocks):
                 torch.set_grad_enabled(False)
 
-        with self._hooks(blocks, after) as found, torch.set_grad_enabled(torch.is_grad_enabled()):
+        narrowed = self._narrowed(max(blocks, default=-1), rows)
+        with self._hooks(blocks, after) as found, narrowed, torch.set_grad_enabled(torch.is_grad_enabled()):
             prediction = self.call(x_t, sigma, conditioning)
         return prediction, [found[block] for block in blocks]
 
@@ -404,3 +419,41 @@ class Backbone(nn.Module, ABC):
             self._found = {}  # or the features would stay in memory
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def _narrowed(self, block: int, rows: int | None) -> Iterator[None]:
+        """Context in which what runs behind a block takes the first `rows` samples of all that it is given."""
+        if rows is None:
+            yield
+            return
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return self.narrow(module, args, kwargs)
+
+        modules = self.behind(block)
+        self._narrow = dict.fromkeys(modules, rows)
+        handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
+        try:
+            yield
+        finally:
+            self._narrow = {}
+            for handle in handles:
+                handle.remove()
+
+    def narrow(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a module's call, cut to the samples that the module is to take.
+
+        Checkpointing must call it before it stores them: what is recomputed later is the bare module.
+        """
+        rows = self._narrow.get(module)
+        if rows is None:
+            return args, kwargs
+        cut = {name: _first_rows(value, rows) for name, value in kwargs.items()}
+        return tuple(_first_rows(value, rows) for value in args), cut
+
+
+def _first_rows(value: Any, rows: int) -> Any:
+    """The first rows of a tensor; anything else as it is."""
+    return value[:rows] if isinstance(value, Tensor) else value
