@@ -104,3 +104,10 @@ def test_a_checkpoint_is_as_large_as_its_weights_moments_and_average(model: dict
         sum(4 * weight.numel() for weight in task.networks.role_parameters(role)) for role in ("student", "fake")
     )
     assert expected == 3 * (student + fake) + (student if ema else 0)
+
+
+def test_a_loss_of_the_whole_batch_is_taken_in_one_part(model: dict[str, Any]) -> None:
+    terms = {"mmd": {"reduce": "batch"}}
+    a_task(Case("set", model=model, terms=terms)).check_processes(1)
+    with pytest.raises(UserError, match="cannot be done in 2 parts"):
+        a_task(Case("set", model=model, terms=terms, task={"accumulate": 2})).check_processes(1)
