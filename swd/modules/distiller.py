@@ -197,6 +197,11 @@ class Distiller(LightningModule):
         return self.device if self._trainer is None else self.trainer.strategy.root_device
 
     @property
+    def _steps_fused(self) -> bool:
+        """Whether AdamW changes all weights in one operation."""
+        return self._root_device.type in FUSED
+
+    @property
     def encoders(self) -> Encoders:
         """Text encoders and VAE; loaded when they are first asked for, which with cached data may be never."""
         return self.inputs.encoders(self._root_device)
@@ -214,7 +219,7 @@ class Distiller(LightningModule):
         options: dict[str, Any] = {"betas": tuple(self.betas), "weight_decay": self.weight_decay}
         rates = (self.lr, self.critic_lr)
         trained = self._trained(self.networks, self.terms)
-        options["fused"] = all(p.device.type in FUSED for group in trained for p in group)
+        options["fused"] = self._steps_fused
         return [AdamW(parameters, lr=lr, **options) for parameters, lr in zip(trained, rates, strict=False)]
 
     def _trained(self, networks: Networks, terms: ModuleDict) -> list[list[Parameter]]:
@@ -260,11 +265,10 @@ class Distiller(LightningModule):
     def training_step(self, batches: Iterator[PictureBatch | CachedBatch], batch_idx: int) -> None:
         critic: list[Metrics] = []
         ahead = [self._next_inputs(batches, update) for update in range(self.critic_updates)]
-        if ahead:
-            with self.phase("critic"), torch.no_grad():
-                ahead = with_predictions(self.networks, ahead, self.accumulate)
-        while ahead:
+        for update in range(self.critic_updates):
             with self.phase("critic"):
+                if update == 0:
+                    ahead = self._with_predictions(ahead)
                 critic.append(self._critic_update(ahead.pop(0)))
         inputs = self._next_inputs(batches, self.critic_updates)
         with self.phase("generator"):
@@ -312,6 +316,11 @@ class Distiller(LightningModule):
         where = f"step {step + 1} of {len(self.schedule)} of the schedule"
         which = f"critic update {update + 1} of {self.critic_updates}"
         return f"iteration {iteration + 1}, {where}, {which if update < self.critic_updates else 'generator update'}"
+
+    @torch.no_grad()
+    def _with_predictions(self, inputs: list[Inputs]) -> list[Inputs]:
+        """The inputs of an iteration's critic updates with the student's predictions; it changes after them only."""
+        return with_predictions(self.networks, inputs, self.accumulate)
 
     def _critic_update(self, inputs: Inputs) -> Metrics:
         """The critic's metrics; none if the update was skipped."""
@@ -519,9 +528,9 @@ class Distiller(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.bad_steps.load_state_dict(checkpoint.get("swd", {}).get("bad_steps", {}))
         progress_in_iterations(checkpoint, self.batches_per_iteration)
-        for optimizer, stored in zip(self.configure_optimizers(), checkpoint["optimizer_states"], strict=True):
-            for group in stored["param_groups"]:  # as this version steps, whichever wrote it
-                group["fused"] = optimizer.defaults["fused"]
+        for state in checkpoint.get("optimizer_states", ()):
+            for group in state["param_groups"]:  # as steps are made here, wherever and by which version it was written
+                group["fused"] = self._steps_fused
 
     def misfit(self, checkpoint: Mapping[str, Any]) -> str | None:
         """Description of what a checkpoint lacks or has in another shape; None if it fits. Loads no weights."""

@@ -14,12 +14,13 @@ from swd.modules.layouts import local_part
 from swd.types import Checks, UserError
 
 
+@torch.no_grad()
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:
     """Whether no element of any tensor is infinite or NaN: a boolean scalar, computed where the tensors are.
 
     Of tensors that are divided over processes, each looks at its own part.
     """
-    parts = [local_part(tensor.detach()) for tensor in tensors if tensor.is_floating_point()]
+    parts = [local_part(tensor) for tensor in tensors if tensor.is_floating_point()]
     parts = [part for part in parts if part.numel()]
     if not parts:
         return torch.tensor(True)

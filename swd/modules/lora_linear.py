@@ -175,10 +175,15 @@ class _LoraLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ weight).addmm_(grad_inner, down, alpha=ctx.scale).view(x.shape)
         if _goes_on(ctx, 1):
-            grad_down = (grad_inner.t() @ x.view(-1, x.shape[-1])).mul_(ctx.scale)
+            grad_down = _scaled(grad_inner.t() @ x.view(-1, x.shape[-1]), ctx.scale)
         if _goes_on(ctx, 2):
-            grad_up = (grad.t() @ inner).mul_(ctx.scale)
+            grad_up = _scaled(grad.t() @ inner, ctx.scale)
         return grad_x, grad_down, grad_up, None, None, None
+
+
+def _scaled(tensor: Tensor, scale: float) -> Tensor:
+    """A tensor times a number, in place."""
+    return tensor if scale == 1 else tensor.mul_(scale)
 
 
 _node: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, float], Tensor] = _LoraLinear.apply
