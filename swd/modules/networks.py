@@ -162,7 +162,8 @@ class SharedBase(Networks):
     def _add_adapters(self, rank: int, alpha: float | None, targets: Sequence[str], seed: int) -> None:
         """Add an adapter for each trainable role."""
         # Drawn on the CPU, whatever the default device is, so that initial weights are the same on every device.
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        without_weights = next(self.backbone.parameters()).is_meta
+        with torch.random.fork_rng(devices=[]), torch.device("meta" if without_weights else "cpu"):
             for number, name in enumerate(self.roles):
                 torch.manual_seed(2 * seed + number)
                 self._add_adapter(name, rank, alpha, targets)
