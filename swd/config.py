@@ -79,6 +79,7 @@ FOREIGN_TO: Mapping[str, Mapping[str, str]] = {
     "generate": {"precision": FOREIGN["precision"], "prompt": "prompts=FILE", "output_dir": "out=FOLDER"},
     "evaluate": {"precision": FOREIGN["precision"], "prompt": "prompts=FILE", "adapter": "models='[RUN]'"},
     "encode": {"output_dir": "out=FOLDER"},
+    "plan": {"gpus": "n_gpus=NUMBER", "devices": "n_gpus=NUMBER", "memory": "gpu=80GB"},
     "import": {"output_dir": "out=FOLDER"},
     "dashboard": {"out": "to=FILE", "name": "title=TEXT"},
     "export": {"output_dir": "to=FOLDER", "out": "to=FOLDER", "adapter": "run=RUN", "checkpoint": "run=RUN"},

@@ -39,6 +39,7 @@ COMMANDS = {
     "generate": ("swd.commands.generate", "let a teacher draw its own training set"),
     "import": ("swd.commands.import_pictures", "make shards of captioned pictures"),
     "encode": ("swd.commands.encode", "encode a data set once, for all trainings of one model"),
+    "plan": ("swd.commands.plan", "count what a training needs: memory, batch, time, disk; downloads nothing"),
     "dashboard": ("swd.commands.dashboard", "write a wandb workspace: losses, metrics by size, samples, throughput"),
     "demo": ("swd.commands.demo", "distil, sample, evaluate and report on the embedded teacher"),
     "report": ("swd.commands.report", "write one page about runs and evaluations: report FOLDER ..."),

@@ -44,7 +44,8 @@ def build_pipeline(
     if model.quantization:
         # After the adapter: loaders would give it the base's 8 bits. Its layers hold the base under this name.
         inner = [f"{target}.base_layer" for target in model.targets]
-        quantize(network, [*model.targets, *inner], model.quantization)
+        blocks = model.backbone_class(network).repeated_blocks
+        quantize(network, [*model.targets, *inner], model.quantization, blocks)
     if cfg is None:
         return pipe.to(device)
     if cfg.tiny_vae is not None:

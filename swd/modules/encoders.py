@@ -80,6 +80,16 @@ class Encoders(nn.Module):
 
     # Text
 
+    @classmethod
+    def text_tokens(cls, max_text_tokens: int, first: Mapping[str, Any]) -> int:
+        """Number of text tokens that the network sees.
+
+        Args:
+            max_text_tokens: as of the class.
+            first: configuration of the pipeline's first text encoder; empty if it has none.
+        """
+        return max_text_tokens
+
     @staticmethod
     def cleaned(prompt: str) -> str:
         """The prompt after the stock pipeline's own cleaning, which precedes the tokenizer."""

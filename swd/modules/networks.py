@@ -178,7 +178,8 @@ class SharedBase(Networks):
         """Add an adapter for each trainable role."""
         names = names_for_peft(self.backbone.network, targets)
         # Drawn on the CPU, whatever the default device is, so that initial weights are the same on every device.
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        without_weights = next(self.backbone.parameters()).is_meta
+        with torch.random.fork_rng(devices=[]), torch.device("meta" if without_weights else "cpu"):
             for number, role in enumerate(self.roles):
                 torch.manual_seed(2 * seed + number)
                 self._add_adapter(role, rank, alpha, names)

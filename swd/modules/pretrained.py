@@ -193,6 +193,13 @@ class Pretrained(FamilyFolder):
         """8-bit format of the frozen base; None for none."""
         return self.tuned.quantization
 
+    @property
+    def text_tokens(self) -> int:
+        """Number of text tokens that the network sees."""
+        kind = self.backbone_class.encoders_type
+        first = kind.text_encoders[0]
+        return kind.text_tokens(self.max_text_tokens, self.files.config(first) if first in self.files.parts else {})
+
     def check_targets(self) -> None:
         """Raise UserError if a target names no layer of the network; loads no weights.
 

@@ -68,27 +68,40 @@ class QuantizedLinear(nn.Linear):
             self.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(input.device.type):
-            input = input.to(torch.get_autocast_dtype(input.device.type))
+        dtype = autocast_dtype(input.device.type)
+        if dtype is not None:
+            input = input.to(dtype)
         output = _widened(input, self.weight, self.scale)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype of autocast on a type of device; None where it is off, or is not known there, as on the meta device."""
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 @torch.no_grad()
-def quantize(network: nn.Module, targets: Sequence[str], kind: Quantization) -> int:
-    """Replace the linear layers that `targets` name by 8-bit ones, in place; other layers stay as they are.
+def quantize(network: nn.Module, targets: Sequence[str], kind: Quantization, blocks: Sequence[nn.Module] = ()) -> int:
+    """Replace linear layers by 8-bit ones, in place; other layers stay as they are.
 
     Args:
         network: the base, before adapters are added.
-        targets: names as in `Pretrained.targets`.
+        targets: names as in `Pretrained.targets`, of layers that are replaced wherever they are.
         kind: the 8-bit format of the stored weights.
+        blocks: parts of the network all of whose linear layers are replaced, but for those of an adapter.
 
     Returns:
         The number of layers replaced.
     """
     # Names, not layers: a list of the layers would keep the weights of those already replaced in memory.
+    named = [pair for block in blocks for pair in block.named_modules()]
+    inside = {id(module) for name, module in named if "lora_" not in name}
     found = [
-        name for name, module in network.named_modules() if isinstance(module, nn.Linear) and is_target(name, targets)
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and (id(module) in inside or is_target(name, targets))
     ]
     for name in found:
         parent, _, child = name.rpartition(".")

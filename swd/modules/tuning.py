@@ -30,7 +30,7 @@ class Tuning:
         alpha: LoRA alpha; None: alpha = rank.
         targets: names of the linear layers that get LoRA.
         init_adapter: the adapter that the student starts from; None: a fresh one.
-        quantization: 8-bit format of the frozen base's linear layers; None: the base's dtype.
+        quantization: 8-bit format of the linear layers in the frozen base's blocks; None: the base's dtype.
 
     Raises:
         UserError: for values that contradict each other or are out of range.
@@ -79,5 +79,5 @@ class Tuning:
         if self.tuning == "full":
             return SeparateCopies(backbone, roles)
         if self.quantization and stored:
-            quantize(backbone.network, self.targets, self.quantization)
+            quantize(backbone.network, self.targets, self.quantization, backbone.repeated_blocks)
         return SharedBase(backbone, self.rank, self.alpha, self.targets, roles, seed)

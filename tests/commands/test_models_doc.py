@@ -136,7 +136,10 @@ def test_memory(name: str, model: Pretrained) -> None:
     beside = sum(encoders()[part] * (4 if part in ("vae", "vae-qwen", "vae-flux2") else 2) for part in PARTS[name])
     counted = [base, adapter, base + adapter, base + 2 * adapter, beside]
     assert table(TEXT_OF_DOC, "model | base")[name] == [f"{value / 1e9:.1f}" for value in counted]
-    small = f"{(base - sum(layer.weight.numel() for layer in adapted(model))) / 1e9:.1f}"
+    blocks = model.backbone_class(network).repeated_blocks
+    linear = {layer for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)}
+    scales = 4 * sum(layer.out_features for layer in linear)
+    small = f"{(base - sum(layer.weight.numel() for layer in linear) + scales) / 1e9:.1f}"
     instead = {"flux_dev": "instead of 23.8 for FLUX", "sd35_large": "instead of 16.3 for SD3.5"}
     for shown, whole in (instead | {"qwen_image": "instead of 40.9 for Qwen-Image"}).items():
         assert name != shown or re.search(rf"{small}( GB)? {whole}", TEXT_OF_DOC)

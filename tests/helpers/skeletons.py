@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from swd.modules.backbones import load_family
 
-NETWORKS = Path(__file__).parents[1] / "data" / "networks"
+NETWORKS = Path(__file__).parents[2] / "assets" / "published" / "networks"
 CONF = Path(__file__).parents[2] / "conf"
 MODELS = tuple(sorted(file.stem for file in NETWORKS.glob("*.json")))
 

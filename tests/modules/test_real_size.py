@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from costs import TEXT, TFLOP
 from peft import LoraConfig
-from skeletons import NETWORKS, options, skeleton
+from skeletons import options, skeleton
 
 from swd.export.student_folder import comfy_state
 from swd.metrics.flops import forward_gflop
 from swd.modules.pretrained import Pretrained
 from swd.modules.targets import names_for_peft
 
+KEYS = Path(__file__).parents[1] / "data"
 MODELS = (
     "sd35_medium",
     "sd35_large",
@@ -155,7 +157,7 @@ def test_exported_keys_and_shapes_are_those_that_comfyui_reads(
     name: str, model: Pretrained, lora: dict[str, torch.Tensor]
 ) -> None:
     """`comfyui_keys.json`: names under which ComfyUI finds a weight, `*` counting from 0: how many, outputs, inputs."""
-    known = json.loads((NETWORKS.parent / "comfyui_keys.json").read_text())[name]
+    known = json.loads((KEYS / "comfyui_keys.json").read_text())[name]
     expected = {
         pattern.replace("*", str(i)): (outer, inner)
         for pattern, (count, outer, inner) in known.items()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +21,10 @@ class SD3Encoders(Encoders):
     longest: ClassVar[tuple[tuple[str, bool], ...]] = (("tokenizer_3", True), ("tokenizer", False))
     most_text_tokens: ClassVar[int] = 512
     optional: ClassVar[tuple[str, ...]] = ("text_encoder_3", "tokenizer_3")
+
+    @classmethod
+    def text_tokens(cls, max_text_tokens: int, first: Mapping[str, Any]) -> int:
+        return max_text_tokens + int(first.get("max_position_embeddings", 77))  # T5's after CLIP's
 
     def text(self, prompts: Sequence[str]) -> Conditioning:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
