@@ -273,10 +273,11 @@ class Backbone(nn.Module, ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the network computes in: bf16 as soon as any of its weights is (some families keep a few)."""
+        """The dtype that the network computes in: half as soon as any of its weights is (some families keep a few)."""
         if self._dtype is None:
             dtypes = {p.dtype for name, p in self.network.named_parameters() if "lora_" not in name}
-            self._dtype = torch.bfloat16 if torch.bfloat16 in dtypes else torch.float32
+            halves = (half for half in (torch.bfloat16, torch.float16) if half in dtypes)
+            self._dtype = next(halves, torch.float32)
         return self._dtype
 
     def predict(
