@@ -179,5 +179,5 @@ def rectified_flow_levels(steps: int, shift: float = SHIFT) -> Tensor:
 
 def expand(sigma: Tensor, like: Tensor) -> Tensor:
     """View `sigma` `[B]` or a scalar so that it broadcasts over `like` `[B, ...]`, float32 on its device."""
-    sigma = sigma.to(device=like.device, dtype=torch.float32)
+    sigma = sigma.to(device=like.device, dtype=torch.float32, non_blocking=True)
     return sigma.reshape(-1, *([1] * (like.ndim - 1))) if sigma.ndim else sigma

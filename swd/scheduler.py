@@ -77,10 +77,10 @@ def blend_frames(video: Tensor, frames: int) -> Tensor:
         return video
     place = torch.linspace(0, count - 1, frames, dtype=torch.float64)
     left = place.floor().long().clamp(max=max(count - 2, 0))
-    share = (place - left).to(torch.float32).to(video.device).view(1, 1, -1, 1, 1)
-    right = (left + 1).clamp(max=count - 1)
-    left = left.to(video.device)
-    right = right.to(video.device)
+    # Not blocking: a copy from the CPU that waits for the device would leave it idle afterwards.
+    share = (place - left).to(torch.float32).to(video.device, non_blocking=True).view(1, 1, -1, 1, 1)
+    right = (left + 1).clamp(max=count - 1).to(video.device, non_blocking=True)
+    left = left.to(video.device, non_blocking=True)
     return ((1 - share) * video.index_select(2, left) + share * video.index_select(2, right)).to(video.dtype)
 
 
@@ -92,12 +92,19 @@ def signal_levels() -> Tensor:
 
 
 def vp_scales(timestep: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of signal and noise at steps of the variance-preserving process, float32 on the CPU.
+    """Factors of signal and noise at steps of the variance-preserving process, float32 on the steps' device.
 
     In `x_t = sqrt(abar) x0 + sqrt(1 - abar) eps`, the two factors in this order.
     """
-    abar = signal_levels()[timestep.cpu()]
-    return abar.sqrt(), (1 - abar).sqrt()
+    signal, noise = _vp_tables(timestep.device)
+    return signal.take(timestep), noise.take(timestep)  # indexing by a scalar would wait for its value
+
+
+@cache
+def _vp_tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The factors at all steps, computed on the CPU, so that they are the same on every device, and kept on each."""
+    abar = signal_levels()
+    return abar.sqrt().to(device), (1 - abar).sqrt().to(device)
 
 
 def vp_timestep(sigma: Tensor) -> Tensor:
@@ -355,6 +362,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         self._in_call = True  # whether a pipeline is sampling; other calls of its network are left alone
         self._started = False  # whether this sample's sizes are known
         self._seeds: list[int] = []
+        self._signs: Tensor | None = None  # of the first latents, on the CPU
 
     def _known(self, sigmas: Sequence[float]) -> bool:
         """Whether noise levels are this schedule's own, or the evenly spaced ones that a pipeline fills in."""
@@ -483,7 +491,8 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         if plan != self._sizes_for(first) or self._is_too_large(first):
             noise = noise * _mark(plan[-1], noise[0].numel()).view(noise.shape[1:])
         even = noise.ndim == 4 and not any(side % 2 for side in noise.shape[2:])
-        for row in [*noise, *(pack(noise) if even else [])]:  # as a map and as FLUX's tokens
+        signs = _signs(noise)
+        for row in [*signs, *(pack(signs) if even else [])]:  # as a map and as FLUX's tokens
             key = _key(row)
             self._plans.pop(key, None)  # a known key moves to the end, among the newest
             self._plans[key] = plan
@@ -595,7 +604,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
                 f"{tokens.shape[1]} tokens are no latent of size {first}, where a call that ends at {final} starts: "
                 "pass latents=initial_latents(..., packed=True), and height and width of the final size"
             )
-        planned = self._planned([_key(row) for row in tokens])
+        planned = self._planned([_key(row) for row in self._first_signs(tokens)])
         if planned is not None and planned[-1] != final:
             raise ValueError(
                 f"latents=initial_latents(...) were made for the final size {planned[-1]}, but height and width of the "
@@ -641,10 +650,12 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         # FLUX's tokens become a map; the first step sets the seeds and sizes of the sample.
         packed = sample.ndim == 3
         dtype = sample.dtype
+        signs = self._first_signs(sample) if i == 0 else None
         if packed:
             sample, model_output = self._unpacked(sample, model_output)
-        if i == 0:
-            self._seeds = [_latent_seed(row) for row in sample]
+        if signs is not None:
+            signs = unpack(signs, tuple(sample.shape[2:])) if packed else signs
+            self._seeds = [_latent_seed(row) for row in signs]
             self.sizes = self.sizes if packed else self._start(tuple(sample.shape[2:]))
             self._started = True
 
@@ -667,9 +678,15 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
     def _unpacked(self, sample: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:
         """A sample and a prediction as maps of the current step's size, from FLUX's tokens."""
         if not self._started:  # without an attached network, FLUX's position ids are unknown here
-            self.sizes = self._planned([_key(row) for row in sample]) or self.sizes
+            self.sizes = self._planned([_key(row) for row in self._first_signs(sample)]) or self.sizes
         size = self._token_size(sample)
         return unpack(sample, size), unpack(model_output, size)
+
+    def _first_signs(self, latents: Tensor) -> Tensor:
+        """Signs of the first latents of a call on the CPU. Copying them waits for the device, so it is done once."""
+        if self._signs is None or self._signs.shape != latents.shape:
+            self._signs = _signs(latents)
+        return self._signs
 
     def _scales(self, i: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Factors of signal and noise at step `i`."""
@@ -687,14 +704,19 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
 
     def _renoise(self, x0: Tensor, i: int, noise: Tensor | None) -> Tensor:
         z = upsample(x0, self.sizes[i])
-        if noise is None:
-            rows = [
-                torch.randn(z.shape[1:], generator=torch.Generator().manual_seed((seed + i) % 2**63))
-                for seed in self._seeds
-            ]
-            noise = torch.stack(rows)
+        noise = self._fresh_noise(z, i) if noise is None else noise.to(z)
         signal, level = self._scales(i, z)
-        return signal * z + level * noise.to(z)
+        return signal * z + level * noise
+
+    def _fresh_noise(self, like: Tensor, i: int) -> Tensor:
+        """Noise of step `i`, each sample's from its own seed, in the shape, on the device and in the dtype of `like`.
+
+        It is drawn on the CPU, while the device still computes, and copied without waiting for the device.
+        """
+        drawn = torch.empty(like.shape, device="cpu", pin_memory=like.is_cuda)
+        for row, seed in zip(drawn, self._seeds, strict=True):
+            torch.randn(row.shape, generator=torch.Generator().manual_seed((seed + i) % 2**63), out=row)
+        return drawn.to(like, non_blocking=True)
 
     def sizes_ending_at(self, final: tuple[int, ...]) -> list[tuple[int, ...]]:
         """The schedule's sizes, stretched so that they end at exactly `final`.
@@ -797,12 +819,16 @@ def _mark(final: tuple[int, ...], count: int) -> Tensor:
     return factors
 
 
-def _key(row: Tensor) -> tuple[int, ...]:
+def _signs(latents: Tensor) -> Tensor:
+    """1 where a latent is above 0, else 0: uint8 on the CPU."""
+    return (latents.detach().float() > 0).to(device="cpu", dtype=torch.uint8)
+
+
+def _key(signs: Tensor) -> tuple[int, ...]:
     """Key of a latent `[C, *size]`, or of its tokens `[L, 4 C]`, among remembered ones: its seed and its shape."""
-    return (_latent_seed(row), *(row.shape[1:] if row.ndim > 2 else row.shape[:1]))
+    return (_latent_seed(signs), *(signs.shape[1:] if signs.ndim > 2 else signs.shape[:1]))
 
 
-def _latent_seed(row: Tensor) -> int:
+def _latent_seed(signs: Tensor) -> int:
     """A seed from the signs of a latent: they survive rounding, so that half precision draws the same noise."""
-    bits = (row.detach().float() > 0).flatten().to(device="cpu", dtype=torch.uint8)
-    return int.from_bytes(hashlib.blake2b(bits.numpy().tobytes(), digest_size=8).digest(), "little") >> 1
+    return int.from_bytes(hashlib.blake2b(signs.contiguous().numpy().tobytes(), digest_size=8).digest(), "little") >> 1

@@ -399,7 +399,7 @@ def test_every_data_set_instantiates(option: str, tmp_path: Path, captioned: Pat
 @pytest.mark.parametrize(
     ("given", "numbers"),
     [
-        ([], (512, 5, 2, 150, 75)),
+        ([], (512, 3, 2, 150, 75)),
         (["experiment=demo_ci"], (64, 3, 1, 40, 40)),
         (["experiment=demo_full"], (1024, 15, 5, 700, 100)),
         (["experiment=demo_ci", "trainer.max_steps=9", "n_pictures=3"], (3, 3, 1, 9, 40)),

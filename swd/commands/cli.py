@@ -114,8 +114,8 @@ def launch(command: str) -> None:
 
     Exits with status 2 and one line on standard error if the input was wrong, in a sweep too.
     """
-    # Hydra. The command's module, and with it torch, is imported once the configuration is composed: not for help, and
-    # not to say that a key is unknown.
+    # Hydra. The command's module, and with it torch, is imported once the configuration is composed and checked: not
+    # for help, and not to say that a key is unknown or a value of the wrong kind.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises errors instead of printing them itself
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -140,6 +140,7 @@ def launch(command: str) -> None:
         quiet_warnings()  # again: a sweep's job may run in a process of its own
         try:
             with user_errors(where=results_folder(cfg)), listening():  # here, before Hydra adds lines to them
+                check_before_importing(cfg, command)
                 run: Callable[..., float | None] = importlib.import_module(COMMANDS[command][0]).run
                 return run(cfg)
         finally:
@@ -160,6 +161,22 @@ def launch(command: str) -> None:
             raise UserError(
                 f"output folder {folder} cannot be written ({reason}); choose another with output="
             ) from None
+
+
+def check_before_importing(cfg: Any, command: str) -> None:
+    """Refuse what is wrong with a configuration as far as source files say it: importing a command takes seconds.
+
+    Classes that `allow=` names are not looked at, nor those whose constructors cannot be read; the command itself
+    checks all once more.
+
+    Raises:
+        UserError: as `swd.config.check`.
+    """
+    from swd.commands.keys import ROOTS
+    from swd.config import check
+    from swd.source_parameters import parameters_in_source
+
+    check(cfg, ROOTS.get(command), allow=(), look=parameters_in_source)
 
 
 def help_text(command: str) -> str:

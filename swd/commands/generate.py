@@ -13,14 +13,14 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from swd import __version__
-from swd.commands import shared
+from swd.commands import keys, shared
 from swd.commands.sample import final_size
 from swd.config import build, check, to_plain
 from swd.data.identity import whole_fingerprint
@@ -38,25 +38,7 @@ from swd.modules.requests import Requests, check_filled, read_prompts
 from swd.modules.tokens import TextLimit, warn_beyond
 from swd.types import Size, UserError
 
-ROOT = {key: hint for key, hint in shared.ROOT.items() if key != "schedule"} | {
-    "seed": int,
-    "prompts": str,
-    "out": str,
-    "images_per_prompt": int,
-    "batch_size": int,
-    "shard_size": int,
-    "steps": int | None,
-    "guidance_scale": float | None,
-    "height": int | None,
-    "width": int | None,
-    "aspect": str | None,
-    "frames": int | None,
-    "fps": int,
-    "format": Literal["png", "jpg", "webp"],
-    "quality": int,
-    "refiner": str | None,
-    "refiner_start": float,
-}
+ROOT = keys.GENERATE
 BYTES = {"png": 1.6, "jpg": 0.6, "webp": 0.4, "mp4": 0.03}
 """Bytes that a pixel of a photograph takes, about, by format."""
 PACKAGES = ("torch", "diffusers", "transformers", "pillow")

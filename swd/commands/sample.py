@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from swd import __version__
-from swd.commands import shared, starting_pictures
+from swd.commands import keys, shared, starting_pictures
 from swd.commands.starting_pictures import StartPlan, start_plan
 from swd.config import check, given_keys, node_of, stored
 from swd.data.buckets import aspect_size
@@ -41,28 +41,7 @@ from swd.modules.tokens import warn_beyond
 from swd.scheduler import ScaleWiseScheduler
 from swd.types import Size, UserError
 
-ROOT = shared.ROOT | {
-    "seed": int,
-    "name": str,
-    "output": str,
-    "folder": str,
-    "prompts": list[str] | str,
-    "prompts_file": str | None,
-    "images_per_prompt": int,
-    "batch_size": int,
-    "adapter": str | None,
-    "ema": bool | None,
-    "height": int | None,
-    "width": int | None,
-    "aspect": str | None,
-    "frames": int | None,
-    "tiny_vae": str | None,
-    "compile": bool,
-    "offload": Literal["none", "model", "sequential"],
-    "show_sizes": bool,
-    "fps": int,
-    **starting_pictures.KEYS,
-}
+ROOT = keys.SAMPLE
 
 
 MOST_PICTURES = 100_000
@@ -84,7 +63,7 @@ def run(cfg: DictConfig) -> None:
     print(drawer, flush=True)
     warn_beyond(model, [request.prompt for request in requests])
     say(f"loading {drawer}")
-    pipe = build_pipeline(model, student, schedule, cfg)
+    pipe = build_pipeline(model, student, schedule, cfg, cfg.fold)
     if job.start is not None:
         job.start.prepare_pipeline(pipe)
     info = {
@@ -195,17 +174,23 @@ def check_machine(cfg: DictConfig) -> None:
         raise UserError(
             f"offload={cfg.offload} moves weights to a GPU and back, and this machine has none; leave it out"
         )
+    if cfg.compile_coders and not cfg.compile:
+        raise UserError("compile_coders=true compiles more than the network; give compile=blocks or compile=whole too")
+    how = f"compile={str(cfg.compile).lower()}"
     if cfg.compile and cfg.offload == "sequential":
-        raise UserError("compile=true with offload=sequential: compiled blocks need their weights at hand; drop one")
+        raise UserError(f"{how} with offload=sequential: what is compiled needs its weights at hand; drop one")
     if cfg.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "gcc", "clang"))):
-        raise UserError("compile=true needs a C compiler, and this machine has none; install g++, or leave it out")
+        raise UserError(f"{how} needs a C compiler, and this machine has none; install g++, or leave it out")
 
 
 def check_tiny_vae(path: str, model: Pretrained) -> None:
     """Raise UserError unless a distilled decoder fits the model's latents; reads its configuration only."""
     where = f"tiny_vae={path}"
     if model.backbone_class.video:
-        raise UserError(f"{where} decodes pictures, and {model.family} draws videos; leave it out")
+        raise UserError(
+            f"{where} decodes pictures, and {model.family} draws videos; diffusers has no class for the small decoders "
+            "of videos (TAEHV), so leave it out"
+        )
     folder = hub.configuration(path, key="tiny_vae") if hub.is_hub_id(path) else Path(path)
     if not (folder / "config.json").is_file():
         reason = "has no config.json" if folder.is_dir() else "does not exist"

@@ -170,6 +170,23 @@ class Adapter:
         # The scale is folded in: without an alpha, diffusers takes alpha = rank.
         pipe.load_lora_weights({f"{part}.{key}": value.to(dtype) for key, value in self.state.items()})
 
+    @torch.no_grad()
+    def fold_into(self, network: nn.Module) -> None:
+        """Add the update of every module to its weight, in place: `W + lora_B lora_A`.
+
+        The sum is computed in float32 and rounded once, to the weight's dtype. A folded network costs what its base
+        does; without folding, each adapted layer has two more products.
+
+        Args:
+            network: the base, whose layers hold plain weights (no 8-bit ones).
+        """
+        layers = dict(network.named_modules())
+        for module in self.modules:
+            weight: Tensor = layers[module].weight  # type: ignore[assignment]
+            down, up = (self.state[f"{module}.lora_{part}.weight"].to(weight.device) for part in "AB")
+            update = (up.flatten(1) @ down.flatten(1)).view(weight.shape)  # a convolution's kernel lies in lora_A
+            weight.copy_(weight.float() + update)
+
 
 def locate(path: str, outputs: Path, key: str = "adapter", ema: bool | None = None) -> Path:
     """Find the folder or file of a student that a user names.

@@ -60,6 +60,9 @@ class CheckpointNetwork:
     def load_into(self, pipe: Any, model: Pretrained) -> None:
         """Do nothing: `network` has loaded all of the student."""
 
+    def fold_into(self, network: Any) -> None:
+        """Do nothing: `network` has loaded all of the student."""
+
     def write(self, folder: Path, model: Pretrained) -> None:
         """Write it in float32, as a run does when it ends."""
         network: Any = model.network("cpu").network.float()

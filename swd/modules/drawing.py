@@ -22,6 +22,7 @@ def build_pipeline(
     student: Student | None = None,
     schedule: ScaleWiseScheduler | None = None,
     cfg: DictConfig | None = None,
+    fold: bool = False,
 ) -> Any:
     """The stock pipeline of the model; with a student, its weights and its scale-wise scheduler.
 
@@ -29,7 +30,9 @@ def build_pipeline(
         model: the base.
         student: the student: an adapter, or a network that was trained whole; None: the teacher.
         schedule: the student's sampler.
-        cfg: `tiny_vae`, `compile` and `offload`, as `prepare` checked them; None: none of them.
+        cfg: `tiny_vae`, `compile`, `compile_coders` and `offload`, as `swd sample` checked them; None: none of them.
+        fold: add a student's LoRA to the weights, unless they are in 8 bits. False keeps it apart, bit for bit as in
+            training.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, part = model.dtype(device), model.backbone_class.subfolder
@@ -39,7 +42,10 @@ def build_pipeline(
     model.backbone_class.mend(pipe)
     if student is not None:
         assert schedule is not None
-        student.load_into(pipe, model)
+        if fold and not model.quantization:
+            student.fold_into(network)
+        else:
+            student.load_into(pipe, model)
         schedule.attach(pipe)
     if model.quantization:
         # After the adapter: loaders would give it the base's 8 bits. Its layers hold the base under this name.
@@ -51,18 +57,41 @@ def build_pipeline(
     if cfg.tiny_vae is not None:
         pipe.vae = load_tiny_vae(cfg.tiny_vae, dtype)
     if cfg.compile:
-        # Some diffusers classes do not say which of their blocks repeat.
-        blocks = model.backbone_class(network).block_list
-        network._repeated_blocks = network._repeated_blocks or [type(blocks[0]).__name__]
-        network.compile_repeated_blocks(dynamic=True)
+        compile_parts(pipe, model, whole=cfg.compile == "whole", coders=cfg.compile_coders)
     if cfg.offload == "none":
         return pipe.to(device)
     pipe.enable_model_cpu_offload() if cfg.offload == "model" else pipe.enable_sequential_cpu_offload()
     return pipe
 
 
+def compile_parts(pipe: Any, model: Pretrained, whole: bool, coders: bool) -> None:
+    """Compile parts of a pipeline, in place and for any size; each is compiled when it first runs.
+
+    Args:
+        pipe: the pipeline.
+        model: its model.
+        whole: the network as one; False: each of its repeated blocks, which are compiled once for all of them. Hooks of
+            the network run outside of what is compiled.
+        coders: also text encoders and the VAE's decoder.
+    """
+    network = getattr(pipe, model.backbone_class.subfolder)
+    if whole:
+        network.forward = torch.compile(network.forward, dynamic=True)
+    else:
+        # Some diffusers classes do not say which of their blocks repeat.
+        blocks = model.backbone_class(network).block_list
+        network._repeated_blocks = network._repeated_blocks or [type(blocks[0]).__name__]
+        network.compile_repeated_blocks(dynamic=True)
+    if coders:
+        names = model.backbone_class.encoders_type.text_encoders
+        for encoder in (getattr(pipe, name, None) for name in names):
+            if encoder is not None:
+                encoder.forward = torch.compile(encoder.forward)
+        pipe.vae.decode = torch.compile(pipe.vae.decode, dynamic=True)
+
+
 def load_tiny_vae(path: str, dtype: torch.dtype) -> Any:
-    """A distilled decoder in place of the VAE: a small fraction of its time, at some loss.
+    """A distilled decoder of pictures in place of the VAE: a small fraction of its time, at some loss.
 
     Raises:
         UserError: if it cannot be loaded.

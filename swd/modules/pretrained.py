@@ -29,7 +29,8 @@ from swd.modules.targets import check_targets, covered_share
 from swd.modules.tuning import Tuning
 from swd.types import Role, Size, UserError
 
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 LEAST_SHARE = 0.1
 """Share of a network's linear weights below which `Pretrained.check_targets` warns. Ours: attention alone holds a third
@@ -50,7 +51,7 @@ class Pretrained(FamilyFolder):
         alpha: LoRA alpha; None: alpha = rank.
         targets: names of the linear layers that get LoRA; None: the family's own.
         precision: dtype of the frozen base; LoRA and losses are always float32. "auto": bf16 where the machine computes
-            it natively.
+            it natively. "fp16" draws alone, on devices that do not.
         vae_precision: dtype of the VAE, "fp32" or "bf16"; None: the base's, or float32 where the model needs that.
         quantization: stores the frozen base's linear layers in 8 bits, "int8" or "fp8".
         dmd_guidance_scale: classifier-free guidance of the teacher in DMD; 1 for none. The default is that of the
@@ -226,7 +227,14 @@ class Pretrained(FamilyFolder):
         """The base's dtype on `device`."""
         if self.precision == "auto":
             return torch.bfloat16 if native_bf16(torch.device(device)) else torch.float32
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return DTYPES[self.precision]
+
+    def check_trainable(self) -> None:
+        """Raise UserError for a precision that only drawing can do with."""
+        if self.precision == "fp16":
+            raise UserError(
+                "model.precision=fp16 is for drawing: small gradients and distances vanish in half precision; use bf16"
+            )
 
     def vae_dtype(self, base: torch.dtype, kept: bool = False) -> torch.dtype:
         """The VAE's dtype: `vae_precision`, else by `Encoders.vae_precision`, which has the arguments."""

@@ -318,13 +318,13 @@ class Backbone(nn.Module, ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the network computes in: bf16 as soon as any of its weights is (some families keep a few).
+        """The dtype that the network computes in: half as soon as any of its weights is (some families keep a few).
 
         float64 is for checks.
         """
         if self._dtype is None:
             dtypes = {p.dtype for name, p in self.network.named_parameters() if "lora_" not in name}
-            kinds = (torch.bfloat16, torch.float64)
+            kinds = (torch.bfloat16, torch.float16, torch.float64)
             self._dtype = next((kind for kind in kinds if kind in dtypes), torch.float32)
         return self._dtype
 
