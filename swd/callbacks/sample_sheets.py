@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from torch import Tensor
 
+from swd.callbacks.measurement import Recurring
 from swd.callbacks.pictures_log import log_pictures
 from swd.callbacks.ranks import Share, attempt, gather
 from swd.io.files import write_aside
@@ -20,7 +20,7 @@ from swd.modules.tokens import warn_beyond
 from swd.types import Conditioning, UserError
 
 
-class Samples(Callback):
+class Samples(Recurring):
     """Draw a sheet of fixed prompts with fixed seeds: one row for each prompt, one column for each size.
 
     A failure to draw is only a warning, since these pictures are not worth stopping a training.
@@ -50,20 +50,15 @@ class Samples(Callback):
         if isinstance(pl_module, Distiller):
             attempt(trainer, partial(self._encoded, pl_module), "prompts of samples")
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if trainer.global_step % self.every == 0:
-            self.write(trainer, pl_module)
+    def work(self, trainer: Trainer, task: LightningModule) -> None:
+        self.write(trainer, task)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step % self.every:
-            self.write(trainer, pl_module)
-
-    def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def write(self, trainer: Trainer, task: LightningModule) -> None:
         """Draw the sheet of the current iteration on all processes, and write it on the first."""
-        if not isinstance(pl_module, Distiller):
+        if not isinstance(task, Distiller):
             return
         what = f"samples of iteration {trainer.global_step}"
-        drawn = attempt(trainer, partial(self._draw, trainer, pl_module), what)
+        drawn = attempt(trainer, partial(self._draw, trainer, task), what)
         if drawn is None:
             return
         sizes = [gather(trainer, pictures, len(self.prompts)) for pictures in drawn]

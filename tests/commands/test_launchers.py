@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launches import ROOT, Launch, Outcome, srun, start, torchrun
+from launches import Launch, Outcome, srun, start
+from processes import ROOT, torchrun
 from tiny import assert_same_weights, overrides
 
 OPTIONS: dict[str, Any] = {"loss": "dmd", "task__lr": 1e-4, "task__critic_updates": 1}
