@@ -49,6 +49,8 @@ SCHEDULES = {
     "wan21_1_3b": ("wan_4step", "full_4step", "full_2step"),
     "sana_1600m": ("sana_4step", "full_4step", "full_2step"),
     "flux2_klein_4b": ONE_MEGAPIXEL,
+    "flux2_klein_9b": ONE_MEGAPIXEL,
+    "flux2_dev": ONE_MEGAPIXEL,
 }
 DATA = {"shapes": ("shapes",), "wan21_1_3b": ("videos",)}
 TERMS = {"dmd": DMD, "mmd": MMD, "gan": GAN}
@@ -170,7 +172,7 @@ def test_defaults_of_a_model_are_those_of_the_released_scripts(model: str, tmp_p
     cfg = composed(arguments(tmp_path, model=model))
     assert set(cfg.loss) == ({"mmd"} if model in ("sdxl", "wan21_1_3b") else {"dmd", "mmd", "gan"})
     assert len(cfg.schedule.sigmas) == (6 if model == "sd35_medium" else 4)
-    if model in ("shapes", "sana_1600m", "flux2_klein_4b"):
+    if model in ("shapes", "sana_1600m") or model.startswith("flux2"):
         return
     assert cfg.task.lr == 5e-6 and cfg.task.checkpointing
     assert cfg.trainer.max_steps == (4000 if model == "sd35_large" else 3000)
@@ -187,6 +189,8 @@ GUIDANCE = {  # in DMD, when drawing, and as the network is fed it
     "wan21_1_3b": (5.0, 5.0, None),
     "sana_1600m": (4.5, 4.5, None),
     "flux2_klein_4b": (4.0, 4.0, None),
+    "flux2_klein_9b": (4.0, 4.0, None),
+    "flux2_dev": (1.0, 1.0, 4.0),
 }
 
 

@@ -78,8 +78,17 @@ def encoders() -> dict[str, int]:
         built["gemma"] = transformers.Gemma2Model(transformers.Gemma2Config(**gemma))
         built["vae"] = diffusers.AutoencoderKL(latent_channels=16, **vae)
         qwen = {"vocab_size": 151936, "head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 8}
-        qwen |= {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36}
-        built["qwen3-4b"] = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(tie_word_embeddings=True, **qwen))
+        small = qwen | {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36}
+        large = qwen | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36}
+        for size, tied, each in (("4b", True, small), ("8b", False, large)):
+            config = transformers.Qwen3Config(tie_word_embeddings=tied, **each)
+            built[f"qwen3-{size}"] = transformers.Qwen3ForCausalLM(config)
+        text = {"model_type": "mistral", "vocab_size": 131072, "head_dim": 128, "tie_word_embeddings": False}
+        text |= {"hidden_size": 5120, "intermediate_size": 32768, "num_hidden_layers": 40}
+        text |= {"num_attention_heads": 32, "num_key_value_heads": 8}
+        vision = {"model_type": "pixtral", "hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size": 4096}
+        mistral = transformers.Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=False)
+        built["mistral"] = transformers.Mistral3ForConditionalGeneration(mistral)
         built["vae-flux2"] = diffusers.AutoencoderKLFlux2()
         built["vae-wan"], built["vae-sana"] = diffusers.AutoencoderKLWan(), diffusers.AutoencoderDC(**deep)
     return {key: count(module) for key, module in built.items()}
@@ -93,6 +102,8 @@ PARTS = {
     "wan21_1_3b": ("umt5", "vae-wan"),
     "sana_1600m": ("gemma", "vae-sana"),
     "flux2_klein_4b": ("qwen3-4b", "vae-flux2"),
+    "flux2_klein_9b": ("qwen3-8b", "vae-flux2"),
+    "flux2_dev": ("mistral", "vae-flux2"),
 }
 
 
@@ -120,7 +131,11 @@ def test_memory(name: str, model: Pretrained) -> None:
     counted = [base, adapter, base + adapter, base + 2 * adapter, beside]
     assert table(TEXT_OF_DOC, "model | base")[name] == [f"{value / 1e9:.1f}" for value in counted]
     small = f"{(base - sum(layer.weight.numel() for layer in adapted(model))) / 1e9:.1f}"
-    for shown, whole in {"flux_dev": "instead of 23.8 for FLUX", "sd35_large": "instead of 16.3 for SD3.5"}.items():
+    for shown, whole in {
+        "flux_dev": "instead of 23.8 for FLUX",
+        "sd35_large": "instead of 16.3 for SD3.5",
+        "flux2_dev": "instead of 64.4 for FLUX.2",
+    }.items():
         assert name != shown or re.search(rf"{small}( GB)? {whole}", TEXT_OF_DOC)
 
 

@@ -26,7 +26,8 @@ PROMPT = {"wan21_1_3b": 100, "sana_1600m": 100}
 A100 = 312 * 0.4
 """TFLOP/s, as in docs/models.md."""
 VAE = dict(zip((32, 48, 64, 80, 96, 128), (0.27, 0.62, 1.12, 1.78, 2.61, 4.88), strict=True))
-T5, CLIP, QWEN3_4B, DECODE = 4.84, 0.1, 4.27, 10.47
+T5, CLIP, DECODE = 4.84, 0.1, 10.47
+LANGUAGE_MODELS = {"flux2_klein_4b": 4.27, "flux2_klein_9b": 7.9, "flux2_dev": 23.6}
 
 
 @pytest.fixture(params=skeletons.MODELS)
@@ -72,12 +73,12 @@ def test_bytes(name: str, model: Pretrained) -> None:
 def test_hours(name: str, model: Pretrained) -> None:
     """A100 hours of 100,000 samples at the assumed use of its peak; only where costs are counted."""
     draw, code = table(DOC, "model | text")[name][4:6]
-    sides, passes = [size[-1] for size in sizes_of(name)], 1 if name == "flux_dev" else 2
+    sides, passes = [size[-1] for size in sizes_of(name)], 1 if model.drawing_guidance_scale == 1 else 2
     if name == "sana_1600m":
         assert (draw, code) == ("-", "-")
         return
     cost = float(TFLOP[name][max(TFLOP[name])])
-    own = {"sdxl": CLIP, "flux2_klein_4b": QWEN3_4B}
+    own = {"sdxl": CLIP} | LANGUAGE_MODELS
     text = own.get(name, T5 + CLIP * (not model.backbone_class.video))
     decode = 0 if model.backbone_class.video else DECODE
     assert float(draw.replace(",", "")) == pytest.approx(

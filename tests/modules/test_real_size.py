@@ -16,7 +16,8 @@ from swd.metrics.flops import forward_gflop
 from swd.modules.pretrained import Pretrained
 from swd.modules.targets import names_for_peft
 
-MODELS = ("sd35_medium", "sd35_large", "flux_dev", "sdxl", "wan21_1_3b", "flux2_klein_4b")
+MODELS = ("sd35_medium", "sd35_large", "flux_dev", "sdxl", "wan21_1_3b")
+MODELS += ("flux2_klein_4b", "flux2_klein_9b", "flux2_dev")
 
 PARAMETERS = {
     "sd35_medium": 2_243_171_520,
@@ -25,10 +26,13 @@ PARAMETERS = {
     "sdxl": 2_567_463_684,
     "wan21_1_3b": 1_418_996_800,
     "flux2_klein_4b": 3_875_544_576,
+    "flux2_klein_9b": 9_078_581_248,
+    "flux2_dev": 32_223_281_152,
 }
-BLOCKS = {"sd35_medium": 24, "sd35_large": 38, "flux_dev": 57, "sdxl": 87, "wan21_1_3b": 30, "flux2_klein_4b": 25}
+BLOCKS = {"sd35_medium": 24, "sd35_large": 38, "flux_dev": 57, "sdxl": 87, "wan21_1_3b": 30}
+BLOCKS |= {"flux2_klein_4b": 25, "flux2_klein_9b": 32, "flux2_dev": 56}
 LORA_LAYERS = {"sd35_medium": 242, "sd35_large": 302, "flux_dev": 266, "sdxl": 700, "wan21_1_3b": 300}
-LORA_LAYERS |= {"flux2_klein_4b": 100}
+LORA_LAYERS |= {"flux2_klein_4b": 100, "flux2_klein_9b": 144, "flux2_dev": 192}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -56,7 +60,7 @@ def test_repeated_blocks_hold_nearly_all_weights(name: str, model: Pretrained, n
     blocks = model.backbone_class(network).repeated_blocks
     inside = sum(p.numel() for block in blocks for p in block.parameters())
     assert len(blocks) == BLOCKS[name] and inside / PARAMETERS[name] > (
-        0.9 if name in ("sdxl", "flux2_klein_4b") else 0.97
+        0.9 if name.startswith(("sdxl", "flux2_klein")) else 0.97
     )
 
 
@@ -87,7 +91,7 @@ def test_features_at_the_chosen_block(name: str, model: Pretrained, network: Any
         feature = backbone.features(x, torch.ones(2, device="meta"), text, model.feature_blocks)[0]
     tokens = {"sdxl": 32 * 32, "wan21_1_3b": 21 * 30 * 52}.get(name, 64 * 64)
     width = {"sd35_medium": 1536, "sd35_large": 2432, "flux_dev": 3072, "sdxl": 1280, "wan21_1_3b": 1536}
-    width |= {"flux2_klein_4b": 3072}
+    width |= {"flux2_klein_4b": 3072, "flux2_klein_9b": 4096, "flux2_dev": 6144}
     assert tuple(feature.shape) == (2, tokens, width[name]) and model.limits.width == width[name]
 
 
