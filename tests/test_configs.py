@@ -53,6 +53,8 @@ SCHEDULES = {
     "flux2_klein_4b": ONE_MEGAPIXEL,
     "z_image": ONE_MEGAPIXEL,
     "chroma1": ONE_MEGAPIXEL,
+    "flux2_klein_9b": ONE_MEGAPIXEL,
+    "flux2_dev": ONE_MEGAPIXEL,
 }
 DATA = {"shapes": ("shapes",), "wan21_1_3b": ("videos",)}
 TERMS = {"dmd": DMD, "mmd": MMD, "gan": GAN}
@@ -198,6 +200,8 @@ GUIDANCE = {  # in DMD, when drawing, and as the network is fed it
     "flux2_klein_4b": (4.0, 4.0, None),
     "z_image": (5.0, 5.0, None),
     "chroma1": (3.0, 3.0, None),
+    "flux2_klein_9b": (4.0, 4.0, None),
+    "flux2_dev": (1.0, 1.0, 4.0),
 }
 
 

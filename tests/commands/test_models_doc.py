@@ -91,8 +91,17 @@ def encoders() -> dict[str, int]:
         built["qwen-vl"] = transformers.Qwen2_5_VLForConditionalGeneration(qwen_vl())
         built["vae-qwen"] = diffusers.AutoencoderKLQwenImage()
         qwen = {"vocab_size": 151936, "head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 8}
-        qwen |= {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36}
-        built["qwen3-4b"] = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(tie_word_embeddings=True, **qwen))
+        small = qwen | {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36}
+        large = qwen | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36}
+        for size, tied, each in (("4b", True, small), ("8b", False, large)):
+            config = transformers.Qwen3Config(tie_word_embeddings=tied, **each)
+            built[f"qwen3-{size}"] = transformers.Qwen3ForCausalLM(config)
+        text = {"model_type": "mistral", "vocab_size": 131072, "head_dim": 128, "tie_word_embeddings": False}
+        text |= {"hidden_size": 5120, "intermediate_size": 32768, "num_hidden_layers": 40}
+        text |= {"num_attention_heads": 32, "num_key_value_heads": 8}
+        vision = {"model_type": "pixtral", "hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size": 4096}
+        mistral = transformers.Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=False)
+        built["mistral"] = transformers.Mistral3ForConditionalGeneration(mistral)
         built["vae-flux2"] = diffusers.AutoencoderKLFlux2()
         built["vae-wan"], built["vae-sana"] = diffusers.AutoencoderKLWan(), diffusers.AutoencoderDC(**deep)
     return {key: count(module) for key, module in built.items()}
@@ -110,6 +119,8 @@ PARTS = {
     "flux2_klein_4b": ("qwen3-4b", "vae-flux2"),
     "z_image": ("qwen3-4b", "vae"),
     "chroma1": ("t5", "vae"),
+    "flux2_klein_9b": ("qwen3-8b", "vae-flux2"),
+    "flux2_dev": ("mistral", "vae-flux2"),
 }
 
 
@@ -140,8 +151,12 @@ def test_memory(name: str, model: Pretrained) -> None:
     linear = {layer for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)}
     scales = 4 * sum(layer.out_features for layer in linear)
     small = f"{(base - sum(layer.weight.numel() for layer in linear) + scales) / 1e9:.1f}"
-    instead = {"flux_dev": "instead of 23.8 for FLUX", "sd35_large": "instead of 16.3 for SD3.5"}
-    for shown, whole in (instead | {"qwen_image": "instead of 40.9 for Qwen-Image"}).items():
+    for shown, whole in {
+        "flux_dev": "instead of 23.8 for FLUX",
+        "sd35_large": "instead of 16.3 for SD3.5",
+        "qwen_image": "instead of 40.9 for Qwen-Image",
+        "flux2_dev": "instead of 64.4 for FLUX.2",
+    }.items():
         assert name != shown or re.search(rf"{small}( GB)? {whole}", TEXT_OF_DOC)
 
 

@@ -27,7 +27,8 @@ A100 = 312 * 0.4
 """TFLOP/s, as in docs/models.md."""
 VAE = dict(zip((32, 48, 64, 80, 96, 128), (0.27, 0.62, 1.12, 1.78, 2.61, 4.88), strict=True))
 T5, CLIP, DECODE = 4.84, 0.1, 10.47
-ENCODERS = {"sdxl": CLIP, "wan21_1_3b": T5, "chroma1": T5, "z_image": 3.87, "flux2_klein_4b": 4.27}
+ENCODERS = {"sdxl": CLIP, "wan21_1_3b": T5, "chroma1": T5, "z_image": 3.87}
+ENCODERS |= {"flux2_klein_4b": 4.27, "flux2_klein_9b": 7.9, "flux2_dev": 23.6}
 """TFLOP of a prompt; that of T5 and CLIP elsewhere. Qwen3 4B takes 512 tokens of 2 FLOP a weight, and attention."""
 # Qwen2.5-VL's language model with its head at 128 + 34 tokens, and the VAE of Qwen-Image, by the same count.
 QWEN, QWEN_DECODE = 2.30, 11.68
@@ -77,7 +78,7 @@ def test_bytes(name: str, model: Pretrained) -> None:
 def test_hours(name: str, model: Pretrained) -> None:
     """A100 hours of 100,000 samples at the assumed use of its peak; only where costs are counted."""
     draw, code = table(DOC, "model | text")[name][4:6]
-    sides, passes = [size[-1] for size in sizes_of(name)], 1 if name == "flux_dev" else 2
+    sides, passes = [size[-1] for size in sizes_of(name)], 1 if model.drawing_guidance_scale == 1 else 2
     if name == "sana_1600m":
         assert (draw, code) == ("-", "-")
         return

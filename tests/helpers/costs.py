@@ -14,6 +14,8 @@ TEXT = {
     "sdxl": 77,
     "wan21_1_3b": 512,
     "flux2_klein_4b": 512,
+    "flux2_klein_9b": 512,
+    "flux2_dev": 512,
     "chroma1": 512,
     "z_image": 128,  # a prompt of usual length: it is not padded
     "qwen_image": 128,
@@ -25,6 +27,8 @@ TFLOP: dict[str, dict[Any, str]] = {
     "sd35_large": dict(zip(SIDES, ("4.78", "6.74", "9.62", "13.53", "18.65", "33.34"), strict=True)),
     "flux_dev": dict(zip(SIDES, ("10.35", "14.90", "21.50", "30.41", "41.93", "74.38"), strict=True)),
     "flux2_klein_4b": dict(zip(SIDES, ("4.92", "7.06", "10.17", "14.35", "19.74", "34.82"), strict=True)),
+    "flux2_klein_9b": dict(zip(SIDES, ("11.08", "15.86", "22.73", "31.87", "43.52", "75.51"), strict=True)),
+    "flux2_dev": dict(zip(SIDES, ("43.12", "61.53", "87.77", "122.32", "165.79", "282.60"), strict=True)),
     "sdxl": dict(zip(SIDES, (".4278", ".9051", "1.5888", "2.4942", "3.6412", "6.7612"), strict=True)),
     "z_image": dict(zip((64, 80, 96, 128), ("13.7", "21.0", "30.4", "56.6"), strict=True)),
     "chroma1": dict(zip((64, 80, 96, 128), ("21.7", "30.6", "42.1", "74.6"), strict=True)),

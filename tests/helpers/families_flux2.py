@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers import (
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
+)
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -20,6 +26,13 @@ TEMPLATE = (
     "{% if not add_generation_prompt %}<|end|>{% endif %}"
 )
 """A chat's text behind one token, if it is asked for as the pipeline asks for it."""
+
+DEV_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}<|brief|>{% else %}"
+    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|end|>{% endif %}"
+)
+"""A chat's text behind one token in place of the system message."""
 
 
 def qwen_tokenizer(template: str = TEMPLATE) -> Qwen2Tokenizer:
@@ -76,12 +89,32 @@ def scheduler() -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
 
 
-def klein() -> Flux2KleinPipeline:
-    tokenizer = qwen_tokenizer()
-    # The pipeline reads layers 9, 18 and 27.
-    config: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": WIDTH, "num_hidden_layers": 28}
+def text_encoder(vocabulary: int, layers: int) -> Qwen3ForCausalLM:
+    config: dict[str, Any] = {"vocab_size": vocabulary, "hidden_size": WIDTH, "num_hidden_layers": layers}
     config |= {"intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
-    encoder = Qwen3ForCausalLM(Qwen3Config(**config, initializer_range=0.3, tie_word_embeddings=True)).eval()
+    return Qwen3ForCausalLM(Qwen3Config(**config, initializer_range=0.3, tie_word_embeddings=True)).eval()
+
+
+def klein() -> Flux2KleinPipeline:
+    """The pipeline reads layers 9, 18 and 27 of the text encoder."""
+    tokenizer = qwen_tokenizer()
     return Flux2KleinPipeline(
-        transformer=transformer(), scheduler=scheduler(), vae=vae(), text_encoder=encoder, tokenizer=tokenizer
+        transformer=transformer(),
+        scheduler=scheduler(),
+        vae=vae(),
+        text_encoder=text_encoder(len(tokenizer), 28),
+        tokenizer=tokenizer,
+    )
+
+
+def dev() -> Flux2Pipeline:
+    """The pipeline reads layers 10, 20 and 30 of the text encoder; it only warns of one that is no Mistral 3."""
+    torch.manual_seed(0)
+    tokenizer = qwen_tokenizer(DEV_TEMPLATE)
+    return Flux2Pipeline(
+        transformer=transformer(guidance_embeds=True),
+        scheduler=scheduler(),
+        vae=vae(),
+        text_encoder=text_encoder(len(tokenizer), 31),
+        tokenizer=tokenizer,
     )

@@ -26,6 +26,8 @@ MODELS = (
     "wan21_1_3b",
     "qwen_image",
     "flux2_klein_4b",
+    "flux2_klein_9b",
+    "flux2_dev",
     "z_image",
     "chroma1",
 )
@@ -38,6 +40,8 @@ PARAMETERS = {
     "wan21_1_3b": 1_418_996_800,
     "qwen_image": 20_430_401_088,
     "flux2_klein_4b": 3_875_544_576,
+    "flux2_klein_9b": 9_078_581_248,
+    "flux2_dev": 32_223_281_152,
     "z_image": 6_154_908_736,
     "chroma1": 8_899_983_424,
 }
@@ -49,6 +53,8 @@ BLOCKS = {
     "wan21_1_3b": 30,
     "qwen_image": 60,
     "flux2_klein_4b": 25,
+    "flux2_klein_9b": 32,
+    "flux2_dev": 56,
     "z_image": 34,
     "chroma1": 57,
 }
@@ -60,6 +66,8 @@ LORA_LAYERS = {
     "wan21_1_3b": 300,
     "qwen_image": 480,
     "flux2_klein_4b": 100,
+    "flux2_klein_9b": 144,
+    "flux2_dev": 192,
     "z_image": 238,
     "chroma1": 266,
 }
@@ -72,6 +80,8 @@ WIDTH = {
     "wan21_1_3b": 1536,
     "qwen_image": 3072,
     "flux2_klein_4b": 3072,
+    "flux2_klein_9b": 4096,
+    "flux2_dev": 6144,
     "z_image": 3840,
     "chroma1": 3072,
 }
@@ -109,7 +119,7 @@ def test_parameters(name: str, network: Any) -> None:
 def test_repeated_blocks_hold_nearly_all_weights(name: str, model: Pretrained, network: Any) -> None:
     blocks = model.backbone_class(network).repeated_blocks
     inside = sum(p.numel() for block in blocks for p in block.parameters())
-    share = {"sdxl": 0.9, "flux2_klein_4b": 0.9, "chroma1": 0.96}.get(name, 0.97)
+    share = {"sdxl": 0.9, "flux2_klein_4b": 0.9, "flux2_klein_9b": 0.9, "chroma1": 0.96}.get(name, 0.97)
     assert len(blocks) == BLOCKS[name] and inside / PARAMETERS[name] > share
 
 
