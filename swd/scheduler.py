@@ -495,7 +495,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         """
         pipe.scheduler = self
         network: Any = getattr(pipe, "transformer", None)
-        refresh = {"FluxTransformer2DModel": self._refresh_ids}
+        refresh = {"FluxTransformer2DModel": self._refresh_ids, "WanTransformer3DModel": self._one_time_a_sample}
         for name in _class_names(network):
             if name in refresh:
                 for handle in getattr(network, "_scale_wise_hooks", []):
@@ -512,6 +512,19 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
             self._start_from_ids(kwargs["hidden_states"], ids)
         size = self._token_size(kwargs["hidden_states"])
         return args, kwargs | {"img_ids": position_ids(size, ids.device, ids.dtype)}
+
+    def _one_time_a_sample(
+        self, network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Give Wan's transformer one timestep a sample where the pipeline of Wan2.2 TI2V-5B has one a token.
+
+        It makes them for the tokens of the first size. In text to video all are equal, and one a sample means the same;
+        where they differ, as with a first frame that is given, they are left alone.
+        """
+        time = kwargs.get("timestep")
+        if not self._in_call or time is None or time.ndim != 2 or bool((time != time[:, :1]).any()):
+            return args, kwargs
+        return args, kwargs | {"timestep": time[:, 0]}
 
     def _start_from_ids(self, tokens: Tensor, ids: Tensor) -> None:
         """Set the sizes of a FLUX call. It ends at its `height` and `width`, for which the pipeline made its ids."""

@@ -48,6 +48,7 @@ from swd.modules.adapters import (
     run_folder,
     write_layouts,
 )
+from swd.modules.backbones import load_family
 from swd.modules.backbones.base import Backbone
 from swd.modules.checkpoint_student import CheckpointNetwork
 from swd.modules.hub import is_hub_id
@@ -305,18 +306,20 @@ class AdapterContent:
         self.classes = model.backbone_class.pipeline_type
         self.loading = (
             f'pipe = {self.classes}.from_pretrained({base_arguments(model)}, torch_dtype=torch.bfloat16).to("cuda")\n'
-            f'pipe.load_lora_weights("FOLDER", weight_name="{DIFFUSERS_WEIGHTS}")'
+            + _lora_call("FOLDER", model.backbone_class.lora_arguments)
         )
+        for other, family in model.backbone_class.other_experts.items():
+            self.loading += f"\n{_lora_call('OTHER', load_family(family).lora_arguments)}  # the student of {other}"
 
     def _renamed(self) -> dict[str, Tensor]:
         """Weights under ComfyUI's names; empty if it does not know the family or reads diffusers' own names."""
         backbone = self.model.backbone_class
         state = self.adapter.state
         comfy = comfy_state(backbone, state) if backbone.comfyui else {}
-        return comfy if set(comfy) != {f"{backbone.subfolder}.{key}" for key in state} else {}
+        return comfy if set(comfy) != {f"{backbone.lora_prefix()}.{key}" for key in state} else {}
 
     def write(self, folder: Path) -> None:
-        write_layouts(folder, self.adapter.state, self.model.name, self.model.backbone_class.subfolder)
+        write_layouts(folder, self.adapter.state, self.model.name, self.model.backbone_class.lora_prefix())
         renamed = self._renamed()
         if renamed:
             save_file(renamed, folder / COMFY_WEIGHTS)
@@ -340,10 +343,15 @@ class NetworkContent:
         network = backbone.network_type
         self.about = f"A {network}, trained whole,"
         self.classes = f"{network}, {backbone.pipeline_type}"
-        self.loading = (
-            f'{part} = {network}.from_pretrained("FOLDER", torch_dtype=torch.bfloat16)\n'
+        folders = {part: "FOLDER"} | dict.fromkeys(backbone.other_experts, "OTHER")
+        self.loading = "".join(
+            f'{name} = {network}.from_pretrained("{folder}", torch_dtype=torch.bfloat16)\n'
+            for name, folder in folders.items()
+        )
+        networks = ", ".join(f"{name}={name}" for name in folders)
+        self.loading += (
             f"pipe = {backbone.pipeline_type}.from_pretrained(\n"
-            f"    {base_arguments(model)}, {part}={part}, torch_dtype=torch.bfloat16\n"
+            f"    {base_arguments(model)}, {networks}, torch_dtype=torch.bfloat16\n"
             f').to("cuda")'
         )
 
@@ -373,6 +381,12 @@ latents = scheduler.initial_latents({initial}, generator=torch.Generator().manua
 """
 
 
+def _lora_call(folder: str, arguments: Mapping[str, Any]) -> str:
+    """The line that loads an exported adapter into the stock pipeline."""
+    more = "".join(f", {key}={value!r}" for key, value in arguments.items())
+    return f'pipe.load_lora_weights("{folder}", weight_name="{DIFFUSERS_WEIGHTS}"{more})'
+
+
 def base_arguments(model: Pretrained) -> str:
     """Arguments of `from_pretrained` for the base: its id on the hub, or BASE, never a folder of this machine."""
     base = model.path if is_hub_id(model.path) else "BASE"
@@ -382,6 +396,8 @@ def base_arguments(model: Pretrained) -> str:
 def placeholders(model: Pretrained) -> str:
     """Explanation of the words in capitals in the snippet."""
     text = "`FOLDER` is this folder"
+    for other in model.backbone_class.other_experts:
+        text += f", `OTHER` that of the student of `{other}`, which takes the other steps: both belong together"
     if is_hub_id(model.path):
         return f"{text}."
     own = model.path.startswith(ASSET)

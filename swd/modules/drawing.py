@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,11 +18,25 @@ from swd.scheduler import ScaleWiseScheduler
 from swd.types import Size, UserError
 
 
+@dataclass(frozen=True)
+class OtherExpert:
+    """The student of the expert that takes the noise levels which a student's own does not.
+
+    Attributes:
+        model: the same pipeline, as the other expert's family reads it.
+        student: the student.
+    """
+
+    model: Pretrained
+    student: Student
+
+
 def build_pipeline(
     model: Pretrained,
     student: Student | None = None,
     schedule: ScaleWiseScheduler | None = None,
     cfg: DictConfig | None = None,
+    other: OtherExpert | None = None,
 ) -> Any:
     """The stock pipeline of the model; with a student, its weights and its scale-wise scheduler.
 
@@ -30,15 +45,21 @@ def build_pipeline(
         student: the student: an adapter, or a network that was trained whole; None: the teacher.
         schedule: the student's sampler.
         cfg: `tiny_vae`, `compile` and `offload`, as `prepare` checked them; None: none of them.
+        other: the student of the pipeline's other expert; None: that is as the folder has it.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, part = model.dtype(device), model.backbone_class.subfolder
     network: Any = student.network(model, device) if student else model.network(device).network
-    pipe = model.pipeline(dtype, **{part: network})
+    networks = {part: network}
+    if other is not None:
+        networks[other.model.backbone_class.subfolder] = other.student.network(other.model, device)
+    pipe = model.pipeline(dtype, **networks)
     pipe.set_progress_bar_config(disable=True)
     if student is not None:
         assert schedule is not None
         student.load_into(pipe, model)
+        if other is not None:
+            other.student.load_into(pipe, other.model)
         schedule.attach(pipe)
     if model.quantization:
         # After the adapter: loaders would give it the base's 8 bits. Its layers hold the base under this name.

@@ -21,7 +21,7 @@ from swd.schedule import ScaleSchedule
 from swd.types import Conditioning
 
 DOC = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
-PROMPT = {"wan21_1_3b": 100, "sana_1600m": 100}
+PROMPT = {"wan21_1_3b": 100, "sana_1600m": 100, "wan22_5b": 100, "wan22_a14b_high": 100, "wan22_a14b_low": 100}
 """Tokens of a prompt, for families whose padding is not stored."""
 A100 = 312 * 0.4
 """TFLOP/s, as in docs/models.md."""

@@ -1,10 +1,11 @@
-"""Costs of real models, counted from the released training code: text tokens, and TFLOP a sample by latent size."""
+"""Costs of real models, counted from the released training code or here: text tokens, TFLOP a sample by latent size."""
 
 from __future__ import annotations
 
 from typing import Any
 
-TEXT = {"sd35_medium": 589, "sd35_large": 589, "flux_dev": 512, "sdxl": 77, "wan21_1_3b": 512}
+TEXT = {"sd35_medium": 589, "sd35_large": 589, "flux_dev": 512, "sdxl": 77, "wan21_1_3b": 512, "wan22_5b": 512}
+TEXT |= {"wan22_a14b_high": 512, "wan22_a14b_low": 512}
 SIDES = (32, 48, 64, 80, 96, 128)
 TFLOP: dict[str, dict[Any, str]] = {
     "sd35_medium": dict(zip(SIDES, ("1.31", "1.94", "2.90", "4.26", "6.14", "11.93"), strict=True)),
@@ -17,4 +18,23 @@ TFLOP: dict[str, dict[Any, str]] = {
         (16, 40, 70): "52.346",
         (21, 60, 104): "283.00",
     },
+    "wan22_5b": {  # counted here: there is no released training code
+        (4, 22, 40): "8.70",
+        (8, 28, 50): "28.34",
+        (16, 34, 60): "97.55",
+        (9, 14, 26): "8.12",
+        (16, 22, 40): "36.40",
+        (24, 30, 54): "121.68",
+        (31, 44, 80): "517.01",
+    },
 }
+A14B: dict[Any, str] = {
+    (6, 30, 52): "63.61",
+    (11, 36, 64): "189.23",
+    (16, 44, 78): "490.56",
+    (6, 20, 34): "27.86",
+    (11, 30, 52): "121.64",
+    (16, 40, 70): "377.43",
+    (21, 60, 104): "1678.37",
+}
+TFLOP |= {"wan22_a14b_high": A14B, "wan22_a14b_low": A14B}

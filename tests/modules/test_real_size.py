@@ -1,4 +1,4 @@
-"""The five networks at real size, on the meta device: no weights, no arithmetic."""
+"""Networks at real size, on the meta device: no weights, no arithmetic."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from swd.metrics.flops import forward_gflop
 from swd.modules.backbones.base import TARGETS
 from swd.modules.pretrained import Pretrained
 
-MODELS = ("sd35_medium", "sd35_large", "flux_dev", "sdxl", "wan21_1_3b")
+MODELS = ("sd35_medium", "sd35_large", "flux_dev", "sdxl", "wan21_1_3b", "wan22_5b", "wan22_a14b_low")
 
 PARAMETERS = {
     "sd35_medium": 2_243_171_520,
@@ -24,9 +24,13 @@ PARAMETERS = {
     "flux_dev": 11_901_408_320,
     "sdxl": 2_567_463_684,
     "wan21_1_3b": 1_418_996_800,
+    "wan22_5b": 4_999_787_712,
+    "wan22_a14b_low": 14_288_491_584,
 }
-BLOCKS = {"sd35_medium": 24, "sd35_large": 38, "flux_dev": 57, "sdxl": 87, "wan21_1_3b": 30}
+BLOCKS = {"sd35_medium": 24, "sd35_large": 38, "flux_dev": 57, "sdxl": 87, "wan21_1_3b": 30, "wan22_5b": 30}
+BLOCKS |= {"wan22_a14b_low": 40}
 LORA_LAYERS = {"sd35_medium": 242, "sd35_large": 302, "flux_dev": 266, "sdxl": 700, "wan21_1_3b": 300}
+LORA_LAYERS |= {"wan22_5b": 300, "wan22_a14b_low": 400}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -62,7 +66,7 @@ def test_lora_layers_and_their_rank(name: str, model: Pretrained) -> None:
         network.add_adapter(LoraConfig(r=model.rank, target_modules=list(TARGETS)), "student")
     a = [p for key, p in network.named_parameters() if ".lora_A.student." in key]
     assert len(a) == LORA_LAYERS[name]
-    assert {p.shape[0] for p in a} == {128 if name in ("flux_dev", "wan21_1_3b") else 64}
+    assert {p.shape[0] for p in a} == {128 if name == "flux_dev" or name.startswith("wan") else 64}
 
 
 def test_cost_of_a_forward_pass_at_every_size(name: str, model: Pretrained) -> None:
@@ -81,8 +85,10 @@ def test_features_at_the_chosen_block(name: str, model: Pretrained, network: Any
     x = torch.empty(2, model.channels, *size, device="meta")
     with torch.no_grad(), torch.device("meta"):
         feature = backbone.features(x, torch.ones(2, device="meta"), text, model.feature_blocks)[0]
-    tokens = {"sdxl": 32 * 32, "wan21_1_3b": 21 * 30 * 52}.get(name, 64 * 64)
-    width = {"sd35_medium": 1536, "sd35_large": 2432, "flux_dev": 3072, "sdxl": 1280, "wan21_1_3b": 1536}[name]
+    tokens = {"sdxl": 32 * 32, "wan21_1_3b": 21 * 30 * 52, "wan22_5b": 31 * 22 * 40}
+    tokens = (tokens | {"wan22_a14b_low": 21 * 30 * 52}).get(name, 64 * 64)
+    widths = {"sd35_medium": 1536, "sd35_large": 2432, "flux_dev": 3072, "sdxl": 1280, "wan21_1_3b": 1536}
+    width = (widths | {"wan22_5b": 3072, "wan22_a14b_low": 5120})[name]
     assert tuple(feature.shape) == (2, tokens, width) and model.limits.width == width
 
 

@@ -125,6 +125,10 @@ class Backbone(nn.Module, ABC):
         layout: how its pipeline takes latents, see `swd.scheduler.to_layout`.
         float_latents: whether its pipeline carries latents in float32 whatever the network's dtype.
         unknown_settings: settings of `model_index.json` that mark variants which this backbone does not support.
+        known_settings: settings of `model_index.json` that must have these values.
+        lora_arguments: arguments of the pipeline's `load_lora_weights` for this network, beside the weights.
+        other_experts: denoising networks of the pipeline, of the same class, that take other noise levels: the family
+            of each by its name in the pipeline. `process` says which levels this one takes.
         trains_from_scratch: whether `initialise` has weights for `task.from_scratch`.
         targets: linear layers that get LoRA unless a configuration names others.
         comfyui: whether ComfyUI supports this family and loads its LoRA under the names of `comfy_key`.
@@ -142,6 +146,9 @@ class Backbone(nn.Module, ABC):
     layout: ClassVar[str] = "map"
     float_latents: ClassVar[bool] = False
     unknown_settings: ClassVar[tuple[str, ...]] = ()
+    known_settings: ClassVar[Mapping[str, Any]] = {}
+    lora_arguments: ClassVar[Mapping[str, Any]] = {}
+    other_experts: ClassVar[Mapping[str, str]] = {}
     trains_from_scratch: ClassVar[bool] = False
     targets: ClassVar[tuple[str, ...]] = TARGETS
     comfyui: ClassVar[bool] = False
@@ -158,6 +165,11 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def limits_of(config: dict[str, Any]) -> NetworkLimits:
         """Limits from the network's `config.json`, before any weight is loaded."""
+
+    @staticmethod
+    def frame_rate(config: dict[str, Any]) -> int:
+        """Frames a second of the videos that a network of this `config.json` draws; 16, of Wan2.1, by default."""
+        return 16
 
     @staticmethod
     @abstractmethod
@@ -211,6 +223,11 @@ class Backbone(nn.Module, ABC):
     def from_pipeline(cls, latents: Tensor, size: Size) -> Tensor:
         """Latents `[B, C, *size]` of those in the stock pipeline's loop: maps as they are, or tokens `[B, L, 4 C]`."""
         return latents if cls.layout == "map" else unpack(latents, size)
+
+    @classmethod
+    def lora_prefix(cls) -> str:
+        """What LoRA keys of this network begin with in files for the stock pipeline: its name there, in most."""
+        return cls.subfolder
 
     @staticmethod
     def comfy_key(module: str) -> str:
