@@ -51,6 +51,8 @@ SCHEDULES = {
     "wan22_a14b_high": ("wan_4step", "full_4step"),
     "wan22_a14b_low": ("wan_4step", "full_4step"),
     "sana_1600m": ("sana_4step", "full_4step", "full_2step"),
+    "qwen_image": ONE_MEGAPIXEL,
+    "qwen_image_2512": ONE_MEGAPIXEL,
 }
 DATA = {"shapes": ("shapes",), "wan21_1_3b": ("videos",), "wan22_5b": ("videos_720p",)}
 DATA |= dict.fromkeys(("wan22_a14b_high", "wan22_a14b_low"), ("videos",))
@@ -173,7 +175,7 @@ def test_defaults_of_a_model_are_those_of_the_released_scripts(model: str, tmp_p
     cfg = composed(arguments(tmp_path, model=model))
     assert set(cfg.loss) == ({"mmd"} if model == "sdxl" or model.startswith("wan") else {"dmd", "mmd", "gan"})
     assert len(cfg.schedule.sigmas) == (6 if model == "sd35_medium" else 4)
-    if model in ("shapes", "sana_1600m"):
+    if model in ("shapes", "sana_1600m", "qwen_image", "qwen_image_2512"):
         return
     assert cfg.task.lr == 5e-6 and cfg.task.checkpointing
     assert cfg.trainer.max_steps == (4000 if model == "sd35_large" else 3000)
@@ -193,6 +195,8 @@ GUIDANCE = {  # in DMD, when drawing, and as the network is fed it
     "wan22_5b": (5.0, 5.0, None),
     "wan22_a14b_high": (4.0, 4.0, None),
     "wan22_a14b_low": (3.0, 4.0, None),
+    "qwen_image": (4.0, 4.0, None),
+    "qwen_image_2512": (4.0, 4.0, None),
 }
 
 

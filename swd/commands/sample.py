@@ -21,7 +21,7 @@ from tqdm import tqdm
 from swd import __version__
 from swd.commands import shared, starting_pictures
 from swd.commands.starting_pictures import StartPlan, start_plan
-from swd.config import check, given_keys, node_of, stored
+from swd.config import check, given_keys, node_of, read_recorded, stored
 from swd.data.buckets import aspect_size
 from swd.data.job import say
 from swd.export.student_folder import build_model, recorded_model, schedule_of
@@ -32,7 +32,7 @@ from swd.io.masking import mask, mask_text
 from swd.io.pictures import to_pil
 from swd.io.tables import NoText, text_of
 from swd.modules import hub
-from swd.modules.adapters import locate
+from swd.modules.adapters import locate, run_folder
 from swd.modules.drawing import OtherExpert, build_pipeline, draw
 from swd.modules.model_folders import check_model_folder, read_json
 from swd.modules.pretrained import Pretrained
@@ -222,7 +222,7 @@ def other_expert(
         reason = "adapter is null" if families else f"model.family={model.family} is one network alone"
         raise UserError(f"other_adapter={cfg.other_adapter} is of a second expert, but {reason}; leave it out")
     source = locate(cfg.other_adapter, Path(cfg.output), "other_adapter", ema=cfg.ema)
-    other = build_model(node | {"family": families[0]}, cfg)
+    other = other_model(cfg, node, source, families[0])
     student = load_student(source, cfg.ema)
     student.check_model(other)
     found = schedule_of(source, cfg, other)
@@ -232,6 +232,25 @@ def other_expert(
             f"{found.base_sizes} against {schedule.base_sizes}; give students of one schedule"
         )
     return OtherExpert(other, student)
+
+
+def other_model(cfg: DictConfig, node: dict[str, Any], source: Path, family: str) -> Pretrained:
+    """The other expert's model: that of its student's run, or the adapter's where it is from none.
+
+    Raises:
+        UserError: if the run was one of another family.
+    """
+    run = run_folder(source)
+    if run is not None and (run / "config.yaml").is_file():
+        trained = read_recorded(run / "config.yaml").get("model")
+        found = trained.get("family") if isinstance(trained, dict) else None
+        if found != family:
+            raise UserError(
+                f"other_adapter={cfg.other_adapter} is a student of model.family={found}, and the other expert is "
+                f"{family}; give a student of that"
+            )
+        node = recorded_model(source, cfg)
+    return build_model(node | {"family": family}, cfg)
 
 
 def check_machine(cfg: DictConfig) -> None:

@@ -304,9 +304,13 @@ class AdapterContent:
         if model.backbone_class.comfyui:
             self.files += f", `{COMFY_WEIGHTS if self._renamed() else DIFFUSERS_WEIGHTS}` for ComfyUI"
         self.classes = model.backbone_class.pipeline_type
-        self.loading = (
-            f'pipe = {self.classes}.from_pretrained({base_arguments(model)}, torch_dtype=torch.bfloat16).to("cuda")\n'
-            + _lora_call("FOLDER", model.backbone_class.lora_arguments)
+        base = f"{base_arguments(model)}, torch_dtype=torch.bfloat16"
+        self.loading = "\n".join(
+            [
+                f'pipe = {self.classes}.from_pretrained({base}).to("cuda")',
+                *adding(model),
+                _lora_call("FOLDER", model.backbone_class.lora_arguments),
+            ]
         )
         for other, family in model.backbone_class.other_experts.items():
             self.loading += f"\n{_lora_call('OTHER', load_family(family).lora_arguments)}  # the student of {other}"
@@ -319,7 +323,9 @@ class AdapterContent:
         return comfy if set(comfy) != {f"{backbone.lora_prefix()}.{key}" for key in state} else {}
 
     def write(self, folder: Path) -> None:
-        write_layouts(folder, self.adapter.state, self.model.name, self.model.backbone_class.lora_prefix())
+        model = self.model
+        baked = [adapter.baked for adapter in model.adapters]
+        write_layouts(folder, self.adapter.state, model.name, model.backbone_class.lora_prefix(), baked)
         renamed = self._renamed()
         if renamed:
             save_file(renamed, folder / COMFY_WEIGHTS)
@@ -383,14 +389,49 @@ latents = scheduler.initial_latents({initial}, generator=torch.Generator().manua
 
 def _lora_call(folder: str, arguments: Mapping[str, Any]) -> str:
     """The line that loads an exported adapter into the stock pipeline."""
-    more = "".join(f", {key}={value!r}" for key, value in arguments.items())
-    return f'pipe.load_lora_weights("{folder}", weight_name="{DIFFUSERS_WEIGHTS}"{more})'
+    return f'pipe.load_lora_weights("{folder}", weight_name="{DIFFUSERS_WEIGHTS}"{_more(arguments)})'
+
+
+def _more(arguments: Mapping[str, Any]) -> str:
+    """Further arguments of a call, as code."""
+    return "".join(f", {key}={value!r}" for key, value in arguments.items())
 
 
 def base_arguments(model: Pretrained) -> str:
     """Arguments of `from_pretrained` for the base: its id on the hub, or BASE, never a folder of this machine."""
     base = model.path if is_hub_id(model.path) else "BASE"
     return f'"{base}"' + (f', revision="{model.revision}"' if model.revision and is_hub_id(model.path) else "")
+
+
+def adding(model: Pretrained) -> list[str]:
+    """Lines that add to the pipeline's network what was added to the base before the student was trained."""
+    lines = []
+    backbone = model.backbone_class
+    more = _more(backbone.lora_arguments)
+    # Where the pipeline has one network, it is the one that is changed.
+    parts = f"components=[{backbone.subfolder!r}], " if backbone.other_experts else ""
+    for number, adapter in enumerate(model.adapters, 1):
+        path = adapter.path if is_hub_id(adapter.path) else f"ADAPTER_{number}"
+        lines += [
+            f'pipe.load_lora_weights("{path}"{more})',
+            f"pipe.fuse_lora({parts}lora_scale={adapter.weight:g})",
+            "pipe.unload_lora_weights()",
+        ]
+    return lines
+
+
+def about_adapters(model: Pretrained) -> str:
+    """Paragraph of the card about them; empty if nothing was added."""
+    if not model.adapters:
+        return ""
+    entries = "; ".join(
+        f"`ADAPTER_{number}` is `{entry.name}` at weight {entry.weight:g} (hash {entry.hash})"
+        for number, entry in enumerate((adapter.baked for adapter in model.adapters), 1)
+    )
+    return (
+        "The student was trained on that base with adapters added to it, and belongs on top of these: "
+        f"{entries}. ComfyUI takes each with a LoRA loader at its weight, beside this one at 1.\n\n"
+    )
 
 
 def placeholders(model: Pretrained) -> str:
@@ -439,6 +480,7 @@ def card(content: Content, model: Pretrained, schedule: ScaleWiseScheduler) -> s
         "([Scale-wise Distillation](https://arxiv.org/abs/2503.16397)).\n\n"
         f"```python\n{snippet}```\n\n"
         f"{placeholders(model)}\n\n"
+        f"{about_adapters(model)}"
         f"Files: {content.files}, `{SCHEDULER_CONFIG}` and `{SCHEDULER_FILE}` for the sampler.\n\n"
         f"Exported by swd {__version__}.\n"
     )

@@ -48,6 +48,14 @@ def count(module: nn.Module) -> int:
     return sum(tensor.numel() for tensor in module.parameters())
 
 
+def qwen_vl() -> transformers.Qwen2_5_VLConfig:
+    """Of Qwen2.5-VL-7B."""
+    text = {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
+    text |= {"num_attention_heads": 28, "num_key_value_heads": 4}
+    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
+    return transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+
+
 @cache
 def encoders() -> dict[str, int]:
     """Parameters of the text encoders and VAEs, of the shapes that their papers and libraries give them."""
@@ -77,6 +85,8 @@ def encoders() -> dict[str, int]:
         built["umt5"] = transformers.UMT5EncoderModel(transformers.UMT5Config(vocab_size=256384, **t5))
         built["gemma"] = transformers.Gemma2Model(transformers.Gemma2Config(**gemma))
         built["vae"] = diffusers.AutoencoderKL(latent_channels=16, **vae)
+        built["qwen-vl"] = transformers.Qwen2_5_VLForConditionalGeneration(qwen_vl())
+        built["vae-qwen"] = diffusers.AutoencoderKLQwenImage()
         built["vae-wan"], built["vae-sana"] = diffusers.AutoencoderKLWan(), diffusers.AutoencoderDC(**deep)
         patches: dict[str, Any] = {"patch_size": 2, "in_channels": 12, "out_channels": 12, "z_dim": 48}
         patches |= {"latents_mean": [0.0] * 48, "latents_std": [1.0] * 48, "is_residual": True}
@@ -94,9 +104,11 @@ PARTS = {
     "wan22_a14b_high": ("umt5", "vae-wan"),
     "wan22_a14b_low": ("umt5", "vae-wan"),
     "sana_1600m": ("gemma", "vae-sana"),
+    "qwen_image": ("qwen-vl", "vae-qwen"),
+    "qwen_image_2512": ("qwen-vl", "vae-qwen"),
 }
 
-WHOLE = ("vae", "vae-wan", "vae-wan22")
+WHOLE = ("vae", "vae-wan", "vae-wan22", "vae-qwen")
 """Those that are held in float32."""
 
 
@@ -124,7 +136,8 @@ def test_memory(name: str, model: Pretrained) -> None:
     counted = [base, adapter, base + adapter, base + 2 * adapter, beside]
     assert table(TEXT_OF_DOC, "model | base")[name] == [f"{value / 1e9:.1f}" for value in counted]
     small = f"{(base - sum(layer.weight.numel() for layer in adapted(model))) / 1e9:.1f}"
-    for shown, whole in {"flux_dev": "instead of 23.8 for FLUX", "sd35_large": "instead of 16.3 for SD3.5"}.items():
+    instead = {"flux_dev": "instead of 23.8 for FLUX", "sd35_large": "instead of 16.3 for SD3.5"}
+    for shown, whole in (instead | {"qwen_image": "instead of 40.9 for Qwen-Image"}).items():
         assert name != shown or re.search(rf"{small}( GB)? {whole}", TEXT_OF_DOC)
 
 

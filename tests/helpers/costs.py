@@ -1,11 +1,15 @@
-"""Costs of real models, counted from the released training code or here: text tokens, TFLOP a sample by latent size."""
+"""Costs of real models: text tokens, and TFLOP a sample by latent size.
+
+Those of the paper's models were counted on the released training code, the others' on the diffusers classes.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-TEXT = {"sd35_medium": 589, "sd35_large": 589, "flux_dev": 512, "sdxl": 77, "wan21_1_3b": 512, "wan22_5b": 512}
-TEXT |= {"wan22_a14b_high": 512, "wan22_a14b_low": 512}
+TEXT = {"sd35_medium": 589, "sd35_large": 589, "flux_dev": 512, "sdxl": 77, "wan21_1_3b": 512, "qwen_image": 128}
+TEXT["qwen_image_2512"] = TEXT["qwen_image"]  # a prompt of usual length: it is not padded
+TEXT |= {"wan22_5b": 512, "wan22_a14b_high": 512, "wan22_a14b_low": 512}
 SIDES = (32, 48, 64, 80, 96, 128)
 TFLOP: dict[str, dict[Any, str]] = {
     "sd35_medium": dict(zip(SIDES, ("1.31", "1.94", "2.90", "4.26", "6.14", "11.93"), strict=True)),
@@ -18,7 +22,8 @@ TFLOP: dict[str, dict[Any, str]] = {
         (16, 40, 70): "52.346",
         (21, 60, 104): "283.00",
     },
-    "wan22_5b": {  # counted here: there is no released training code
+    "qwen_image": dict(zip(SIDES[2:], ("16.7", "25.7", "37.4", "70.6"), strict=True)),
+    "wan22_5b": {
         (4, 22, 40): "8.70",
         (8, 28, 50): "28.34",
         (16, 34, 60): "97.55",
@@ -38,3 +43,4 @@ A14B: dict[Any, str] = {
     (21, 60, 104): "1678.37",
 }
 TFLOP |= {"wan22_a14b_high": A14B, "wan22_a14b_low": A14B}
+TFLOP["qwen_image_2512"] = TFLOP["qwen_image"]

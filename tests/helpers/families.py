@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import qwen_image
 import torch
 import wan22
 from diffusers import (
@@ -45,7 +46,7 @@ from swd.schedule import ScaleSchedule
 from swd.shapes.pipeline import TEXT_TOKENS, build_clip_tokenizer, build_t5_tokenizer
 
 Model = TypeVar("Model", bound=Pretrained)
-FAMILIES = ("sd3", "sd35_medium", "flux", "sdxl", "wan", "sana")
+FAMILIES = ("sd3", "sd35_medium", "flux", "sdxl", "wan", "sana", "qwen_image")
 FAMILY = {name: name for name in FAMILIES} | {"sd35_medium": "sd3", "wan22_5b": "wan", "wan22_a14b": "wan_high_noise"}
 """`sd3` is as SD3.5 Large, `sd35_medium` has dual attention; `wan22_5b` and `wan22_a14b` have tests of their own."""
 SIZES: dict[str, list[Any]] = {
@@ -55,11 +56,13 @@ SIZES: dict[str, list[Any]] = {
     "sdxl": [4, 6, 8],
     "wan": [[1, 4, 4], [2, 6, 6], [3, 8, 8]],
     "sana": [4, 6, 8],
+    "qwen_image": [4, 6, 8],
     "wan22_5b": [[1, 4, 4], [2, 4, 4], [3, 4, 6]],
     "wan22_a14b": [[1, 4, 4], [2, 6, 6], [3, 8, 8]],
 }
 NON_SQUARE = dict.fromkeys(FAMILIES, (8, 12)) | {"wan": (3, 8, 12), "wan22_5b": (3, 6, 4), "wan22_a14b": (3, 8, 12)}
-CHANNELS = dict.fromkeys(FAMILIES, 4) | {"wan": 16, "wan22_5b": wan22.CHANNELS_5B, "wan22_a14b": 16}
+CHANNELS = dict.fromkeys(FAMILIES, 4) | {"wan": 16, "qwen_image": 16}
+CHANNELS |= {"wan22_5b": wan22.CHANNELS_5B, "wan22_a14b": 16}
 SIGMAS = [1.0, 0.8, 0.6]
 
 
@@ -275,6 +278,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "sdxl": sdxl,
     "wan": wan,
     "sana": sana,
+    "qwen_image": qwen_image.build,
     "wan22_5b": wan22_5b,
     "wan22_a14b": wan22_a14b,
 }

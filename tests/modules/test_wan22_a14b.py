@@ -287,6 +287,13 @@ def test_commands_take_the_models_as_they_ship(
         assert sample.prepare(composed(drawing, "sample")).other is None
     with pytest.raises(UserError, match="other_adapter=x is of a second expert, but adapter is null"):
         sample.prepare(composed([*drawing[:-1], "adapter=null", "other_adapter=x"], "sample"))
+    run = tmp_path / "run"
+    shutil.copytree(made["wan_high_noise"], run / "adapter")
+    (run / "config.yaml").write_text("model: {family: wan_high_noise}")
+    with pytest.raises(
+        UserError, match=r"is a student of model\.family=wan_high_noise, and the other expert is wan_low"
+    ):
+        sample.prepare(composed([*drawing, f"other_adapter={run}"], "sample"))
     ScaleSchedule([1.0, 0.5], SIZES[1:]).scheduler(2).save_pretrained(made["wan_low_noise"])
     (made["wan_low_noise"] / "checksums.json").unlink()
     with pytest.raises(UserError, match="was trained for another schedule than the adapter"):
