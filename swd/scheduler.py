@@ -513,6 +513,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
             "QwenImageTransformer2DModel": self._refresh_shapes,
             "Flux2Transformer2DModel": self._refresh_ids_of_flux2,
             "ChromaTransformer2DModel": self._refresh_ids_and_mask,
+            "WanTransformer3DModel": self._one_time_a_sample,
         }
         for name in _class_names(network):
             if name in refresh:
@@ -575,6 +576,19 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         text = mask[:, : kwargs["encoder_hidden_states"].shape[1]].bool()
         image = text.new_ones(kwargs["hidden_states"].shape[:2])
         return args, kwargs | {"attention_mask": torch.cat([text, image], 1)}
+
+    def _one_time_a_sample(
+        self, network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Give Wan's transformer one timestep a sample where the pipeline of Wan2.2 TI2V-5B has one a token.
+
+        It makes them for the tokens of the first size. In text to video all are equal, and one a sample means the same;
+        where they differ, as with a first frame that is given, they are left alone.
+        """
+        time = kwargs.get("timestep")
+        if not self._in_call or time is None or time.ndim != 2 or bool((time != time[:, :1]).any()):
+            return args, kwargs
+        return args, kwargs | {"timestep": time[:, 0]}
 
     def _refresh_shapes(
         self, network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

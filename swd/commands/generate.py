@@ -140,9 +140,8 @@ def prepare(cfg: DictConfig) -> DrawingPlan:
     settings = settings_of(cfg, model, requests, size, ending) | refiner_settings(cfg, refiner)
     kind, unit = ("videos", "video") if model.backbone_class.video else ("pictures", "picture")
     job = Job(Path(cfg.out), kind, len(requests), cfg.shard_size, settings, unit)
-    return DrawingPlan(
-        requests, model, size, job, cfg.batch_size, ending, cfg.quality, cfg.fps, refiner, cfg.refiner_start
-    )
+    fps = cfg.fps or model.frame_rate
+    return DrawingPlan(requests, model, size, job, cfg.batch_size, ending, cfg.quality, fps, refiner, cfg.refiner_start)
 
 
 def requests_of(cfg: DictConfig) -> Requests:
@@ -203,7 +202,7 @@ def refiner_of(cfg: DictConfig, model: Pretrained) -> Pretrained | None:
 def settings_of(cfg: DictConfig, model: Pretrained, requests: Requests, size: Size, ending: str) -> dict[str, Any]:
     """All settings that the contents of the shards depend on, for the manifest."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    lossy = {"png": {}, "mp4": {"fps": cfg.fps}}.get(ending, {"quality": cfg.quality})
+    lossy = {"png": {}, "mp4": {"fps": cfg.fps or model.frame_rate}}.get(ending, {"quality": cfg.quality})
     config = {key: value for key, value in to_plain(cfg.model).items() if key not in NOT_DRAWN_WITH}
     config = {key: value for key, value in config.items() if key not in LATER or value is not None}
     return {

@@ -51,6 +51,7 @@ SAMPLE: dict[str, Any] = MODEL | {
     "images_per_prompt": int,
     "batch_size": int,
     "adapter": str | None,
+    "other_adapter": str | None,
     "ema": bool | None,
     "height": int | None,
     "width": int | None,
@@ -62,7 +63,7 @@ SAMPLE: dict[str, Any] = MODEL | {
     "compile_coders": bool,
     "offload": Literal["none", "model", "sequential"],
     "show_sizes": bool,
-    "fps": int,
+    "fps": int | None,
     **STARTING_PICTURES,
 }
 EVALUATE: dict[str, Any] = MODEL | {
@@ -99,7 +100,7 @@ GENERATE: dict[str, Any] = {key: hint for key, hint in MODEL.items() if key != "
     "width": int | None,
     "aspect": str | None,
     "frames": int | None,
-    "fps": int,
+    "fps": int | None,
     "format": Literal["png", "jpg", "webp"],
     "quality": int,
     "refiner": str | None,

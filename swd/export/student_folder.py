@@ -49,6 +49,7 @@ from swd.modules.adapters import (
     write_base,
     write_layouts,
 )
+from swd.modules.backbones import load_family
 from swd.modules.backbones.base import Backbone
 from swd.modules.checkpoint_student import CheckpointNetwork
 from swd.modules.hub import is_hub_id
@@ -304,21 +305,28 @@ class AdapterContent:
         if model.backbone_class.comfyui:
             self.files += f", `{COMFY_WEIGHTS if self._renamed() else DIFFUSERS_WEIGHTS}` for ComfyUI"
         self.classes = model.backbone_class.pipeline_type
-        base = f'{self.classes}.from_pretrained({base_arguments(model)}, torch_dtype=torch.bfloat16).to("cuda")'
-        student = f'pipe.load_lora_weights("FOLDER", weight_name="{DIFFUSERS_WEIGHTS}")'
-        self.loading = "\n".join([f"pipe = {base}", *adding(model), student])
+        base = f"{base_arguments(model)}, torch_dtype=torch.bfloat16"
+        self.loading = "\n".join(
+            [
+                f'pipe = {self.classes}.from_pretrained({base}).to("cuda")',
+                *adding(model),
+                _lora_call("FOLDER", model.backbone_class.lora_arguments),
+            ]
+        )
+        for other, family in model.backbone_class.other_experts.items():
+            self.loading += f"\n{_lora_call('OTHER', load_family(family).lora_arguments)}  # the student of {other}"
 
     def _renamed(self) -> dict[str, Tensor]:
         """Weights under ComfyUI's names; empty if it does not know the family or reads diffusers' own names."""
         backbone = self.model.backbone_class
         state = self.adapter.state
         comfy = comfy_state(backbone, state) if backbone.comfyui else {}
-        return comfy if set(comfy) != {f"{backbone.subfolder}.{key}" for key in state} else {}
+        return comfy if set(comfy) != {f"{backbone.lora_prefix()}.{key}" for key in state} else {}
 
     def write(self, folder: Path) -> None:
         model = self.model
         baked = [adapter.baked for adapter in model.adapters]
-        write_layouts(folder, self.adapter.state, model.name, model.backbone_class.subfolder)
+        write_layouts(folder, self.adapter.state, model.name, model.backbone_class.lora_prefix())
         write_base(folder, model.name, baked)
         renamed = self._renamed()
         if renamed:
@@ -343,10 +351,15 @@ class NetworkContent:
         network = backbone.network_type
         self.about = f"A {network}, trained whole,"
         self.classes = f"{network}, {backbone.pipeline_type}"
-        self.loading = (
-            f'{part} = {network}.from_pretrained("FOLDER", torch_dtype=torch.bfloat16)\n'
+        folders = {part: "FOLDER"} | dict.fromkeys(backbone.other_experts, "OTHER")
+        self.loading = "".join(
+            f'{name} = {network}.from_pretrained("{folder}", torch_dtype=torch.bfloat16)\n'
+            for name, folder in folders.items()
+        )
+        networks = ", ".join(f"{name}={name}" for name in folders)
+        self.loading += (
             f"pipe = {backbone.pipeline_type}.from_pretrained(\n"
-            f"    {base_arguments(model)}, {part}={part}, torch_dtype=torch.bfloat16\n"
+            f"    {base_arguments(model)}, {networks}, torch_dtype=torch.bfloat16\n"
             f').to("cuda")'
         )
 
@@ -376,6 +389,16 @@ latents = scheduler.initial_latents({initial}, generator=torch.Generator().manua
 """
 
 
+def _lora_call(folder: str, arguments: Mapping[str, Any]) -> str:
+    """The line that loads an exported adapter into the stock pipeline."""
+    return f'pipe.load_lora_weights("{folder}", weight_name="{DIFFUSERS_WEIGHTS}"{_more(arguments)})'
+
+
+def _more(arguments: Mapping[str, Any]) -> str:
+    """Further arguments of a call, as code."""
+    return "".join(f", {key}={value!r}" for key, value in arguments.items())
+
+
 def base_arguments(model: Pretrained) -> str:
     """Arguments of `from_pretrained` for the base: its id on the hub, or BASE, never a folder of this machine."""
     base = model.path if is_hub_id(model.path) else "BASE"
@@ -385,11 +408,15 @@ def base_arguments(model: Pretrained) -> str:
 def adding(model: Pretrained) -> list[str]:
     """Lines that add to the pipeline's network what was added to the base before the student was trained."""
     lines = []
+    backbone = model.backbone_class
+    more = _more(backbone.lora_arguments)
+    # Where the pipeline has one network, it is the one that is changed.
+    parts = f"components=[{backbone.subfolder!r}], " if backbone.other_experts else ""
     for number, adapter in enumerate(model.adapters, 1):
         path = adapter.path if is_hub_id(adapter.path) else f"ADAPTER_{number}"
         lines += [
-            f'pipe.load_lora_weights("{path}")',
-            f"pipe.fuse_lora(lora_scale={adapter.weight:g})",
+            f'pipe.load_lora_weights("{path}"{more})',
+            f"pipe.fuse_lora({parts}lora_scale={adapter.weight:g})",
             "pipe.unload_lora_weights()",
         ]
     return lines
@@ -412,6 +439,8 @@ def about_adapters(model: Pretrained) -> str:
 def placeholders(model: Pretrained) -> str:
     """Explanation of the words in capitals in the snippet."""
     text = "`FOLDER` is this folder"
+    for other in model.backbone_class.other_experts:
+        text += f", `OTHER` that of the student of `{other}`, which takes the other steps: both belong together"
     if is_hub_id(model.path):
         return f"{text}."
     own = model.path.startswith(ASSET)

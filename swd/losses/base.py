@@ -108,11 +108,11 @@ class ModelFacts:
                 raise UserError(f"{key}: {error}") from None
 
     def check_indices(self, key: str, indices: IndexRange | None) -> None:
-        """Raise UserError for a range outside the process' table of noise levels; None, the default, always fits."""
-        last = self.process.ranges.whole[1]
-        low, high = indices or (0, last)
-        if not 0 <= low <= high <= last:
-            raise UserError(f"{key}=[{low}, {high}]; use [low, high] with 0 <= low <= high <= {last}")
+        """Raise UserError for a range outside the model's table of noise levels; None, the default, always fits."""
+        first, last = self.process.ranges.whole
+        low, high = indices or (first, last)
+        if not first <= low <= high <= last:
+            raise UserError(f"{key}=[{low}, {high}]; use [low, high] with {first} <= low <= high <= {last}")
 
 
 @dataclass(frozen=True)

@@ -165,10 +165,11 @@ class Adapter:
 
     def load_into(self, pipe: Any, model: Pretrained) -> None:
         """Put the adapter on the network of a stock pipeline."""
-        part = model.backbone_class.subfolder
-        dtype = model.backbone_class(getattr(pipe, part)).dtype
+        backbone = model.backbone_class
+        dtype = backbone(getattr(pipe, backbone.subfolder)).dtype
         # The scale is folded in: without an alpha, diffusers takes alpha = rank.
-        pipe.load_lora_weights({f"{part}.{key}": value.to(dtype) for key, value in self.state.items()})
+        weights = {f"{backbone.lora_prefix()}.{key}": value.to(dtype) for key, value in self.state.items()}
+        pipe.load_lora_weights(weights, **backbone.lora_arguments)
 
     @torch.no_grad()
     def fold_into(self, network: nn.Module) -> None:
@@ -621,7 +622,7 @@ def fill_adapter(
         alpha: folded into `lora_B` as alpha / rank, because loaders look for it in different places.
         scheduler: the sampler, saved as the schedule.
         base: name of the model that the adapter was trained on, for the record.
-        part: the pipeline's name of the network, "transformer" or "unet".
+        part: what keys begin with in a file for the pipeline, see `Backbone.lora_prefix`.
         baked: adapters that were added to that model before.
     """
     new.mkdir()

@@ -84,6 +84,8 @@ class Distiller(LightningModule):
 
     Attributes:
         average: the average, of trained weights alone; None without one.
+        steps: steps of the schedule that iterations train, one after the other: all, or those of the model that is an
+            expert for some noise levels.
 
     Raises:
         UserError: if schedule, loss and model do not fit together.
@@ -125,6 +127,7 @@ class Distiller(LightningModule):
         self.strict_loading = False  # checkpoints hold only what is trained
         self.model = model
         self.schedule = schedule
+        self.steps = schedule.steps_of(model.backbone_class.process)
         self.seed = seed
         settle(loss)
         check_parts(model, schedule, loss)
@@ -260,6 +263,11 @@ class Distiller(LightningModule):
         if batch_size is not None:
             self.check_batch(batch_size, processes)
 
+    @property
+    def draws_alone(self) -> bool:
+        """Whether the student takes every step of its schedule: one of several experts does not."""
+        return len(self.steps) == len(self.schedule)
+
     # One iteration
 
     def training_step(self, batches: Iterator[PictureBatch | CachedBatch], batch_idx: int) -> None:
@@ -298,7 +306,7 @@ class Distiller(LightningModule):
             UserError: if there is none.
         """
         iteration = self.global_step
-        step = iteration % len(self.schedule)
+        step = self.steps[iteration % len(self.steps)]
         place = self._place(iteration, step, update)
         with self.phase("data"):
             batch = next(batches, None)
@@ -608,6 +616,11 @@ def check_parts(model: Pretrained, schedule: ScaleSchedule, terms: Mapping[str, 
     for size in schedule.sizes:
         model.limits.check_size(size)
     family = model.backbone_class
+    if not schedule.steps_of(family.process):
+        raise UserError(
+            f"schedule.sigmas={list(schedule.sigmas)} has no level that model.family={model.family} takes, which is an "
+            "expert for others; name levels of its own too"
+        )
     facts = ModelFacts(model.family, family.process, model.limits, family.poor_at_low_resolution)
     for name, term in terms.items():
         term.check(f"loss.{name}", facts, schedule)

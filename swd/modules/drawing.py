@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,12 +18,26 @@ from swd.scheduler import ScaleWiseScheduler
 from swd.types import Size, UserError
 
 
+@dataclass(frozen=True)
+class OtherExpert:
+    """The student of the expert that takes the noise levels which a student's own does not.
+
+    Attributes:
+        model: the same pipeline, as the other expert's family reads it.
+        student: the student.
+    """
+
+    model: Pretrained
+    student: Student
+
+
 def build_pipeline(
     model: Pretrained,
     student: Student | None = None,
     schedule: ScaleWiseScheduler | None = None,
     cfg: DictConfig | None = None,
     fold: bool = False,
+    other: OtherExpert | None = None,
 ) -> Any:
     """The stock pipeline of the model; with a student, its weights and its scale-wise scheduler.
 
@@ -33,19 +48,27 @@ def build_pipeline(
         cfg: `tiny_vae`, `compile`, `compile_coders` and `offload`, as `swd sample` checked them; None: none of them.
         fold: add a student's LoRA to the weights, unless they are in 8 bits. False keeps it apart, bit for bit as in
             training.
+        other: the student of the pipeline's other expert; None: that is as the folder has it.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, part = model.dtype(device), model.backbone_class.subfolder
     network: Any = student.network(model, device) if student else model.network(device).network
-    pipe = model.pipeline(dtype, **{part: network})
+    networks = {part: network}
+    if other is not None:
+        networks[other.model.backbone_class.subfolder] = other.student.network(other.model, device)
+    pipe = model.pipeline(dtype, **networks)
     pipe.set_progress_bar_config(disable=True)
     model.backbone_class.mend(pipe)
     if student is not None:
         assert schedule is not None
-        if fold and not model.quantization:
-            student.fold_into(network)
-        else:
-            student.load_into(pipe, model)
+        students = [(student, model, network)]
+        if other is not None:
+            students.append((other.student, other.model, networks[other.model.backbone_class.subfolder]))
+        for each, its_model, its_network in students:
+            if fold and not its_model.quantization:
+                each.fold_into(its_network)
+            else:
+                each.load_into(pipe, its_model)
         schedule.attach(pipe)
     if model.quantization:
         # After the adapter: loaders would give it the base's 8 bits. Its layers hold the base under this name.

@@ -93,7 +93,7 @@ class FamilyFolder:
         self.check_parts(set(self.files.absent))
         for name, entry in index.items():
             library = self.files.parts.get(name, ("", ""))[0]
-            more = library == "diffusers" and name not in (part, "vae", "scheduler")
+            more = library == "diffusers" and name not in (part, *backbone.other_experts, "vae", "scheduler")
             if more or (name in backbone.unknown_settings and entry):
                 raise UserError(
                     f"model.path={self.path} has {name}, which model.family={self.family} does not know; give a "
@@ -104,6 +104,26 @@ class FamilyFolder:
                 raise UserError(
                     f"model.path={self.path}: its {part} has {name}, which model.family={self.family} does not know; "
                     f"give a {backbone.pipeline_type} for text alone as input"
+                )
+
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        """Check that the networks for other noise levels are there, and that the levels are divided as is known."""
+        backbone = self.backbone_class
+        where = f"model.path={self.path}"
+        for name in backbone.other_experts:
+            actual = self.files.parts.get(name, ("", "nothing"))[1]
+            if actual != backbone.network_type:
+                raise UserError(
+                    f"{where} holds {actual} as {name}, but model.family={self.family} is one of several experts, each "
+                    f"a {backbone.network_type}; give a model of that kind"
+                )
+        for key, value in backbone.known_settings.items():
+            if self.files.index.get(key) != value:
+                raise UserError(
+                    f"{where} has {key}={self.files.index.get(key)}, but model.family={self.family} is for {value}; "
+                    "give a model of that kind"
                 )
 
     def check_parts(self, absent: set[str]) -> None:
@@ -236,6 +256,11 @@ class FamilyFolder:
     def factor(self) -> int:
         """Pixels per latent along one side."""
         return self._factors[1]
+
+    @property
+    def frame_rate(self) -> int:
+        """Frames a second of videos that the model draws."""
+        return self.backbone_class.frame_rate(self.network_config)
 
     @property
     def frame_factor(self) -> int:

@@ -333,7 +333,9 @@ class Pretrained(FamilyFolder):
         """Load text encoders and VAE; the VAE alone unless `text`."""
         backbone = self.backbone_class
         unused = () if text else backbone.encoders_type.text_encoders
-        left_out = dict.fromkeys([backbone.subfolder, *(name for name in unused if name in self.files.index)])
+        left_out = dict.fromkeys(
+            [backbone.subfolder, *backbone.other_experts, *(name for name in unused if name in self.files.index)]
+        )
         pipeline = self.pipeline(self.dtype(device), kept=True, **left_out)
         if self._absent:
             # In place of a missing encoder's text the pipeline puts zeros, and reads their width from its network.

@@ -369,7 +369,7 @@ def test_a_cache_streams_through_a_pipe(sd3: Pretrained, tmp_path: Path) -> None
     data = ShardData(url, batch_size=2, manifest=str(tmp_path / "cache"))
     data.check(sd3, schedule)
     assert data.stream is not None
-    batch = next(iter(data.stream.plan(1, 2, 0, 1, 1, 1, 3)))
+    batch = next(iter(data.stream.plan(1, 2, 0, 1, 1, 1, range(3))))
     same = indexed.source.collate([indexed.source[by_prompt[p], 1] for p in batch.prompts])  # type: ignore[index]
     assert batch.cached is not None and same.cached is not None
     assert torch.equal(batch.cached.conditioning.embeds, same.cached.conditioning.embeds)

@@ -104,6 +104,9 @@ def encoders() -> dict[str, int]:
         built["mistral"] = transformers.Mistral3ForConditionalGeneration(mistral)
         built["vae-flux2"] = diffusers.AutoencoderKLFlux2()
         built["vae-wan"], built["vae-sana"] = diffusers.AutoencoderKLWan(), diffusers.AutoencoderDC(**deep)
+        patches: dict[str, Any] = {"patch_size": 2, "in_channels": 12, "out_channels": 12, "z_dim": 48}
+        patches |= {"latents_mean": [0.0] * 48, "latents_std": [1.0] * 48, "is_residual": True}
+        built["vae-wan22"] = diffusers.AutoencoderKLWan(base_dim=160, decoder_base_dim=256, **patches)
     return {key: count(module) for key, module in built.items()}
 
 
@@ -113,6 +116,9 @@ PARTS = {
     "flux_dev": ("clip-l", "t5", "vae"),
     "sdxl": ("clip-l", "clip-g", "vae"),
     "wan21_1_3b": ("umt5", "vae-wan"),
+    "wan22_5b": ("umt5", "vae-wan22"),
+    "wan22_a14b_high": ("umt5", "vae-wan"),
+    "wan22_a14b_low": ("umt5", "vae-wan"),
     "sana_1600m": ("gemma", "vae-sana"),
     "qwen_image": ("qwen-vl", "vae-qwen"),
     "qwen_image_2512": ("qwen-vl", "vae-qwen"),
@@ -122,6 +128,9 @@ PARTS = {
     "flux2_klein_9b": ("qwen3-8b", "vae-flux2"),
     "flux2_dev": ("mistral", "vae-flux2"),
 }
+
+WHOLE = ("vae", "vae-wan", "vae-wan22", "vae-qwen", "vae-flux2")
+"""Those that are held in float32."""
 
 
 def test_parameters_and_layers(name: str, model: Pretrained) -> None:
@@ -144,7 +153,7 @@ def test_memory(name: str, model: Pretrained) -> None:
     network = model.meta_network
     base = 2 * (count(network) + sum(buffer.numel() for buffer in network.buffers()))
     adapter = 16 * sum(model.rank * (layer.in_features + layer.out_features) for layer in adapted(model))
-    beside = sum(encoders()[part] * (4 if part in ("vae", "vae-qwen", "vae-flux2") else 2) for part in PARTS[name])
+    beside = sum(encoders()[part] * (4 if part in WHOLE else 2) for part in PARTS[name])
     counted = [base, adapter, base + adapter, base + 2 * adapter, beside]
     assert table(TEXT_OF_DOC, "model | base")[name] == [f"{value / 1e9:.1f}" for value in counted]
     blocks = model.backbone_class(network).repeated_blocks
@@ -180,7 +189,9 @@ def test_work(name: str, model: Pretrained) -> None:
     texts = TEXT | {"sana_1600m": 300}
     text = backbone.random_conditioning(model.network_config, 1, texts[name]).to("meta")
     sigma, whole, early = torch.ones(1, device="meta"), 0.0, 0.0
-    sizes = composed(["folder=x", "name=y", f"model={name}"]).schedule.sizes
+    schedule = composed(["folder=x", "name=y", f"model={name}"]).schedule
+    covers = model.backbone_class.process.covers
+    sizes = [size for size, level in zip(schedule.sizes, schedule.sigmas, strict=True) if covers(level)]
     for size in sizes:
         size = (size, size) if isinstance(size, int) else tuple(size)
         x = torch.empty(1, model.channels, *size, device="meta")

@@ -22,6 +22,7 @@ from swd.types import Conditioning
 
 DOC = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
 PROMPT = dict.fromkeys(("wan21_1_3b", "sana_1600m", "qwen_image", "qwen_image_2512", "z_image", "chroma1"), 100)
+PROMPT |= {"wan22_5b": 100, "wan22_a14b_high": 100, "wan22_a14b_low": 100}
 """Tokens of a prompt, for families whose padding is not stored."""
 A100 = 312 * 0.4
 """TFLOP/s, as in docs/models.md."""

@@ -1,6 +1,6 @@
 """Costs of real models: text tokens, and TFLOP a sample by latent size.
 
-Those of the paper's models were counted on the released training code, Qwen-Image's on the diffusers class.
+Those of the paper's models were counted on the released training code, the others' on the diffusers classes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ TEXT = {
     "flux_dev": 512,
     "sdxl": 77,
     "wan21_1_3b": 512,
+    "wan22_5b": 512,
+    "wan22_a14b_high": 512,
+    "wan22_a14b_low": 512,
     "flux2_klein_4b": 512,
     "flux2_klein_9b": 512,
     "flux2_dev": 512,
@@ -39,5 +42,24 @@ TFLOP: dict[str, dict[Any, str]] = {
         (21, 60, 104): "283.00",
     },
     "qwen_image": dict(zip(SIDES[2:], ("16.7", "25.7", "37.4", "70.6"), strict=True)),
+    "wan22_5b": {
+        (4, 22, 40): "8.70",
+        (8, 28, 50): "28.34",
+        (16, 34, 60): "97.55",
+        (9, 14, 26): "8.12",
+        (16, 22, 40): "36.40",
+        (24, 30, 54): "121.68",
+        (31, 44, 80): "517.01",
+    },
 }
+A14B: dict[Any, str] = {
+    (6, 30, 52): "63.61",
+    (11, 36, 64): "189.23",
+    (16, 44, 78): "490.56",
+    (6, 20, 34): "27.86",
+    (11, 30, 52): "121.64",
+    (16, 40, 70): "377.43",
+    (21, 60, 104): "1678.37",
+}
+TFLOP |= {"wan22_a14b_high": A14B, "wan22_a14b_low": A14B}
 TFLOP["qwen_image_2512"] = TFLOP["qwen_image"]

@@ -180,7 +180,7 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {
     "Wan I2V": ("wan", INDEX, {"_class_name": "WanImageToVideoPipeline"}, ["WanImageToVideoPipeline"]),
     "Wan I2V network": ("wan", "transformer/config.json", {"in_channels": 36}, ["36 channels", "makes 16"]),
     "Wan2.2": ("wan", INDEX, {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, ["transformer_2"]),
-    "Wan2.2 5B": ("wan", INDEX, {"expand_timesteps": True}, ["expand_timesteps"]),
+    "Wan2.2 without its second expert": ("wan", INDEX, {"boundary_ratio": 0.875}, ["boundary_ratio"]),
     "SANA Sprint": ("sana", INDEX, {"_class_name": "SanaSprintPipeline"}, ["SanaSprintPipeline"]),
     "Qwen-Image-Edit": ("qwen_image", INDEX, {"_class_name": "QwenImageEditPipeline"}, ["QwenImageEditPipeline"]),
     "Qwen-Image-Edit-2511": ("qwen_image", "transformer/config.json", {"zero_cond_t": True}, ["zero_cond_t"]),

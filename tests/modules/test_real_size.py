@@ -30,6 +30,8 @@ MODELS = (
     "flux2_dev",
     "z_image",
     "chroma1",
+    "wan22_5b",
+    "wan22_a14b_low",
 )
 
 PARAMETERS = {
@@ -38,6 +40,8 @@ PARAMETERS = {
     "flux_dev": 11_901_408_320,
     "sdxl": 2_567_463_684,
     "wan21_1_3b": 1_418_996_800,
+    "wan22_5b": 4_999_787_712,
+    "wan22_a14b_low": 14_288_491_584,
     "qwen_image": 20_430_401_088,
     "flux2_klein_4b": 3_875_544_576,
     "flux2_klein_9b": 9_078_581_248,
@@ -84,7 +88,11 @@ WIDTH = {
     "flux2_dev": 6144,
     "z_image": 3840,
     "chroma1": 3072,
+    "wan22_5b": 3072,
+    "wan22_a14b_low": 5120,
 }
+BLOCKS |= {"wan22_5b": 30, "wan22_a14b_low": 40}
+LORA_LAYERS |= {"wan22_5b": 300, "wan22_a14b_low": 400}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -126,7 +134,7 @@ def test_repeated_blocks_hold_nearly_all_weights(name: str, model: Pretrained, n
 def test_lora_layers_and_their_rank(name: str, lora: dict[str, torch.Tensor]) -> None:
     a = [p for key, p in lora.items() if ".lora_A.student." in key]
     assert len(a) == LORA_LAYERS[name]
-    assert {p.shape[0] for p in a} == {128 if name in ("flux_dev", "wan21_1_3b", "chroma1") else 64}
+    assert {p.shape[0] for p in a} == {128 if name in ("flux_dev", "chroma1") or name.startswith("wan") else 64}
 
 
 def check_cost(name: str, model: Pretrained, size: Any) -> None:
@@ -158,7 +166,8 @@ def test_features_at_the_chosen_block(name: str, model: Pretrained, network: Any
     x = torch.empty(2, model.channels, *size, device="meta")
     with torch.no_grad(), torch.device("meta"):
         feature = backbone.features(x, torch.ones(2, device="meta"), text, model.feature_blocks)[0]
-    tokens = {"sdxl": 32 * 32, "wan21_1_3b": 21 * 30 * 52}.get(name, 64 * 64)
+    tokens = {"sdxl": 32 * 32, "wan21_1_3b": 21 * 30 * 52, "wan22_5b": 31 * 22 * 40}
+    tokens = (tokens | {"wan22_a14b_low": 21 * 30 * 52}).get(name, 64 * 64)
     width = WIDTH[name]
     assert tuple(feature.shape) == (2, tokens, width) and model.limits.width == width
 

@@ -130,6 +130,10 @@ class Backbone(nn.Module, ABC):
             with a scale-wise scheduler it is called with those of the first size.
         unknown_settings: settings of `model_index.json`, or of the network's configuration, that mark variants which
             this backbone does not support.
+        known_settings: settings of `model_index.json` that must have these values.
+        lora_arguments: arguments of the pipeline's `load_lora_weights` for this network, beside the weights.
+        other_experts: denoising networks of the pipeline, of the same class, that take other noise levels: the family
+            of each by its name in the pipeline. `process` says which levels this one takes.
         trains_from_scratch: whether `initialise` has weights for `task.from_scratch`.
         targets: linear layers that get LoRA unless a configuration names others.
         comfyui: whether ComfyUI supports this family and loads its LoRA under the names of `comfy_key`.
@@ -149,6 +153,9 @@ class Backbone(nn.Module, ABC):
     float_latents: ClassVar[bool] = False
     called_with_first_size: ClassVar[bool] = False
     unknown_settings: ClassVar[tuple[str, ...]] = ()
+    known_settings: ClassVar[Mapping[str, Any]] = {}
+    lora_arguments: ClassVar[Mapping[str, Any]] = {}
+    other_experts: ClassVar[Mapping[str, str]] = {}
     trains_from_scratch: ClassVar[bool] = False
     targets: ClassVar[tuple[str, ...]] = TARGETS
     comfyui: ClassVar[bool] = False
@@ -167,6 +174,11 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def limits_of(config: dict[str, Any]) -> NetworkLimits:
         """Limits from the network's `config.json`, before any weight is loaded."""
+
+    @staticmethod
+    def frame_rate(config: dict[str, Any]) -> int:
+        """Frames a second of the videos that a network of this `config.json` draws; 16, of Wan2.1, by default."""
+        return 16
 
     @staticmethod
     @abstractmethod
@@ -252,6 +264,11 @@ class Backbone(nn.Module, ABC):
             encoders: of the pipeline, for families whose pipeline returns the VAE's own latents.
         """
         return cls.from_pipeline(latents, size)
+
+    @classmethod
+    def lora_prefix(cls) -> str:
+        """What LoRA keys of this network begin with in files for the stock pipeline: its name there, in most."""
+        return cls.subfolder
 
     @staticmethod
     def comfy_key(module: str) -> str:
