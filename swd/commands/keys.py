@@ -135,6 +135,21 @@ ENCODE: dict[str, Any] = MODEL | {
     "limit": int | None,
     "max_bad": float,
 }
+PLAN: dict[str, Any] = MODEL | {
+    "task": GROUP,
+    "loss": GROUP,
+    "recipe": RECIPE,
+    "seed": int,
+    "gpu": str,
+    "n_gpus": int,
+    "divided": bool,
+    "peak": float | None,
+    "utilisation": float,
+    "spare": float,
+    "batch_size": int,
+    "samples": int,
+    "precision": Literal["fp32", "bf16", "int8"],
+}
 DASHBOARD: dict[str, Any] = {"project": str, "entity": str | None, "title": str, "output": str, "to": str}
 DEMO: dict[str, Any] = TRAIN | {
     "judge": str,
@@ -176,6 +191,7 @@ ROOTS: Mapping[str, Mapping[str, Any]] = {
     "generate": GENERATE,
     "import": IMPORT,
     "encode": ENCODE,
+    "plan": PLAN,
     "dashboard": DASHBOARD,
     "demo": DEMO,
     "report": REPORT,

@@ -122,7 +122,7 @@ class EncodedPairs(PairData):
 
         due = DueBatches(self.encoded, self.batch_size, plan.start, plan.total, self.seed, plan.rank, plan.world)
         due.per_iteration = plan.per_iteration
-        due.steps = len(self._task.schedule)
+        due.steps = self._task.steps
         return ThreadedLoader(read, due, workers=0)
 
     @property
