@@ -107,6 +107,7 @@ def stock(name: str, folder: Path, rows: range, **more: Any) -> list[Any]:
         "wan": {"guidance_scale": 5.0, "max_sequence_length": 24, "num_frames": 9},
         "z_image": {"guidance_scale": 4.0, "max_sequence_length": 24},
         "chroma": {"guidance_scale": 3.0, "max_sequence_length": 24},
+        "qwen_image": {"true_cfg_scale": 4.0, "max_sequence_length": 24, "negative_prompt": [" "] * len(rows)},
         "sana": {
             "guidance_scale": 4.5,
             "max_sequence_length": 24,
@@ -193,6 +194,7 @@ DRAWN_AT = {
     "sana_1600m": 4.5,
     "z_image": 5.0,
     "chroma1": 3.0,
+    "qwen_image": 4.0,
 }
 
 

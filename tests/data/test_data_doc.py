@@ -21,7 +21,7 @@ from swd.schedule import ScaleSchedule
 from swd.types import Conditioning
 
 DOC = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
-PROMPT = {"wan21_1_3b": 100, "sana_1600m": 100, "z_image": 100, "chroma1": 100}
+PROMPT = dict.fromkeys(("wan21_1_3b", "sana_1600m", "qwen_image", "qwen_image_2512", "z_image", "chroma1"), 100)
 """Tokens of a prompt, for families whose padding is not stored."""
 A100 = 312 * 0.4
 """TFLOP/s, as in docs/models.md."""
@@ -29,6 +29,9 @@ VAE = dict(zip((32, 48, 64, 80, 96, 128), (0.27, 0.62, 1.12, 1.78, 2.61, 4.88), 
 T5, CLIP, DECODE = 4.84, 0.1, 10.47
 ENCODERS = {"sdxl": CLIP, "wan21_1_3b": T5, "chroma1": T5, "z_image": 3.87}
 """TFLOP of a prompt; that of T5 and CLIP elsewhere. Qwen3 4B takes 512 tokens of 2 FLOP a weight, and attention."""
+# Qwen2.5-VL's language model with its head at 128 + 34 tokens, and the VAE of Qwen-Image, by the same count.
+QWEN, QWEN_DECODE = 2.30, 11.68
+QWEN_VAE = dict(zip((64, 80, 96, 128), (1.77, 2.79, 4.06, 7.39), strict=True))
 
 
 @pytest.fixture(params=skeletons.MODELS)
@@ -81,13 +84,16 @@ def test_hours(name: str, model: Pretrained) -> None:
     cost = float(TFLOP[name][max(TFLOP[name])])
     text = ENCODERS.get(name, T5 + CLIP)
     decode = 0 if model.backbone_class.video else DECODE
+    vae = VAE
+    if model.family == "qwen_image":
+        text, decode, vae = QWEN, QWEN_DECODE, QWEN_VAE
     assert float(draw.replace(",", "")) == pytest.approx(
         1e5 * (model.teacher_steps * passes * cost + decode + text) / A100 / 3600, rel=0.01
     )
     if model.backbone_class.video:
         assert code == "-"
     else:
-        assert float(code) == pytest.approx(1e5 * (sum(VAE[s] for s in sides) + text) / A100 / 3600, abs=0.06)
+        assert float(code) == pytest.approx(1e5 * (sum(vae[s] for s in sides) + text) / A100 / 3600, abs=0.06)
 
 
 def commands() -> list[str]:

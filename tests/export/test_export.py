@@ -182,6 +182,7 @@ def test_comfyui_is_promised_where_it_has_the_family(tmp_path: Path) -> None:
         "sana": None,
         "chroma": "pytorch_lora_weights.safetensors` for ComfyUI",
         "z_image": "pytorch_lora_weights.safetensors` for ComfyUI",
+        "qwen_image": "pytorch_lora_weights.safetensors` for ComfyUI",
     }.items():
         model = families.pretrained(name, families.save(name, tmp_path / name))
         state = model.networks(("student",)).adapter_state("student")  # type: ignore[attr-defined]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import qwen_image
 import torch
 from diffusers import (
     AutoencoderDC,
@@ -46,7 +47,7 @@ from swd.schedule import ScaleSchedule
 from swd.shapes.pipeline import TEXT_TOKENS, build_clip_tokenizer, build_t5_tokenizer
 
 Model = TypeVar("Model", bound=Pretrained)
-FAMILIES = ("sd3", "sd35_medium", "flux", "sdxl", "wan", "sana", "z_image", "chroma")
+FAMILIES = ("sd3", "sd35_medium", "flux", "sdxl", "wan", "sana", "qwen_image", "z_image", "chroma")
 FAMILY = {name: name for name in FAMILIES} | {"sd35_medium": "sd3"}
 """`sd3` is as SD3.5 Large, `sd35_medium` has dual attention."""
 SIZES: dict[str, list[Any]] = {
@@ -58,9 +59,10 @@ SIZES: dict[str, list[Any]] = {
     "sana": [4, 6, 8],
     "z_image": [4, 6, 8],
     "chroma": [4, 6, 8],
+    "qwen_image": [4, 6, 8],
 }
 NON_SQUARE = dict.fromkeys(FAMILIES, (8, 12)) | {"wan": (3, 8, 12)}
-CHANNELS = dict.fromkeys(FAMILIES, 4) | {"wan": 16}
+CHANNELS = dict.fromkeys(FAMILIES, 4) | {"wan": 16, "qwen_image": 16}
 SIGMAS = [1.0, 0.8, 0.6]
 
 
@@ -266,6 +268,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "sdxl": sdxl,
     "wan": wan,
     "sana": sana,
+    "qwen_image": qwen_image.build,
     "z_image": z_image,
     "chroma": chroma,
 }

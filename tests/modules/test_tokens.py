@@ -33,10 +33,11 @@ LENGTH = {
     "sdxl": 6 * 7 + 5 + 2,
     "wan": 6 * 7 + 5 + 1,
     "sana": 6 * 7 + 5 + 1,
+    "qwen_image": 6 * 7 + 5 + 5,  # with the end of the chat
     "z_image": 6 * 7 + 5 + 3,
     "chroma": 6 * 7 + 5 + 1,
 }
-AROUND = dict.fromkeys(families.FAMILIES, 1) | {"sdxl": 2, "z_image": 3}
+AROUND = dict.fromkeys(families.FAMILIES, 1) | {"sdxl": 2, "qwen_image": 5, "z_image": 3}
 """Special tokens that the text has room beside."""
 
 
@@ -68,7 +69,7 @@ def test_what_is_beyond_the_limit_changes_nothing_and_what_is_within_does(saved:
     """The limit is where the stock encoders stop to see."""
     model = families.pretrained(name, saved(name))
     encoders = model.encoders()
-    words = (LONG.split() * 2)[: 24 - (2 if name == "sdxl" else 1)]
+    words = (LONG.split() * 2)[: 24 - AROUND[name]]
     whole, beyond, within = " ".join(words), " ".join([*words, "star"]), " ".join([*words[:-1], "heart"])
     a, b, c = (encoders.encode_prompts([text]).embeds for text in (whole, beyond, within))
     assert (a - b).abs().max() == 0 and (a - c).abs().max() > 0
