@@ -202,7 +202,6 @@ DRAWN_AT = {
     "flux2_klein_4b": 4.0,
     "z_image": 5.0,
     "chroma1": 3.0,
-    "qwen_image": 4.0,
 }
 
 
