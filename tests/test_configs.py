@@ -351,6 +351,10 @@ def test_every_model_goes_with_every_task(model: str, task: str, tmp_path: Path,
         given.append(f"data.dataset.path={captioned}")
     cfg = composed(given)
     check(cfg, train.ROOT)
+    if task == "flow" and model.startswith("wan22_a14b"):
+        with pytest.raises(UserError, match="is one of several experts"):
+            train.prepare(cfg)
+        return
     built, data = train.prepare(cfg)
     assert type(built).__name__ == cfg.task._target_.rpartition(".")[2]
     assert data.batch_size == cfg.data.batch_size and cfg.trainer.max_steps == cfg.recipe.iterations
@@ -383,7 +387,7 @@ def test_a_recipe_gives_way_to_the_command_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("option", options("data"))
 def test_every_data_set_instantiates(option: str, tmp_path: Path, captioned: Path) -> None:
     cfg = composed(arguments(tmp_path, data=option))
-    if option in ("images", "videos"):
+    if option in ("images", "videos", "videos_720p"):
         cfg.data.dataset.path = str(captioned)
     if option == "webdataset":
         cfg.data.path = str(make_pictures(tmp_path / "shards", 2))
