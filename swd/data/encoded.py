@@ -82,6 +82,7 @@ class EncodedPairs(PairData):
         encoded: how many of its pictures are used. The default is ours: in the demo's 150 iterations each is used seven
             times.
         batch_size: over all processes.
+        workers: threads that put batches together ahead; 0 does so when one is asked for, which takes a millisecond.
         seed: of the order.
 
     Raises:
@@ -90,8 +91,10 @@ class EncodedPairs(PairData):
 
     is_cache: ClassVar[bool] = True
 
-    def __init__(self, dataset: Dataset[Any], encoded: int = 1024, batch_size: int = 16, seed: int = 0) -> None:
-        super().__init__(dataset, batch_size, seed=seed)
+    def __init__(
+        self, dataset: Dataset[Any], encoded: int = 1024, batch_size: int = 16, workers: int = 0, seed: int = 0
+    ) -> None:
+        super().__init__(dataset, batch_size, workers, seed)
         have = len(cast(Any, dataset))
         if not 1 <= encoded <= have:
             raise UserError(f"data.encoded={encoded}; use a number from 1 to {have}, the pictures of the data set")
@@ -123,7 +126,7 @@ class EncodedPairs(PairData):
         due = DueBatches(self.encoded, self.batch_size, plan.start, plan.total, self.seed, plan.rank, plan.world)
         due.per_iteration = plan.per_iteration
         due.steps = self._task.steps
-        return ThreadedLoader(read, due, workers=0)
+        return ThreadedLoader(read, due, self.workers)
 
     @property
     def _task(self) -> Distiller:
