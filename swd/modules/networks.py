@@ -36,7 +36,7 @@ class Networks(nn.Module, ABC):
     def __init__(self, backbone: Backbone, roles: Sequence[Role]) -> None:
         super().__init__()
         self.backbone = backbone.requires_grad_(False)
-        rms_norm.install(backbone.network)
+        rms_norm.install_norms(backbone.network)
         self.process = backbone.process
         self.roles = tuple(roles)
         self.played = PlayedRole()

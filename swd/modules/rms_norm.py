@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 
 class FrozenRMSNorm(RMSNorm):
-    """Diffusers' RMS norm, whose values it gives bit for bit; `install` makes these of diffusers' own.
+    """Diffusers' RMS norm, whose values it gives bit for bit; `install_norms` makes these of diffusers' own.
 
     A weight that is trained, none, or a bias go through diffusers' own forward pass.
     """
@@ -27,7 +27,7 @@ class FrozenRMSNorm(RMSNorm):
         return _product(hidden_states, weight, self.eps)[0]
 
 
-def install(network: nn.Module) -> None:
+def install_norms(network: nn.Module) -> None:
     """Turn diffusers' RMS norms in a network into `FrozenRMSNorm`, in place."""
     for module in network.modules():
         if type(module) is RMSNorm:

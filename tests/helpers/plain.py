@@ -30,7 +30,7 @@ def go_the_plain_way(monkeypatch: pytest.MonkeyPatch, norms: bool = True) -> Non
     """Switch every saving off; `norms`: that of the norms too, which diffusers computes in float32 at most."""
     monkeypatch.setattr(RoleLinear, "_is_plain", lambda layer, role: False)
     if norms:
-        monkeypatch.setattr(rms_norm, "install", lambda network: None)
+        monkeypatch.setattr(rms_norm, "install_norms", lambda network: None)
     monkeypatch.setattr(Step, "_joins", lambda step: False)
     monkeypatch.setattr(distiller, "with_predictions", one_by_one)
     monkeypatch.setattr(distiller, "FUSED", ())

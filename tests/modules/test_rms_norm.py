@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.testing import assert_close
 
-from swd.modules.rms_norm import FrozenRMSNorm, install
+from swd.modules.rms_norm import FrozenRMSNorm, install_norms
 
 
 def norms(kind: torch.dtype = torch.float32, frozen: bool = True, **options: Any) -> tuple[nn.Module, nn.Module]:
@@ -21,7 +21,7 @@ def norms(kind: torch.dtype = torch.float32, frozen: bool = True, **options: Any
     for norm in (theirs, ours):
         for parameter in norm.parameters():
             parameter.data.copy_(torch.randn(8, generator=torch.Generator().manual_seed(1)))
-    install(ours)
+    install_norms(ours)
     assert type(ours) is FrozenRMSNorm and type(theirs) is RMSNorm
     return theirs, ours
 
