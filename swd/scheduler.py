@@ -9,7 +9,8 @@ This file stands alone: it needs torch and diffusers only, so that an exported m
 
 Without `latents`, a pipeline draws the noise itself: call it with `height` and `width` (Wan: `num_frames` too) of the
 *first* size; the picture comes out at the last one. SANA then needs `use_resolution_binning=False` as well, and SDXL
-`original_size` and `target_size` of the last size, an input of its network at every step. FLUX needs `latents`.
+`original_size` and `target_size` of the last size, an input of its network at every step. FLUX and Qwen-Image need
+`latents`.
 """
 
 from __future__ import annotations
@@ -495,7 +496,10 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         """
         pipe.scheduler = self
         network: Any = getattr(pipe, "transformer", None)
-        refresh = {"FluxTransformer2DModel": self._refresh_ids}
+        refresh = {
+            "FluxTransformer2DModel": self._refresh_ids,
+            "QwenImageTransformer2DModel": self._refresh_shapes,
+        }
         for name in _class_names(network):
             if name in refresh:
                 for handle in getattr(network, "_scale_wise_hooks", []):
@@ -509,13 +513,31 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
             return args, kwargs
         ids = kwargs["img_ids"]
         if self._step_index == 0:
-            self._start_from_ids(kwargs["hidden_states"], ids)
+            final = tuple(2 * (int(ids[..., axis].max()) + 1) for axis in (1, 2))
+            self._start_from_tokens(kwargs["hidden_states"], final)
         size = self._token_size(kwargs["hidden_states"])
         return args, kwargs | {"img_ids": position_ids(size, ids.device, ids.dtype)}
 
-    def _start_from_ids(self, tokens: Tensor, ids: Tensor) -> None:
-        """Set the sizes of a FLUX call. It ends at its `height` and `width`, for which the pipeline made its ids."""
-        final = tuple(2 * (int(ids[..., axis].max()) + 1) for axis in (1, 2))
+    def _refresh_shapes(
+        self, network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Give Qwen-Image's transformer the numbers of rows and columns of the current step's size."""
+        if not self._in_call:
+            return args, kwargs
+        tokens = kwargs["hidden_states"]
+        shapes = kwargs["img_shapes"]
+        if self._step_index == 0:
+            self._start_from_tokens(tokens, tuple(2 * side for side in shapes[0][0][1:]))
+        height, width = self._token_size(tokens)
+        return args, kwargs | {"img_shapes": [[(1, height // 2, width // 2)]] * len(shapes)}
+
+    def _start_from_tokens(self, tokens: Tensor, final: tuple[int, ...]) -> None:
+        """Set the sizes of a call with tokens. It ends at its `height` and `width`.
+
+        Args:
+            tokens: the first ones, `[B, L, 4 C]`.
+            final: latent size of that height and width, of which the pipeline told its network.
+        """
         self.sizes = self.sizes_ending_at(final)
         self._started = True
         first = self.sizes[0]

@@ -76,6 +76,14 @@ class Conditioning:
         """Move or cast every tensor, as `Tensor.to` does."""
         return self.map(lambda tensor: tensor.to(*args))
 
+    def unpadded(self) -> Conditioning:
+        """A single row without the tokens at its end that are masked and zero: padding to others' length."""
+        if self.mask is None:
+            return self
+        kept = ((self.mask[0] != 0) | self.embeds[0].any(1)).nonzero()
+        length = int(kept.max()) + 1 if len(kept) else 1
+        return replace(self, embeds=self.embeds[:, :length], mask=self.mask[:, :length])
+
     def expand(self, batch: int) -> Conditioning:
         """Repeat a single row (the empty prompt) to `batch` rows without copying memory."""
         return self.map(lambda tensor: tensor.expand(batch, *tensor.shape[1:]))

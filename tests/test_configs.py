@@ -48,6 +48,8 @@ SCHEDULES = {
     "sdxl": ("sdxl_4step", "sdxl_full_4step", "sdxl_full_2step"),
     "wan21_1_3b": ("wan_4step", "full_4step", "full_2step"),
     "sana_1600m": ("sana_4step", "full_4step", "full_2step"),
+    "qwen_image": ONE_MEGAPIXEL,
+    "qwen_image_2512": ONE_MEGAPIXEL,
 }
 DATA = {"shapes": ("shapes",), "wan21_1_3b": ("videos",)}
 TERMS = {"dmd": DMD, "mmd": MMD, "gan": GAN}
@@ -169,7 +171,7 @@ def test_defaults_of_a_model_are_those_of_the_released_scripts(model: str, tmp_p
     cfg = composed(arguments(tmp_path, model=model))
     assert set(cfg.loss) == ({"mmd"} if model in ("sdxl", "wan21_1_3b") else {"dmd", "mmd", "gan"})
     assert len(cfg.schedule.sigmas) == (6 if model == "sd35_medium" else 4)
-    if model in ("shapes", "sana_1600m"):
+    if model in ("shapes", "sana_1600m", "qwen_image", "qwen_image_2512"):
         return
     assert cfg.task.lr == 5e-6 and cfg.task.checkpointing
     assert cfg.trainer.max_steps == (4000 if model == "sd35_large" else 3000)
@@ -185,6 +187,8 @@ GUIDANCE = {  # in DMD, when drawing, and as the network is fed it
     "sdxl": (7.5, 7.5, None),
     "wan21_1_3b": (5.0, 5.0, None),
     "sana_1600m": (4.5, 4.5, None),
+    "qwen_image": (4.0, 4.0, None),
+    "qwen_image_2512": (4.0, 4.0, None),
 }
 
 

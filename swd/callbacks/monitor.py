@@ -203,7 +203,7 @@ class Probe:
         guided = teacher
         if guidance != 1.0:
             without = networks.x0("teacher", x_t, sigma, self._empty())[0]
-            guided = without + guidance * (teacher - without)
+            guided = networks.backbone.guide(teacher, without, guidance, x_t)
             parts = matching_and_guidance(teacher, without, fake, guidance)
             self._add("matching_over_guidance", (rms(parts[0]) / rms(parts[1]).clamp(min=1e-12)).mean())
         direction = dmd_direction(x0_hat, guided, fake)

@@ -221,4 +221,5 @@ def fill(folder: Path, task: Distiller, weights: Weights) -> None:
         task.scheduler(),
         base=model.name,
         part=model.backbone_class.subfolder,
+        baked=[adapter.baked for adapter in model.adapters],
     )

@@ -11,6 +11,7 @@ import os
 import re
 import string
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -361,9 +362,23 @@ def message_for_user(error: BaseException, where: str | None = None) -> str | No
             a for a in sys.argv[1:] if re.fullmatch(r"\+*(\w+)=([\d.+-]+|true|false|null|.*null.*|\{.*\})", a, re.I)
         ]
         return f"{' '.join(wrong) or 'an argument'}: options of a group are names, as in loss=mmd; see --help"
+    if (argument := _unapplied(error)) is not None:
+        return f"{argument} cannot be used here ({one_line(error)}); a list is set as a whole, as in [A, B]"
     if isinstance(error, HydraException | OmegaConfBaseException | YAMLError):
         reason = "" if error.__cause__ is None else f" ({one_line(error.__cause__)})"
         return _hydra_message(unresolved(error), reason)
+    return None
+
+
+def _unapplied(error: BaseException) -> str | None:
+    """The argument that Hydra was putting into the configuration when an error arose that is none of Hydra's own."""
+    from hydra.errors import HydraException
+
+    if isinstance(error, HydraException):
+        return None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "_apply_overrides_to_config":
+            return getattr(frame.f_locals.get("override"), "input_line", None)
     return None
 
 

@@ -417,7 +417,7 @@ class Encoder:
     def _encode_text(self, prompts: list[str], bucket: int) -> list[Any]:
         """Conditioning of each prompt, one row each, on the CPU."""
         together = self.encoders.encode_prompts(prompts, self.plan.schedules[bucket].sizes[-1]).to("cpu")
-        return [together.rows(slice(i, i + 1)) for i in range(len(prompts))]
+        return [together.rows(slice(i, i + 1)).unpadded() for i in range(len(prompts))]
 
     def _latents(
         self, rows: range, sums: dict[str, list[float]], advance: Callable[[int], object]

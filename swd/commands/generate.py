@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -63,6 +63,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "pillow")
 LATER = ("vae_precision", "negative_prompt")
 """Arguments of models that manifests of earlier versions do not have; null is left out, so that their jobs go on."""
 NOT_DRAWN_WITH = {"_target_", "path", "tuning", "rank", "alpha", "targets", "feature_blocks", "init_adapter"} | {
+    "adapters",
     "quantization",
     "precision",
     "size",
@@ -224,7 +225,7 @@ def settings_of(cfg: DictConfig, model: Pretrained, requests: Requests, size: Si
     config = {key: value for key, value in to_plain(cfg.model).items() if key not in NOT_DRAWN_WITH}
     config = {key: value for key, value in config.items() if key not in LATER or value is not None}
     return {
-        "model": {"name": model.name, "fingerprint": whole_fingerprint(model), **config},
+        "model": {"name": model.name, "fingerprint": whole_fingerprint(model), **config} | adapters_of(model),
         "steps": model.teacher_steps,
         "guidance_scale": model.drawing_guidance_scale,
         "embedded_guidance": model.embedded_guidance,
@@ -234,6 +235,11 @@ def settings_of(cfg: DictConfig, model: Pretrained, requests: Requests, size: Si
         "prompts": {"sha256": requests.hash()},
         "versions": {"swd": __version__} | {name: version(name) for name in PACKAGES},
     }
+
+
+def adapters_of(model: Pretrained) -> dict[str, Any]:
+    """Entry of the manifest about what was added to the teacher; empty if nothing was."""
+    return {"adapters": [asdict(adapter.baked) for adapter in model.adapters]} if model.adapters else {}
 
 
 def refiner_settings(cfg: DictConfig, refiner: Pretrained | None) -> dict[str, Any]:

@@ -390,6 +390,7 @@ def build_task_and_data(cfg: DictConfig) -> tuple[LightningModule, Any]:
 
     # Task and data, with the trainer's options.
     task: LightningModule = build_group(cfg, "task")
+    record_adapters(cfg, task)
     data = build_group(cfg, "data")
     options = trainer_options(cfg)
     check_trainer(options, task)
@@ -599,6 +600,13 @@ def command_line() -> str:
     program = "swd" if program in ("__main__.py", "cli.py") else program  # python -m swd
     command = [os.environ["SWD_COMMAND"]] if "SWD_COMMAND" in os.environ else []  # of the installed `swd`
     return mask_text(" ".join([program, *command, *sys.argv[1:]]))
+
+
+def record_adapters(cfg: DictConfig, task: Any) -> None:
+    """Put the hashes of the adapters of the base into the configuration, which resuming and sampling compare."""
+    adapters = getattr(getattr(task, "model", None), "adapters", ())
+    if adapters:
+        OmegaConf.update(cfg, "model.adapters", [adapter.record for adapter in adapters], force_add=True)
 
 
 def record(cfg: DictConfig, folder: Path, checkpoint: str | None, loggers: Sequence[Logger] = ()) -> None:

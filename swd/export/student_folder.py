@@ -303,9 +303,12 @@ class AdapterContent:
         if model.backbone_class.comfyui:
             self.files += f", `{COMFY_WEIGHTS if self._renamed() else DIFFUSERS_WEIGHTS}` for ComfyUI"
         self.classes = model.backbone_class.pipeline_type
-        self.loading = (
-            f'pipe = {self.classes}.from_pretrained({base_arguments(model)}, torch_dtype=torch.bfloat16).to("cuda")\n'
-            f'pipe.load_lora_weights("FOLDER", weight_name="{DIFFUSERS_WEIGHTS}")'
+        self.loading = "\n".join(
+            [
+                f'pipe = {self.classes}.from_pretrained({base_arguments(model)}, torch_dtype=torch.bfloat16).to("cuda")',
+                *adding(model),
+                f'pipe.load_lora_weights("FOLDER", weight_name="{DIFFUSERS_WEIGHTS}")',
+            ]
         )
 
     def _renamed(self) -> dict[str, Tensor]:
@@ -316,7 +319,9 @@ class AdapterContent:
         return comfy if set(comfy) != {f"{backbone.subfolder}.{key}" for key in state} else {}
 
     def write(self, folder: Path) -> None:
-        write_layouts(folder, self.adapter.state, self.model.name, self.model.backbone_class.subfolder)
+        model = self.model
+        baked = [adapter.baked for adapter in model.adapters]
+        write_layouts(folder, self.adapter.state, model.name, model.backbone_class.subfolder, baked)
         renamed = self._renamed()
         if renamed:
             save_file(renamed, folder / COMFY_WEIGHTS)
@@ -379,6 +384,33 @@ def base_arguments(model: Pretrained) -> str:
     return f'"{base}"' + (f', revision="{model.revision}"' if model.revision and is_hub_id(model.path) else "")
 
 
+def adding(model: Pretrained) -> list[str]:
+    """Lines that add to the pipeline's network what was added to the base before the student was trained."""
+    lines = []
+    for number, adapter in enumerate(model.adapters, 1):
+        path = adapter.path if is_hub_id(adapter.path) else f"ADAPTER_{number}"
+        lines += [
+            f'pipe.load_lora_weights("{path}")',
+            f"pipe.fuse_lora(lora_scale={adapter.weight:g})",
+            "pipe.unload_lora_weights()",
+        ]
+    return lines
+
+
+def about_adapters(model: Pretrained) -> str:
+    """Paragraph of the card about them; empty if nothing was added."""
+    if not model.adapters:
+        return ""
+    entries = "; ".join(
+        f"`ADAPTER_{number}` is `{entry.name}` at weight {entry.weight:g} (hash {entry.hash})"
+        for number, entry in enumerate((adapter.baked for adapter in model.adapters), 1)
+    )
+    return (
+        "The student was trained on that base with adapters added to it, and belongs on top of these: "
+        f"{entries}. ComfyUI takes each with a LoRA loader at its weight, beside this one at 1.\n\n"
+    )
+
+
 def placeholders(model: Pretrained) -> str:
     """Explanation of the words in capitals in the snippet."""
     text = "`FOLDER` is this folder"
@@ -423,6 +455,7 @@ def card(content: Content, model: Pretrained, schedule: ScaleWiseScheduler) -> s
         "([Scale-wise Distillation](https://arxiv.org/abs/2503.16397)).\n\n"
         f"```python\n{snippet}```\n\n"
         f"{placeholders(model)}\n\n"
+        f"{about_adapters(model)}"
         f"Files: {content.files}, `{SCHEDULER_CONFIG}` and `{SCHEDULER_FILE}` for the sampler.\n\n"
         f"Exported by swd {__version__}.\n"
     )

@@ -94,6 +94,12 @@ class FamilyFolder:
                     f"model.path={self.path} has {name}, which model.family={self.family} does not know; give a "
                     f"{backbone.pipeline_type} of {part}, vae and scheduler alone"
                 )
+        for name in backbone.unknown_settings:
+            if self.network_config.get(name):
+                raise UserError(
+                    f"model.path={self.path}: its {part} has {name}, which model.family={self.family} does not know; "
+                    f"give a {backbone.pipeline_type} for text alone as input"
+                )
 
     def check_parts(self, absent: set[str]) -> None:
         """Raise UserError if a part is absent that the family needs, or a tokenizer whose text encoder is there."""

@@ -121,7 +121,7 @@ class Networks(nn.Module, ABC):
     def guided_x0(
         self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning, empty: Conditioning, guidance: float
     ) -> Tensor:
-        """The teacher's clean prediction with classifier-free guidance: `empty + guidance * (text - empty)`.
+        """The teacher's clean prediction with classifier-free guidance, as `Backbone.guide` combines the two passes.
 
         It equals what the stock pipeline predicts at this level, given the same scale and the family's own `empty`.
 
@@ -137,7 +137,7 @@ class Networks(nn.Module, ABC):
         both = Conditioning.cat([conditioning, empty.expand(len(x_t))])
         x0 = self.x0("teacher", torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both)[0]
         text, unconditional = x0.chunk(2)
-        return unconditional + guidance * (text - unconditional)
+        return self.backbone.guide(text, unconditional, guidance, x_t)
 
 
 class SharedBase(Networks):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from swd.io import limits
 from swd.modules import hub
 from swd.modules.backbones import load_family
 from swd.modules.backbones.base import Backbone
+from swd.modules.base_adapters import bake, read_entries
 from swd.modules.encoders import Encoders
 from swd.modules.family_folder import FamilyFolder
 from swd.modules.guidance import guidance_scales
@@ -63,6 +64,9 @@ class Pretrained(FamilyFolder):
         init_adapter: folder of an adapter to start the student from: a run, an export, or a published PEFT folder.
         negative_prompt: what the teacher is guided away from when it draws; None: the empty prompt. The pipeline's own
             example for Wan has a long one; which the paper's pictures and videos were drawn with is not published.
+        adapters: LoRAs that are added to the base's weights when it is loaded, in this order, for all that uses it:
+            teacher, fake score and student, drawing and sampling. Each is a path as `swd sample adapter=` takes it,
+            or `{path, weight}`; a run records the `hash` of their weights.
         guidance_scale: single scale in runs of earlier versions, for both of the scales above unless they are given.
 
     Attributes:
@@ -98,6 +102,7 @@ class Pretrained(FamilyFolder):
         guidance_scale: float | None = None,
         vae_precision: Literal["fp32", "bf16"] | None = None,
         negative_prompt: str | None = None,
+        adapters: Sequence[str | Mapping[str, Any]] | None = None,
     ) -> None:
         for key, value in (("path", path), ("revision", revision)):
             if value is not None and not value.strip():
@@ -126,12 +131,14 @@ class Pretrained(FamilyFolder):
         limits.whole("model.max_text_tokens", max_text_tokens, 1, most_tokens, f"all that {family}'s pipeline takes")
         limits.whole("model.teacher_steps", teacher_steps, 1, limits.STEPS)
         limits.number("model.embedded_guidance", embedded_guidance, 0, limits.GUIDANCE)
+        self.adapters = read_entries(adapters)
 
         # Then the folder, and the settings that depend on it.
         super().__init__(family, path, revision)
         self._check_fit()
         self.size: Size = self.limits.native if size is None else (size, size) if isinstance(size, int) else tuple(size)
         self.limits.check_size(self.size)
+        self.adapters = tuple(adapter.checked(self) for adapter in self.adapters)
 
     def _check_fit(self) -> None:
         """Check settings that depend on the network."""
@@ -224,7 +231,7 @@ class Pretrained(FamilyFolder):
         return files
 
     def network(self, device: torch.device | str = "cpu") -> Backbone:
-        """Load the denoising network alone.
+        """Load the denoising network alone, `adapters` added to its weights.
 
         Raises:
             UserError: if its configuration and its weights disagree.
@@ -234,7 +241,9 @@ class Pretrained(FamilyFolder):
         misfit = first_misfit(files.path / part, self.meta_network)
         if misfit:
             raise UserError(f"model.path={files.path}: {part!r} has weights of another configuration: {misfit}")
-        return self.backbone_class(files.load(part, self.dtype(device)), self.embedded_guidance)
+        network = files.load(part, self.dtype(device))
+        bake(network, [(adapter.read(self), adapter.weight) for adapter in self.adapters])
+        return self.backbone_class(network, self.embedded_guidance)
 
     def networks(self, roles: Sequence[Role], seed: int = 0, device: torch.device | str = "cpu") -> Networks:
         """Load the base and give it its trainable roles: adapters, or copies of it."""

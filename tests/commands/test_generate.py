@@ -100,6 +100,7 @@ def stock(name: str, folder: Path, rows: range, **more: Any) -> list[Any]:
         "flux": {"guidance_scale": 4.5, "max_sequence_length": 24},
         "sdxl": {"guidance_scale": 7.5},
         "wan": {"guidance_scale": 5.0, "max_sequence_length": 24, "num_frames": 9},
+        "qwen_image": {"true_cfg_scale": 4.0, "max_sequence_length": 24, "negative_prompt": [" "] * len(rows)},
         "sana": {
             "guidance_scale": 4.5,
             "max_sequence_length": 24,
@@ -175,7 +176,9 @@ def test_guidance_and_steps_reach_the_pipeline(
     assert STEPS == 2 or is_picture_of(drawn, other) == (expected == own)
 
 
-@pytest.mark.parametrize("model", ["sd35_medium", "sd35_large", "flux_dev", "sdxl", "wan21_1_3b", "sana_1600m"])
+@pytest.mark.parametrize(
+    "model", ["sd35_medium", "sd35_large", "flux_dev", "sdxl", "wan21_1_3b", "sana_1600m", "qwen_image"]
+)
 def test_the_manifest_says_what_it_was_drawn_at_and_nothing_of_dmd(
     saved: Any, prompts: Path, tmp_path: Path, model: str
 ) -> None:
@@ -185,6 +188,7 @@ def test_the_manifest_says_what_it_was_drawn_at_and_nothing_of_dmd(
         for more in ({}, {"model__dmd_guidance_scale": 2.0})
     ]
     told = {"sd35_medium": 4.5, "sd35_large": 4.5, "flux_dev": 1.0, "sdxl": 7.5, "wan21_1_3b": 5.0, "sana_1600m": 4.5}
+    told["qwen_image"] = 4.0
     assert jobs[0] == jobs[1] and jobs[0]["guidance_scale"] == told[model]
     assert jobs[0]["embedded_guidance"] == (4.5 if model == "flux_dev" else None)
     assert not [key for key in jobs[0]["model"] if "guidance" in key]

@@ -48,6 +48,14 @@ def count(module: nn.Module) -> int:
     return sum(tensor.numel() for tensor in module.parameters())
 
 
+def qwen_vl() -> transformers.Qwen2_5_VLConfig:
+    """Of Qwen2.5-VL-7B."""
+    text = {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
+    text |= {"num_attention_heads": 28, "num_key_value_heads": 4}
+    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
+    return transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+
+
 @cache
 def encoders() -> dict[str, int]:
     """Parameters of the text encoders and VAEs, of the shapes that their papers and libraries give them."""
@@ -77,6 +85,8 @@ def encoders() -> dict[str, int]:
         built["umt5"] = transformers.UMT5EncoderModel(transformers.UMT5Config(vocab_size=256384, **t5))
         built["gemma"] = transformers.Gemma2Model(transformers.Gemma2Config(**gemma))
         built["vae"] = diffusers.AutoencoderKL(latent_channels=16, **vae)
+        built["qwen-vl"] = transformers.Qwen2_5_VLForConditionalGeneration(qwen_vl())
+        built["vae-qwen"] = diffusers.AutoencoderKLQwenImage()
         built["vae-wan"], built["vae-sana"] = diffusers.AutoencoderKLWan(), diffusers.AutoencoderDC(**deep)
     return {key: count(module) for key, module in built.items()}
 
@@ -88,6 +98,8 @@ PARTS = {
     "sdxl": ("clip-l", "clip-g", "vae"),
     "wan21_1_3b": ("umt5", "vae-wan"),
     "sana_1600m": ("gemma", "vae-sana"),
+    "qwen_image": ("qwen-vl", "vae-qwen"),
+    "qwen_image_2512": ("qwen-vl", "vae-qwen"),
 }
 
 
@@ -111,11 +123,12 @@ def test_memory(name: str, model: Pretrained) -> None:
     network = model.meta_network
     base = 2 * (count(network) + sum(buffer.numel() for buffer in network.buffers()))
     adapter = 16 * sum(model.rank * (layer.in_features + layer.out_features) for layer in adapted(model))
-    beside = sum(encoders()[part] * (4 if part == "vae" else 2) for part in PARTS[name])
+    beside = sum(encoders()[part] * (4 if part in ("vae", "vae-qwen") else 2) for part in PARTS[name])
     counted = [base, adapter, base + adapter, base + 2 * adapter, beside]
     assert table(TEXT_OF_DOC, "model | base")[name] == [f"{value / 1e9:.1f}" for value in counted]
     small = f"{(base - sum(layer.weight.numel() for layer in adapted(model))) / 1e9:.1f}"
-    for shown, whole in {"flux_dev": "instead of 23.8 for FLUX", "sd35_large": "instead of 16.3 for SD3.5"}.items():
+    instead = {"flux_dev": "instead of 23.8 for FLUX", "sd35_large": "instead of 16.3 for SD3.5"}
+    for shown, whole in (instead | {"qwen_image": "instead of 40.9 for Qwen-Image"}).items():
         assert name != shown or re.search(rf"{small}( GB)? {whole}", TEXT_OF_DOC)
 
 

@@ -21,12 +21,15 @@ from swd.schedule import ScaleSchedule
 from swd.types import Conditioning
 
 DOC = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
-PROMPT = {"wan21_1_3b": 100, "sana_1600m": 100}
+PROMPT = {"wan21_1_3b": 100, "sana_1600m": 100, "qwen_image": 100, "qwen_image_2512": 100}
 """Tokens of a prompt, for families whose padding is not stored."""
 A100 = 312 * 0.4
 """TFLOP/s, as in docs/models.md."""
 VAE = dict(zip((32, 48, 64, 80, 96, 128), (0.27, 0.62, 1.12, 1.78, 2.61, 4.88), strict=True))
 T5, CLIP, DECODE = 4.84, 0.1, 10.47
+# Qwen2.5-VL's language model with its head at 128 + 34 tokens, and the VAE of Qwen-Image, by the same count.
+QWEN, QWEN_DECODE = 2.30, 11.68
+QWEN_VAE = dict(zip((64, 80, 96, 128), (1.77, 2.79, 4.06, 7.39), strict=True))
 
 
 @pytest.fixture(params=skeletons.MODELS)
@@ -79,13 +82,16 @@ def test_hours(name: str, model: Pretrained) -> None:
     cost = float(TFLOP[name][max(TFLOP[name])])
     text = CLIP if name == "sdxl" else T5 + CLIP * (not model.backbone_class.video)
     decode = 0 if model.backbone_class.video else DECODE
+    vae = VAE
+    if model.family == "qwen_image":
+        text, decode, vae = QWEN, QWEN_DECODE, QWEN_VAE
     assert float(draw.replace(",", "")) == pytest.approx(
         1e5 * (model.teacher_steps * passes * cost + decode + text) / A100 / 3600, rel=0.01
     )
     if model.backbone_class.video:
         assert code == "-"
     else:
-        assert float(code) == pytest.approx(1e5 * (sum(VAE[s] for s in sides) + text) / A100 / 3600, abs=0.06)
+        assert float(code) == pytest.approx(1e5 * (sum(vae[s] for s in sides) + text) / A100 / 3600, abs=0.06)
 
 
 def commands() -> list[str]:

@@ -180,6 +180,7 @@ def test_comfyui_is_promised_where_it_has_the_family(tmp_path: Path) -> None:
         "sdxl": "comfyui.safetensors` for ComfyUI",
         "wan": "comfyui.safetensors` for ComfyUI",
         "sana": None,
+        "qwen_image": "pytorch_lora_weights.safetensors` for ComfyUI",
     }.items():
         model = families.pretrained(name, families.save(name, tmp_path / name))
         state = model.networks(("student",)).adapter_state("student")  # type: ignore[attr-defined]

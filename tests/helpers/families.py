@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar
 
+import qwen_image
 import torch
 from diffusers import (
     AutoencoderDC,
@@ -43,7 +44,7 @@ from swd.schedule import ScaleSchedule
 from swd.shapes.pipeline import TEXT_TOKENS, build_clip_tokenizer, build_t5_tokenizer
 
 Model = TypeVar("Model", bound=Pretrained)
-FAMILIES = ("sd3", "sd35_medium", "flux", "sdxl", "wan", "sana")
+FAMILIES = ("sd3", "sd35_medium", "flux", "sdxl", "wan", "sana", "qwen_image")
 FAMILY = {name: name for name in FAMILIES} | {"sd35_medium": "sd3"}
 """`sd3` is as SD3.5 Large, `sd35_medium` has dual attention."""
 SIZES: dict[str, list[Any]] = {
@@ -53,9 +54,10 @@ SIZES: dict[str, list[Any]] = {
     "sdxl": [4, 6, 8],
     "wan": [[1, 4, 4], [2, 6, 6], [3, 8, 8]],
     "sana": [4, 6, 8],
+    "qwen_image": [4, 6, 8],
 }
 NON_SQUARE = dict.fromkeys(FAMILIES, (8, 12)) | {"wan": (3, 8, 12)}
-CHANNELS = dict.fromkeys(FAMILIES, 4) | {"wan": 16}
+CHANNELS = dict.fromkeys(FAMILIES, 4) | {"wan": 16, "qwen_image": 16}
 SIGMAS = [1.0, 0.8, 0.6]
 
 
@@ -256,9 +258,9 @@ def sana() -> SanaPipeline:
 
 def build(name: str) -> Any:
     torch.manual_seed(0)
-    pipeline = {"sd3": sd3, "sd35_medium": lambda: sd3((0,)), "flux": flux, "sdxl": sdxl, "wan": wan, "sana": sana}[
-        name
-    ]()
+    makers = {"sd3": sd3, "sd35_medium": lambda: sd3((0,)), "flux": flux, "sdxl": sdxl, "wan": wan, "sana": sana}
+    makers["qwen_image"] = qwen_image.build
+    pipeline = makers[name]()
     network = getattr(pipeline, "unet", None) or pipeline.transformer
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # zero-initialised layers would hide what comes before them

@@ -161,7 +161,8 @@ def edit(folder: Path, file: str, **values: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {n: families.save(n, tmp_path_factory.mktemp(n) / n) for n in ("sd3", "flux", "sdxl", "wan", "sana")}
+    names = ("sd3", "flux", "sdxl", "wan", "sana", "qwen_image")
+    return {n: families.save(n, tmp_path_factory.mktemp(n) / n) for n in names}
 
 
 INDEX = "model_index.json"
@@ -180,6 +181,27 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {
     "Wan2.2": ("wan", INDEX, {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, ["transformer_2"]),
     "Wan2.2 5B": ("wan", INDEX, {"expand_timesteps": True}, ["expand_timesteps"]),
     "SANA Sprint": ("sana", INDEX, {"_class_name": "SanaSprintPipeline"}, ["SanaSprintPipeline"]),
+    "Qwen-Image-Edit": ("qwen_image", INDEX, {"_class_name": "QwenImageEditPipeline"}, ["QwenImageEditPipeline"]),
+    "Qwen-Image-Edit-2511": ("qwen_image", "transformer/config.json", {"zero_cond_t": True}, ["zero_cond_t"]),
+    "Qwen-Image-Layered": ("qwen_image", "transformer/config.json", {"use_layer3d_rope": True}, ["use_layer3d_rope"]),
+    "Qwen-Image with another time": (
+        "qwen_image",
+        "transformer/config.json",
+        {"use_additional_t_cond": True},
+        ["use_additional_t_cond"],
+    ),
+    "Qwen-Image that is fed guidance": (
+        "qwen_image",
+        "transformer/config.json",
+        {"guidance_embeds": True},
+        ["guidance_e"],
+    ),
+    "Qwen-Image-2.1": (
+        "qwen_image",
+        INDEX,
+        {"transformer": ("diffusers", "QwenImage21Transformer2DModel")},
+        ["QwenImage21Transformer2DModel", "QwenImageTransformer2DModel"],
+    ),
     "no class": ("sana", INDEX, {"_class_name": None}, ["SanaPipeline"]),
 }
 
@@ -207,6 +229,7 @@ def test_variants_for_other_tasks_are_refused(pipelines: dict[str, Path], tmp_pa
         ("sdxl", "StableDiffusionXLPAGPipeline"),
         ("wan", "WanVideoToVideoPipeline"),
         ("sana", "SanaPAGPipeline"),
+        ("qwen_image", "QwenImageImg2ImgPipeline"),
     ],
 )
 def test_other_pipelines_of_the_same_weights_are_taken(

@@ -124,7 +124,8 @@ class Backbone(nn.Module, ABC):
         has_refiner: whether there are refiners, networks of their own that take over for the last steps.
         layout: how its pipeline takes latents, see `swd.scheduler.to_layout`.
         float_latents: whether its pipeline carries latents in float32 whatever the network's dtype.
-        unknown_settings: settings of `model_index.json` that mark variants which this backbone does not support.
+        unknown_settings: settings of `model_index.json`, or of the network's configuration, that mark variants which
+            this backbone does not support.
         trains_from_scratch: whether `initialise` has weights for `task.from_scratch`.
         targets: linear layers that get LoRA unless a configuration names others.
         comfyui: whether ComfyUI supports this family and loads its LoRA under the names of `comfy_key`.
@@ -204,6 +205,18 @@ class Backbone(nn.Module, ABC):
             pipeline_config: the pipeline's `model_index.json`.
         """
         return empty
+
+    @classmethod
+    def guide(cls, text: Tensor, empty: Tensor, scale: float, x_t: Tensor | float = 0.0) -> Tensor:
+        """Classifier-free guidance of two predictions as the stock pipeline has it: `empty + scale * (text - empty)`.
+
+        Args:
+            text, empty: with and without the prompt, `[B, C, *size]`: predictions, or the clean latents that they
+                imply.
+            scale: the guidance scale; 1 gives `text`.
+            x_t: for clean latents, the noised one; a family that guides otherwise measures velocities from it.
+        """
+        return empty + scale * (text - empty)
 
     @classmethod
     def to_pipeline(cls, latents: Tensor) -> Tensor:
