@@ -321,7 +321,8 @@ def test_a_trainer_is_built(trainer: str, option: str, tmp_path: Path) -> None:
     assert built.max_steps == cfg.trainer.max_steps and built.num_devices == (2 if trainer == "ddp_cpu" else 1)
     if trainer == "ddp_cpu":
         assert isinstance(built.strategy, DDPStrategy) and built.strategy._start_method == "popen"
-        assert built.strategy._ddp_kwargs == {"find_unused_parameters": True, "broadcast_buffers": False}
+        expected = {"find_unused_parameters": True, "broadcast_buffers": False, "gradient_as_bucket_view": True}
+        assert built.strategy._ddp_kwargs == expected
     assert len(built.loggers) == {"none": 0, "csv": 1}.get(option, 2)  # metrics.csv is written beside the others
 
 
