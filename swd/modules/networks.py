@@ -29,6 +29,9 @@ class Networks(nn.Module, ABC):
     Args:
         backbone: the teacher.
         roles: which trainable roles exist; MMD alone needs no "fake".
+
+    Attributes:
+        recompute: whether checkpointing, where it is enabled, recomputes; it may change between two passes.
     """
 
     def __init__(self, backbone: Backbone, roles: Sequence[Role]) -> None:
@@ -37,6 +40,7 @@ class Networks(nn.Module, ABC):
         self.process = backbone.process
         self.roles = tuple(roles)
         self._current: Role = "teacher"
+        self.recompute = True
 
     # Implemented by the two kinds of networks
 
@@ -50,7 +54,10 @@ class Networks(nn.Module, ABC):
 
     @abstractmethod
     def enable_checkpointing(self) -> None:
-        """Recompute activations in the backward pass, block by block, in the role of the forward pass."""
+        """Recompute activations in the backward pass, block by block, in the role of the forward pass.
+
+        It is done as long as `recompute` is True. States of generators are not kept: nothing in a block is random.
+        """
 
     def _set(self, role: Role) -> None:
         """Make `role` the current one."""
@@ -222,7 +229,10 @@ class SharedBase(Networks):
             def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
                 return nullcontext(), self.role(role)
 
-            return checkpoint(module.__call__, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+            if not self.recompute:
+                return module(*args, **kwargs)
+            options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": contexts}
+            return checkpoint(module.__call__, *args, **options, **kwargs)
 
         self.backbone.diffusers_model.enable_gradient_checkpointing(in_role)
 
@@ -285,6 +295,11 @@ class SeparateCopies(Networks):
         return list(self.copies[role].parameters())
 
     def enable_checkpointing(self) -> None:
+        def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if not self.recompute:
+                return module(*args, **kwargs)
+            return checkpoint(module.__call__, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
         roles: tuple[Role, ...] = ("teacher", *self.roles)
         for role in roles:
-            self.backbone_of(role).diffusers_model.enable_gradient_checkpointing()
+            self.backbone_of(role).diffusers_model.enable_gradient_checkpointing(run)
