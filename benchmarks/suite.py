@@ -320,6 +320,13 @@ SMALL: dict[str, Any] = {
     "block_out_channels": [32, 64, 64],
     "transformer_layers_per_block": [1, 1, 1],
     "cross_attention_head_dim": 32,
+    "n_layers": 2,
+    "n_refiner_layers": 1,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+    "dim": 256,
+    "approximator_hidden_dim": 64,
+    "approximator_layers": 2,
 }
 """Entries of a network's configuration that make it small; those that it has are replaced."""
 

@@ -13,7 +13,8 @@ import os
 import pkgutil
 import re
 import types
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -106,6 +107,7 @@ ALLOWED: Mapping[str, Collection[str]] = {
     "swd.schedule": ("ScaleSchedule",),
     "swd.losses": ("DMD", "MMD", "GAN"),
     "swd.data.datamodule": ("PairData",),
+    "swd.data.encoded": ("EncodedPairs",),
     "swd.data.picture_files": ("FolderDataset",),
     "swd.shapes.dataset": ("ShapesDataset",),
     "swd.data.webdataset": ("ShardData",),
@@ -276,13 +278,20 @@ def renamed(plain: Any) -> Any:
 # Checking
 
 
-def check(cfg: DictConfig, root: Mapping[str, Any] | None = None, allow: Collection[str] | None = None) -> None:
+def check(
+    cfg: DictConfig,
+    root: Mapping[str, Any] | None = None,
+    allow: Collection[str] | None = None,
+    look: Callable[[Any, str], Parameters | None] | None = None,
+) -> None:
     """Check a composed configuration before anything is built.
 
     Args:
         cfg: the configuration.
         root: types of the plain values at the root; None: those are not looked at.
         allow: names that may be built beyond `ALLOWED`; None: those of `allow=` on the command line.
+        look: returns the parameters of a `_target_`, given it and the path of its node, or None for one that is not
+            looked at; None: `parameters_of`, which imports it.
 
     Raises:
         UserError: naming the key, the value and the fix.
@@ -300,15 +309,16 @@ def check(cfg: DictConfig, root: Mapping[str, Any] | None = None, allow: Collect
         plain["task"] = own_settings(plain["task"], "task", plain)
     _check_secrets(plain, "")
     allow = allowed_here(cfg) if allow is None else allow
+    look = partial(parameters_of, allow=allow) if look is None else look
     for group in COLLECTIONS:
         _check_collection(plain.get(group), group)
     # The task refers to values of other groups; checked last, a wrong value is reported under the key that was set.
     order = sorted(plain, key=lambda key: (key == "task", key in COLLECTIONS))
-    _check_node({key: plain[key] for key in order}, "", allow)
+    _check_node({key: plain[key] for key in order}, "", look)
     for key, value in plain.items() if root is not None else ():
         _check_group(key, value)
     if root is not None:
-        check_read(cfg, allow)
+        check_read(cfg, look)
 
 
 def _check_root(plain: dict[str, Any], root: Mapping[str, Any]) -> None:
@@ -343,17 +353,21 @@ def _check_group(key: str, value: Any) -> None:
         raise UserError(f"{key}={value!r} is no option of {key}; --help lists them")
 
 
-def check_read(cfg: DictConfig, allow: Collection[str]) -> None:
+def check_read(cfg: DictConfig, look: Callable[[Any, str], Parameters | None]) -> None:
     """Raise UserError for a key of the command line that nothing reads in this configuration.
 
     A group that is built is read whole. The keys of `REFERRED`, and groups that the task's constructor does not take,
     are read only where another value refers to them.
+
+    Args:
+        cfg: the configuration.
+        look: as of `check`.
     """
     raw: Any = OmegaConf.to_container(cfg, resolve=False)
     indirect = [key for key in REFERRED if key in raw]
     if isinstance(raw.get("task"), dict):
-        taken = inspect.signature(target_of(raw["task"].get("_target_"), "task", allow)).parameters
-        indirect += [part for part in GIVEN["task"] if part not in taken]
+        taken = look(raw["task"].get("_target_"), "task")
+        indirect += [part for part in GIVEN["task"] if taken is not None and part not in taken.names]
     read = references({key: value for key, value in raw.items() if key not in indirect}, raw)
     for key in given_keys():
         nested = [name for name in read if f"{key}.".startswith(f"{name}.") or f"{name}.".startswith(f"{key}.")]
@@ -446,18 +460,18 @@ def _check_collection(nodes: Any, group: str) -> None:
             raise UserError(_unknown_key(f"{group}.{name}", name, known))
 
 
-def _check_node(node: Any, path: str, allow: Collection[str]) -> None:
+def _check_node(node: Any, path: str, look: Callable[[Any, str], Parameters | None]) -> None:
     if isinstance(node, list):
         for i, value in enumerate(node):
-            _check_node(value, f"{path}[{i}]", allow)
+            _check_node(value, f"{path}[{i}]", look)
     elif isinstance(node, int | float) and not isinstance(node, bool):
         _check_number(node, path)
     if not isinstance(node, dict):
         return
-    if "_target_" in node:
-        _check_call(node, path, allow)
+    if "_target_" in node and (parameters := look(node["_target_"], path)) is not None:
+        _check_call(node, path, parameters)
     for key, value in node.items():
-        _check_node(value, f"{path}.{key}" if path else str(key), allow)
+        _check_node(value, f"{path}.{key}" if path else str(key), look)
 
 
 def _check_number(value: float, path: str) -> None:
@@ -478,48 +492,78 @@ def _check_range(key: str, value: Any, path: str) -> None:
         raise UserError(f"{path}={value}; {problem}")
 
 
-def _check_call(node: dict[str, Any], path: str, allow: Collection[str]) -> None:
-    """Raise UserError unless the `_target_` of a node may be built and the other keys fit its signature."""
-    # The signature.
-    target = target_of(node["_target_"], path, allow)
+@dataclass(frozen=True)
+class Parameters:
+    """The parameters of a constructor.
+
+    Attributes:
+        names: of all that can be given by name, in their order.
+        required: those without a default.
+        hints: their types, as far as they are known.
+        open_ended: whether any other name is taken too.
+        ours: whether numbers have the ranges that this project gives to their names.
+    """
+
+    names: tuple[str, ...]
+    required: tuple[str, ...]
+    hints: Mapping[str, Any]
+    open_ended: bool
+    ours: bool
+
+
+def parameters_of(name: Any, path: str, allow: Collection[str] = ()) -> Parameters:
+    """The parameters of a `_target_`, which is imported; arguments and errors as of `target_of`."""
+    target = target_of(name, path, allow)
     function = target.__init__ if inspect.isclass(target) else target
     try:
-        parameters = dict(inspect.signature(target).parameters)
-        parameters = {name: value for name, value in parameters.items() if name not in GIVEN.get(path, ())}
+        found = inspect.signature(target).parameters
     except (TypeError, ValueError):
-        raise UserError(f"{path}._target_={node['_target_']} is nothing that can be built; name a class") from None
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        raise UserError(f"{path}._target_={name} is nothing that can be built; name a class") from None
     try:
         hints = get_type_hints(function)
     except Exception:  # a third party's annotations may not resolve; its own checks then apply
         hints = {}
-    hints |= OWN.get(path, {})
-    known = [*parameters, *(key for key in OWN.get(path, {}) if key not in parameters)]
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return Parameters(
+        tuple(found),
+        tuple(key for key, value in found.items() if value.kind in named and value.default is value.empty),
+        hints,
+        any(value.kind is value.VAR_KEYWORD for value in found.values()),
+        is_ours(target.__module__),
+    )
 
-    # Each key against it, and numbers of this project's classes against their ranges.
-    ours = str(target.__module__).startswith(("swd.", "lightning."))
-    if ours and node.get("_partial_"):
+
+def is_ours(module: str) -> bool:
+    """Whether numbers in the configuration of a module's classes have this project's ranges."""
+    return module.startswith(("swd.", "lightning."))
+
+
+def _check_call(node: dict[str, Any], path: str, parameters: Parameters) -> None:
+    """Raise UserError unless the keys of a node beside its `_target_` fit the parameters."""
+    names = [name for name in parameters.names if name not in GIVEN.get(path, ())]
+    required = [name for name in parameters.required if name not in GIVEN.get(path, ())]
+    hints = {**parameters.hints, **OWN.get(path, {})}
+    known = [*names, *(key for key in OWN.get(path, {}) if key not in names)]
+
+    # Each key against them, and numbers of this project's classes against their ranges.
+    if parameters.ours and node.get("_partial_"):
         raise UserError(f"{path}._partial_ is not taken here; {node['_target_']} is built at once")
     for key, value in node.items():
         if key in SPECIAL:
             continue
         if key.startswith("_") and key.endswith("_"):
             raise UserError(f"{path}.{key} is not taken here; give {node['_target_']} its arguments by name")
-        if key not in known and not open_ended:
+        if key not in known and not parameters.open_ended:
             raise UserError(_unknown_key(f"{path}.{key}", key, known))
         if key in hints and not fits(value, hints[key]):
             raise UserError(_bad_value(f"{path}.{key}", value, hints[key]))
         for number in value if isinstance(value, list) else [value]:
-            if ours:
+            if parameters.ours:
                 _check_range(key, number, f"{path}.{key}")
 
     # Arguments that are missing.
-    for key, parameter in parameters.items():
-        required = parameter.default is parameter.empty and parameter.kind in (
-            parameter.POSITIONAL_OR_KEYWORD,
-            parameter.KEYWORD_ONLY,
-        )
-        if required and key not in node and not node.get("_partial_"):
+    for key in required:
+        if key not in node and not node.get("_partial_"):
             raise UserError(f"{path}.{key} is missing; {node['_target_']} needs it")
 
 
@@ -666,7 +710,7 @@ def build(cfg: DictConfig, key: str, allow: Collection[str] | None = None) -> An
     """
     allow = allowed_here(cfg) if allow is None else allow
     node = node_of(cfg, key)
-    _check_node(node, key, allow)
+    _check_node(node, key, partial(parameters_of, allow=allow))
     given = {}
     if key in GIVEN:
         taken = inspect.signature(target_of(node.get("_target_"), key, allow)).parameters
@@ -720,7 +764,7 @@ def build_node(node: Any, path: str, allow: Collection[str] = ()) -> Any:
     Raises:
         UserError: as `build`.
     """
-    _check_node(node, path, allow)
+    _check_node(node, path, partial(parameters_of, allow=allow))
     return _construct(node, path, allow)
 
 
@@ -728,7 +772,7 @@ def arguments_of(cfg: DictConfig, key: str) -> dict[str, Any]:
     """The arguments that `build` would give the constructor of a group, built."""
     allow = allowed_here(cfg)
     node = node_of(cfg, key)
-    _check_node(node, key, allow)
+    _check_node(node, key, partial(parameters_of, allow=allow))
     return {name: _construct(value, f"{key}.{name}", allow) for name, value in node.items() if name not in SPECIAL}
 
 

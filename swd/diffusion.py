@@ -6,6 +6,7 @@ arithmetic is float32, whatever the inputs' dtype.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -60,6 +61,10 @@ class Process(Protocol):
         """Noise levels that losses draw from."""
         ...
 
+    def covers(self, sigma: float) -> bool:
+        """Whether the networks take a noise level: all but for one of several experts."""
+        ...
+
     def level(self, index: Tensor) -> Tensor:
         """Noise level sigma `[B]` of table indices `[B]`."""
         ...
@@ -89,22 +94,38 @@ class RectifiedFlow:
     Args:
         shift: of the levels that losses draw from, see `rectified_flow_table`. The default is that of the released
             configuration; a family that was trained with far more or less noise names its own.
+        least: lowest noise level that the networks take: 0, but for an expert for the higher ones.
+        below: lowest noise level above those that the networks take: infinity, but for an expert for the lower ones.
+
+    An expert sees no level of another's: all three ranges lie within its own. Where `renoise` or `features` would have
+    no level there, it has all of the expert's but 1, where a noised picture has nothing left of the picture (ours).
     """
 
     prediction_type: ClassVar[str] = "flow"
     trained_on: ClassVar[Mapping[str, Any]] = {}
 
-    def __init__(self, shift: float = SHIFT) -> None:
+    def __init__(self, shift: float = SHIFT, least: float = 0.0, below: float = math.inf) -> None:
         self.shift = shift
-        last = len(self.table) - 2  # the level behind it is 0
+        self.least = least
+        self.below = below
+        levels = self.table[:-1].tolist()  # the level behind them is 0
+        inside = [index for index, sigma in enumerate(levels) if self.covers(sigma)]
+        first, last = inside[0], inside[-1]
+
+        def up_to(start: int) -> IndexRange:
+            return (max(first, start), last) if start <= last else (max(first, 1), last)
+
         renoise = int((self.table >= RENOISE_BELOW).sum())
         features = int((self.table >= FEATURES_BELOW).sum())
-        self.ranges = Ranges(whole=(0, last), renoise=(renoise, last), features=(features, last))
+        self.ranges = Ranges(whole=(first, last), renoise=up_to(renoise), features=up_to(features))
 
     @property
     def table(self) -> Tensor:
         """The 29 noise levels from 1 to 0, float32."""
         return rectified_flow_table(self.shift)
+
+    def covers(self, sigma: float) -> bool:
+        return self.least <= sigma < self.below
 
     def level(self, index: Tensor) -> Tensor:
         return self.table[index]
@@ -134,6 +155,9 @@ class VariancePreserving:
     ranges: ClassVar[Ranges] = Ranges(whole=(0, 999), renoise=(0, 790), features=(0, 399))
     prediction_type: ClassVar[str] = "epsilon"
     trained_on: ClassVar[Mapping[str, Any]] = {**BETAS, "beta_schedule": "scaled_linear", "prediction_type": "epsilon"}
+
+    def covers(self, sigma: float) -> bool:
+        return True
 
     def level(self, index: Tensor) -> Tensor:
         return index.float() / 1000
@@ -179,5 +203,5 @@ def rectified_flow_levels(steps: int, shift: float = SHIFT) -> Tensor:
 
 def expand(sigma: Tensor, like: Tensor) -> Tensor:
     """View `sigma` `[B]` or a scalar so that it broadcasts over `like` `[B, ...]`, float32 on its device."""
-    sigma = sigma.to(device=like.device, dtype=torch.float32)
+    sigma = sigma.to(device=like.device, dtype=torch.float32, non_blocking=True)
     return sigma.reshape(-1, *([1] * (like.ndim - 1))) if sigma.ndim else sigma

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,14 @@ __all__ = ["DIRECT", "Frames", "Interval", "Resizing", "ScaleSchedule", "downsca
 
 Frames = Literal["blend", "nearest"]
 """Which frames of a clip a shorter one has: linear blends of two neighbours, or the nearer of them."""
+
+
+class Covers(Protocol):
+    """A process that says which noise levels its networks take; those of `swd.diffusion` do."""
+
+    def covers(self, sigma: float) -> bool:
+        """Whether networks of this process take a noise level."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,10 @@ class ScaleSchedule:
     def interval(self, i: int) -> Interval:
         """Step `i` (from 0); the first step's source and target are both the first size."""
         return Interval(i, self.sigmas[i], self.sizes[max(i - 1, 0)], self.sizes[i])
+
+    def steps_of(self, process: Covers) -> tuple[int, ...]:
+        """The steps, from 0, whose noise levels a model of this process takes: all but for one of several experts."""
+        return tuple(i for i, sigma in enumerate(self.sigmas) if process.covers(sigma))
 
     def stretched(self, final: Size, divisor: int = 1) -> ScaleSchedule:
         """This schedule in another aspect ratio or resolution, with the sizes of `ScaleWiseScheduler.sizes_ending_at`.

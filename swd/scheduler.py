@@ -7,9 +7,13 @@ This file stands alone: it needs torch and diffusers only, so that an exported m
     latents = scheduler.initial_latents(1, channels=16, height=128, width=128, generator=generator)
     pipe(prompt=prompt, latents=latents, height=1024, width=1024, num_inference_steps=4, guidance_scale=1.0)
 
+Z-Image refuses latents of another size than `height` and `width`: they are 512 there, those of the *first* size, and
+`guidance_scale` is 0.0 for none. The picture comes out at the last size all the same.
+
 Without `latents`, a pipeline draws the noise itself: call it with `height` and `width` (Wan: `num_frames` too) of the
 *first* size; the picture comes out at the last one. SANA then needs `use_resolution_binning=False` as well, and SDXL
-`original_size` and `target_size` of the last size, an input of its network at every step. FLUX needs `latents`.
+`original_size` and `target_size` of the last size, an input of its network at every step. FLUX.1, Chroma and
+Qwen-Image need `latents`.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any
@@ -73,10 +77,10 @@ def blend_frames(video: Tensor, frames: int) -> Tensor:
         return video
     place = torch.linspace(0, count - 1, frames, dtype=torch.float64)
     left = place.floor().long().clamp(max=max(count - 2, 0))
-    share = (place - left).to(torch.float32).to(video.device).view(1, 1, -1, 1, 1)
-    right = (left + 1).clamp(max=count - 1)
-    left = left.to(video.device)
-    right = right.to(video.device)
+    # Not blocking: a copy from the CPU that waits for the device would leave it idle afterwards.
+    share = (place - left).to(torch.float32).to(video.device, non_blocking=True).view(1, 1, -1, 1, 1)
+    right = (left + 1).clamp(max=count - 1).to(video.device, non_blocking=True)
+    left = left.to(video.device, non_blocking=True)
     return ((1 - share) * video.index_select(2, left) + share * video.index_select(2, right)).to(video.dtype)
 
 
@@ -88,12 +92,19 @@ def signal_levels() -> Tensor:
 
 
 def vp_scales(timestep: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of signal and noise at steps of the variance-preserving process, float32 on the CPU.
+    """Factors of signal and noise at steps of the variance-preserving process, float32 on the steps' device.
 
     In `x_t = sqrt(abar) x0 + sqrt(1 - abar) eps`, the two factors in this order.
     """
-    abar = signal_levels()[timestep.cpu()]
-    return abar.sqrt(), (1 - abar).sqrt()
+    signal, noise = _vp_tables(timestep.device)
+    return signal.take(timestep), noise.take(timestep)  # indexing by a scalar would wait for its value
+
+
+@cache
+def _vp_tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The factors at all steps, computed on the CPU, so that they are the same on every device, and kept on each."""
+    abar = signal_levels()
+    return abar.sqrt().to(device), (1 - abar).sqrt().to(device)
 
 
 def vp_timestep(sigma: Tensor) -> Tensor:
@@ -351,6 +362,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         self._in_call = True  # whether a pipeline is sampling; other calls of its network are left alone
         self._started = False  # whether this sample's sizes are known
         self._seeds: list[int] = []
+        self._signs: Tensor | None = None  # of the first latents, on the CPU
 
     def _known(self, sigmas: Sequence[float]) -> bool:
         """Whether noise levels are this schedule's own, or the evenly spaced ones that a pipeline fills in."""
@@ -479,7 +491,8 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         if plan != self._sizes_for(first) or self._is_too_large(first):
             noise = noise * _mark(plan[-1], noise[0].numel()).view(noise.shape[1:])
         even = noise.ndim == 4 and not any(side % 2 for side in noise.shape[2:])
-        for row in [*noise, *(pack(noise) if even else [])]:  # as a map and as FLUX's tokens
+        signs = _signs(noise)
+        for row in [*signs, *(pack(signs) if even else [])]:  # as a map and as FLUX's tokens
             key = _key(row)
             self._plans.pop(key, None)  # a known key moves to the end, among the newest
             self._plans[key] = plan
@@ -495,13 +508,50 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         """
         pipe.scheduler = self
         network: Any = getattr(pipe, "transformer", None)
-        refresh = {"FluxTransformer2DModel": self._refresh_ids}
+        refresh = {
+            "FluxTransformer2DModel": self._refresh_ids,
+            "QwenImageTransformer2DModel": self._refresh_shapes,
+            "Flux2Transformer2DModel": self._refresh_ids_of_flux2,
+            "ChromaTransformer2DModel": self._refresh_ids_and_mask,
+            "WanTransformer3DModel": self._one_time_a_sample,
+        }
         for name in _class_names(network):
             if name in refresh:
                 for handle in getattr(network, "_scale_wise_hooks", []):
                     handle.remove()  # the hook of an earlier schedule
                 network._scale_wise_hooks = [network.register_forward_pre_hook(refresh[name], with_kwargs=True)]
+        unpacking = getattr(type(pipe), "_unpack_latents_with_ids", None)
+        if unpacking is not None:
+            pipe._unpack_latents_with_ids = partial(self._unpack_final, unpacking)  # in place of an earlier schedule's
         return pipe
+
+    def _refresh_ids_of_flux2(
+        self, network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Give FLUX.2's transformer the position ids of the current step's size; its pipelines make the first one's."""
+        if not self._in_call:
+            return args, kwargs
+        tokens = kwargs["hidden_states"]
+        ids = kwargs["img_ids"]
+        if not self._started:
+            if bool(ids[..., 0].any()):
+                raise ValueError("image= was given, but this model was distilled for text alone as input; leave it out")
+            first = tuple(2 * (int(ids[..., axis].max()) + 1) for axis in (1, 2))
+            self._seeds = [_latent_seed(row) for row in unpack(tokens, first)]
+            self.sizes = self._start(first)
+            self._started = True
+        size = self._token_size(tokens)
+        return args, kwargs | {"img_ids": F.pad(position_ids(size, ids.device, ids.dtype), (0, 1))}
+
+    def _unpack_final(self, stock: Any, tokens: Tensor, ids: Tensor, *sides: Any, **named: Any) -> Tensor:
+        """Tokens `[B, L, 4 C]` as a map of patches, in place of the `stock` method of FLUX.2's pipelines.
+
+        After a scale-wise call, the tokens are those of the last size and `ids` those of the first one.
+        """
+        if tokens.shape[1] == ids.shape[1]:  # another scheduler's call, or one size throughout
+            unpacked: Tensor = stock(tokens, ids, *sides, **named)
+            return unpacked
+        return to_layout(unpack(tokens, self.sizes[-1]), "patches")
 
     def _refresh_ids(self, network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Give FLUX's transformer the position ids of the current step's size."""
@@ -509,13 +559,57 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
             return args, kwargs
         ids = kwargs["img_ids"]
         if self._step_index == 0:
-            self._start_from_ids(kwargs["hidden_states"], ids)
+            final = tuple(2 * (int(ids[..., axis].max()) + 1) for axis in (1, 2))
+            self._start_from_tokens(kwargs["hidden_states"], final)
         size = self._token_size(kwargs["hidden_states"])
         return args, kwargs | {"img_ids": position_ids(size, ids.device, ids.dtype)}
 
-    def _start_from_ids(self, tokens: Tensor, ids: Tensor) -> None:
-        """Set the sizes of a FLUX call. It ends at its `height` and `width`, for which the pipeline made its ids."""
-        final = tuple(2 * (int(ids[..., axis].max()) + 1) for axis in (1, 2))
+    def _refresh_ids_and_mask(self, network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Give Chroma's transformer ids and mask of the current step's size.
+
+        The mask becomes one of booleans: as the pipeline makes it, of numbers, it hides nothing.
+        """
+        args, kwargs = self._refresh_ids(network, args, kwargs)
+        mask = kwargs.get("attention_mask")
+        if not self._in_call or mask is None:
+            return args, kwargs
+        text = mask[:, : kwargs["encoder_hidden_states"].shape[1]].bool()
+        image = text.new_ones(kwargs["hidden_states"].shape[:2])
+        return args, kwargs | {"attention_mask": torch.cat([text, image], 1)}
+
+    def _one_time_a_sample(
+        self, network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Give Wan's transformer one timestep a sample where the pipeline of Wan2.2 TI2V-5B has one a token.
+
+        It makes them for the tokens of the first size. In text to video all are equal, and one a sample means the same;
+        where they differ, as with a first frame that is given, they are left alone.
+        """
+        time = kwargs.get("timestep")
+        if not self._in_call or time is None or time.ndim != 2 or bool((time != time[:, :1]).any()):
+            return args, kwargs
+        return args, kwargs | {"timestep": time[:, 0]}
+
+    def _refresh_shapes(
+        self, network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Give Qwen-Image's transformer the numbers of rows and columns of the current step's size."""
+        if not self._in_call:
+            return args, kwargs
+        tokens = kwargs["hidden_states"]
+        shapes = kwargs["img_shapes"]
+        if self._step_index == 0:
+            self._start_from_tokens(tokens, tuple(2 * side for side in shapes[0][0][1:]))
+        height, width = self._token_size(tokens)
+        return args, kwargs | {"img_shapes": [[(1, height // 2, width // 2)]] * len(shapes)}
+
+    def _start_from_tokens(self, tokens: Tensor, final: tuple[int, ...]) -> None:
+        """Set the sizes of a call with tokens. It ends at its `height` and `width`.
+
+        Args:
+            tokens: the first ones, `[B, L, 4 C]`.
+            final: latent size of that height and width, of which the pipeline told its network.
+        """
         self.sizes = self.sizes_ending_at(final)
         self._started = True
         first = self.sizes[0]
@@ -524,7 +618,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
                 f"{tokens.shape[1]} tokens are no latent of size {first}, where a call that ends at {final} starts: "
                 "pass latents=initial_latents(..., packed=True), and height and width of the final size"
             )
-        planned = self._planned([_key(row) for row in tokens])
+        planned = self._planned([_key(row) for row in self._first_signs(tokens)])
         if planned is not None and planned[-1] != final:
             raise ValueError(
                 f"latents=initial_latents(...) were made for the final size {planned[-1]}, but height and width of the "
@@ -570,10 +664,12 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         # FLUX's tokens become a map; the first step sets the seeds and sizes of the sample.
         packed = sample.ndim == 3
         dtype = sample.dtype
+        signs = self._first_signs(sample) if i == 0 else None
         if packed:
             sample, model_output = self._unpacked(sample, model_output)
-        if i == 0:
-            self._seeds = [_latent_seed(row) for row in sample]
+        if signs is not None:
+            signs = unpack(signs, tuple(sample.shape[2:])) if packed else signs
+            self._seeds = [_latent_seed(row) for row in signs]
             self.sizes = self.sizes if packed else self._start(tuple(sample.shape[2:]))
             self._started = True
 
@@ -596,9 +692,15 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
     def _unpacked(self, sample: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:
         """A sample and a prediction as maps of the current step's size, from FLUX's tokens."""
         if not self._started:  # without an attached network, FLUX's position ids are unknown here
-            self.sizes = self._planned([_key(row) for row in sample]) or self.sizes
+            self.sizes = self._planned([_key(row) for row in self._first_signs(sample)]) or self.sizes
         size = self._token_size(sample)
         return unpack(sample, size), unpack(model_output, size)
+
+    def _first_signs(self, latents: Tensor) -> Tensor:
+        """Signs of the first latents of a call on the CPU. Copying them waits for the device, so it is done once."""
+        if self._signs is None or self._signs.shape != latents.shape:
+            self._signs = _signs(latents)
+        return self._signs
 
     def _scales(self, i: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Factors of signal and noise at step `i`."""
@@ -616,14 +718,19 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
 
     def _renoise(self, x0: Tensor, i: int, noise: Tensor | None) -> Tensor:
         z = upsample(x0, self.sizes[i])
-        if noise is None:
-            rows = [
-                torch.randn(z.shape[1:], generator=torch.Generator().manual_seed((seed + i) % 2**63))
-                for seed in self._seeds
-            ]
-            noise = torch.stack(rows)
+        noise = self._fresh_noise(z, i) if noise is None else noise.to(z)
         signal, level = self._scales(i, z)
-        return signal * z + level * noise.to(z)
+        return signal * z + level * noise
+
+    def _fresh_noise(self, like: Tensor, i: int) -> Tensor:
+        """Noise of step `i`, each sample's from its own seed, in the shape, on the device and in the dtype of `like`.
+
+        It is drawn on the CPU, while the device still computes, and copied without waiting for the device.
+        """
+        drawn = torch.empty(like.shape, device="cpu", pin_memory=like.is_cuda)
+        for row, seed in zip(drawn, self._seeds, strict=True):
+            torch.randn(row.shape, generator=torch.Generator().manual_seed((seed + i) % 2**63), out=row)
+        return drawn.to(like, non_blocking=True)
 
     def sizes_ending_at(self, final: tuple[int, ...]) -> list[tuple[int, ...]]:
         """The schedule's sizes, stretched so that they end at exactly `final`.
@@ -726,12 +833,16 @@ def _mark(final: tuple[int, ...], count: int) -> Tensor:
     return factors
 
 
-def _key(row: Tensor) -> tuple[int, ...]:
+def _signs(latents: Tensor) -> Tensor:
+    """1 where a latent is above 0, else 0: uint8 on the CPU."""
+    return (latents.detach().float() > 0).to(device="cpu", dtype=torch.uint8)
+
+
+def _key(signs: Tensor) -> tuple[int, ...]:
     """Key of a latent `[C, *size]`, or of its tokens `[L, 4 C]`, among remembered ones: its seed and its shape."""
-    return (_latent_seed(row), *(row.shape[1:] if row.ndim > 2 else row.shape[:1]))
+    return (_latent_seed(signs), *(signs.shape[1:] if signs.ndim > 2 else signs.shape[:1]))
 
 
-def _latent_seed(row: Tensor) -> int:
+def _latent_seed(signs: Tensor) -> int:
     """A seed from the signs of a latent: they survive rounding, so that half precision draws the same noise."""
-    bits = (row.detach().float() > 0).flatten().to(device="cpu", dtype=torch.uint8)
-    return int.from_bytes(hashlib.blake2b(bits.numpy().tobytes(), digest_size=8).digest(), "little") >> 1
+    return int.from_bytes(hashlib.blake2b(signs.contiguous().numpy().tobytes(), digest_size=8).digest(), "little") >> 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, cast
 
 # torch takes over a second to import; help and messages about wrong keys need this module and not torch.
 if TYPE_CHECKING:
@@ -76,6 +76,14 @@ class Conditioning:
         """Move or cast every tensor, as `Tensor.to` does."""
         return self.map(lambda tensor: tensor.to(*args))
 
+    def unpadded(self) -> Conditioning:
+        """A single row without the tokens at its end that are masked and zero: padding to others' length."""
+        if self.mask is None:
+            return self
+        kept = ((self.mask[0] != 0) | self.embeds[0].any(1)).nonzero()
+        length = int(kept.max()) + 1 if len(kept) else 1
+        return replace(self, embeds=self.embeds[:, :length], mask=self.mask[:, :length])
+
     def expand(self, batch: int) -> Conditioning:
         """Repeat a single row (the empty prompt) to `batch` rows without copying memory."""
         return self.map(lambda tensor: tensor.expand(batch, *tensor.shape[1:]))
@@ -137,8 +145,12 @@ class Cached:
 
     def to(self, *args: Any) -> Cached:
         """Move or cast every tensor, as `Tensor.to` does."""
-        moved = {size: (mean.to(*args), std.to(*args)) for size, (mean, std) in self.posteriors.items()}
-        return Cached(self.conditioning.to(*args), moved)
+        return self.map(lambda tensor: moved(tensor, *args))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Cached:
+        """Apply `function` to every tensor."""
+        changed = {size: (function(mean), function(std)) for size, (mean, std) in self.posteriors.items()}
+        return Cached(self.conditioning.map(function), changed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,20 +175,33 @@ class Batch:
         """Move or cast every tensor, as `Tensor.to` does."""
         raise NotImplementedError
 
+    def pin_memory(self) -> Batch:
+        """The same batch in memory from which a GPU copies while this process goes on; loaders call it."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class PictureBatch(Batch):
     """A batch whose pictures and prompts have yet to be encoded.
 
     Attributes:
-        pixels: full-resolution images `[B, 3, H, W]` or videos `[B, 3, F, H, W]` in [-1, 1].
+        pixels: full-resolution images `[B, 3, H, W]` or videos `[B, 3, F, H, W]`: in [-1, 1], or bytes as a loader
+            gives them, a quarter of the memory. `to` makes the former of the latter.
     """
 
     pixels: Tensor
 
     def to(self, *args: Any) -> PictureBatch:
-        """Move or cast the pixels, as `Tensor.to` does."""
-        return replace(self, pixels=self.pixels.to(*args))
+        """Move or cast the pixels, as `Tensor.to` does; bytes are moved as they are, and then put into [-1, 1]."""
+        import torch
+
+        if self.pixels.dtype != torch.uint8:
+            return replace(self, pixels=moved(self.pixels, *args))
+        like = torch.empty(0, device=self.pixels.device).to(*args)  # where pixels are to be, and in which dtype
+        return replace(self, pixels=in_unit_range(moved(self.pixels, like.device)).to(like.dtype))
+
+    def pin_memory(self) -> PictureBatch:
+        return replace(self, pixels=self.pixels.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -192,6 +217,34 @@ class CachedBatch(Batch):
     def to(self, *args: Any) -> CachedBatch:
         """Move or cast every tensor, as `Tensor.to` does."""
         return replace(self, cached=self.cached.to(*args))
+
+    def pin_memory(self) -> CachedBatch:
+        return replace(self, cached=self.cached.map(lambda tensor: tensor.pin_memory()))
+
+
+def moved(tensor: Tensor, *args: Any) -> Tensor:
+    """`tensor.to(*args)`; a copy from the CPU to a device does not wait for what the device still does."""
+    found: Tensor = cast(Any, tensor).to(*args, non_blocking=tensor.device.type == "cpu")
+    return found
+
+
+def in_unit_range(pixels: Tensor) -> Tensor:
+    """Pixels in [-1, 1], float32: of bytes `value / 127.5 - 1`, on their device; others are returned as they are."""
+    import torch
+
+    if pixels.dtype != torch.uint8:
+        return pixels
+    # As a tensor: a GPU multiplies by the inverse of a plain number, which rounds in another way than the CPU divides.
+    half = torch.full((), 127.5, device=pixels.device)
+    return pixels.float().div_(half).sub_(1)
+
+
+def stacked(pictures: Sequence[Tensor]) -> Tensor:
+    """Pictures as one tensor: of bytes if all are, else in [-1, 1]."""
+    import torch
+
+    kinds = {picture.dtype for picture in pictures}
+    return torch.stack([*pictures] if len(kinds) == 1 else [in_unit_range(picture) for picture in pictures])
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,20 @@ SCHEDULES = {
     "flux_dev": ONE_MEGAPIXEL,
     "sdxl": ("sdxl_4step", "sdxl_full_4step", "sdxl_full_2step"),
     "wan21_1_3b": ("wan_4step", "full_4step", "full_2step"),
+    "wan22_5b": ("wan22_4step", "full_4step", "full_2step"),
+    "wan22_a14b_high": ("wan_4step", "full_4step"),
+    "wan22_a14b_low": ("wan_4step", "full_4step"),
     "sana_1600m": ("sana_4step", "full_4step", "full_2step"),
+    "qwen_image": ONE_MEGAPIXEL,
+    "qwen_image_2512": ONE_MEGAPIXEL,
+    "flux2_klein_4b": ONE_MEGAPIXEL,
+    "z_image": ONE_MEGAPIXEL,
+    "chroma1": ONE_MEGAPIXEL,
+    "flux2_klein_9b": ONE_MEGAPIXEL,
+    "flux2_dev": ONE_MEGAPIXEL,
 }
-DATA = {"shapes": ("shapes",), "wan21_1_3b": ("videos",)}
+DATA = {"shapes": ("shapes",), "wan21_1_3b": ("videos",), "wan22_5b": ("videos_720p",)}
+DATA |= dict.fromkeys(("wan22_a14b_high", "wan22_a14b_low"), ("videos",))
 TERMS = {"dmd": DMD, "mmd": MMD, "gan": GAN}
 
 
@@ -151,7 +162,7 @@ def check_loss(cfg: DictConfig, option: str) -> None:
 @pytest.mark.filterwarnings("ignore:DMD is known to fail")
 def test_every_combination_composes_and_instantiates(row: dict[str, str], tmp_path: Path, captioned: Path) -> None:
     cfg = composed([*arguments(tmp_path, **row), "trainer.accelerator=cpu"])
-    if row["data"] in ("images", "videos"):
+    if row["data"] in ("images", "videos", "videos_720p"):
         cfg.data.dataset.path = str(captioned)
     check(cfg, train.ROOT)
     check_loss(cfg, row["loss"])
@@ -164,16 +175,20 @@ def test_every_combination_composes_and_instantiates(row: dict[str, str], tmp_pa
     assert task.schedule.sizes[-1] == task.model.size
 
 
+PAPER = ("sd35_medium", "sd35_large", "flux_dev", "sdxl", "wan21_1_3b")
+
+
 @pytest.mark.parametrize("model", options("model"))
 def test_defaults_of_a_model_are_those_of_the_released_scripts(model: str, tmp_path: Path) -> None:
     cfg = composed(arguments(tmp_path, model=model))
-    assert set(cfg.loss) == ({"mmd"} if model in ("sdxl", "wan21_1_3b") else {"dmd", "mmd", "gan"})
+    assert set(cfg.loss) == ({"mmd"} if model == "sdxl" or model.startswith("wan") else {"dmd", "mmd", "gan"})
     assert len(cfg.schedule.sigmas) == (6 if model == "sd35_medium" else 4)
-    if model in ("shapes", "sana_1600m"):
+    if model not in PAPER:
         return
     assert cfg.task.lr == 5e-6 and cfg.task.checkpointing
     assert cfg.trainer.max_steps == (4000 if model == "sd35_large" else 3000)
-    batch = {"sd35_medium": 64, "sd35_large": 32, "flux_dev": 24, "sdxl": 64, "wan21_1_3b": 24}
+    batch = {"sd35_medium": 64, "sd35_large": 32, "flux_dev": 24, "sdxl": 64, "wan21_1_3b": 24, "wan22_5b": 24}
+    batch |= {"wan22_a14b_high": 24, "wan22_a14b_low": 24}
     assert cfg.data.batch_size == batch[model]
 
 
@@ -185,6 +200,16 @@ GUIDANCE = {  # in DMD, when drawing, and as the network is fed it
     "sdxl": (7.5, 7.5, None),
     "wan21_1_3b": (5.0, 5.0, None),
     "sana_1600m": (4.5, 4.5, None),
+    "wan22_5b": (5.0, 5.0, None),
+    "wan22_a14b_high": (4.0, 4.0, None),
+    "wan22_a14b_low": (3.0, 4.0, None),
+    "qwen_image": (4.0, 4.0, None),
+    "qwen_image_2512": (4.0, 4.0, None),
+    "flux2_klein_4b": (4.0, 4.0, None),
+    "z_image": (5.0, 5.0, None),
+    "chroma1": (3.0, 3.0, None),
+    "flux2_klein_9b": (4.0, 4.0, None),
+    "flux2_dev": (1.0, 1.0, 4.0),
 }
 
 
@@ -386,7 +411,7 @@ def test_every_data_set_instantiates(option: str, tmp_path: Path, captioned: Pat
 @pytest.mark.parametrize(
     ("given", "numbers"),
     [
-        ([], (512, 5, 2, 150, 75)),
+        ([], (512, 3, 2, 150, 75)),
         (["experiment=demo_ci"], (64, 3, 1, 40, 40)),
         (["experiment=demo_full"], (1024, 15, 5, 700, 100)),
         (["experiment=demo_ci", "trainer.max_steps=9", "n_pictures=3"], (3, 3, 1, 9, 40)),

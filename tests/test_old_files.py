@@ -12,6 +12,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from PIL import Image
+from plain import go_the_plain_way
 
 from swd.commands.cli import launch
 
@@ -52,12 +53,24 @@ SMALL = ["loss=swd", "model.rank=2", "model.targets=[to_q]", "data.batch_size=2"
 SMALL += ["trainer.max_steps=4", "~callbacks.samples", "callbacks.checkpoint.every=2", "callbacks.checkpoint.keep=1"]
 
 
-def test_a_run_goes_on_with_the_losses_that_it_had_then(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("way", "tolerance"), [("plain", 2e-3), ("fast", 3e-2)])
+def test_a_run_goes_on_with_the_losses_that_it_had_then(
+    old: Path, monkeypatch: pytest.MonkeyPatch, way: str, tolerance: float
+) -> None:
+    """Version 0.1.0 computed the plain ways; the fast ones round otherwise, and AdamW enlarges that.
+
+    Its steps are as large for a gradient of rounding errors alone as for any other. Where every weight is moved by -1,
+    0 or 1 units in the last place before the run goes on the plain ways, its losses move by up to 0.021 (five trials,
+    40 values; 0.0065 root mean square); the fast ways move them by 0.007 at most. In float64 both ways are equal
+    (`modules/test_joined_passes.py`, `modules/test_lora_linear.py`).
+    """
+    if way == "plain":
+        go_the_plain_way(monkeypatch)
     checkpoint = old / "run" / "checkpoints" / "iteration-2.ckpt"
     swd(monkeypatch, "train", *SMALL, f"resume={checkpoint}", "folder=new")
     expected = losses(old / "run" / "metrics.csv")[2:]
     # Measured on another machine: rounding of float32 kernels differs between processors.
-    np.testing.assert_allclose(losses(Path("new/metrics.csv")), expected, rtol=2e-3)
+    np.testing.assert_allclose(losses(Path("new/metrics.csv")), expected, rtol=tolerance)
 
 
 def test_a_run_and_its_export_draw_the_same_picture(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:

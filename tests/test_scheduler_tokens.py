@@ -13,7 +13,18 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from swd.scheduler import ScaleWiseScheduler, check_schedule, pack, position_ids, unpack, upsample, vp_timestep
+import swd.scheduler as scheduler_module
+from swd.scheduler import (
+    ScaleWiseScheduler,
+    check_schedule,
+    pack,
+    position_ids,
+    signal_levels,
+    unpack,
+    upsample,
+    vp_scales,
+    vp_timestep,
+)
 
 SIGMAS, SIZES = [1.0, 0.8, 0.6], [4, 6, 8]
 CHANNELS = 4
@@ -462,3 +473,53 @@ def test_videos_grow_in_space_and_time() -> None:
     grown = upsample(x, (3, 6, 8))
     first, last = (upsample(x[:, :, frame], (6, 8)) for frame in (0, 1))
     assert_close(grown, torch.stack([first, (first + last) / 2, last], 2), rtol=0, atol=1e-6)
+
+
+# Copies from the device
+
+
+def test_first_latents_are_copied_from_the_device_once_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[tuple[int, ...]] = []
+    plain = scheduler_module._signs
+
+    def counted(latents: Tensor) -> Tensor:
+        copied.append(tuple(latents.shape))
+        return plain(latents)
+
+    monkeypatch.setattr(scheduler_module, "_signs", counted)
+    scheduler, network = attached()
+    for packed in (False, True, True):
+        start = scheduler.initial_latents(3, CHANNELS, 8, 8, generator=seeded(), packed=packed)
+        copied.clear()
+        if packed:
+            loop(scheduler, network, start, (8, 8))
+        else:
+            scheduler.set_timesteps(3)
+            for _ in SIZES:
+                start = scheduler.step(start, 0, start).prev_sample
+        assert copied == [(3, 4, 4 * CHANNELS) if packed else (3, CHANNELS, 4, 4)]
+
+
+@pytest.mark.parametrize("kind", ["flow", "epsilon"])
+@pytest.mark.parametrize("case", ["map", "tokens", "video"])
+def test_steps_wait_for_nothing_on_the_device(case: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing can be copied from the meta device: a step that asks for a value there fails."""
+    monkeypatch.setattr(scheduler_module, "_signs", lambda latents: torch.zeros(latents.shape, dtype=torch.uint8))
+    sizes: Any = [(1, 4, 4), (2, 6, 6), (3, 8, 8)] if case == "video" else SIZES
+    scheduler = ScaleWiseScheduler(sigmas=SIGMAS, sizes=sizes, divisor=2, prediction_type=kind)
+    first = torch.randn(2, CHANNELS, *([1] if case == "video" else []), 4, 4)
+    x = (pack(first) if case == "tokens" else first).to("meta")
+    scheduler.set_timesteps(3, device="meta")
+    for timestep in scheduler.timesteps:
+        x = scheduler.step(x, timestep, x).prev_sample
+    assert x.is_meta and x.shape[-1] == (4 * CHANNELS if case == "tokens" else 8)
+    with pytest.raises(NotImplementedError):
+        x.cpu()
+
+
+def test_factors_of_the_variance_preserving_process_stay_where_the_steps_are() -> None:
+    steps = torch.tensor([0, 1, 500, 999])
+    abar = signal_levels()[steps]
+    for found, expected in zip(vp_scales(steps), (abar.sqrt(), (1 - abar).sqrt()), strict=True):
+        assert torch.equal(found, expected)
+    assert all(factor.is_meta for factor in vp_scales(steps.to("meta")))

@@ -19,6 +19,7 @@ from swd.callbacks.resume_rules import config_difference
 from swd.io import limits
 from swd.io.files import clear_leftovers
 from swd.io.job_log import print_line
+from swd.io.ranks import is_first
 from swd.modules.adapters import CHECKPOINTS, STUDENTS
 from swd.modules.checkpoint_files import CheckpointFiles, Resumable, damage, tensors
 from swd.modules.distiller import Distiller
@@ -194,19 +195,17 @@ def checkpoint_bytes(task: LightningModule) -> int:
     return 2 * trained + sum(value.numel() * value.element_size() for value in task.state_dict().values())
 
 
-def find_checkpoint(
-    resume: str | None, runs: Path, cfg: DictConfig, task: Resumable | None = None, owner: bool = True
-) -> str | None:
+def find_checkpoint(resume: str | None, runs: Path, cfg: DictConfig, task: Resumable | None = None) -> str | None:
     """The checkpoint to continue from.
 
-    A damaged one is set aside, as NAME.damaged, and the one before it is taken; one that was named is an error.
+    A damaged one is set aside by the first process, as NAME.damaged, and the one before it is taken; one that was named
+    is an error.
 
     Args:
         resume: None: start afresh; "auto": the newest valid one under `runs`, if any; else a file or a run folder.
         runs: folder of the runs of this name.
         cfg: the configuration of this run, which must agree with the checkpoint's.
         task: the task to resume, which knows the entries of a complete checkpoint.
-        owner: whether this process renames damaged files; one of them does.
 
     Raises:
         UserError: if a named checkpoint is missing or damaged, belongs to another configuration, or cannot be compared.
@@ -238,7 +237,7 @@ def find_checkpoint(
         if not reason:
             return str(path)
         if path != Path(resume):
-            pass_over(path, reason, owner)
+            pass_over(path, reason)
 
     # There is none.
     if not auto:
@@ -249,10 +248,10 @@ def find_checkpoint(
     return None
 
 
-def pass_over(path: Path, reason: str, owner: bool) -> None:
+def pass_over(path: Path, reason: str) -> None:
     """Warn of a damaged checkpoint, which is set aside; nothing if its run, which lives, has deleted it meanwhile."""
     if path.exists():
-        aside = set_aside(path) if owner else ""
+        aside = set_aside(path) if is_first() else ""
         warnings.warn(f"{path} is damaged ({reason}) and was passed over{aside}", stacklevel=3)
 
 

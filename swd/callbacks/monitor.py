@@ -70,7 +70,7 @@ class Monitor(Callback):
         values = self._times(task, len(inputs.target)) | peak_memory(task.device)
         found = {name: torch.tensor(value, device=task.device) for name, value in values.items()}
         # The student's update of this iteration is done, so `global_step` counts it.
-        if self.every is not None and task.global_step % self.every == 0:
+        if self.every is not None and task.draws_alone and task.global_step % self.every == 0:
             found |= Probe(task, inputs, self.prompts, self.seeds).values()
             self._before = perf_counter()  # the next iteration's time is without it
         return found
@@ -203,7 +203,7 @@ class Probe:
         guided = teacher
         if guidance != 1.0:
             without = networks.x0("teacher", x_t, sigma, self._empty())[0]
-            guided = without + guidance * (teacher - without)
+            guided = networks.backbone.guide(teacher, without, guidance, x_t)
             parts = matching_and_guidance(teacher, without, fake, guidance)
             self._add("matching_over_guidance", (rms(parts[0]) / rms(parts[1]).clamp(min=1e-12)).mean())
         direction = dmd_direction(x0_hat, guided, fake)

@@ -73,7 +73,7 @@ RULES = (
 )
 """The first rule that fits a key counts. What computes is no setting: `Checkpoint` says it if processes, devices
 or versions differ."""
-ADDED = {"task.downscale": "direct", "task.frames": "blend"}
+ADDED = {"task.downscale": "direct", "task.frames": "blend", "task.lora": False}
 """Keys that earlier versions lacked, and the value that says what they did."""
 
 

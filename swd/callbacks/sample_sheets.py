@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from torch import Tensor
 
+from swd.callbacks.measurement import Recurring
 from swd.callbacks.pictures_log import log_pictures
 from swd.callbacks.ranks import Share, attempt, gather
 from swd.io.files import write_aside
@@ -20,7 +21,7 @@ from swd.modules.tokens import warn_beyond
 from swd.types import Conditioning, UserError
 
 
-class Samples(Callback):
+class Samples(Recurring):
     """Draw a sheet of fixed prompts with fixed seeds: one row for each prompt, one column for each size.
 
     A failure to draw is only a warning, since these pictures are not worth stopping a training.
@@ -30,6 +31,7 @@ class Samples(Callback):
         every: iterations between sheets; there is one of the last iteration in any case.
         seed: seed of the first prompt; prompt i has `seed + i`.
 
+    Nothing is drawn of an expert that does not take all steps of the schedule.
     Every process draws its share, and the first one writes. Prompts are encoded once; between sheets only their
     embeddings are kept, in main memory.
     """
@@ -44,26 +46,27 @@ class Samples(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and isinstance(pl_module, Distiller):
+            if not pl_module.draws_alone:
+                warnings.warn(
+                    f"no sample sheets: model.family={pl_module.model.family} is an expert for "
+                    f"{len(pl_module.steps)} of the schedule's {len(pl_module.schedule)} steps",
+                    stacklevel=2,
+                )
             warn_beyond(pl_module.model, self.prompts, "prompts of sample sheets")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if isinstance(pl_module, Distiller):
+        if isinstance(pl_module, Distiller) and pl_module.draws_alone:
             attempt(trainer, partial(self._encoded, pl_module), "prompts of samples")
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if trainer.global_step % self.every == 0:
-            self.write(trainer, pl_module)
+    def work(self, trainer: Trainer, task: LightningModule) -> None:
+        self.write(trainer, task)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step % self.every:
-            self.write(trainer, pl_module)
-
-    def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def write(self, trainer: Trainer, task: LightningModule) -> None:
         """Draw the sheet of the current iteration on all processes, and write it on the first."""
-        if not isinstance(pl_module, Distiller):
+        if not isinstance(task, Distiller) or not task.draws_alone:
             return
         what = f"samples of iteration {trainer.global_step}"
-        drawn = attempt(trainer, partial(self._draw, trainer, pl_module), what)
+        drawn = attempt(trainer, partial(self._draw, trainer, task), what)
         if drawn is None:
             return
         sizes = [gather(trainer, pictures, len(self.prompts)) for pictures in drawn]
@@ -99,4 +102,5 @@ class Samples(Callback):
     def missing(self, run: Path, task: LightningModule, iterations: int) -> str | None:
         """Path of the sheet of the last iteration if a run of so many iterations lacks it, else None."""
         path = self._path(run, iterations)
-        return str(path) if isinstance(task, Distiller) and not path.is_file() else None
+        expected = isinstance(task, Distiller) and task.draws_alone
+        return str(path) if expected and not path.is_file() else None

@@ -194,7 +194,7 @@ class Sentinel(Callback):
         value = metrics.get("monitor/x0_spread", metrics.get("monitor/x0_std"))
         if value is None:  # the update was skipped
             return None
-        step = (task.global_step - 1) % len(task.schedule)
+        step = task.steps[(task.global_step - 1) % len(task.steps)]
         recent = self._recent.setdefault(step, deque(maxlen=VISITS))
         recent.append(float(value))
         start = self._start.setdefault(step, [])
@@ -245,7 +245,7 @@ class Sentinel(Callback):
         ended = f"training stopped at iteration {trainer.global_step}: {sentence}; "
         if self._done >= self.rollbacks:
             raise UserError(f"{ended}it went back {self._done} times already (callbacks.sentinel.rollbacks)")
-        before = trainer.global_step - max(WINDOW, VISITS * len(task.schedule))
+        before = trainer.global_step - max(WINDOW, VISITS * len(task.steps))
         path = trainer.strategy.broadcast(good_checkpoint(trainer, task, before))
         if path is None:
             raise UserError(f"{ended}no checkpoint of iteration {before} or before is there to go back to; see above")

@@ -220,5 +220,6 @@ def fill(folder: Path, task: Distiller, weights: Weights) -> None:
         model.rank if model.alpha is None else model.alpha,
         task.scheduler(),
         base=model.name,
-        part=model.backbone_class.subfolder,
+        part=model.backbone_class.lora_prefix(),
+        baked=[adapter.baked for adapter in model.adapters],
     )

@@ -26,7 +26,7 @@ from swd.modules.distiller import Distiller
 from swd.modules.finite import all_finite
 from swd.modules.run_values import log_values
 from swd.schedule import downscale
-from swd.types import Conditioning, PictureBatch, Size, UserError
+from swd.types import Conditioning, PictureBatch, Size, UserError, in_unit_range
 
 FIRST = 8
 """Real pictures whose pixels identify the whole set, beside the captions or file names of all."""
@@ -60,7 +60,7 @@ class RealPictures:
             return torch.stack([read_picture(self.source[place], self.size) for place in places])
         batch = self.source.batch(places, 0)
         assert isinstance(batch, PictureBatch)
-        return downscale(batch.pixels, self.size)
+        return downscale(in_unit_range(batch.pixels), self.size)
 
     def identity(self) -> str:
         """Hash of the captions (or file names) of all pictures and the pixels of the first few."""

@@ -98,7 +98,8 @@ class Validation(Measurement):
         held: HeldOut = cast(Any, trainer).datamodule.held_out()
         row: dict[str, float] = {}
         fresh: dict[int, Tensor] = {}
-        for step, size in enumerate(task.schedule.sizes):
+        for step in task.steps:
+            size = task.schedule.sizes[step]
             what = f"validation of iteration {trainer.global_step}"
             found = attempt(trainer, partial(self._step, trainer, task, held, step), what)
             if found is None:

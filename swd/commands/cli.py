@@ -11,6 +11,7 @@ import os
 import re
 import string
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -113,8 +114,8 @@ def launch(command: str) -> None:
 
     Exits with status 2 and one line on standard error if the input was wrong, in a sweep too.
     """
-    # Hydra. The command's module, and with it torch, is imported once the configuration is composed: not for help, and
-    # not to say that a key is unknown.
+    # Hydra. The command's module, and with it torch, is imported once the configuration is composed and checked: not
+    # for help, and not to say that a key is unknown or a value of the wrong kind.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises errors instead of printing them itself
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -139,6 +140,7 @@ def launch(command: str) -> None:
         quiet_warnings()  # again: a sweep's job may run in a process of its own
         try:
             with user_errors(where=results_folder(cfg)), listening():  # here, before Hydra adds lines to them
+                check_before_importing(cfg, command)
                 run: Callable[..., float | None] = importlib.import_module(COMMANDS[command][0]).run
                 return run(cfg)
         finally:
@@ -159,6 +161,22 @@ def launch(command: str) -> None:
             raise UserError(
                 f"output folder {folder} cannot be written ({reason}); choose another with output="
             ) from None
+
+
+def check_before_importing(cfg: Any, command: str) -> None:
+    """Refuse what is wrong with a configuration as far as source files say it: importing a command takes seconds.
+
+    Classes that `allow=` names are not looked at, nor those whose constructors cannot be read; the command itself
+    checks all once more.
+
+    Raises:
+        UserError: as `swd.config.check`.
+    """
+    from swd.commands.keys import ROOTS
+    from swd.config import check
+    from swd.source_parameters import parameters_in_source
+
+    check(cfg, ROOTS.get(command), allow=(), look=parameters_in_source)
 
 
 def help_text(command: str) -> str:
@@ -362,9 +380,23 @@ def message_for_user(error: BaseException, where: str | None = None) -> str | No
             a for a in sys.argv[1:] if re.fullmatch(r"\+*(\w+)=([\d.+-]+|true|false|null|.*null.*|\{.*\})", a, re.I)
         ]
         return f"{' '.join(wrong) or 'an argument'}: options of a group are names, as in loss=mmd; see --help"
+    if (argument := _unapplied(error)) is not None:
+        return f"{argument} cannot be used here ({one_line(error)}); a list is set as a whole, as in [A, B]"
     if isinstance(error, HydraException | OmegaConfBaseException | YAMLError):
         reason = "" if error.__cause__ is None else f" ({one_line(error.__cause__)})"
         return _hydra_message(unresolved(error), reason)
+    return None
+
+
+def _unapplied(error: BaseException) -> str | None:
+    """The argument that Hydra was putting into the configuration when an error arose that is none of Hydra's own."""
+    from hydra.errors import HydraException
+
+    if isinstance(error, HydraException):
+        return None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "_apply_overrides_to_config":
+            return getattr(frame.f_locals.get("override"), "input_line", None)
     return None
 
 

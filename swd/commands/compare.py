@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from swd.commands import keys
 from swd.config import check
 from swd.io import limits
 from swd.io.files import write_json
@@ -20,18 +21,7 @@ from swd.report.page import check_page_size, check_replaceable, write_page
 from swd.report.votes import WinRate
 from swd.types import UserError
 
-ROOT = {
-    "paths": list[str],
-    "out": str | None,
-    "criteria": list[str],
-    "n": int | None,
-    "seed": int,
-    "title": str,
-    "side": int,
-    "quality": int,
-    "megabytes": float,
-    "level": float,
-}
+ROOT = keys.COMPARE
 MOST_CRITERIA = 10
 """Criteria at most: each asks for a vote on each pair."""
 

@@ -11,12 +11,13 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from swd.commands import keys
 from swd.config import check, one_line
 from swd.io.files import write_json
 from swd.io.job_log import print_line
 from swd.types import UserError
 
-ROOT = {"project": str, "entity": str | None, "title": str, "output": str, "to": str}
+ROOT = keys.DASHBOARD
 ITERATION = "trainer/global_step"
 """The metric that counts iterations, by Lightning's logger for wandb: the x axis of all others."""
 SAMPLES = "samples"

@@ -10,26 +10,28 @@ from omegaconf import DictConfig
 
 from swd.callbacks import SaveAdapter
 from swd.callbacks.fixed_losses import FixedLosses
-from swd.commands import shared, train
-from swd.config import build, check, node_of
+from swd.commands import keys, shared, train
+from swd.config import build, check, given_keys, node_of
 from swd.modules.distiller import Distiller
 from swd.modules.family_folder import resolve_asset
 from swd.modules.pretrained import Pretrained
 from swd.schedule import ScaleSchedule
 from swd.shapes import contest
 from swd.shapes.dataset import RESOLUTION
-from swd.shapes.demo import STORE_COMMAND, Clock, compare, results_and_page, setup_seconds, write_and_print
+from swd.shapes.demo import (
+    STORE_COMMAND,
+    Clock,
+    compare,
+    pictures_drawn,
+    results_and_page,
+    setup_seconds,
+    write_and_print,
+)
 from swd.shapes.judge import Judge
+from swd.shapes.pace import Pace
 from swd.types import UserError
 
-ROOT = train.ROOT | {
-    "judge": str,
-    "n_pictures": int,
-    "shown": int,
-    "timing_batches": int,
-    "recompute": bool,
-    "store_teacher": bool,
-}
+ROOT = keys.DEMO
 STORED = 1024
 """Pictures from which `store_teacher=true` computes the teacher's statistics."""
 DISTILLER = "swd.modules.distiller.Distiller"
@@ -55,7 +57,7 @@ def run(cfg: DictConfig) -> float | None:
 
     with clock.phase("distil"):
         fixed = FixedLosses()
-        task, trainer = train.fit(cfg, fixed, *missing_callbacks(cfg))
+        task, trainer = train.fit(cfg, fixed, *pace(cfg, clock, judge_folder), *missing_callbacks(cfg))
     value = None if cfg.optimized_metric is None else train.objective(cfg.optimized_metric, trainer, Path(cfg.folder))
     if not trainer.is_global_zero:
         return value
@@ -92,9 +94,11 @@ def check_settings(cfg: DictConfig) -> Path:
     Raises:
         UserError: naming the setting and the fix.
     """
-    for key, least in (("n_pictures", 2), ("shown", 1), ("timing_batches", 1)):
-        if cfg[key] < least:
+    for key, least in (("n_pictures", 2), ("shown", 1), ("timing_batches", 1), ("minutes", 1)):
+        if cfg[key] is not None and cfg[key] < least:
             raise UserError(f"{key}={cfg[key]}; use at least {least}")
+    if "encoded" in given_keys() and not cfg.data._target_.endswith(".EncodedPairs"):
+        raise UserError(f"encoded={cfg.encoded} is of data=shapes_encoded, and these data are others; leave it out")
     if cfg.shown > cfg.n_pictures:
         raise UserError(f"shown={cfg.shown} is more than n_pictures={cfg.n_pictures}; use at most that many")
     if cfg.trainer.max_steps < 1:
@@ -131,6 +135,14 @@ def missing_callbacks(cfg: DictConfig) -> list[SaveAdapter]:
     return [] if any(target.endswith(".SaveAdapter") for target in targets) else [SaveAdapter()]
 
 
+def pace(cfg: DictConfig, clock: Clock, judge_folder: Path) -> list[Pace]:
+    """What says that this machine is too slow for `minutes`; nothing if the configuration gives none."""
+    if cfg.minutes is None:
+        return []
+    task: Distiller = build(cfg, "task")
+    return [Pace(cfg.minutes, pictures_drawn(cfg, task, judge_folder), lambda: clock.seconds()["total"])]
+
+
 def place(task: Distiller, judge: Judge, device: torch.device) -> tuple[Distiller, Judge]:
     """Everything on one device and in evaluation mode; training leaves the networks on the CPU."""
     task.to(device).eval()
@@ -139,17 +151,21 @@ def place(task: Distiller, judge: Judge, device: torch.device) -> tuple[Distille
 
 
 def store_teacher(cfg: DictConfig, judge_folder: Path) -> None:
-    """Draw and judge the teacher's full-length pictures, and keep the statistics beside the judge."""
+    """Draw and judge the pictures of the teacher's rows, and keep their statistics beside the judge."""
     task: Distiller = build(cfg, "task")
     if not os.access(judge_folder, os.W_OK):
         raise UserError(f"{judge_folder} cannot be written; use a checkout of the repository, or judge=FOLDER")
-    store = contest.teacher_store(task, judge_folder)
-    candidate = next(iter(contest.teachers(task).values()))
-    plan = contest.plan_of(Path(cfg.output) / cfg.name / "teacher", candidate, STORED)
-    plan.claim()
-    contest.draw_pictures(plan)
-    judged = contest.judged_pictures(plan, str(judge_folder))
-    store.save(judged, STORE_COMMAND)
-    accuracy = judged.accuracy()
-    print(f"prompt accuracy {accuracy['mean']:.3f}, exact match {accuracy['exact_match']:.3f}")
-    print(store.path)
+    stores = contest.teacher_stores(task, judge_folder)
+    for name, candidate in contest.teachers(task).items():
+        store = stores[name]
+        if store.why_not(STORED) is None:
+            print(f"{name}: {store.path} holds them already; to make them anew, remove it")
+            continue
+        plan = contest.plan_of(Path(cfg.output) / cfg.name / candidate.name, candidate, STORED)
+        plan.claim()
+        contest.draw_pictures(plan)
+        judged = contest.judged_pictures(plan, str(judge_folder))
+        store.save(judged, STORE_COMMAND)
+        accuracy = judged.accuracy()
+        print(f"{name}: prompt accuracy {accuracy['mean']:.3f}, exact match {accuracy['exact_match']:.3f}")
+        print(store.path)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from swd import __version__
-from swd.commands import shared
-from swd.config import GROUP, build, check, fits, given_keys
+from swd.commands import keys, shared
+from swd.commands.keys import Posterior
+from swd.config import build, check, fits, given_keys
 from swd.data.cache import TEXT, Precision, latents_name, pack_latents, pack_text, relative_error
 from swd.data.datamodule import GuardedLoader, check_pixels
 from swd.data.decoders import PictureDecoder, empty_name
@@ -39,23 +40,9 @@ from swd.modules.model_folders import read_json
 from swd.modules.pretrained import Pretrained
 from swd.modules.tokens import TextLimit, evenly, warn_beyond
 from swd.schedule import ScaleSchedule, downscale
-from swd.types import SeededDraws, Size, UserError
+from swd.types import SeededDraws, Size, UserError, in_unit_range, stacked
 
-Posterior = Literal["keep", "draw", "mean"]
-
-ROOT = shared.ROOT | {
-    "data": GROUP,
-    "recipe": shared.RECIPE,
-    "seed": int,
-    "out": str,
-    "precision": Precision,
-    "posterior": Posterior,
-    "deduplicate": bool,
-    "batch_size": int,
-    "shard_size": int,
-    "limit": int | None,
-    "max_bad": float,
-}
+ROOT = keys.ENCODE
 UNREAD = ("endless", "prefetch", "window", "max_bad", "seed")
 """Keys of `data` that say how a training goes through samples."""
 NOTES = "notes"
@@ -163,6 +150,7 @@ def prepare(cfg: DictConfig) -> EncodingPlan:
 
     # Model, schedule and data, and whether they fit each other.
     model: Pretrained = build(cfg, "model")
+    model.check_trainable()
     schedule: ScaleSchedule = build(cfg, "schedule")
     data = build(cfg, "data")
     dataset = dataset_of(data)
@@ -417,7 +405,7 @@ class Encoder:
     def _encode_text(self, prompts: list[str], bucket: int) -> list[Any]:
         """Conditioning of each prompt, one row each, on the CPU."""
         together = self.encoders.encode_prompts(prompts, self.plan.schedules[bucket].sizes[-1]).to("cpu")
-        return [together.rows(slice(i, i + 1)) for i in range(len(prompts))]
+        return [together.rows(slice(i, i + 1)).unpadded() for i in range(len(prompts))]
 
     def _latents(
         self, rows: range, sums: dict[str, list[float]], advance: Callable[[int], object]
@@ -489,7 +477,7 @@ class Encoder:
     ) -> list[dict[str, bytes] | str]:
         """For each picture of one bucket, files with its latents at every size of the schedule, or why it has none."""
         plan = self.plan
-        pixels = torch.stack([item["pixels"] for item in items]).to(self.device)
+        pixels = in_unit_range(stacked([item["pixels"] for item in items]).to(self.device))
         files: list[dict[str, bytes]] = [{} for _ in items]
         bad: dict[int, str] = {}
         for size in dict.fromkeys(plan.schedules[bucket].sizes):

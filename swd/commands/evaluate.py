@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from swd import __version__
-from swd.commands import shared
+from swd.commands import keys, shared
 from swd.commands.cli import config_path
 from swd.commands.sample import final_size
 from swd.config import allowed_here, build_node, check, fits, given_keys, node_of, overrides, to_plain
@@ -58,26 +58,7 @@ from swd.scheduler import ScaleWiseScheduler
 from swd.shapes.rendered import RenderedPictures, prompts_of
 from swd.types import UserError
 
-ROOT = shared.ROOT | {
-    "models": list[str | dict[str, Any]],
-    "prompts": str,
-    "n": int | None,
-    "images_per_prompt": int,
-    "seed": int,
-    "metrics": list[str | dict[str, Any]],
-    "reference": str | None,
-    "batch_size": int,
-    "chunk_size": int,
-    "height": int | None,
-    "width": int | None,
-    "aspect": str | None,
-    "bootstrap": {"draws": int, "level": float, "seed": int},
-    "timing": dict[str, int] | None,
-    "published": bool | str,
-    "name": str,
-    "output": str,
-    "folder": str,
-}
+ROOT = keys.EVALUATE
 LOCK = "scores/lock"
 """File of an evaluation's folder that the process that scores holds."""
 TEACHER = "teacher"

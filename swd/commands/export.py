@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from swd.commands import shared
+from swd.commands import keys, shared
 from swd.config import check
 from swd.export.student_folder import build_model, check_target, export, recorded_model, schedule_of
 from swd.io.job_log import JobLog
@@ -14,7 +14,7 @@ from swd.modules.adapters import locate
 from swd.modules.saved_student import load_student
 from swd.types import UserError
 
-ROOT = shared.ROOT | {"run": str, "to": str, "verify": bool, "output": str, "ema": bool | None}
+ROOT = keys.EXPORT
 
 
 def run(cfg: DictConfig) -> None:

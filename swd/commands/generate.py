@@ -9,18 +9,18 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from swd import __version__
-from swd.commands import shared
+from swd.commands import keys, shared
 from swd.commands.sample import final_size
 from swd.config import build, check, to_plain
 from swd.data.identity import whole_fingerprint
@@ -38,31 +38,14 @@ from swd.modules.requests import Requests, check_filled, read_prompts
 from swd.modules.tokens import TextLimit, warn_beyond
 from swd.types import Size, UserError
 
-ROOT = {key: hint for key, hint in shared.ROOT.items() if key != "schedule"} | {
-    "seed": int,
-    "prompts": str,
-    "out": str,
-    "images_per_prompt": int,
-    "batch_size": int,
-    "shard_size": int,
-    "steps": int | None,
-    "guidance_scale": float | None,
-    "height": int | None,
-    "width": int | None,
-    "aspect": str | None,
-    "frames": int | None,
-    "fps": int,
-    "format": Literal["png", "jpg", "webp"],
-    "quality": int,
-    "refiner": str | None,
-    "refiner_start": float,
-}
+ROOT = keys.GENERATE
 BYTES = {"png": 1.6, "jpg": 0.6, "webp": 0.4, "mp4": 0.03}
 """Bytes that a pixel of a photograph takes, about, by format."""
 PACKAGES = ("torch", "diffusers", "transformers", "pillow")
 LATER = ("vae_precision", "negative_prompt")
 """Arguments of models that manifests of earlier versions do not have; null is left out, so that their jobs go on."""
 NOT_DRAWN_WITH = {"_target_", "path", "tuning", "rank", "alpha", "targets", "feature_blocks", "init_adapter"} | {
+    "adapters",
     "quantization",
     "precision",
     "size",
@@ -157,9 +140,8 @@ def prepare(cfg: DictConfig) -> DrawingPlan:
     settings = settings_of(cfg, model, requests, size, ending) | refiner_settings(cfg, refiner)
     kind, unit = ("videos", "video") if model.backbone_class.video else ("pictures", "picture")
     job = Job(Path(cfg.out), kind, len(requests), cfg.shard_size, settings, unit)
-    return DrawingPlan(
-        requests, model, size, job, cfg.batch_size, ending, cfg.quality, cfg.fps, refiner, cfg.refiner_start
-    )
+    fps = cfg.fps or model.frame_rate
+    return DrawingPlan(requests, model, size, job, cfg.batch_size, ending, cfg.quality, fps, refiner, cfg.refiner_start)
 
 
 def requests_of(cfg: DictConfig) -> Requests:
@@ -220,11 +202,11 @@ def refiner_of(cfg: DictConfig, model: Pretrained) -> Pretrained | None:
 def settings_of(cfg: DictConfig, model: Pretrained, requests: Requests, size: Size, ending: str) -> dict[str, Any]:
     """All settings that the contents of the shards depend on, for the manifest."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    lossy = {"png": {}, "mp4": {"fps": cfg.fps}}.get(ending, {"quality": cfg.quality})
+    lossy = {"png": {}, "mp4": {"fps": cfg.fps or model.frame_rate}}.get(ending, {"quality": cfg.quality})
     config = {key: value for key, value in to_plain(cfg.model).items() if key not in NOT_DRAWN_WITH}
     config = {key: value for key, value in config.items() if key not in LATER or value is not None}
     return {
-        "model": {"name": model.name, "fingerprint": whole_fingerprint(model), **config},
+        "model": {"name": model.name, "fingerprint": whole_fingerprint(model), **config} | adapters_of(model),
         "steps": model.teacher_steps,
         "guidance_scale": model.drawing_guidance_scale,
         "embedded_guidance": model.embedded_guidance,
@@ -234,6 +216,11 @@ def settings_of(cfg: DictConfig, model: Pretrained, requests: Requests, size: Si
         "prompts": {"sha256": requests.hash()},
         "versions": {"swd": __version__} | {name: version(name) for name in PACKAGES},
     }
+
+
+def adapters_of(model: Pretrained) -> dict[str, Any]:
+    """Entry of the manifest about what was added to the teacher; empty if nothing was."""
+    return {"adapters": [asdict(adapter.baked) for adapter in model.adapters]} if model.adapters else {}
 
 
 def refiner_settings(cfg: DictConfig, refiner: Pretrained | None) -> dict[str, Any]:

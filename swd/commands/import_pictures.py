@@ -16,11 +16,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
+from swd.commands import keys
 from swd.config import check
 from swd.data.buckets import bucket_sizes, nearest_bucket
 from swd.data.job import JOB, Job, Sample
@@ -46,22 +47,7 @@ from swd.io.ranks import share
 from swd.io.tables import NoText
 from swd.types import UserError
 
-ROOT = {
-    "source": str,
-    "out": str,
-    "size": int | None,
-    "buckets": list[str] | None,
-    "multiple": int,
-    "resize": bool,
-    "format": Literal["png", "jpg", "webp"],
-    "strict": bool,
-    "shard_size": int,
-    "limit": int | None,
-    "workers": int,
-    "outside": bool,
-    "max_pixels": int,
-    "max_missing": float,
-}
+ROOT = keys.IMPORT
 REPORT, PROBLEMS = "report.json", "problems"
 QUALITY = 95
 MOST = {

@@ -11,11 +11,10 @@ from pathlib import Path
 import yaml
 from omegaconf import DictConfig
 
-from swd.commands import shared
+from swd.commands import keys, shared
 from swd.commands.cli import config_folder, nearest
 from swd.commands.encode import BYTES
-from swd.config import GROUP, build, check
-from swd.data.cache import Precision
+from swd.config import build, check
 from swd.io import limits
 from swd.modules.device_memory import cache_bytes, encoder_bytes, kept, kept_divided
 from swd.modules.distiller import Distiller
@@ -26,21 +25,7 @@ from swd.modules.iteration_cost import IterationCost, iteration_costs
 from swd.modules.published import copied_folder, published, published_folder
 from swd.types import Size, UserError
 
-ROOT = shared.ROOT | {
-    "task": GROUP,
-    "loss": GROUP,
-    "recipe": shared.RECIPE,
-    "seed": int,
-    "gpu": str,
-    "n_gpus": int,
-    "divided": bool,
-    "peak": float | None,
-    "utilisation": float,
-    "spare": float,
-    "batch_size": int,
-    "samples": int,
-    "precision": Precision,
-}
+ROOT = keys.PLAN
 GB = 1e9
 
 

@@ -6,22 +6,14 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from swd.commands import shared
+from swd.commands import keys, shared
 from swd.config import check
 from swd.io import limits
 from swd.report import overview
 from swd.report.page import check_page_size, check_replaceable, write_page
 from swd.types import UserError
 
-ROOT = {
-    "folders": list[str],
-    "out": str,
-    "title": str | None,
-    "megabytes": float,
-    "side": int,
-    "quality": int,
-    "shown": int,
-}
+ROOT = keys.REPORT
 
 
 def run(cfg: DictConfig) -> None:

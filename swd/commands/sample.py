@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -18,9 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from swd import __version__
-from swd.commands import shared, starting_pictures
+from swd.commands import keys, shared, starting_pictures
 from swd.commands.starting_pictures import StartPlan, start_plan
-from swd.config import check, given_keys, node_of, stored
+from swd.config import check, given_keys, node_of, read_recorded, stored
 from swd.data.buckets import aspect_size
 from swd.data.job import say
 from swd.export.student_folder import build_model, recorded_model, schedule_of
@@ -31,8 +32,8 @@ from swd.io.masking import mask, mask_text
 from swd.io.pictures import to_pil
 from swd.io.tables import NoText, text_of
 from swd.modules import hub
-from swd.modules.adapters import locate
-from swd.modules.drawing import build_pipeline, draw
+from swd.modules.adapters import locate, run_folder
+from swd.modules.drawing import OtherExpert, build_pipeline, draw
 from swd.modules.model_folders import check_model_folder, read_json
 from swd.modules.pretrained import Pretrained
 from swd.modules.requests import Request, read_prompts
@@ -41,28 +42,7 @@ from swd.modules.tokens import warn_beyond
 from swd.scheduler import ScaleWiseScheduler
 from swd.types import Size, UserError
 
-ROOT = shared.ROOT | {
-    "seed": int,
-    "name": str,
-    "output": str,
-    "folder": str,
-    "prompts": list[str] | str,
-    "prompts_file": str | None,
-    "images_per_prompt": int,
-    "batch_size": int,
-    "adapter": str | None,
-    "ema": bool | None,
-    "height": int | None,
-    "width": int | None,
-    "aspect": str | None,
-    "frames": int | None,
-    "tiny_vae": str | None,
-    "compile": bool,
-    "offload": Literal["none", "model", "sequential"],
-    "show_sizes": bool,
-    "fps": int,
-    **starting_pictures.KEYS,
-}
+ROOT = keys.SAMPLE
 
 
 MOST_PICTURES = 100_000
@@ -84,16 +64,18 @@ def run(cfg: DictConfig) -> None:
     print(drawer, flush=True)
     warn_beyond(model, [request.prompt for request in requests])
     say(f"loading {drawer}")
-    pipe = build_pipeline(model, student, schedule, cfg)
+    pipe = build_pipeline(model, student, schedule, cfg, cfg.fold, job.other)
     if job.start is not None:
         job.start.prepare_pipeline(pipe)
     info = {
         **origin(cfg, job),
         **(job.start.settings() if job.start else {}),
         "adapter_hash": student.hash if student else None,
+        "other_adapter_hash": job.other.student.hash if job.other else None,
         "schedule": dict(schedule.config) if schedule else None,
     }
     unit = "video" if model.backbone_class.video else "picture"
+    fps = cfg.fps or model.frame_rate
     with JobLog(f"drawing into {folder}", len(requests), unit) as progress:
         for start in range(0, len(requests), cfg.batch_size):
             batch = requests[start : start + cfg.batch_size]
@@ -101,11 +83,11 @@ def run(cfg: DictConfig) -> None:
             final, sizes = draw(pipe, model, batch, size, cfg.show_sizes, latents)
             for i, request in enumerate(batch):
                 metadata = {"prompt": request.prompt, "seed": request.seed, **info}
-                tqdm.write(str(save_drawn(final[i], folder / f"{request.stem}.{ending}", metadata, cfg.fps)))
+                tqdm.write(str(save_drawn(final[i], folder / f"{request.stem}.{ending}", metadata, fps)))
                 for number, drawn in enumerate(sizes, 1):
                     side = "x".join(map(str, reversed(drawn[i].shape[-2:])))
                     file = folder / f"{request.stem}_step{number}_{side}.{ending}"
-                    tqdm.write(str(save_drawn(drawn[i], file, metadata, cfg.fps)))
+                    tqdm.write(str(save_drawn(drawn[i], file, metadata, fps)))
             progress.advance(len(batch))
     if job.start is not None:
         print(job.start.write_index(folder, requests, ending))
@@ -141,6 +123,7 @@ class SamplingPlan:
         schedule: the student's sampler; None: the teacher draws with its own.
         size: latent size of finished pictures.
         start: the pictures that drawing starts from; None: from pure noise.
+        other: the student of the pipeline's other expert, in families that have one.
     """
 
     requests: list[Request]
@@ -151,6 +134,7 @@ class SamplingPlan:
     schedule: ScaleWiseScheduler | None
     size: Size
     start: StartPlan | None = None
+    other: OtherExpert | None = None
 
 
 def prepare(cfg: DictConfig) -> SamplingPlan:
@@ -185,7 +169,66 @@ def prepare(cfg: DictConfig) -> SamplingPlan:
     start = None
     if pictures is not None:
         start, schedule = start_plan(cfg, pictures, model, schedule, size)
-    return SamplingPlan(requests, model, node, source, student, schedule, size, start)
+    other = other_expert(cfg, model, node, schedule)
+    return SamplingPlan(requests, model, node, source, student, schedule, size, start, other)
+
+
+def other_expert(
+    cfg: DictConfig, model: Pretrained, node: dict[str, Any], schedule: ScaleWiseScheduler | None
+) -> OtherExpert | None:
+    """The student that takes the noise levels of the schedule which the adapter's own network does not.
+
+    Args:
+        cfg: the configuration.
+        model: the adapter's model.
+        node: its configuration.
+        schedule: the adapter's; None: the teacher draws.
+
+    Raises:
+        UserError: if the family has no other expert, no adapter is given, or the two have different schedules.
+    """
+    families = list(model.backbone_class.other_experts.values())
+    if cfg.other_adapter is None:
+        if families and schedule is not None:
+            warnings.warn(
+                f"model.family={model.family} takes some of the schedule's steps and the teacher the others, which are "
+                "too few; give other_adapter=, the student of the other expert",
+                stacklevel=2,
+            )
+        return None
+    if not families or schedule is None:
+        reason = "adapter is null" if families else f"model.family={model.family} is one network alone"
+        raise UserError(f"other_adapter={cfg.other_adapter} is of a second expert, but {reason}; leave it out")
+    source = locate(cfg.other_adapter, Path(cfg.output), "other_adapter", ema=cfg.ema)
+    other = other_model(cfg, node, source, families[0])
+    student = load_student(source, cfg.ema)
+    student.check_model(other)
+    found = schedule_of(source, cfg, other)
+    if (found.config.sigmas, found.base_sizes) != (schedule.config.sigmas, schedule.base_sizes):
+        raise UserError(
+            f"other_adapter={cfg.other_adapter} was trained for another schedule than the adapter: sizes "
+            f"{found.base_sizes} against {schedule.base_sizes}; give students of one schedule"
+        )
+    return OtherExpert(other, student)
+
+
+def other_model(cfg: DictConfig, node: dict[str, Any], source: Path, family: str) -> Pretrained:
+    """The other expert's model: that of its student's run, or the adapter's where it is from none.
+
+    Raises:
+        UserError: if the run was one of another family.
+    """
+    run = run_folder(source)
+    if run is not None and (run / "config.yaml").is_file():
+        trained = read_recorded(run / "config.yaml").get("model")
+        found = trained.get("family") if isinstance(trained, dict) else None
+        if found != family:
+            raise UserError(
+                f"other_adapter={cfg.other_adapter} is a student of model.family={found}, and the other expert is "
+                f"{family}; give a student of that"
+            )
+        node = recorded_model(source, cfg)
+    return build_model(node | {"family": family}, cfg)
 
 
 def check_machine(cfg: DictConfig) -> None:
@@ -195,17 +238,23 @@ def check_machine(cfg: DictConfig) -> None:
         raise UserError(
             f"offload={cfg.offload} moves weights to a GPU and back, and this machine has none; leave it out"
         )
+    if cfg.compile_coders and not cfg.compile:
+        raise UserError("compile_coders=true compiles more than the network; give compile=blocks or compile=whole too")
+    how = f"compile={str(cfg.compile).lower()}"
     if cfg.compile and cfg.offload == "sequential":
-        raise UserError("compile=true with offload=sequential: compiled blocks need their weights at hand; drop one")
+        raise UserError(f"{how} with offload=sequential: what is compiled needs its weights at hand; drop one")
     if cfg.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "gcc", "clang"))):
-        raise UserError("compile=true needs a C compiler, and this machine has none; install g++, or leave it out")
+        raise UserError(f"{how} needs a C compiler, and this machine has none; install g++, or leave it out")
 
 
 def check_tiny_vae(path: str, model: Pretrained) -> None:
     """Raise UserError unless a distilled decoder fits the model's latents; reads its configuration only."""
     where = f"tiny_vae={path}"
     if model.backbone_class.video:
-        raise UserError(f"{where} decodes pictures, and {model.family} draws videos; leave it out")
+        raise UserError(
+            f"{where} decodes pictures, and {model.family} draws videos; diffusers has no class for the small decoders "
+            "of videos (TAEHV), so leave it out"
+        )
     folder = hub.configuration(path, key="tiny_vae") if hub.is_hub_id(path) else Path(path)
     if not (folder / "config.json").is_file():
         reason = "has no config.json" if folder.is_dir() else "does not exist"

@@ -1,18 +1,11 @@
-"""Shared by commands: the keys at the root of a configuration, quiet libraries, a GPU for each process."""
+"""Shared by commands: quiet libraries, a GPU for each process."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
 
-from swd.config import GROUP
 from swd.io.masking import mask_text
 from swd.io.ranks import ranks
-
-ROOT: dict[str, Any] = {"model": GROUP, "schedule": GROUP, "allow": list[str]}
-"""Keys at the root of the configuration of every command on a model, and their types."""
-RECIPE = {"batch_size": int, "lr": float, "iterations": int, "checkpointing": bool}
-"""Values that suit a model, and their types; `data`, `task` and `trainer` use them unless they are given others."""
 
 
 def given_command(command: str) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -36,14 +36,6 @@ from swd.shapes.dataset import RESOLUTION, ShapesDataset
 from swd.shapes.rendered import PROMPT_SEED, SPLIT
 from swd.types import Size, UserError
 
-KEYS: dict[str, Any] = {
-    "start": str | None,
-    "level": float | int | None,
-    "from": int | list[int] | None,
-    "upsample": Literal["clean", "noisy"],
-    "n": int | None,
-}
-"""Keys at the root of the configuration, and their types."""
 SHAPES = "shapes"
 INDEX = "index.jsonl"
 """List of the files beside them: as `swd evaluate` reads it, of prompts and of pictures."""

@@ -32,13 +32,14 @@ from swd.callbacks.resume_rules import sayings
 from swd.callbacks.space import CheckSpace
 from swd.callbacks.stop_signal import StopOnSignal
 from swd.callbacks.stopping import CheckStopping
-from swd.commands import processes, shared
+from swd.commands import keys, processes
 from swd.commands.cli import message_for_user
 from swd.commands.loggers import WITHOUT_WANDB, build_loggers, check_logger, end_loggers, recorded_id, start_loggers
 from swd.commands.requeue import earlier_run, go_on_writing, has_checkpoints, job_record, requeue
 from swd.commands.shared import quiet
-from swd.config import GROUP, arguments_of, check, one_line, stored, to_yaml
+from swd.config import arguments_of, check, one_line, stored, to_yaml
 from swd.config import build as build_group
+from swd.data.encoded import EncodedPairs
 from swd.io import signals
 from swd.io.files import claim_folder, write_json, write_text
 from swd.io.folder_lock import LOCK, clear_abandoned, held, refuse_living
@@ -51,26 +52,12 @@ from swd.modules import sharding
 from swd.modules.checkpoint_files import CheckpointFiles, Resumable, iterations
 from swd.modules.distiller import Distiller
 from swd.modules.finite import last_checkpoint
+from swd.modules.pretrained import Pretrained
 from swd.modules.training_task import WatchedTask
 from swd.shapes.train_judge import JudgeData, JudgeTask
 from swd.types import UserError
 
-ROOT = shared.ROOT | {
-    "task": GROUP,
-    "loss": GROUP,
-    "data": GROUP,
-    "trainer": GROUP,
-    "callbacks": GROUP,
-    "logger": GROUP,
-    "recipe": shared.RECIPE,
-    "sample_prompts": list[str],
-    "seed": int,
-    "name": str,
-    "output": str,
-    "folder": str,
-    "resume": str | None,
-    "optimized_metric": str | None,
-}
+ROOT = keys.TRAIN
 PACKAGES = ("torch", "lightning", "hydra-core", "diffusers", "peft", "transformers", "torchmetrics")
 
 
@@ -391,10 +378,14 @@ def build_task_and_data(cfg: DictConfig) -> tuple[LightningModule, Any]:
 
     # Task and data, with the trainer's options.
     task: LightningModule = build_group(cfg, "task")
+    record_adapters(cfg, task)
     data = build_group(cfg, "data")
     options = trainer_options(cfg)
     check_trainer(options, task)
     check_data(task, data)
+    model = getattr(task, "model", None)
+    if isinstance(model, Pretrained):
+        model.check_trainable()
     check_logger(cfg, is_trial(cfg))
     world = processes.count(options)
     if data.batch_size % world:
@@ -560,7 +551,7 @@ def check_precision(precision: Any, task: LightningModule) -> None:
 
 
 def check_data(task: LightningModule, data: Any) -> None:
-    """Raise UserError if the judge is to train on other data than its own, or another task on the judge's."""
+    """Raise UserError if data are of one task alone and the task is another, or the judge is to train on other data."""
     judged = isinstance(data, JudgeData)
     if isinstance(task, JudgeTask) and not judged:
         raise UserError("task=judge learns from labelled pictures of shapes; choose them with data=judge")
@@ -568,6 +559,8 @@ def check_data(task: LightningModule, data: Any) -> None:
         raise UserError(
             "data=judge is for task=judge alone; choose captioned pictures, e.g. data=shapes or data=images"
         )
+    if isinstance(data, EncodedPairs) and not isinstance(task, Distiller):
+        raise UserError("data=shapes_encoded is for task=distill alone; choose data=shapes, which keeps the pictures")
 
 
 def check_devices(options: dict[str, Any]) -> None:
@@ -601,6 +594,13 @@ def command_line() -> str:
     program = "swd" if program in ("__main__.py", "cli.py") else program  # python -m swd
     command = [os.environ["SWD_COMMAND"]] if "SWD_COMMAND" in os.environ else []  # of the installed `swd`
     return mask_text(" ".join([program, *command, *sys.argv[1:]]))
+
+
+def record_adapters(cfg: DictConfig, task: Any) -> None:
+    """Put the hashes of the adapters of the base into the configuration, which resuming and sampling compare."""
+    adapters = getattr(getattr(task, "model", None), "adapters", ())
+    if adapters:
+        OmegaConf.update(cfg, "model.adapters", [adapter.record for adapter in adapters], force_add=True)
 
 
 def record(cfg: DictConfig, folder: Path, checkpoint: str | None, loggers: Sequence[Logger] = ()) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
@@ -154,7 +155,8 @@ class Assembler:
         """Put a packed text into a row.
 
         Raises:
-            CorruptSample: if it is damaged, or has another shape than the other rows.
+            CorruptSample: if it is damaged, or has another shape than the other rows; texts with a mask may have
+                other numbers of tokens.
         """
         tensors = view(data)
         try:
@@ -165,21 +167,37 @@ class Assembler:
             if not whole or sum(count for count, _ in runs) != shape[0] or not 0 < math.prod(shape) <= MOST_VALUES:
                 raise CorruptSample(f"a text of shape {shape} with rows {runs[:3]} is none")
             dtype = torch.bfloat16 if first == torch.int8 else first
-            embeds = self._row("embeds", shape, dtype, row)
+            tokens = self._room(shape[0]) if "mask" in tensors else shape[0]
+            embeds = self._row("embeds", [tokens, shape[1]], dtype, row)
             start = 0
             for i, (count, columns) in enumerate(runs):
                 copy(embeds[start : start + count, :columns], restore(f"embeds{i}", tensors))
                 embeds[start : start + count, columns:] = 0
                 start += count
+            embeds[start:] = 0
             if "pooled" in tensors:
                 pooled = restore("pooled", tensors)[0]
                 self._row("pooled", pooled.shape, dtype, row).copy_(pooled)
-            for name, kind in (("time_ids", torch.float32), ("mask", torch.int64)):
-                if name in tensors:
-                    value = tensors[name].squeeze(0)
-                    self._row(name, value.shape, kind, row).copy_(value)
+            if "time_ids" in tensors:
+                value = tensors["time_ids"].squeeze(0)
+                self._row("time_ids", value.shape, torch.float32, row).copy_(value)
+            if "mask" in tensors:
+                mask = self._row("mask", [tokens], torch.int64, row)
+                mask[: shape[0]] = tensors["mask"].squeeze(0)
+                mask[shape[0] :] = 0
         except (KeyError, RuntimeError, ValueError, TypeError, IndexError) as error:
             raise CorruptSample(f"texts do not belong to one cache ({str(error)[:80]})") from None
+
+    def _room(self, tokens: int) -> int:
+        """Number of tokens that the batch's texts have room for, at least so many; new ones are masked."""
+        found = {name: self._text[name] for name in ("embeds", "mask") if name in self._text}
+        if len(found) < 2:
+            return tokens
+        missing = tokens - found["mask"].shape[1]
+        if missing > 0:
+            self._text["embeds"] = F.pad(found["embeds"], (0, 0, 0, missing))
+            self._text["mask"] = F.pad(found["mask"], (0, missing))
+        return self._text["mask"].shape[1]
 
     def _row(self, name: str, shape: Sequence[int], dtype: torch.dtype, row: int) -> Tensor:
         if name not in self._text:

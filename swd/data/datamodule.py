@@ -24,7 +24,7 @@ from swd.io.ranks import is_first
 from swd.modules.pretrained import Pretrained
 from swd.modules.tokens import evenly, warn_beyond
 from swd.schedule import ScaleSchedule
-from swd.types import Batch, PictureBatch, Size, UserError, stable_hash
+from swd.types import Batch, PictureBatch, Size, UserError, stable_hash, stacked
 
 LOOKED_AT = 1000
 """Captions whose length is looked at before training: all of a small set, a sample of a large one."""
@@ -167,11 +167,13 @@ def as_it_is(batch: Any) -> Any:
 class GuardedLoader(DataLoader[Any]):
     """Raises in this process what was wrong with the input, or could not be read, in a worker's.
 
-    Workers outlive a signal to their whole group, so that the iteration they fetch for can be finished.
+    Batches lie in pinned memory where there is a GPU, so that it copies them while this process goes on. Workers
+    outlive a signal to their whole group, so that the iteration they fetch for can be finished.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **{"worker_init_fn": signals.outlive} | options)
+        fixed: dict[str, Any] = {"worker_init_fn": signals.outlive, "pin_memory": torch.cuda.is_available()}
+        super().__init__(*args, **fixed | options)
 
     def __iter__(self) -> Any:
         for batch in super().__iter__():
@@ -204,13 +206,18 @@ class ThreadedLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         if not self.workers:
-            return map(self.read, self.requests)
-        return read_ahead(self.read, self.requests, self.workers, self.workers * self.prefetch)
+            return map(self._read, self.requests)
+        return read_ahead(self._read, self.requests, self.workers, self.workers * self.prefetch)
+
+    def _read(self, request: Any) -> Batch:
+        """The batch of a request, in pinned memory where there is a GPU."""
+        batch = self.read(request)
+        return batch.pin_memory() if torch.cuda.is_available() else batch
 
 
 def collate(samples: list[dict[str, Any]]) -> PictureBatch:
     """Samples with `pixels` and `prompt` to a batch."""
-    return PictureBatch(torch.stack([s["pixels"] for s in samples]), prompts=[s["prompt"] for s in samples])
+    return PictureBatch(stacked([s["pixels"] for s in samples]), prompts=[s["prompt"] for s in samples])
 
 
 def check_pixels(
@@ -319,7 +326,7 @@ class PairData(TrainingData):
     """Pictures with captions from a map-style dataset.
 
     Args:
-        dataset: items are dicts with `pixels` `[3, H, W]` in [-1, 1] and `prompt`.
+        dataset: items are dicts with `pixels` `[3, H, W]`, bytes or in [-1, 1], and `prompt`.
         endless: every index is a fresh sample, so there are no epochs and no shuffling.
         batch_size: over all processes.
         workers: loader processes, at most four a core or 32; 0 loads in the training process.
@@ -378,7 +385,7 @@ class PairData(TrainingData):
         caption = getattr(dataset, "caption", lambda i: dataset[i]["prompt"])
         return HeldOut(ids, lambda numbers, step: collate([dataset[i] for i in numbers]), caption)
 
-    def batch_loader(self, plan: BatchPlan) -> DataLoader[Any]:
+    def batch_loader(self, plan: BatchPlan) -> Any:
         length = _length(self.dataset)
         if self.endless and length < plan.total * self.batch_size:
             raise UserError(

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from swd.data.cache import TEXT, Assembler, latents_name
 from swd.data.datamodule import check_pixels
 from swd.data.identity import difference
 from swd.data.manifest import MANIFEST, check_inside, is_count
-from swd.data.picture_files import MAX_PIXELS, PICTURES, VIDEOS, read_picture, read_video
+from swd.data.picture_files import MAX_PIXELS, PICTURES, VIDEOS, load_picture, load_video
 from swd.data.picture_list import ENDINGS, caption_of
 from swd.data.shard_samples import CachedSample, PictureSample, Sample, SampleFiles
 from swd.data.shards import CorruptSample, ShardSet
@@ -32,7 +31,7 @@ from swd.io.storage import fetch, first_line
 from swd.io.tables import NoText
 from swd.modules.pretrained import Pretrained
 from swd.schedule import ScaleSchedule
-from swd.types import Batch, Cached, CachedBatch, Conditioning, PictureBatch, Size, UserError
+from swd.types import Batch, Cached, CachedBatch, Conditioning, PictureBatch, Size, UserError, stacked
 
 S = TypeVar("S", bound=Sample)
 
@@ -216,7 +215,7 @@ class PictureBuilder(BatchBuilder[PictureSample]):
         self.pixels[row] = sample.pixels
 
     def batch(self, skipped: Iterable[str]) -> PictureBatch:
-        pixels = torch.stack([self.pixels[row] for row in range(len(self.prompts))])
+        pixels = stacked([self.pixels[row] for row in range(len(self.prompts))])
         bucket = None if self.buckets is None else self.buckets[self.bucket]
         return PictureBatch(pixels, prompts=self.prompts, bucket=bucket, skipped=tuple(skipped))
 
@@ -247,7 +246,7 @@ def _caption(files: SampleFiles, data: Mapping[str, NDArray[np.uint8]]) -> str:
 
 
 def decode_pixels(data: bytes, ending: str, size: Size, name: str, limit: int = MAX_PIXELS) -> Tensor:
-    """A picture or a video in a shard as pixels of `size`, `[3, H, W]` or `[3, F, H, W]` in [-1, 1].
+    """A picture or a video in a shard as pixels of `size`, `[3, H, W]` or `[3, F, H, W]`: bytes, or in [-1, 1].
 
     Raises:
         CorruptSample: if it cannot be read, is smaller than `size`, or a picture of more pixels than `limit`.
@@ -255,11 +254,11 @@ def decode_pixels(data: bytes, ending: str, size: Size, name: str, limit: int = 
     is_video = f".{ending}" in VIDEOS
     try:
         if not is_video:
-            return read_picture(io.BytesIO(data), size, name, limit)
+            return load_picture(io.BytesIO(data), size, name, limit)
         with tempfile.TemporaryDirectory() as folder:  # ffmpeg reads files only
             path = Path(folder) / f"video.{ending}"
             path.write_bytes(data)
-            return read_video(path, size)
+            return load_video(path, size)
     except UserError as error:
         raise CorruptSample(f"{name}: {error}" if is_video else str(error)) from None
     except Exception as error:  # decoders raise errors of many types for damaged files

@@ -71,11 +71,17 @@ def fingerprint(folder: Path) -> dict[str, str]:
 
 
 def whole_fingerprint(model: Pretrained) -> str:
-    """Identity of a pipeline's weights: the commit on the hub, or a hash of samples of its files."""
+    """Identity of a pipeline's weights: the commit on the hub, or a hash of samples of its files.
+
+    If adapters were added to them, a hash of that and of these.
+    """
     if is_hub_id(model.path):
-        return model.folder.name
-    parts = {part: fingerprint(model.folder / part) for part in sorted(model.parts)}
-    return _hash([json.dumps(parts, sort_keys=True).encode()])
+        base = model.folder.name
+    else:
+        parts = {part: fingerprint(model.folder / part) for part in sorted(model.parts)}
+        base = _hash([json.dumps(parts, sort_keys=True).encode()])
+    added = [f"{adapter.hash} {adapter.weight}".encode() for adapter in model.adapters]
+    return _hash([base.encode(), *added]) if added else base
 
 
 def _hash(parts: Iterable[bytes]) -> str:

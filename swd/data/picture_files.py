@@ -25,7 +25,7 @@ from swd.io import video
 from swd.io.limits import number
 from swd.io.pictures import to_rgb
 from swd.io.tables import NoText
-from swd.types import Size, UserError
+from swd.types import Size, UserError, in_unit_range
 
 PICTURES = tuple(f".{ending}" for ending in ENDINGS)
 Image.init()
@@ -61,8 +61,9 @@ Pillow refuses a picture with a larger one (`MAX_TEXT_CHUNK`), although it is no
 class FolderDataset(Dataset[dict[str, Any]]):
     """Files with captions from `metainfo.csv` or from text files of the same name.
 
-    An item is `{"pixels": [3, H, W] or [3, F, H, W] in [-1, 1], "prompt": str, "index": int}`. Pictures are scaled so
-    that they cover `size` and cropped around the middle, never squashed; videos lose frames at their end.
+    An item is `{"pixels": [3, H, W] or [3, F, H, W], "prompt": str, "index": int}`; its pixels are bytes or in [-1, 1],
+    see `load_picture` and `load_video`. Pictures are scaled so that they cover `size` and cropped around the middle,
+    never squashed; videos lose frames at their end.
 
     Args:
         path: the folder.
@@ -113,9 +114,9 @@ class FolderDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         file, caption = self.pairs[index]
         if self.kind == "pictures":
-            pixels = read_picture(file, self.size, limit=self.max_pixels)
+            pixels = load_picture(file, self.size, limit=self.max_pixels)
         else:
-            pixels = read_video(file, self.size)
+            pixels = load_video(file, self.size)
         return {"pixels": pixels, "prompt": caption, "index": index}
 
 
@@ -212,7 +213,12 @@ def check_max_pixels(value: int, key: str) -> None:
 
 
 def read_picture(file: Path | BinaryIO, size: Size, name: str | None = None, limit: int = MAX_PIXELS) -> Tensor:
-    """A picture `[3, H, W]` in [-1, 1] of exactly `size`: scaled to cover it, cropped around the middle.
+    """`load_picture` in [-1, 1], float32."""
+    return in_unit_range(load_picture(file, size, name, limit))
+
+
+def load_picture(file: Path | BinaryIO, size: Size, name: str | None = None, limit: int = MAX_PIXELS) -> Tensor:
+    """A picture `[3, H, W]`, uint8, of exactly `size`: scaled to cover it, cropped around the middle.
 
     It is turned as its EXIF orientation says, transparency becomes white, and of an animation the first frame is taken.
 
@@ -236,7 +242,7 @@ def read_picture(file: Path | BinaryIO, size: Size, name: str | None = None, lim
     if image.width < width or image.height < height:
         raise UserError(f"{name} is {image.width}x{image.height}, smaller than {width}x{height}; remove it")
     array = np.array(cover_and_crop(image, size))
-    return torch.from_numpy(array).permute(2, 0, 1).float().contiguous().div_(127.5).sub_(1)
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
 
 def decode(file: Path | BinaryIO, limit: int = MAX_PIXELS) -> Image.Image:
@@ -332,18 +338,28 @@ def cover_and_crop(image: Image.Image, size: Size) -> Image.Image:
 
 
 def read_video(file: Path, size: Size) -> Tensor:
-    """A video `[3, F, H, W]` in [-1, 1] of exactly `size`: its first frames, each scaled and cropped as a picture.
+    """`load_video` in [-1, 1], float32."""
+    return in_unit_range(load_video(file, size))
+
+
+def load_video(file: Path, size: Size) -> Tensor:
+    """A video `[3, F, H, W]` of exactly `size`: its first frames, each scaled and cropped as a picture.
+
+    Returns:
+        Bytes, uint8, of a video whose frames are only cropped; else float32 in [-1, 1], since scaling comes before
+        rounding.
 
     Raises:
         UserError: if it cannot be read, or is shorter or smaller than `size`.
     """
     count, height, width = size
-    frames = video.read(file, count)
+    frames = video.read_bytes(file, count)
     if any(have < wanted for have, wanted in zip(frames.shape[1:], size, strict=True)):
         raise UserError(f"{file} is {tuple(frames.shape[1:])} (frames, height, width), smaller than {size}; remove it")
     scale = max(height / frames.shape[2], width / frames.shape[3])
     shrunk = (max(height, round(frames.shape[2] * scale)), max(width, round(frames.shape[3] * scale)))
-    frames = F.interpolate(frames.transpose(0, 1), size=shrunk, mode="area").transpose(0, 1)
+    if shrunk != tuple(frames.shape[2:]):
+        frames = F.interpolate(in_unit_range(frames).transpose(0, 1), size=shrunk, mode="area").transpose(0, 1)
     top = (shrunk[0] - height) // 2
     left = (shrunk[1] - width) // 2
     return frames[:, :, top : top + height, left : left + width].contiguous()

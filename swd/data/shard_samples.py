@@ -33,7 +33,7 @@ class PictureSample(Sample):
     """A captioned picture or video.
 
     Attributes:
-        pixels: `[3, H, W]` or `[3, F, H, W]` in [-1, 1].
+        pixels: `[3, H, W]` or `[3, F, H, W]`: bytes, uint8, or float32 in [-1, 1].
     """
 
     pixels: Tensor

@@ -106,12 +106,22 @@ class StreamDataset(IterableDataset[Batch | UserError], Generic[S]):
         self.decoder = decoder
         self.buffer = buffer
         self.start = self.total = self.rank = 0
-        self.world = self.readers = self.per_iteration = self.steps = 1
+        self.world = self.readers = self.per_iteration = 1
+        self.steps: Sequence[int] = (0,)
 
     def plan(
-        self, start: int, total: int, rank: int, world: int, readers: int, per_iteration: int = 1, steps: int = 1
+        self,
+        start: int,
+        total: int,
+        rank: int,
+        world: int,
+        readers: int,
+        per_iteration: int = 1,
+        steps: Sequence[int] = (0,),
     ) -> StreamDataset:
         """Say which batches are wanted of which process; `readers` is the number of loader processes of each.
+
+        `steps` are those of the schedule that iterations train, one after the other.
 
         Raises:
             UserError: if there are fewer shards than readers.
@@ -157,7 +167,7 @@ class StreamDataset(IterableDataset[Batch | UserError], Generic[S]):
                 else:
                     raws.append(raw)
             if batch >= self.start:
-                yield self._batch(raws, batch // self.per_iteration % self.steps, skipped)
+                yield self._batch(raws, self.steps[batch // self.per_iteration % len(self.steps)], skipped)
 
     def _batch(self, raws: list[RawSample], step: int, skipped: list[str]) -> Batch:
         """Decode a batch; a sample that fails is replaced by one of its own batch, so that no other one moves."""

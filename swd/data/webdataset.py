@@ -114,7 +114,7 @@ class ShardData(TrainingData):
                 raise UserError(f"data.validation={validation}: one of it and data.path={path} is a cache; use two")
 
         # Known or counted later.
-        self.schedule: ScaleSchedule | None = None
+        self.steps: Sequence[int] = (0,)  # of the schedule, those that are trained
         self.seen = 0
         self.bad = 0
         self.names = set[str]()
@@ -137,7 +137,7 @@ class ShardData(TrainingData):
 
     def check(self, model: Pretrained, schedule: ScaleSchedule) -> None:
         """Raise UserError unless these data are for this model and schedule."""
-        self.schedule = schedule
+        self.steps = schedule.steps_of(model.backbone_class.process)
         self.source.decoder.check(model, schedule)
         if self.validation is not None:
             self.validation.decoder.check(model, schedule)
@@ -173,17 +173,16 @@ class ShardData(TrainingData):
 
     def batch_loader(self, plan: BatchPlan) -> Any:
         start, total, rank, world = plan.start, plan.total, plan.rank, plan.world
-        steps = len(self.schedule) if self.schedule else 1
         more: dict[str, Any] = {"num_workers": self.workers}
         if self.workers:
             more["prefetch_factor"] = self.prefetch
         if self.stream is not None:
-            self.stream.plan(start, total, rank, world, max(self.workers, 1), plan.per_iteration, steps)
+            self.stream.plan(start, total, rank, world, max(self.workers, 1), plan.per_iteration, self.steps)
             return GuardedLoader(self.stream, batch_size=None, **more)
         source: Any = self.source
         orders = source.orders(self.seed, self.window)
         sampler = DueBatches(None, self.batch_size, start, total, self.seed, rank, world, orders)
-        sampler.per_iteration, sampler.steps = plan.per_iteration, steps
+        sampler.per_iteration, sampler.steps = plan.per_iteration, self.steps
         if self.is_cache:
             return ThreadedLoader(source.batch_of, sampler, self.workers, self.prefetch)
         return GuardedLoader(Guarded(source, source.collate), batch_sampler=sampler, collate_fn=as_it_is, **more)
@@ -295,7 +294,8 @@ def pixel_size_of(size: int | Sequence[int] | None) -> Size | None:
 class DueBatches(GlobalBatches):
     """Batches of (index, step of the schedule): caches are read only at the sizes that the step needs."""
 
-    per_iteration = steps = 1
+    per_iteration = 1
+    steps: Sequence[int] = (0,)
 
     def request(self, index: int, batch: int) -> Any:
-        return index, batch // self.per_iteration % self.steps
+        return index, self.steps[batch // self.per_iteration % len(self.steps)]

@@ -25,6 +25,7 @@ from swd.io.files import clear_leftovers, write_aside
 from swd.io.job_log import JobLog
 from swd.io.pictures import png
 from swd.modules.drawing import build_pipeline, draw
+from swd.modules.encoders import channels_last
 from swd.modules.pretrained import Pretrained
 from swd.types import UserError
 
@@ -47,10 +48,11 @@ class CandidatePainter:
 
     @cached_property
     def pipe(self) -> Any:
-        """The stock pipeline with the student in it."""
+        """The stock pipeline with the student in it, its LoRA folded into the weights."""
         candidate = self.candidate
         say(f"loading {candidate.name} ({candidate.model.name})")
-        pipe = build_pipeline(candidate.model, candidate.student, candidate.schedule)
+        pipe = build_pipeline(candidate.model, candidate.student, candidate.schedule, fold=True)
+        channels_last(pipe.vae)
         if candidate.sigmas is not None:
             pipe.scheduler = FixedLevels(candidate.sigmas)
         return pipe

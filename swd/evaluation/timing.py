@@ -11,8 +11,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from swd.evaluation.plan import Plan, key_of
 from swd.io.files import write_json
 from swd.io.job_log import JobLog
 from swd.metrics.flops import forward_gflop
-from swd.modules.adapters import Adapter
 from swd.modules.drawing import draw
 from swd.modules.model_folders import read_json
 from swd.types import UserError
@@ -87,14 +85,11 @@ class Costs:
 
 
 def latency(painter: CandidatePainter, timing: Timing) -> dict[str, Any]:
-    """Seconds for text, denoising and decoding of a batch, per picture, and the peak of memory in bytes.
-
-    A LoRA is merged into the weights meanwhile, as in use.
-    """
+    """Seconds for text, denoising and decoding of a batch, per picture, and the peak of memory in bytes."""
     candidate, prompts = painter.candidate, painter.plan.requests
     requests = [prompts[i % len(prompts)] for i in range(timing.batch)]
     log = JobLog(f"timing {candidate.name}", timing.warmup + timing.runs, "run")
-    with merged(painter), Stopwatch(painter) as watch, log as progress:
+    with Stopwatch(painter) as watch, log as progress:
         reset_peak()
         for number in range(timing.warmup + timing.runs):
             try:
@@ -166,21 +161,6 @@ class Stopwatch:
             return result
 
         return call
-
-
-@contextmanager
-def merged(painter: CandidatePainter) -> Iterator[None]:
-    """Context in which a LoRA is merged into the network; 8-bit weights stay as they are."""
-    candidate, pipe = painter.candidate, painter.pipe
-    if not isinstance(candidate.student, Adapter) or candidate.model.quantization:
-        yield
-        return
-    part = candidate.model.backbone_class.subfolder
-    pipe.fuse_lora(components=[part])
-    try:
-        yield
-    finally:
-        painter.free()  # unmerging would leave rounding errors behind
 
 
 # The machine

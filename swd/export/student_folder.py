@@ -46,8 +46,10 @@ from swd.modules.adapters import (
     Adapter,
     is_checkpoint,
     run_folder,
+    write_base,
     write_layouts,
 )
+from swd.modules.backbones import load_family
 from swd.modules.backbones.base import Backbone
 from swd.modules.checkpoint_student import CheckpointNetwork
 from swd.modules.hub import is_hub_id
@@ -303,20 +305,29 @@ class AdapterContent:
         if model.backbone_class.comfyui:
             self.files += f", `{COMFY_WEIGHTS if self._renamed() else DIFFUSERS_WEIGHTS}` for ComfyUI"
         self.classes = model.backbone_class.pipeline_type
-        self.loading = (
-            f'pipe = {self.classes}.from_pretrained({base_arguments(model)}, torch_dtype=torch.bfloat16).to("cuda")\n'
-            f'pipe.load_lora_weights("FOLDER", weight_name="{DIFFUSERS_WEIGHTS}")'
+        base = f"{base_arguments(model)}, torch_dtype=torch.bfloat16"
+        self.loading = "\n".join(
+            [
+                f'pipe = {self.classes}.from_pretrained({base}).to("cuda")',
+                *adding(model),
+                _lora_call("FOLDER", model.backbone_class.lora_arguments),
+            ]
         )
+        for other, family in model.backbone_class.other_experts.items():
+            self.loading += f"\n{_lora_call('OTHER', load_family(family).lora_arguments)}  # the student of {other}"
 
     def _renamed(self) -> dict[str, Tensor]:
         """Weights under ComfyUI's names; empty if it does not know the family or reads diffusers' own names."""
         backbone = self.model.backbone_class
         state = self.adapter.state
         comfy = comfy_state(backbone, state) if backbone.comfyui else {}
-        return comfy if set(comfy) != {f"{backbone.subfolder}.{key}" for key in state} else {}
+        return comfy if set(comfy) != {f"{backbone.lora_prefix()}.{key}" for key in state} else {}
 
     def write(self, folder: Path) -> None:
-        write_layouts(folder, self.adapter.state, self.model.name, self.model.backbone_class.subfolder)
+        model = self.model
+        baked = [adapter.baked for adapter in model.adapters]
+        write_layouts(folder, self.adapter.state, model.name, model.backbone_class.lora_prefix())
+        write_base(folder, model.name, baked)
         renamed = self._renamed()
         if renamed:
             save_file(renamed, folder / COMFY_WEIGHTS)
@@ -340,10 +351,15 @@ class NetworkContent:
         network = backbone.network_type
         self.about = f"A {network}, trained whole,"
         self.classes = f"{network}, {backbone.pipeline_type}"
-        self.loading = (
-            f'{part} = {network}.from_pretrained("FOLDER", torch_dtype=torch.bfloat16)\n'
+        folders = {part: "FOLDER"} | dict.fromkeys(backbone.other_experts, "OTHER")
+        self.loading = "".join(
+            f'{name} = {network}.from_pretrained("{folder}", torch_dtype=torch.bfloat16)\n'
+            for name, folder in folders.items()
+        )
+        networks = ", ".join(f"{name}={name}" for name in folders)
+        self.loading += (
             f"pipe = {backbone.pipeline_type}.from_pretrained(\n"
-            f"    {base_arguments(model)}, {part}={part}, torch_dtype=torch.bfloat16\n"
+            f"    {base_arguments(model)}, {networks}, torch_dtype=torch.bfloat16\n"
             f').to("cuda")'
         )
 
@@ -373,15 +389,58 @@ latents = scheduler.initial_latents({initial}, generator=torch.Generator().manua
 """
 
 
+def _lora_call(folder: str, arguments: Mapping[str, Any]) -> str:
+    """The line that loads an exported adapter into the stock pipeline."""
+    return f'pipe.load_lora_weights("{folder}", weight_name="{DIFFUSERS_WEIGHTS}"{_more(arguments)})'
+
+
+def _more(arguments: Mapping[str, Any]) -> str:
+    """Further arguments of a call, as code."""
+    return "".join(f", {key}={value!r}" for key, value in arguments.items())
+
+
 def base_arguments(model: Pretrained) -> str:
     """Arguments of `from_pretrained` for the base: its id on the hub, or BASE, never a folder of this machine."""
     base = model.path if is_hub_id(model.path) else "BASE"
     return f'"{base}"' + (f', revision="{model.revision}"' if model.revision and is_hub_id(model.path) else "")
 
 
+def adding(model: Pretrained) -> list[str]:
+    """Lines that add to the pipeline's network what was added to the base before the student was trained."""
+    lines = []
+    backbone = model.backbone_class
+    more = _more(backbone.lora_arguments)
+    # Where the pipeline has one network, it is the one that is changed.
+    parts = f"components=[{backbone.subfolder!r}], " if backbone.other_experts else ""
+    for number, adapter in enumerate(model.adapters, 1):
+        path = adapter.path if is_hub_id(adapter.path) else f"ADAPTER_{number}"
+        lines += [
+            f'pipe.load_lora_weights("{path}"{more})',
+            f"pipe.fuse_lora({parts}lora_scale={adapter.weight:g})",
+            "pipe.unload_lora_weights()",
+        ]
+    return lines
+
+
+def about_adapters(model: Pretrained) -> str:
+    """Paragraph of the card about them; empty if nothing was added."""
+    if not model.adapters:
+        return ""
+    entries = "; ".join(
+        f"`ADAPTER_{number}` is `{entry.name}` at weight {entry.weight:g} (hash {entry.hash})"
+        for number, entry in enumerate((adapter.baked for adapter in model.adapters), 1)
+    )
+    return (
+        "The student was trained on that base with adapters added to it, and belongs on top of these: "
+        f"{entries}. ComfyUI takes each with a LoRA loader at its weight, beside this one at 1.\n\n"
+    )
+
+
 def placeholders(model: Pretrained) -> str:
     """Explanation of the words in capitals in the snippet."""
     text = "`FOLDER` is this folder"
+    for other in model.backbone_class.other_experts:
+        text += f", `OTHER` that of the student of `{other}`, which takes the other steps: both belong together"
     if is_hub_id(model.path):
         return f"{text}."
     own = model.path.startswith(ASSET)
@@ -393,12 +452,8 @@ def card(content: Content, model: Pretrained, schedule: ScaleWiseScheduler) -> s
     """README of an exported folder: a description, and a snippet that samples it without `swd` installed."""
     # The snippet.
     backbone = model.backbone_class
-    final = schedule.base_sizes[-1]
-    pixels = model.pixel_size(final)
     arguments = dict(backbone.sampling_arguments(model.max_text_tokens, model.embedded_guidance))
-    arguments |= {"height": pixels[-2], "width": pixels[-1]}
-    if backbone.video:
-        arguments["num_frames"] = pixels[0]
+    arguments |= model.size_arguments(schedule.base_sizes[0], schedule.base_sizes[-1])
     initial = f"1, channels={model.channels}" + ("" if backbone.layout == "map" else f", layout={backbone.layout!r}")
     snippet = _SNIPPET.format(
         classes=content.classes,
@@ -413,6 +468,9 @@ def card(content: Content, model: Pretrained, schedule: ScaleWiseScheduler) -> s
     )
 
     # The text around it.
+    note = ""
+    if backbone.called_with_first_size:
+        note = " Height and width are those of the first step; the picture comes out at the size of the last."
     sizes = ", ".join("x".join(map(str, size)) for size in schedule.base_sizes)
     base = f"base_model: {model.path}\n" if is_hub_id(model.path) else ""
     return (
@@ -422,7 +480,8 @@ def card(content: Content, model: Pretrained, schedule: ScaleWiseScheduler) -> s
         f"{sizes} and noise levels {', '.join(f'{s:.4g}' for s in schedule.config.sigmas)} "
         "([Scale-wise Distillation](https://arxiv.org/abs/2503.16397)).\n\n"
         f"```python\n{snippet}```\n\n"
-        f"{placeholders(model)}\n\n"
+        f"{placeholders(model)}{note}\n\n"
+        f"{about_adapters(model)}"
         f"Files: {content.files}, `{SCHEDULER_CONFIG}` and `{SCHEDULER_FILE}` for the sampler.\n\n"
         f"Exported by swd {__version__}.\n"
     )

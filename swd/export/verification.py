@@ -186,7 +186,7 @@ def _reader_of(file: Path, network: Any, model: Pretrained) -> tuple[str, Callab
     if file.name == PEFT_WEIGHTS:
         return "peft", partial(_with_peft, network, file.parent)
     lora = read_lora(file)
-    if lora.as_diffusers and lora.prefix == model.backbone_class.subfolder:
+    if lora.as_diffusers and lora.prefix == model.backbone_class.lora_prefix():
         return "diffusers", partial(_with_diffusers, network, file, model)
     if lora.as_diffusers and not lora.prefix:
         return "diffusers", partial(_with_bare_names, network, file)
@@ -201,8 +201,10 @@ def _with_diffusers(network: Any, file: Path, model: Pretrained) -> Any:
     part = model.backbone_class.subfolder
     others: dict[str, Any] = dict.fromkeys([*model.files.parts, *model.files.absent])
     others.pop("scheduler")
+    # The pipeline reads the first expert's configuration where it loads into the second.
+    others |= dict.fromkeys(model.backbone_class.other_experts, network)
     pipe = model.pipeline(**others | {part: network})
-    pipe.load_lora_weights(str(file.parent), weight_name=file.name)
+    pipe.load_lora_weights(str(file.parent), weight_name=file.name, **model.backbone_class.lora_arguments)
     return getattr(pipe, part).eval()
 
 

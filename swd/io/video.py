@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swd.types import UserError
+from swd.types import UserError, in_unit_range
 
 
 def check_available() -> None:
@@ -52,7 +52,12 @@ def write(path: Path, video: Tensor, fps: int, comment: str = "") -> Path:
 
 
 def read(path: Path, limit: int | None = None) -> Tensor:
-    """Frames `[3, F, H, W]` in [-1, 1] of a video file.
+    """`read_bytes` in [-1, 1], float32."""
+    return in_unit_range(read_bytes(path, limit))
+
+
+def read_bytes(path: Path, limit: int | None = None) -> Tensor:
+    """Frames `[3, F, H, W]`, uint8, of a video file.
 
     Args:
         path: of the file.
@@ -73,4 +78,4 @@ def read(path: Path, limit: int | None = None) -> Tensor:
         raise UserError(f"{path} cannot be read as a video; remove it") from None
     finally:
         reader.close()  # ends ffmpeg
-    return torch.from_numpy(array).permute(3, 0, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(array).permute(3, 0, 1, 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,25 @@ class Predictors(Protocol):
         ...
 
 
+class NarrowingPredictors(Predictors, Protocol):
+    """Networks that can go on with some of a pass's samples; an attribute `narrows` that is true tells them."""
+
+    narrows: bool
+
+    def x0(
+        self,
+        role: Role,
+        x_t: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        blocks: Sequence[int] = (),
+        grad_to_features_only: bool = False,
+        rows: int | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As `Predictors.x0`; behind the last of `blocks` only the first `rows` samples go on, None: all do."""
+        ...
+
+
 class BlockLimits(Protocol):
     """The feature blocks that a network has; `swd.modules.backbones.base.NetworkLimits` implements it."""
 
@@ -89,11 +108,11 @@ class ModelFacts:
                 raise UserError(f"{key}: {error}") from None
 
     def check_indices(self, key: str, indices: IndexRange | None) -> None:
-        """Raise UserError for a range outside the process' table of noise levels; None, the default, always fits."""
-        last = self.process.ranges.whole[1]
-        low, high = indices or (0, last)
-        if not 0 <= low <= high <= last:
-            raise UserError(f"{key}=[{low}, {high}]; use [low, high] with 0 <= low <= high <= {last}")
+        """Raise UserError for a range outside the model's table of noise levels; None, the default, always fits."""
+        first, last = self.process.ranges.whole
+        low, high = indices or (first, last)
+        if not first <= low <= high <= last:
+            raise UserError(f"{key}=[{low}, {high}]; use [low, high] with {first} <= low <= high <= {last}")
 
 
 @dataclass(frozen=True)
@@ -119,10 +138,12 @@ class FakeOutput:
     Attributes:
         prediction: clean prediction; None if no term needs it.
         features: `[B, L, D]` by block.
+        real_features: the same of the noised `x0_real`, where they came of the same pass.
     """
 
     prediction: Tensor | None
     features: dict[int, Tensor]
+    real_features: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -141,6 +162,7 @@ class Step:
         wanted: union of the outputs that the terms need from the fake network.
         shares: number of parts that the global batch is split into: over processes, and on each by `task.accumulate`.
             Gradients are averaged over parts, so a loss that is a sum over the batch must be multiplied by this.
+        reads_real: whether a term will ask for `real_features`, so that one pass may make them with the others.
     """
 
     networks: Predictors
@@ -151,6 +173,7 @@ class Step:
     draws: Draws
     wanted: FakePass = FakePass()
     shares: int = 1
+    reads_real: bool = False
     _noised: dict[tuple[str, IndexRange], tuple[Noised, Tensor]] = field(default_factory=dict)
     _fake: dict[tuple[str, IndexRange], FakeOutput] = field(default_factory=dict)
 
@@ -174,6 +197,17 @@ class Step:
         features = self._fake_output(purpose, indices).features
         return [features[block] for block in blocks]
 
+    def real_features(self, purpose: str, indices: IndexRange, blocks: Sequence[int]) -> list[Tensor]:
+        """The fake network's features on `noise_real(purpose, indices)`.
+
+        Of the same pass as `fake_features`, where a term has `LossTerm.reads_real` and the networks can.
+        """
+        found = self._fake_output(purpose, indices).real_features
+        if set(blocks) <= set(found):
+            return [found[block] for block in blocks]
+        real = self.noise_real(purpose, indices)
+        return self.networks.features("fake", real.x_t, real.sigma, self.conditioning, blocks)
+
     def _draw(self, purpose: str, indices: IndexRange) -> tuple[Noised, Tensor]:
         key = _name(purpose, indices)
         if key not in self._noised:
@@ -188,8 +222,18 @@ class Step:
         """Output of the fake network on a noised sample; the network runs once, when the first term asks."""
         key = _name(purpose, indices)
         if key not in self._fake:
-            self._fake[key] = self._run_fake(self.noise_fake(purpose, indices))
+            noised = self.noise_fake(purpose, indices)
+            real = self.noise_real(purpose, indices) if self._joins() else None
+            self._fake[key] = self._run_fake(noised) if real is None else self._run_both(noised, real)
         return self._fake[key]
+
+    def _joins(self) -> bool:
+        """Whether noised fake and noised real go through the fake network together."""
+        return self.reads_real and bool(self.wanted.blocks) and getattr(self.networks, "narrows", False)
+
+    def _run_both(self, fake: Noised, real: Noised) -> FakeOutput:
+        """Run the fake network on both up to the last block, and on the noised fake alone behind it."""
+        raise NotImplementedError
 
     def _run_fake(self, noised: Noised) -> FakeOutput:
         """Run the fake network on a noised sample."""
@@ -233,6 +277,22 @@ class CriticStep(Step):
         x0, features = self.networks.x0("fake", noised.x_t, noised.sigma, self.conditioning, blocks)
         return FakeOutput(x0, dict(zip(blocks, features, strict=True)))
 
+    def _run_both(self, fake: Noised, real: Noised) -> FakeOutput:
+        x_t = torch.cat([fake.x_t, real.x_t])
+        sigma = torch.cat([fake.sigma, real.sigma])
+        conditioning = Conditioning.cat([self.conditioning, self.conditioning])
+        blocks = self.wanted.blocks
+        count = len(fake.x_t)
+        if self.wanted.prediction:
+            networks = cast(NarrowingPredictors, self.networks)
+            x0, features = networks.x0("fake", x_t, sigma, conditioning, blocks, rows=count)
+        else:
+            x0 = None
+            features = self.networks.features("fake", x_t, sigma, conditioning, blocks)
+        named = dict(zip(blocks, features, strict=True))
+        own = {block: feature[:count] for block, feature in named.items()}
+        return FakeOutput(x0, own, {block: feature[count:] for block, feature in named.items()})
+
 
 class LossTerm(nn.Module):
     """A pluggable part of the loss. A term that is off is absent.
@@ -246,12 +306,14 @@ class LossTerm(nn.Module):
         critic_name: name of the critic's loss in messages.
         generator_pass: outputs that `generator` needs from the fake network on the noised `x0_hat`.
         critic_pass: the same for `critic`.
+        reads_real: whether `critic` asks for `Step.real_features`, of blocks in `critic_pass`.
     """
 
     trains_fake: bool = False
     critic_name: str = ""
     generator_pass: FakePass = FakePass()
     critic_pass: FakePass = FakePass()
+    reads_real: bool = False
 
     def settle(self, key: str, has_fake: bool) -> None:
         """Choose options that depend on the other terms.

@@ -32,6 +32,7 @@ class GAN(LossTerm):
 
     trains_fake = True
     critic_name = "discriminator"
+    reads_real = True
 
     def __init__(
         self,
@@ -80,8 +81,7 @@ class GAN(LossTerm):
     def critic(self, step: CriticStep) -> tuple[Tensor, Metrics]:
         indices: IndexRange = self.critic_indices or step.networks.process.ranges.whole
         features = step.fake_features("renoise", indices, self.blocks)
-        real = step.noise_real("renoise", indices)
-        real_features = step.networks.features("fake", real.x_t, real.sigma, step.conditioning, self.blocks)
+        real_features = step.real_features("renoise", indices, self.blocks)
         fake_logits = discriminator_logits(self.head, features)
         real_logits = discriminator_logits(self.head, real_features)
         loss = gan_discriminator_loss(fake_logits, real_logits)

@@ -73,6 +73,11 @@ class MMD(LossTerm):
     def check(self, key: str, model: ModelFacts, schedule: ScaleSchedule) -> None:
         model.check_blocks(f"{key}.blocks", self.blocks)
         model.check_indices(f"{key}.indices", self.indices)
+        if self.noise == "none" and not model.process.covers(0.0):
+            raise UserError(
+                f"{key}.noise=none compares clean latents, and {model.family} is an expert for high noise levels; use "
+                f"{key}.noise=range"
+            )
 
     def check_processes(self, key: str, processes: int) -> None:
         if processes > 1 and self.reduce == "batch":

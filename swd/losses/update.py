@@ -86,6 +86,7 @@ def critic_loss(
     """
     losses: list[Tensor] = []
     metrics: Metrics = {}
+    step.reads_real = any(term.reads_real for term in trainers(terms).values())
     for name, term in trainers(terms).items():
         loss, values = term.critic(step)
         if checks is not None:

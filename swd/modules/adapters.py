@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,16 +20,20 @@ from swd.io.files import check_checksums, file_hash, write_aside, write_checksum
 from swd.modules import hub
 from swd.modules.adapter_settings import Settings, read_settings, shown
 from swd.modules.model_folders import read_json
-from swd.modules.pretrained import Pretrained
 from swd.modules.targets import is_target, targets_of
 from swd.scheduler import ScaleWiseScheduler
 from swd.types import UserError
+
+if TYPE_CHECKING:  # a model reads the adapters that are added to its base
+    from swd.modules.pretrained import Pretrained
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 SCHEDULER_CONFIG = "scheduler_config.json"
 NETWORK_CONFIG = "config.json"
+BASE = "base.json"
+"""File beside a student whose base was changed before it was trained: which base, and which adapters were added."""
 STUDENTS = "students"
 """Folder of a run with the students that were written while it trained."""
 CHECKPOINTS = "checkpoints"
@@ -85,6 +90,24 @@ _OTHER_KINDS = {
 
 
 @dataclass(frozen=True)
+class Baked:
+    """An adapter that was added to the base on which a student was trained.
+
+    Attributes:
+        name: its repository on the hub, or the name of its file or folder.
+        weight: factor of its update of the weights.
+        hash: of its weights, 16 hexadecimal digits, whatever the layout.
+    """
+
+    name: str
+    weight: float
+    hash: str
+
+    def __str__(self) -> str:
+        return f"{{path:{self.name},weight:{self.weight:g}}}"
+
+
+@dataclass(frozen=True)
 class Adapter:
     """LoRA weights with their scale folded in.
 
@@ -93,11 +116,22 @@ class Adapter:
             is `lora_B @ lora_A`, nothing else.
         source: the file that they came from.
         base: name of the model that it was trained on, if the adapter records one.
+        baked: adapters that were added to that model before, if the adapter records any.
     """
 
     state: dict[str, Tensor]
     source: Path
     base: str | None = None
+    baked: tuple[Baked, ...] = ()
+
+    def __contains__(self, module: str) -> bool:
+        """Whether it adapts a module."""
+        return f"{module}.lora_A.weight" in self.state
+
+    def update(self, module: str) -> Tensor:
+        """Its update of a module's weight, `[out, in]` or `[out, in, *kernel]`, float32."""
+        down, up = (self.state[f"{module}.lora_{kind}.weight"] for kind in "AB")
+        return (up.flatten(1) @ down.flatten(1)).view(len(up), *down.shape[1:])
 
     @property
     def ranks(self) -> set[int]:
@@ -115,8 +149,15 @@ class Adapter:
         return file_hash(self.source)[:16]
 
     def check_model(self, model: Pretrained) -> None:
-        """Raise UserError, with both names, if it was made for another network."""
+        """Raise UserError, with both names, if it was made for another network, or on a base with other adapters."""
         check_model(self, model)
+        given = [entry.baked for entry in model.adapters]
+        if self.baked and [(b.hash, b.weight) for b in self.baked] != [(b.hash, b.weight) for b in given]:
+            needed, here = (f"[{','.join(map(str, baked))}]" for baked in (self.baked, given))
+            raise UserError(
+                f"adapter {self.source.parent} was trained on {self.base or 'a base'} with model.adapters={needed}, by "
+                f"hash {', '.join(b.hash for b in self.baked)}, but here they are {here}; give the same"
+            )
 
     def network(self, model: Pretrained, device: torch.device | str = "cpu") -> Any:
         """The denoising network that a pipeline is built around: the base."""
@@ -124,10 +165,28 @@ class Adapter:
 
     def load_into(self, pipe: Any, model: Pretrained) -> None:
         """Put the adapter on the network of a stock pipeline."""
-        part = model.backbone_class.subfolder
-        dtype = model.backbone_class(getattr(pipe, part)).dtype
+        backbone = model.backbone_class
+        dtype = backbone(getattr(pipe, backbone.subfolder)).dtype
         # The scale is folded in: without an alpha, diffusers takes alpha = rank.
-        pipe.load_lora_weights({f"{part}.{key}": value.to(dtype) for key, value in self.state.items()})
+        weights = {f"{backbone.lora_prefix()}.{key}": value.to(dtype) for key, value in self.state.items()}
+        pipe.load_lora_weights(weights, **backbone.lora_arguments)
+
+    @torch.no_grad()
+    def fold_into(self, network: nn.Module) -> None:
+        """Add the update of every module to its weight, in place: `W + lora_B lora_A`.
+
+        The sum is computed in float32 and rounded once, to the weight's dtype. A folded network costs what its base
+        does; without folding, each adapted layer has two more products.
+
+        Args:
+            network: the base, whose layers hold plain weights (no 8-bit ones).
+        """
+        layers = dict(network.named_modules())
+        for module in self.modules:
+            weight: Tensor = layers[module].weight  # type: ignore[assignment]
+            down, up = (self.state[f"{module}.lora_{part}.weight"].to(weight.device) for part in "AB")
+            update = (up.flatten(1) @ down.flatten(1)).view(weight.shape)  # a convolution's kernel lies in lora_A
+            weight.copy_(weight.float() + update)
 
 
 def locate(path: str, outputs: Path, key: str = "adapter", ema: bool | None = None) -> Path:
@@ -237,7 +296,8 @@ def _from_peft(folder: Path) -> Adapter:
         kind = "DoRA" if config.get("use_dora") else shown(config.get("peft_type"))
         raise UserError(f"adapter {folder} is {kind}; only LoRA is known")
     settings = read_settings(config, f"adapter {folder}")
-    base = config.get("base_model_name_or_path")
+    named = config.get("base_model_name_or_path")
+    base = named if isinstance(named, str) else None
     lora = read_lora(file)
     for module, alpha in lora.alphas.items():  # kohya's alphas, which peft ignores
         rank = lora.down[module].shape[0]
@@ -246,7 +306,7 @@ def _from_peft(folder: Path) -> Adapter:
                 f"adapter {file} has {module}.alpha={alpha:g}, but by {PEFT_CONFIG} its weights are multiplied by "
                 f"{settings.scale(module, rank):g} (alpha / rank); leave one of the two out"
             )
-    return _fold(lora, settings, file, base if isinstance(base, str) else None)
+    return _fold(lora, settings, file, base, read_baked(folder))
 
 
 def _from_diffusers(file: Path) -> Adapter:
@@ -254,14 +314,40 @@ def _from_diffusers(file: Path) -> Adapter:
     check_checksums(file.parent, (file.name,))
     lora = read_lora(file)
     stored = _metadata(file)
+    baked = read_baked(file.parent)
     if not stored:
-        return _fold(lora, None, file)
+        return _fold(lora, None, file, baked=baked)
     if lora.alphas:
         raise UserError(
             f"adapter {file} says its alpha twice, in lora_adapter_metadata and as {min(lora.alphas)}.alpha; "
             "leave one out"
         )
-    return _fold(lora, read_settings(stored, f"adapter {file}"), file)
+    return _fold(lora, read_settings(stored, f"adapter {file}"), file, baked=baked)
+
+
+def read_baked(folder: Path) -> tuple[Baked, ...]:
+    """The adapters on whose base the student in a folder was trained; none if it records none.
+
+    Raises:
+        UserError: if the record is damaged.
+    """
+    file = folder / BASE
+    if not file.is_file():
+        return ()
+    check_checksums(folder, (BASE,))
+    return baked_of(read_json(file).get("adapters"), file)
+
+
+def baked_of(entries: Any, file: Path) -> tuple[Baked, ...]:
+    """Recorded adapters of a base; raises UserError, naming the file, for anything else."""
+    found = []
+    for entry in entries if isinstance(entries, list) else [entries]:
+        values = (entry.get(key) for key in ("name", "weight", "hash")) if isinstance(entry, dict) else (None,) * 3
+        name, weight, digest = values
+        if not (isinstance(name, str) and isinstance(weight, int | float) and isinstance(digest, str)):
+            raise UserError(f"{file} is damaged: adapters holds {shown(entry)}; copy it again")
+        found.append(Baked(name, float(weight), digest))
+    return tuple(found)
 
 
 # Reading
@@ -417,7 +503,9 @@ def _metadata(file: Path) -> dict[str, Any]:
     return plain
 
 
-def _fold(lora: Lora, settings: Settings | None, file: Path, base: str | None = None) -> Adapter:
+def _fold(
+    lora: Lora, settings: Settings | None, file: Path, base: str | None = None, baked: tuple[Baked, ...] = ()
+) -> Adapter:
     """Multiply each lora_B by its module's scale."""
     state: dict[str, Tensor] = {}
     for module, a in lora.down.items():
@@ -428,7 +516,7 @@ def _fold(lora: Lora, settings: Settings | None, file: Path, base: str | None = 
         if not b.isfinite().all():
             raise UserError(f"adapter {file} is damaged: {module} times its scale {scale:g} is not finite")
         state |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
-    return Adapter(state, file, base)
+    return Adapter(state, file, base, baked)
 
 
 def check_model(adapter: Adapter, model: Pretrained) -> None:
@@ -515,7 +603,14 @@ def save_adapter(
 
 
 def fill_adapter(
-    new: Path, state: dict[str, Tensor], rank: int, alpha: float, scheduler: ScaleWiseScheduler, base: str, part: str
+    new: Path,
+    state: dict[str, Tensor],
+    rank: int,
+    alpha: float,
+    scheduler: ScaleWiseScheduler,
+    base: str,
+    part: str,
+    baked: Sequence[Baked] = (),
 ) -> None:
     """Write the adapter of a run, for `PeftModel.from_pretrained` and `pipe.load_lora_weights`, and its schedule.
 
@@ -527,10 +622,12 @@ def fill_adapter(
         alpha: folded into `lora_B` as alpha / rank, because loaders look for it in different places.
         scheduler: the sampler, saved as the schedule.
         base: name of the model that the adapter was trained on, for the record.
-        part: the pipeline's name of the network, "transformer" or "unet".
+        part: what keys begin with in a file for the pipeline, see `Backbone.lora_prefix`.
+        baked: adapters that were added to that model before.
     """
     new.mkdir()
     write_layouts(new, fold_alpha(state, rank, alpha), base, part)
+    write_base(new, base, baked)
     scheduler.save_pretrained(new)
     write_checksums(new)
 
@@ -550,6 +647,12 @@ def fill_student(new: Path, network: Any, scheduler: ScaleWiseScheduler) -> None
     network.save_pretrained(new)
     scheduler.save_pretrained(new)
     write_checksums(new)
+
+
+def write_base(folder: Path, base: str, baked: Sequence[Baked]) -> None:
+    """Write of what the base of a student was made; nothing for a base to which nothing was added."""
+    if baked:
+        write_json(folder / BASE, {"base": base, "adapters": [asdict(entry) for entry in baked]})
 
 
 def write_layouts(folder: Path, state: dict[str, Tensor], base: str, part: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from swd.config import read_recorded
 from swd.io.files import file_hash
-from swd.modules.adapters import Adapter, fold_alpha
+from swd.modules.adapters import Adapter, Baked, baked_of, fold_alpha
 from swd.modules.checkpoint_files import read_resumable
 from swd.modules.pretrained import Pretrained
 from swd.modules.tuning import ALPHAS
@@ -60,6 +60,9 @@ class CheckpointNetwork:
     def load_into(self, pipe: Any, model: Pretrained) -> None:
         """Do nothing: `network` has loaded all of the student."""
 
+    def fold_into(self, network: Any) -> None:
+        """Do nothing: `network` has loaded all of the student."""
+
     def write(self, folder: Path, model: Pretrained) -> None:
         """Write it in float32, as a run does when it ends."""
         network: Any = model.network("cpu").network.float()
@@ -95,7 +98,15 @@ def _student(state: dict[str, Tensor], path: Path) -> Adapter | CheckpointNetwor
     if not lora:
         raise UserError(f"checkpoint {path} holds no student; give one of a distillation")
     rank = max(value.shape[0] for key, value in lora.items() if ".lora_A." in key)
-    return Adapter(fold_alpha(lora, rank, _recorded_alpha(path.parent.parent / "config.yaml", rank)), path)
+    file = path.parent.parent / "config.yaml"
+    return Adapter(fold_alpha(lora, rank, _recorded_alpha(file, rank)), path, baked=_recorded_adapters(file))
+
+
+def _recorded_adapters(file: Path) -> tuple[Baked, ...]:
+    """The adapters that were added to the base of a run, from the configuration that it recorded."""
+    entries = read_recorded(file)["model"].get("adapters") or []
+    named = [entry | {"name": entry.get("path")} if isinstance(entry, dict) else entry for entry in entries]
+    return baked_of(named, file)
 
 
 def _recorded_alpha(file: Path, rank: int) -> float:

@@ -24,6 +24,7 @@ from swd.losses.base import CriticStep, GeneratorStep, LossTerm, Metrics, ModelF
 from swd.losses.update import critic_loss, generator_gradient, settle, student_x0, trainers, wanted
 from swd.modules.accumulation import BatchPart, accumulate
 from swd.modules.adapters import check_start, read_adapter
+from swd.modules.ahead import with_predictions
 from swd.modules.bad_steps import Action, BadStepRule, BadSteps, owner_of
 from swd.modules.checkpoint_files import optimizer_misfit, progress_in_iterations
 from swd.modules.encoders import Encoders
@@ -42,6 +43,8 @@ from swd.types import CachedBatch, Checks, Conditioning, PictureBatch, Role, See
 
 SHRUNK = ("direct", "blend")
 """How `swd encode` shrinks pictures and clips: see `swd.schedule.Resizing`."""
+FUSED = ("cpu", "cuda")
+"""Devices on which AdamW steps in one operation."""
 Observer = Callable[[Inputs], Metrics]
 """Takes the inputs of an iteration's generator update; returns scalars by name, the same names on every process."""
 
@@ -81,6 +84,8 @@ class Distiller(LightningModule):
 
     Attributes:
         average: the average, of trained weights alone; None without one.
+        steps: steps of the schedule that iterations train, one after the other: all, or those of the model that is an
+            expert for some noise levels.
 
     Raises:
         UserError: if schedule, loss and model do not fit together.
@@ -122,6 +127,7 @@ class Distiller(LightningModule):
         self.strict_loading = False  # checkpoints hold only what is trained
         self.model = model
         self.schedule = schedule
+        self.steps = schedule.steps_of(model.backbone_class.process)
         self.seed = seed
         settle(loss)
         check_parts(model, schedule, loss)
@@ -194,6 +200,11 @@ class Distiller(LightningModule):
         return self.device if self._trainer is None else self.trainer.strategy.root_device
 
     @property
+    def _steps_fused(self) -> bool:
+        """Whether AdamW changes all weights in one operation."""
+        return self._root_device.type in FUSED
+
+    @property
     def encoders(self) -> Encoders:
         """Text encoders and VAE; loaded when they are first asked for, which with cached data may be never."""
         return self.inputs.encoders(self._root_device)
@@ -211,6 +222,7 @@ class Distiller(LightningModule):
         options: dict[str, Any] = {"betas": tuple(self.betas), "weight_decay": self.weight_decay}
         rates = (self.lr, self.critic_lr)
         trained = self._trained(self.networks, self.terms)
+        options["fused"] = self._steps_fused
         return [AdamW(parameters, lr=lr, **options) for parameters, lr in zip(trained, rates, strict=False)]
 
     def _trained(self, networks: Networks, terms: ModuleDict) -> list[list[Parameter]]:
@@ -251,15 +263,21 @@ class Distiller(LightningModule):
         if batch_size is not None:
             self.check_batch(batch_size, processes)
 
+    @property
+    def draws_alone(self) -> bool:
+        """Whether the student takes every step of its schedule: one of several experts does not."""
+        return len(self.steps) == len(self.schedule)
+
     # One iteration
 
     def training_step(self, batches: Iterator[PictureBatch | CachedBatch], batch_idx: int) -> None:
         critic: list[Metrics] = []
+        ahead = [self._next_inputs(batches, update) for update in range(self.critic_updates)]
         for update in range(self.critic_updates):
-            inputs = self._next_inputs(batches, update)
             with self.phase("critic"):
-                critic.append(self._critic_update(inputs))
-            del inputs  # two of them would lie on the device while the next ones are made
+                if update == 0:
+                    ahead = self._with_predictions(ahead)
+                critic.append(self._critic_update(ahead.pop(0)))
         inputs = self._next_inputs(batches, self.critic_updates)
         with self.phase("generator"):
             generator = self._generator_update(inputs)
@@ -288,7 +306,7 @@ class Distiller(LightningModule):
             UserError: if there is none.
         """
         iteration = self.global_step
-        step = iteration % len(self.schedule)
+        step = self.steps[iteration % len(self.steps)]
         place = self._place(iteration, step, update)
         with self.phase("data"):
             batch = next(batches, None)
@@ -307,6 +325,11 @@ class Distiller(LightningModule):
         which = f"critic update {update + 1} of {self.critic_updates}"
         return f"iteration {iteration + 1}, {where}, {which if update < self.critic_updates else 'generator update'}"
 
+    @torch.no_grad()
+    def _with_predictions(self, inputs: list[Inputs]) -> list[Inputs]:
+        """The inputs of an iteration's critic updates with the student's predictions; it changes after them only."""
+        return with_predictions(self.networks, inputs, self.accumulate)
+
     def _critic_update(self, inputs: Inputs) -> Metrics:
         """The critic's metrics; none if the update was skipped."""
         done, norm = self._descend("fake", self._critic_part, inputs)
@@ -314,8 +337,8 @@ class Distiller(LightningModule):
 
     def _critic_part(self, inputs: Inputs) -> BatchPart:
         """The critic's loss on a batch, or on a part of it."""
-        with torch.no_grad():
-            x0_hat = self._student_x0(inputs)
+        x0_hat = inputs.x0_hat
+        assert x0_hat is not None  # `training_step` has made it
         step = CriticStep(
             self.networks,
             inputs.conditioning,
@@ -377,7 +400,7 @@ class Distiller(LightningModule):
         optimizer.zero_grad()
         done = accumulate(inputs, self.accumulate, work, self.manual_backward, self.trainer.strategy)
         # Not `self.clip_gradients`, which does not tell the norm.
-        norm = whole_tensor(clip_grad_norm_(parameters, self.clip))
+        norm = whole_tensor(clip_grad_norm_(parameters, self.clip, foreach=True))
         owner = owner_of(role)
         checks = done.checks | {f"gradient norm of {owner}": norm.isfinite()}
         good = self.bad_steps.good(self.trainer, role, norm, checks, inputs.place)
@@ -513,6 +536,9 @@ class Distiller(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.bad_steps.load_state_dict(checkpoint.get("swd", {}).get("bad_steps", {}))
         progress_in_iterations(checkpoint, self.batches_per_iteration)
+        for state in checkpoint.get("optimizer_states", ()):
+            for group in state["param_groups"]:  # as steps are made here, wherever and by which version it was written
+                group["fused"] = self._steps_fused
 
     def misfit(self, checkpoint: Mapping[str, Any]) -> str | None:
         """Description of what a checkpoint lacks or has in another shape; None if it fits. Loads no weights."""
@@ -590,6 +616,11 @@ def check_parts(model: Pretrained, schedule: ScaleSchedule, terms: Mapping[str, 
     for size in schedule.sizes:
         model.limits.check_size(size)
     family = model.backbone_class
+    if not schedule.steps_of(family.process):
+        raise UserError(
+            f"schedule.sigmas={list(schedule.sigmas)} has no level that model.family={model.family} takes, which is an "
+            "expert for others; name levels of its own too"
+        )
     facts = ModelFacts(model.family, family.process, model.limits, family.poor_at_low_resolution)
     for name, term in terms.items():
         term.check(f"loss.{name}", facts, schedule)

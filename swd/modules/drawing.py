@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,11 +18,26 @@ from swd.scheduler import ScaleWiseScheduler
 from swd.types import Size, UserError
 
 
+@dataclass(frozen=True)
+class OtherExpert:
+    """The student of the expert that takes the noise levels which a student's own does not.
+
+    Attributes:
+        model: the same pipeline, as the other expert's family reads it.
+        student: the student.
+    """
+
+    model: Pretrained
+    student: Student
+
+
 def build_pipeline(
     model: Pretrained,
     student: Student | None = None,
     schedule: ScaleWiseScheduler | None = None,
     cfg: DictConfig | None = None,
+    fold: bool = False,
+    other: OtherExpert | None = None,
 ) -> Any:
     """The stock pipeline of the model; with a student, its weights and its scale-wise scheduler.
 
@@ -29,16 +45,30 @@ def build_pipeline(
         model: the base.
         student: the student: an adapter, or a network that was trained whole; None: the teacher.
         schedule: the student's sampler.
-        cfg: `tiny_vae`, `compile` and `offload`, as `prepare` checked them; None: none of them.
+        cfg: `tiny_vae`, `compile`, `compile_coders` and `offload`, as `swd sample` checked them; None: none of them.
+        fold: add a student's LoRA to the weights, unless they are in 8 bits. False keeps it apart, bit for bit as in
+            training.
+        other: the student of the pipeline's other expert; None: that is as the folder has it.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, part = model.dtype(device), model.backbone_class.subfolder
     network: Any = student.network(model, device) if student else model.network(device).network
-    pipe = model.pipeline(dtype, **{part: network})
+    networks = {part: network}
+    if other is not None:
+        networks[other.model.backbone_class.subfolder] = other.student.network(other.model, device)
+    pipe = model.pipeline(dtype, **networks)
     pipe.set_progress_bar_config(disable=True)
+    model.backbone_class.mend(pipe)
     if student is not None:
         assert schedule is not None
-        student.load_into(pipe, model)
+        students = [(student, model, network)]
+        if other is not None:
+            students.append((other.student, other.model, networks[other.model.backbone_class.subfolder]))
+        for each, its_model, its_network in students:
+            if fold and not its_model.quantization:
+                each.fold_into(its_network)
+            else:
+                each.load_into(pipe, its_model)
         schedule.attach(pipe)
     if model.quantization:
         # After the adapter: loaders would give it the base's 8 bits. Its layers hold the base under this name.
@@ -50,18 +80,41 @@ def build_pipeline(
     if cfg.tiny_vae is not None:
         pipe.vae = load_tiny_vae(cfg.tiny_vae, dtype)
     if cfg.compile:
-        # Some diffusers classes do not say which of their blocks repeat.
-        blocks = model.backbone_class(network).block_list
-        network._repeated_blocks = network._repeated_blocks or [type(blocks[0]).__name__]
-        network.compile_repeated_blocks(dynamic=True)
+        compile_parts(pipe, model, whole=cfg.compile == "whole", coders=cfg.compile_coders)
     if cfg.offload == "none":
         return pipe.to(device)
     pipe.enable_model_cpu_offload() if cfg.offload == "model" else pipe.enable_sequential_cpu_offload()
     return pipe
 
 
+def compile_parts(pipe: Any, model: Pretrained, whole: bool, coders: bool) -> None:
+    """Compile parts of a pipeline, in place and for any size; each is compiled when it first runs.
+
+    Args:
+        pipe: the pipeline.
+        model: its model.
+        whole: the network as one; False: each of its repeated blocks, which are compiled once for all of them. Hooks of
+            the network run outside of what is compiled.
+        coders: also text encoders and the VAE's decoder.
+    """
+    network = getattr(pipe, model.backbone_class.subfolder)
+    if whole:
+        network.forward = torch.compile(network.forward, dynamic=True)
+    else:
+        # Some diffusers classes do not say which of their blocks repeat.
+        blocks = model.backbone_class(network).block_list
+        network._repeated_blocks = network._repeated_blocks or [type(blocks[0]).__name__]
+        network.compile_repeated_blocks(dynamic=True)
+    if coders:
+        names = model.backbone_class.encoders_type.text_encoders
+        for encoder in (getattr(pipe, name, None) for name in names):
+            if encoder is not None:
+                encoder.forward = torch.compile(encoder.forward)
+        pipe.vae.decode = torch.compile(pipe.vae.decode, dynamic=True)
+
+
 def load_tiny_vae(path: str, dtype: torch.dtype) -> Any:
-    """A distilled decoder in place of the VAE: a small fraction of its time, at some loss.
+    """A distilled decoder of pictures in place of the VAE: a small fraction of its time, at some loss.
 
     Raises:
         UserError: if it cannot be loaded.
@@ -101,10 +154,7 @@ def draw(
         The finished ones, and for every step its predictions.
     """
     backbone, scheduler, size = model.backbone_class, pipe.scheduler, size or model.size
-    pixels = model.pixel_size(size)
-    arguments: dict[str, Any] = {"height": pixels[-2], "width": pixels[-1], "output_type": "latent"}
-    if backbone.video:
-        arguments["num_frames"] = pixels[0]
+    arguments: dict[str, Any] = {"output_type": "latent"}
     generators = [torch.Generator().manual_seed(request.seed) for request in requests]
     arguments |= backbone.sampling_arguments(model.max_text_tokens, model.embedded_guidance)
     if isinstance(scheduler, ScaleWiseScheduler):
@@ -121,9 +171,10 @@ def draw(
             arguments |= negative_prompts(model, len(requests))
     if start is not None:
         arguments["latents"] = backbone.to_pipeline(start).to(pipe._execution_device, model.latent_dtype(pipe))
-    latents = pipe(prompt=[request.prompt for request in requests], **arguments)[0]
-    latents = backbone.from_pipeline(latents, size)
+    arguments |= model.size_arguments(size if start is None else tuple(start.shape[2:]), size)
     encoders = backbone.encoders_type(pipe, model.max_text_tokens)
+    latents = pipe(prompt=[request.prompt for request in requests], **arguments)[0]
+    latents = backbone.from_output(latents, size, encoders)
     final = list(encoders.decode(latents).cpu())
     if not (show_sizes and isinstance(scheduler, ScaleWiseScheduler)):
         return final, []

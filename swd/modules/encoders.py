@@ -65,10 +65,11 @@ class Encoders(nn.Module):
         Args:
             config: the VAE's configuration.
             base: the base's dtype.
-            kept: whether the VAE's output is training data; only then does `force_upcast` in the VAE's configuration
-                mean float32. Samples for viewing are computed faster.
+            kept: whether the VAE's output is training data; only then, and where the base is in half precision, whose
+                range is small, does `force_upcast` in the VAE's configuration mean float32. Other samples for viewing
+                are computed faster.
         """
-        if kept and config.get("force_upcast"):
+        if (kept or base == torch.float16) and config.get("force_upcast"):
             return torch.float32
         return cls.vae_dtype or base
 
@@ -94,6 +95,13 @@ class Encoders(nn.Module):
     def cleaned(prompt: str) -> str:
         """The prompt after the stock pipeline's own cleaning, which precedes the tokenizer."""
         return prompt
+
+    @classmethod
+    def count_tokens(cls, tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+        """Number of tokens of each of B prompts, including those that the stock pipeline adds; none are cut."""
+        cleaned = [cls.cleaned(prompt) for prompt in prompts]
+        found = tokenizer(cleaned, add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
+        return [len(tokens) for tokens in found]
 
     def text(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning of B prompts as the stock pipeline computes it, without sizes."""
@@ -166,6 +174,14 @@ class Encoders(nn.Module):
     def pixel_size(self, size: Size) -> Size:
         """Size in pixels of a latent size."""
         return pixel_size(size, self.factors(self.vae.config))
+
+
+def channels_last(vae: Any) -> None:
+    """Lay out the weights of a VAE of pictures so that its convolutions run faster, in place; results are rounded in
+    another way. Measured on a CPU: a quarter of the time of the embedded VAE. VAEs of videos are left alone.
+    """
+    if all(parameter.ndim < 5 for parameter in vae.parameters()):
+        vae.to(memory_format=torch.channels_last)
 
 
 def pixel_size(size: Size, factors: tuple[int, int]) -> Size:

@@ -85,14 +85,45 @@ class FamilyFolder:
                 f"model.path={self.path} is for {pipeline}, but model.family={self.family} is for "
                 f"{backbone.pipeline_type}; give a model of that kind"
             )
+        if index.get("is_distilled"):
+            raise UserError(
+                f"model.path={self.path} was distilled to few steps already (is_distilled in its model_index.json), so "
+                f"it is no teacher for a student of model.family={self.family}; give the base model"
+            )
         self.check_parts(set(self.files.absent))
         for name, entry in index.items():
             library = self.files.parts.get(name, ("", ""))[0]
-            more = library == "diffusers" and name not in (part, "vae", "scheduler")
+            more = library == "diffusers" and name not in (part, *backbone.other_experts, "vae", "scheduler")
             if more or (name in backbone.unknown_settings and entry):
                 raise UserError(
                     f"model.path={self.path} has {name}, which model.family={self.family} does not know; give a "
                     f"{backbone.pipeline_type} of {part}, vae and scheduler alone"
+                )
+        for name in backbone.unknown_settings:
+            if self.network_config.get(name):
+                raise UserError(
+                    f"model.path={self.path}: its {part} has {name}, which model.family={self.family} does not know; "
+                    f"give a {backbone.pipeline_type} for text alone as input"
+                )
+
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        """Check that the networks for other noise levels are there, and that the levels are divided as is known."""
+        backbone = self.backbone_class
+        where = f"model.path={self.path}"
+        for name in backbone.other_experts:
+            actual = self.files.parts.get(name, ("", "nothing"))[1]
+            if actual != backbone.network_type:
+                raise UserError(
+                    f"{where} holds {actual} as {name}, but model.family={self.family} is one of several experts, each "
+                    f"a {backbone.network_type}; give a model of that kind"
+                )
+        for key, value in backbone.known_settings.items():
+            if self.files.index.get(key) != value:
+                raise UserError(
+                    f"{where} has {key}={self.files.index.get(key)}, but model.family={self.family} is for {value}; "
+                    "give a model of that kind"
                 )
 
     def check_parts(self, absent: set[str]) -> None:
@@ -227,6 +258,11 @@ class FamilyFolder:
         return self._factors[1]
 
     @property
+    def frame_rate(self) -> int:
+        """Frames a second of videos that the model draws."""
+        return self.backbone_class.frame_rate(self.network_config)
+
+    @property
     def frame_factor(self) -> int:
         """Frames per latent frame, beyond the first one."""
         return self._factors[0]
@@ -234,6 +270,16 @@ class FamilyFolder:
     def pixel_size(self, size: Size) -> Size:
         """Size in pixels of a latent size."""
         return pixel_size(size, self._factors)
+
+    def size_arguments(self, first: Size, final: Size) -> dict[str, int]:
+        """Height and width (number of frames) in pixels with which the stock pipeline is called.
+
+        Args:
+            first: latent size of the call's first latents.
+            final: latent size of the finished pictures or videos.
+        """
+        pixels = self.pixel_size(first if self.backbone_class.called_with_first_size else final)
+        return {"height": pixels[-2], "width": pixels[-1]} | ({"num_frames": pixels[0]} if len(pixels) == 3 else {})
 
     def latent_size(self, pixels: Size) -> Size:
         """Latent size of a size in pixels.

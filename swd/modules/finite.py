@@ -14,14 +14,23 @@ from swd.modules.layouts import local_part
 from swd.types import Checks, UserError
 
 
+@torch.no_grad()
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:
     """Whether no element of any tensor is infinite or NaN: a boolean scalar, computed where the tensors are.
 
     Of tensors that are divided over processes, each looks at its own part.
     """
-    found = [local_part(tensor).isfinite().all() for tensor in tensors if tensor.is_floating_point()]
+    parts = [local_part(tensor) for tensor in tensors if tensor.is_floating_point()]
+    parts = [part for part in parts if part.numel()]
+    if not parts:
+        return torch.tensor(True)
+    # The largest element of each: one pass over all tensors, and as finite as they are.
+    largest = torch._foreach_norm(parts, torch.inf)
+    first = parts[0]
+    if all(part.dtype == first.dtype and part.device == first.device for part in parts):
+        return torch.stack(largest).isfinite().all()
     # An optimizer keeps its step counter on the CPU and its moments on the device.
-    return torch.stack([each.to(found[0].device) for each in found]).all() if found else torch.tensor(True)
+    return torch.stack([each.isfinite().to(first.device) for each in largest]).all()
 
 
 def failed_checks(trainer: Trainer, checks: Checks) -> list[str]:

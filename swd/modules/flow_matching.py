@@ -1,7 +1,7 @@
-"""Flow matching of a whole denoising network on several sizes.
+"""Flow matching of a denoising network on several sizes.
 
-Trains the embedded teacher from scratch, and adapts a pretrained teacher to the low resolutions of a schedule before
-it is distilled (SwD paper, appendix B).
+Trains the embedded teacher from scratch, adapts a pretrained teacher to the low resolutions of a schedule before it is
+distilled (SwD paper, appendix B), and trains a LoRA, such as a style.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from swd.modules.adapters import fold_alpha, write_base, write_layouts
 from swd.modules.backbones.base import Backbone
 from swd.modules.finite import all_finite
 from swd.modules.hub import is_hub_id
 from swd.modules.muon import MuonAdamW, hidden_matrices
+from swd.modules.networks import SharedBase
 from swd.modules.pretrained import Pretrained
 from swd.modules.training_task import WatchedTask, averaged, check_finite, replace_files, warmup_cosine
 from swd.schedule import downscale
@@ -59,7 +61,7 @@ def draw_sigma(batch: int, shift: float, spread: float, generator: torch.Generat
 
 
 class FlowMatching(WatchedTask):
-    """Train every weight of a pretrained rectified-flow network to draw at all sizes of a schedule.
+    """Train every weight of a pretrained network, or a LoRA on it, to draw at all sizes of a schedule.
 
     Each step takes one size: pictures are shrunk in pixel space (area), encoded, noised as `x_t = (1 - sigma) x0 +
     sigma eps`, and the network predicts `eps - x0`. What is written is an average of the weights.
@@ -68,7 +70,9 @@ class FlowMatching(WatchedTask):
         model: the pipeline to start from.
         sizes: latent sides, or (H, W).
         size_weights: how often each size is taken, relative to the others; None: all the same.
-        out: pipeline folder to write; None: the model's own. Another folder becomes a complete pipeline.
+        out: pipeline folder to write; None: the model's own. Another folder becomes a complete pipeline. With `lora`
+            the folder of the adapter, which must be given.
+        lora: train a LoRA on the frozen network, of the model's rank, alpha and targets, rather than every weight.
         from_scratch: start from fresh weights rather than the pipeline's.
         lr: peak learning rate of AdamW.
         muon_lr: peak learning rate of Muon, which then trains the blocks' matrices (see `MuonAdamW`); None: AdamW
@@ -98,6 +102,7 @@ class FlowMatching(WatchedTask):
         sizes: Sequence[int | Sequence[int]],
         size_weights: Sequence[float] | None = None,
         out: str | None = None,
+        lora: bool = False,
         from_scratch: bool = False,
         lr: float = 1e-5,
         muon_lr: float | None = None,
@@ -119,6 +124,9 @@ class FlowMatching(WatchedTask):
         self.seed = seed
         self.sizes: list[Size] = [(s, s) if isinstance(s, int) else tuple(s) for s in sizes]
         self.size_weights = torch.tensor(size_weights or [1.0] * len(self.sizes))
+        self.lora = lora
+        if lora and not out:
+            raise UserError("task.out is missing: task.lora=true writes an adapter; give the folder for it")
         self.out = Path(out) if out else model.folder
         self.lr = lr
         self.muon_lr = muon_lr
@@ -139,15 +147,26 @@ class FlowMatching(WatchedTask):
         self.last_metrics: dict[str, Tensor] = {}
         self.backbone: Backbone
         self.average: AveragedModel
+        self.adapter: nn.ParameterList  # trained with `lora`; the frozen network is in `_networks`
+        self._networks: list[SharedBase] = []
         self._encoders: list[Any] = []  # in a list, to stay out of checkpoints and of the optimizer
 
     def configure_model(self) -> None:
-        if hasattr(self, "backbone"):
+        if hasattr(self, "backbone") or self._networks:
             return
         model = self.model
+        if self.lora:
+            device = self.device if self._trainer is None else self.trainer.strategy.root_device
+            networks = model.networks(("student",), self.seed, device)
+            assert isinstance(networks, SharedBase)  # `_check` refuses model.tuning=full
+            self._networks.append(networks)
+            self.adapter = nn.ParameterList(networks.role_parameters("student"))
+            self.average = averaged(self.adapter, self.ema)
+            return
         network = model.network_class.from_pretrained(
             model.fetch(), subfolder=model.backbone_class.subfolder, torch_dtype=torch.float32, use_safetensors=True
         )
+        model.add_adapters(network)
         if self.from_scratch:
             model.backbone_class.initialise(network, self.seed)
         self.backbone = model.backbone_class(network.train().requires_grad_(True), model.embedded_guidance)
@@ -158,6 +177,8 @@ class FlowMatching(WatchedTask):
             raise UserError(f"task.out is missing: {self.model.path} is on the hub; give a folder for the trained copy")
         if self.from_scratch and not self.model.backbone_class.trains_from_scratch:
             raise UserError(f"task.from_scratch is for the embedded teacher, not for {self.model.family}; leave it out")
+        if self.lora:
+            self._check_lora()
         if len(self.size_weights) != len(self.sizes):
             raise UserError(
                 f"task.size_weights has {len(self.size_weights)} entries for {len(self.sizes)} sizes; give one per size"
@@ -169,6 +190,19 @@ class FlowMatching(WatchedTask):
         if self.reuse < 1:
             raise UserError(f"task.reuse={self.reuse}; use at least 1")
 
+    def _check_lora(self) -> None:
+        """Refuse what only training every weight can do."""
+        for key, given in {
+            "from_scratch": self.from_scratch,
+            "muon_lr": self.muon_lr,
+            "compile": self.compile_blocks,
+        }.items():
+            if given:
+                raise UserError(f"task.{key}={given} trains whole networks; leave it out, or task.lora=true")
+        if self.model.tuning == "full":
+            raise UserError("model.tuning=full beside task.lora=true; leave one of the two out")
+        self.model.check_targets()
+
     @property
     def encoders(self) -> Any:
         """Text encoders and VAE, loaded when first used."""
@@ -177,6 +211,9 @@ class FlowMatching(WatchedTask):
         return self._encoders[0]
 
     def on_fit_start(self) -> None:
+        if self.lora:
+            self._networks[0].to(self.device)
+            return
         if self.trainer.is_global_zero and self.out.resolve() != self.model.folder.resolve():
             skip = shutil.ignore_patterns(self.model.backbone_class.subfolder, ".*")
             shutil.copytree(self.model.fetch(), self.out, ignore=skip, dirs_exist_ok=True)
@@ -192,10 +229,10 @@ class FlowMatching(WatchedTask):
         x0, conditioning = self.gather(batch, size, generator)
         conditioning = self.drop_captions(conditioning, generator)
 
-        process = self.backbone.process
+        process = self.model.backbone_class.process
         sigma = draw_sigma(len(x0), self.sigma_shift, self.sigma_spread, generator).to(x0)
         eps = torch.randn(x0.shape, generator=generator).to(x0)
-        prediction, _ = self.backbone.predict(process.add_noise(x0, eps, sigma), sigma, conditioning)
+        prediction = self.predict(process.add_noise(x0, eps, sigma), sigma, conditioning)
         # Straight paths: arXiv 2210.02747, eq. 9; noise prediction: arXiv 2006.11239, eq. 14.
         target = eps if process.prediction_type == "epsilon" else eps - x0
         loss = F.mse_loss(prediction.float(), target)
@@ -204,6 +241,14 @@ class FlowMatching(WatchedTask):
         self.last_metrics = {"loss": loss.detach()}
         self.log_dict({"loss": loss.detach(), f"loss/{size[0]}": loss.detach()})
         return loss
+
+    def predict(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """The prediction `[B, C, *size]` of what is trained."""
+        if not self.lora:
+            return self.backbone.predict(x_t, sigma, conditioning)[0]
+        networks = self._networks[0]
+        with networks.role("student"), networks.autocast():
+            return networks.backbone.predict(x_t, sigma, conditioning)[0]
 
     def gather(self, batch: PictureBatch, size: Size, generator: torch.Generator) -> tuple[Tensor, Conditioning]:
         """Latents at `size` and conditioning: of the batch alone, or of it and pictures encoded earlier."""
@@ -256,7 +301,7 @@ class FlowMatching(WatchedTask):
         return replace(conditioning, **values)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.average.update_parameters(self.backbone.network)
+        self.average.update_parameters(self.adapter if self.lora else self.backbone.network)
         if self.global_step % self.save_every == 0:
             self.export()
 
@@ -265,19 +310,38 @@ class FlowMatching(WatchedTask):
 
     @property
     def target(self) -> Path:
-        return self.out / self.model.backbone_class.subfolder
+        return self.out if self.lora else self.out / self.model.backbone_class.subfolder
 
     def export(self) -> None:
-        """Write the averaged network into the pipeline folder `out`."""
-        if self.trainer.is_global_zero:
+        """Write the averaged network into the pipeline folder `out`, or the averaged adapter."""
+        if self.trainer.is_global_zero and self.lora:
+            check_finite(self.average, str(self.target))
+            replace_files(self.target, self._write_adapter)
+        elif self.trainer.is_global_zero:
             network: Any = copy.deepcopy(self.average.module)
             network.to(self.save_dtype)
             check_finite(network, str(self.target))
             network.register_to_config(_name_or_path="")  # not where this machine keeps it
             replace_files(self.target, network.save_pretrained)
 
+    def _write_adapter(self, folder: Path) -> None:
+        """Write the averaged adapter in the layouts of peft and of diffusers."""
+        networks = self._networks[0]
+        model = self.model
+        trained = [parameter.detach().clone() for parameter in self.adapter]
+        with torch.no_grad():
+            for parameter, mean in zip(self.adapter, self.average.module.parameters(), strict=True):
+                parameter.copy_(mean)
+            state = networks.adapter_state("student")
+            for parameter, own in zip(self.adapter, trained, strict=True):
+                parameter.copy_(own)
+        state = fold_alpha(state, model.rank, model.rank if model.alpha is None else model.alpha)
+        baked = [adapter.baked for adapter in model.adapters]
+        write_layouts(folder, state, model.name, model.backbone_class.subfolder)
+        write_base(folder, model.name, baked)
+
     def configure_optimizers(self) -> Any:
-        network = self.backbone.network
+        network = self.adapter if self.lora else self.backbone.network
         optimizer: torch.optim.Optimizer
         if self.muon_lr is None:
             optimizer = torch.optim.AdamW(

@@ -30,6 +30,7 @@ class Inputs:
         draws: where random numbers come from.
         place: iteration (from 1), step of the schedule (from 1) and update, for messages.
         bucket: size of finished pictures in pixels where data come in several aspect ratios; None: the schedule's own.
+        x0_hat: the student's clean predictions `[B, C, *size]`, where they were made ahead of the update.
     """
 
     interval: Interval
@@ -40,6 +41,7 @@ class Inputs:
     draws: SeededDraws
     place: str = ""
     bucket: Size | None = None
+    x0_hat: Tensor | None = None
 
     def finite(self) -> Checks:
         """Whether what the data and their encoders gave is finite."""
@@ -58,6 +60,7 @@ class Inputs:
             source=self.source[start:end],
             target=self.target[start:end],
             conditioning=self.conditioning.rows(slice(start, end)),
+            x0_hat=None if self.x0_hat is None else self.x0_hat[start:end],
             draws=replace(self.draws, first=self.draws.first + start),
         )
 
@@ -68,6 +71,7 @@ class Inputs:
             source=self.source[:1].clone(),  # a view would keep the whole batch in memory
             target=self.target[:1].clone(),
             conditioning=self.conditioning.map(lambda tensor: tensor[:1].clone()),
+            x0_hat=None,
         )
 
 

@@ -22,8 +22,8 @@ LARGEST = 2**24
 """Largest number that a configuration may hold; the largest known vocabulary has 2^18 entries."""
 MOST_LAYERS = 512
 """Largest number of layers or blocks in one entry; the deepest known network has 60."""
-MOST_IN_ALL = 1024
-"""Largest product of all such entries of a configuration; FLUX's is 722."""
+MOST_IN_ALL = 4096
+"""Largest product of all such entries of a configuration; FLUX's is 722, Chroma1's 3610."""
 LARGEST_WIDTH = 2**16
 """Largest number of channels of latents, and of features; the largest known are 1536 and 5120."""
 

@@ -16,10 +16,12 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from swd.modules.autocast import autocast_on_meta
 from swd.modules.backbones.base import TARGETS, Backbone
 from swd.modules.layouts import whole_tensor
+from swd.modules.lora_linear import PlayedRole, follow, install
 from swd.modules.quantize import QuantizedLinear
-from swd.modules.targets import check_targets
+from swd.modules.targets import check_targets, names_for_peft
 from swd.types import Conditioning, Role, UserError
 
 
@@ -39,8 +41,18 @@ class Networks(nn.Module, ABC):
         self.backbone = backbone.requires_grad_(False)
         self.process = backbone.process
         self.roles = tuple(roles)
-        self._current: Role = "teacher"
+        self.played = PlayedRole()
         self.recompute = True
+
+    @property
+    def _current(self) -> Role:
+        """The role that is played now."""
+        return self.played.role
+
+    @property
+    def narrows(self) -> bool:
+        """Whether `x0` takes `rows`."""
+        return self.backbone.narrows
 
     # Implemented by the two kinds of networks
 
@@ -63,7 +75,7 @@ class Networks(nn.Module, ABC):
         """Make `role` the current one."""
         if role != "teacher" and role not in self.roles:
             raise UserError(f"role {role!r} does not exist here; trainable roles are {list(self.roles)}")
-        self._current = role
+        self.played.role = role
 
     @contextmanager
     def role(self, role: Role) -> Iterator[None]:
@@ -78,9 +90,10 @@ class Networks(nn.Module, ABC):
     def autocast(self) -> AbstractContextManager[Any]:
         """Context of bf16 arithmetic for a bf16 base; trained weights stay float32 and are cast when they are used."""
         dtype = self.backbone.dtype
-        if dtype == torch.float32:
+        if dtype != torch.bfloat16:
             return nullcontext()
-        return torch.autocast(next(self.backbone.parameters()).device.type, dtype)
+        device = next(self.backbone.parameters()).device.type
+        return autocast_on_meta(dtype) if device == "meta" else torch.autocast(device, dtype)
 
     # Predictions, for losses and samplers
 
@@ -92,13 +105,18 @@ class Networks(nn.Module, ABC):
         conditioning: Conditioning,
         blocks: Sequence[int] = (),
         grad_to_features_only: bool = False,
+        rows: int | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Clean prediction `[B, C, *size]` float32 of a role, and features of `blocks`."""
+        """Clean prediction `[B, C, *size]` float32 of a role, and features of `blocks`.
+
+        With `rows`, which needs `narrows`, only so many samples go on behind the last of `blocks`: the first ones,
+        whose prediction it is.
+        """
         with self.role(role), self.autocast():
             prediction, features = self.backbone_of(role).predict(
-                x_t, sigma, conditioning, blocks, grad_to_features_only
+                x_t, sigma, conditioning, blocks, grad_to_features_only, rows
             )
-        return self.process.to_x0(x_t, prediction, sigma), features
+        return self.process.to_x0(x_t[:rows], prediction, sigma[:rows]), features
 
     def features(
         self, role: Role, x_t: Tensor, sigma: Tensor, conditioning: Conditioning, blocks: Sequence[int]
@@ -110,7 +128,7 @@ class Networks(nn.Module, ABC):
     def guided_x0(
         self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning, empty: Conditioning, guidance: float
     ) -> Tensor:
-        """The teacher's clean prediction with classifier-free guidance: `empty + guidance * (text - empty)`.
+        """The teacher's clean prediction with classifier-free guidance, as `Backbone.guide` combines the two passes.
 
         It equals what the stock pipeline predicts at this level, given the same scale and the family's own `empty`.
 
@@ -126,14 +144,14 @@ class Networks(nn.Module, ABC):
         both = Conditioning.cat([conditioning, empty.expand(len(x_t))])
         x0 = self.x0("teacher", torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both)[0]
         text, unconditional = x0.chunk(2)
-        return unconditional + guidance * (text - unconditional)
+        return self.backbone.guide(text, unconditional, guidance, x_t)
 
 
 class SharedBase(Networks):
     """One frozen network in device memory that plays all roles.
 
     The student and the fake score are LoRA adapters on it; the teacher is the base with both off, bit for bit.
-    Adapters are switched by `role`, which sets peft's per-layer state directly: peft's own switches flip
+    Adapters are switched by `role`, which all layers read from one object (`RoleLinear`): peft's own switches flip
     `requires_grad`, which loses gradients without an error if it happens between a forward pass and its backward pass.
 
     Args:
@@ -158,22 +176,22 @@ class SharedBase(Networks):
         check_targets(backbone.network, targets)
         self._add_adapters(rank, alpha, targets, seed)
         self._layers: list[LoraLayer] = [m for m in self.backbone.network.modules() if isinstance(m, LoraLayer)]
+        self._other_layers = install(self.backbone.network, self.played)
         for layer in self._layers:
             # Without this, peft casts bf16 input to float32 for the LoRA weights, and autocast casts it back to bf16.
             layer.cast_input_dtype_enabled = self.backbone.dtype == torch.float32
-        with self.role("teacher"):
-            pass
         self._unfreeze_adapters()
         self._self_test()
 
     def _add_adapters(self, rank: int, alpha: float | None, targets: Sequence[str], seed: int) -> None:
         """Add an adapter for each trainable role."""
+        names = names_for_peft(self.backbone.network, targets)
         # Drawn on the CPU, whatever the default device is, so that initial weights are the same on every device.
         without_weights = next(self.backbone.parameters()).is_meta
         with torch.random.fork_rng(devices=[]), torch.device("meta" if without_weights else "cpu"):
-            for number, name in enumerate(self.roles):
+            for number, role in enumerate(self.roles):
                 torch.manual_seed(2 * seed + number)
-                self._add_adapter(name, rank, alpha, targets)
+                self._add_adapter(role, rank, alpha, names)
 
     def _add_adapter(self, name: str, rank: int, alpha: float | None, targets: Sequence[str]) -> None:
         """Add a float32 adapter called `name`, with fresh weights, to the base."""
@@ -197,14 +215,14 @@ class SharedBase(Networks):
                 parameter.requires_grad_(True)
 
     def _self_test(self) -> None:
-        """Raise RuntimeError unless peft follows the private attributes that `_set` writes; they may change."""
+        """Raise RuntimeError unless peft follows the private attributes that `follow` writes; they may change."""
         layer = self._layers[0]
-        with self.role(self.roles[0]):
-            if list(layer.active_adapters) != [self.roles[0]] or layer.disable_adapters:
-                raise RuntimeError("this peft version does not follow _active_adapter; swd needs peft 0.17 to 0.21")
-        with self.role("teacher"):
-            if not layer.disable_adapters:
-                raise RuntimeError("this peft version does not follow _disable_adapters; swd needs peft 0.17 to 0.21")
+        follow(layer, self.roles[0])
+        if list(layer.active_adapters) != [self.roles[0]] or layer.disable_adapters:
+            raise RuntimeError("this peft version does not follow _active_adapter; swd needs peft 0.17 to 0.21")
+        follow(layer, "teacher")
+        if not layer.disable_adapters:
+            raise RuntimeError("this peft version does not follow _disable_adapters; swd needs peft 0.17 to 0.21")
 
     def backbone_of(self, role: Role) -> Backbone:
         return self.backbone
@@ -216,11 +234,8 @@ class SharedBase(Networks):
 
     def _set(self, role: Role) -> None:
         super()._set(role)
-        off = role == "teacher"
-        for layer in self._layers:
-            layer._disable_adapters = off
-            if not off:
-                layer._active_adapter = [role]
+        for layer in self._other_layers:
+            follow(layer, role)
 
     def enable_checkpointing(self) -> None:
         def in_role(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -231,6 +246,7 @@ class SharedBase(Networks):
 
             if not self.recompute:
                 return module(*args, **kwargs)
+            args, kwargs = self.backbone.narrow(module, args, kwargs)
             options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": contexts}
             return checkpoint(module.__call__, *args, **options, **kwargs)
 
@@ -295,11 +311,15 @@ class SeparateCopies(Networks):
         return list(self.copies[role].parameters())
 
     def enable_checkpointing(self) -> None:
-        def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if not self.recompute:
-                return module(*args, **kwargs)
-            return checkpoint(module.__call__, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
         roles: tuple[Role, ...] = ("teacher", *self.roles)
         for role in roles:
-            self.backbone_of(role).diffusers_model.enable_gradient_checkpointing(run)
+            self._checkpoint(self.backbone_of(role))
+
+    def _checkpoint(self, backbone: Backbone) -> None:
+        def narrowed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if not self.recompute:
+                return module(*args, **kwargs)
+            args, kwargs = backbone.narrow(module, args, kwargs)
+            return checkpoint(module.__call__, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+        backbone.diffusers_model.enable_gradient_checkpointing(narrowed)

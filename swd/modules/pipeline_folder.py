@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 from swd.modules.model_folders import (
     check_index,
@@ -93,6 +94,15 @@ class PipelineFolder:
         """The class of a part, as the index names it."""
         return class_of(*self.parts[part])
 
+    def is_processor(self, part: str) -> bool:
+        """Whether a part is a processor: a tokenizer and what reads pictures beside it."""
+        return self.parts[part][1].endswith("Processor")
+
+    def tokenizer(self, part: str) -> Any:
+        """Load a tokenizer; of a processor the tokenizer alone, since reading pictures needs further packages."""
+        kind = AutoTokenizer if self.is_processor(part) else self.class_of(part)
+        return kind.from_pretrained(self.path / part, local_files_only=True)
+
     def load(self, part: str, dtype: torch.dtype) -> Any:
         """Load a part's weights, of the variant that is there.
 
@@ -120,13 +130,14 @@ class PipelineFolder:
         """Load a tokenizer, and compare the number of its entries with its text encoder's."""
         where = f"model.path={self.path}: {name!r}"
         try:
-            entries = len(self.class_of(name).from_pretrained(self.path / name, local_files_only=True))
+            entries = len(self.tokenizer(name))
         except Exception as error:  # tokenizers raise errors of many types for wrong files
             kind = self.parts[name][1]
             raise UserError(f"{where} cannot be read as {kind} ({reason_of(error)}); download it again") from None
         encoder = name.replace("tokenizer", "text_encoder")
         has_config = (self.path / encoder / "config.json").is_file()
-        known = self.config(encoder).get("vocab_size") if has_config else None
+        config = self.config(encoder) if has_config else {}
+        known = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
         if isinstance(known, int) and entries > known:
             raise UserError(
                 f"{where} has {entries} entries, but its text encoder knows {known}: it is another model's; "

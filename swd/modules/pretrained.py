@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from swd.io import limits
 from swd.modules import hub
 from swd.modules.backbones import load_family
 from swd.modules.backbones.base import Backbone
+from swd.modules.base_adapters import bake, read_entries
 from swd.modules.encoders import Encoders
 from swd.modules.family_folder import FamilyFolder
 from swd.modules.guidance import guidance_scales
@@ -28,7 +29,8 @@ from swd.modules.targets import check_targets, covered_share
 from swd.modules.tuning import Tuning
 from swd.types import Role, Size, UserError
 
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 LEAST_SHARE = 0.1
 """Share of a network's linear weights below which `Pretrained.check_targets` warns. Ours: attention alone holds a third
@@ -49,7 +51,7 @@ class Pretrained(FamilyFolder):
         alpha: LoRA alpha; None: alpha = rank.
         targets: names of the linear layers that get LoRA; None: the family's own.
         precision: dtype of the frozen base; LoRA and losses are always float32. "auto": bf16 where the machine computes
-            it natively.
+            it natively. "fp16" draws alone, on devices that do not.
         vae_precision: dtype of the VAE, "fp32" or "bf16"; None: the base's, or float32 where the model needs that.
         quantization: stores the frozen base's linear layers in 8 bits, "int8" or "fp8".
         dmd_guidance_scale: classifier-free guidance of the teacher in DMD; 1 for none. The default is that of the
@@ -63,6 +65,9 @@ class Pretrained(FamilyFolder):
         init_adapter: folder of an adapter to start the student from: a run, an export, or a published PEFT folder.
         negative_prompt: what the teacher is guided away from when it draws; None: the empty prompt. The pipeline's own
             example for Wan has a long one; which the paper's pictures and videos were drawn with is not published.
+        adapters: LoRAs that are added to the base's weights when it is loaded, in this order, for all that uses it:
+            teacher, fake score and student, drawing and sampling. Each is a path as `swd sample adapter=` takes it,
+            or `{path, weight}`; a run records the `hash` of their weights.
         guidance_scale: single scale in runs of earlier versions, for both of the scales above unless they are given.
 
     Attributes:
@@ -98,6 +103,7 @@ class Pretrained(FamilyFolder):
         guidance_scale: float | None = None,
         vae_precision: Literal["fp32", "bf16"] | None = None,
         negative_prompt: str | None = None,
+        adapters: Sequence[str | Mapping[str, Any]] | None = None,
     ) -> None:
         for key, value in (("path", path), ("revision", revision)):
             if value is not None and not value.strip():
@@ -116,22 +122,38 @@ class Pretrained(FamilyFolder):
         )
         self.embedded_guidance = embedded_guidance
         self.negative_prompt = negative_prompt
-        if negative_prompt is not None and self.drawing_guidance_scale == 1:
-            raise UserError(
-                "model.negative_prompt has no effect where model.drawing_guidance_scale is 1, no guidance; leave it out"
-            )
+        self._check_drawing(backbone)
         self.feature_blocks = tuple(feature_blocks)
         self.max_text_tokens = max_text_tokens
         self.teacher_steps = teacher_steps
         limits.whole("model.max_text_tokens", max_text_tokens, 1, most_tokens, f"all that {family}'s pipeline takes")
         limits.whole("model.teacher_steps", teacher_steps, 1, limits.STEPS)
         limits.number("model.embedded_guidance", embedded_guidance, 0, limits.GUIDANCE)
+        self.adapters = read_entries(adapters)
 
         # Then the folder, and the settings that depend on it.
         super().__init__(family, path, revision)
         self._check_fit()
         self.size: Size = self.limits.native if size is None else (size, size) if isinstance(size, int) else tuple(size)
         self.limits.check_size(self.size)
+        self.adapters = tuple(adapter.checked(self) for adapter in self.adapters)
+
+    def _check_drawing(self, backbone: type[Backbone]) -> None:
+        """Check that the stock pipeline takes what the teacher is to draw with."""
+        if self.negative_prompt is not None and self.drawing_guidance_scale == 1:
+            raise UserError(
+                "model.negative_prompt has no effect where model.drawing_guidance_scale is 1, no guidance; leave it out"
+            )
+        if self.drawing_guidance_scale != 1 and not backbone.guidance_arguments(self.drawing_guidance_scale):
+            raise UserError(
+                f"model.drawing_guidance_scale={self.drawing_guidance_scale}: {backbone.pipeline_type} has no "
+                "classifier-free guidance, its network is fed model.embedded_guidance; use 1"
+            )
+        if self.negative_prompt is not None and "negative_prompt" not in backbone.pipeline_arguments():
+            raise UserError(
+                f"model.negative_prompt has no effect: {backbone.pipeline_type} takes none, and guides away from the "
+                "empty prompt if at all; leave it out"
+            )
 
     def _check_fit(self) -> None:
         """Check settings that depend on the network."""
@@ -205,7 +227,14 @@ class Pretrained(FamilyFolder):
         """The base's dtype on `device`."""
         if self.precision == "auto":
             return torch.bfloat16 if native_bf16(torch.device(device)) else torch.float32
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return DTYPES[self.precision]
+
+    def check_trainable(self) -> None:
+        """Raise UserError for a precision that only drawing can do with."""
+        if self.precision == "fp16":
+            raise UserError(
+                "model.precision=fp16 is for drawing: small gradients and distances vanish in half precision; use bf16"
+            )
 
     def vae_dtype(self, base: torch.dtype, kept: bool = False) -> torch.dtype:
         """The VAE's dtype: `vae_precision`, else by `Encoders.vae_precision`, which has the arguments."""
@@ -231,7 +260,7 @@ class Pretrained(FamilyFolder):
         return files
 
     def network(self, device: torch.device | str = "cpu") -> Backbone:
-        """Load the denoising network alone.
+        """Load the denoising network alone, `adapters` added to its weights.
 
         Raises:
             UserError: if its configuration and its weights disagree.
@@ -241,7 +270,13 @@ class Pretrained(FamilyFolder):
         misfit = first_misfit(files.path / part, self.meta_network)
         if misfit:
             raise UserError(f"model.path={files.path}: {part!r} has weights of another configuration: {misfit}")
-        return self.backbone_class(files.load(part, self.dtype(device)), self.embedded_guidance)
+        network = files.load(part, self.dtype(device))
+        self.add_adapters(network)
+        return self.backbone_class(network, self.embedded_guidance)
+
+    def add_adapters(self, network: torch.nn.Module) -> None:
+        """Add `adapters` to the weights of a network that was just loaded."""
+        bake(network, [(adapter.read(self), adapter.weight) for adapter in self.adapters])
 
     def networks(self, roles: Sequence[Role], seed: int = 0, device: torch.device | str = "cpu") -> Networks:
         """Load the base and give it its trainable roles: adapters, or copies of it."""
@@ -269,18 +304,24 @@ class Pretrained(FamilyFolder):
             # A `variant` for the pipeline would also replace plain weights, so parts without those are loaded here.
             if name not in overrides and files.has_variant(name):
                 parts[name] = files.load(name, vae_dtype if name == "vae" else dtype)
+        # Text alone is read: a processor's tokenizer takes its place, which the class would refuse as an argument.
+        names = [name for name in self.files.parts if "tokenizer" in name and files.is_processor(name)]
+        tokenizers = {name: files.tokenizer(name) for name in names if name not in overrides}
         try:
-            return pipeline_class.from_pretrained(
+            pipe = pipeline_class.from_pretrained(
                 files.path,
                 torch_dtype={"default": dtype, "vae": vae_dtype},
                 use_safetensors=True,
                 local_files_only=True,
-                **parts | overrides,
+                **parts | dict.fromkeys(tokenizers) | overrides,
             )
         except LOADING_FAILS as error:
             raise UserError(
                 f"model.path={files.path} cannot be loaded as {pipeline_class.__name__} ({reason_of(error)})"
             ) from None
+        for name, tokenizer in tokenizers.items():
+            setattr(pipe, name, tokenizer)
+        return pipe
 
     @property
     def _absent(self) -> list[str]:
@@ -292,7 +333,9 @@ class Pretrained(FamilyFolder):
         """Load text encoders and VAE; the VAE alone unless `text`."""
         backbone = self.backbone_class
         unused = () if text else backbone.encoders_type.text_encoders
-        left_out = dict.fromkeys([backbone.subfolder, *(name for name in unused if name in self.files.index)])
+        left_out = dict.fromkeys(
+            [backbone.subfolder, *backbone.other_experts, *(name for name in unused if name in self.files.index)]
+        )
         pipeline = self.pipeline(self.dtype(device), kept=True, **left_out)
         if self._absent:
             # In place of a missing encoder's text the pipeline puts zeros, and reads their width from its network.

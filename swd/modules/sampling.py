@@ -61,6 +61,6 @@ def sample_latents(
             )
             if guided:
                 without, text = prediction.chunk(2)
-                prediction = without + guidance_scale * (text - without)
+                prediction = networks.backbone.guide(text, without, guidance_scale)
             x = scheduler.step(prediction, timestep, x, return_dict=False)[0]
     return x

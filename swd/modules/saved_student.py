@@ -41,6 +41,9 @@ class Student(Protocol):
     def load_into(self, pipe: Any, model: Pretrained) -> None:
         """Load the rest of the student, such as an adapter, into a pipeline that holds `network`."""
 
+    def fold_into(self, network: Any) -> None:
+        """Instead of `load_into`, add the rest of the student to the weights of `network`, in place."""
+
 
 @dataclass(frozen=True)
 class FullStudent:
@@ -84,6 +87,9 @@ class FullStudent:
         )
 
     def load_into(self, pipe: Any, model: Pretrained) -> None:
+        """Do nothing: `network` has loaded all of the student."""
+
+    def fold_into(self, network: Any) -> None:
         """Do nothing: `network` has loaded all of the student."""
 
     def write(self, folder: Path, model: Pretrained) -> None:

@@ -244,6 +244,7 @@ def shard_backbone(backbone: Backbone, mesh: DeviceMesh) -> None:
     blocks = backbone.repeated_blocks  # before the first is divided, which renames its class
     for block in blocks:
         fully_shard(block, mesh=mesh)
+        block.register_forward_pre_hook(contiguous_inputs, prepend=True, with_kwargs=True)
     fully_shard(backbone.network, mesh=mesh)
     # FSDP2 would learn the order of blocks from the forward pass, which `autograd.grad` makes it forget.
     for before, block in pairwise(blocks):
@@ -251,6 +252,20 @@ def shard_backbone(backbone: Backbone, mesh: DeviceMesh) -> None:
     reshard_after_inference(backbone.network)
     # FSDP2 makes the outermost weights whole again when a gradient reaches an output, so features must be outputs.
     backbone.expose_features()
+
+
+def contiguous_inputs(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Give a block contiguous inputs, before FSDP2's own hook sees them.
+
+    That hook takes a view of each input, but not where activation checkpointing computes the block again. For a batch
+    of one sample a view of a transposed tensor has other strides, with which PyTorch multiplies it in another way, and
+    checkpointing refuses what comes out.
+    """
+
+    def contiguous(value: Any) -> Any:
+        return value.contiguous() if isinstance(value, Tensor) else value
+
+    return tuple(map(contiguous, args)), {name: contiguous(value) for name, value in kwargs.items()}
 
 
 def reshard_after_inference(network: nn.Module) -> None:

@@ -29,6 +29,24 @@ def targets_of(modules: set[str], layers: Sequence[str]) -> list[str]:
     return sorted(found)
 
 
+def names_for_peft(network: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Names with which peft adapts the linear layers that `targets` name.
+
+    Peft refuses a name that a list of modules elsewhere in the network has too; the layers' paths take its place.
+
+    Args:
+        network: the network, without adapters.
+        targets: names of linear layers.
+    """
+    modules = dict(network.named_modules())
+    names: list[str] = []
+    for target in targets:
+        meant = [name for name in modules if is_target(name, [target])]
+        is_ambiguous = any(isinstance(modules[name], nn.ModuleList) for name in meant)
+        names += [name for name in meant if isinstance(modules[name], nn.Linear)] if is_ambiguous else [target]
+    return names
+
+
 def covered_share(network: nn.Module, targets: Sequence[str]) -> float:
     """Share of the weights in linear layers that lie in layers which `targets` name, 0 to 1."""
     sizes = {name: m.in_features * m.out_features for name, m in network.named_modules() if isinstance(m, nn.Linear)}

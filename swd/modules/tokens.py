@@ -7,8 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import transformers
-
 from swd.io.job_log import JobLog
 from swd.modules.pretrained import Pretrained
 
@@ -61,8 +59,7 @@ class TextLimit:
         if not part:
             return
         try:
-            kind = getattr(transformers, parts[part][1])
-            self._tokenizer = kind.from_pretrained(model.folder / part, local_files_only=True)
+            self._tokenizer = model.files.tokenizer(part)
             self.limit = model.max_text_tokens if self.chosen else int(self._tokenizer.model_max_length)
         except Exception:  # a damaged file makes tokenizers raise errors of many types
             return
@@ -79,9 +76,7 @@ class TextLimit:
 
     def counts(self, prompts: Sequence[str]) -> list[int]:
         """Number of tokens of each prompt, including the special ones that the pipeline adds."""
-        cleaned = [self.encoders.cleaned(prompt) for prompt in prompts]
-        found = self._tokenizer(cleaned, add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
-        return [len(tokens) for tokens in found]
+        return self.encoders.count_tokens(self._tokenizer, prompts)
 
     def beyond(self, prompts: Iterable[str]) -> Beyond:
         """The number of prompts that are longer than the limit, and the largest excess."""

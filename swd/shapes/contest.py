@@ -272,19 +272,38 @@ class StoredStatistics:
         write_json(self.about, self.facts | {"n_pictures": len(judged), "command": command})
 
 
-def teacher_store(task: Distiller, judge_folder: Path) -> StoredStatistics:
-    """The store of the statistics of the teacher with all its steps."""
+def teacher_stores(task: Distiller, judge_folder: Path) -> dict[str, StoredStatistics]:
+    """The stores of the statistics of the teachers of `teachers`, by name of the row."""
+    return {
+        name: teacher_store(task, judge_folder, candidate.steps, candidate.sigmas)
+        for name, candidate in teachers(task).items()
+    }
+
+
+def teacher_store(
+    task: Distiller, judge_folder: Path, steps: int | None = None, sigmas: Sequence[float] | None = None
+) -> StoredStatistics:
+    """The store of the statistics of the teacher.
+
+    Args:
+        task: whose teacher it is.
+        judge_folder: where they lie, beside the judge.
+        steps: of the teacher; None: all.
+        sigmas: noise levels of its steps; None: those of its own sampler.
+    """
     model = task.model
+    steps = model.teacher_steps if steps is None else steps
+    own = "FlowMatchEulerDiscreteScheduler(shift=3)"
     facts = {
         "model_sha256": sha256_of(model.folder),
         "judge_sha256": sha256_of(judge_folder),
         "prompts_sha256": hashlib.sha256("\n".join(prompts_of(64)).encode()).hexdigest(),
         "guidance_scale": float(model.drawing_guidance_scale),
-        "steps": model.teacher_steps,
+        "steps": steps,
         "size": list(task.schedule.sizes[-1]),
-        "scheduler": "FlowMatchEulerDiscreteScheduler(shift=3)",
+        "scheduler": own if sigmas is None else f"Euler at {', '.join(f'{sigma:.6f}' for sigma in sigmas)}",
     }
-    return StoredStatistics(judge_folder / f"teacher_{model.teacher_steps}steps.npz", facts)
+    return StoredStatistics(judge_folder / f"teacher_{steps}steps.npz", facts)
 
 
 def sha256_of(folder: Path) -> str:

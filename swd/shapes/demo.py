@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import platform
 import sys
@@ -28,7 +29,7 @@ from swd.metrics.features import read_pictures
 from swd.metrics.fid import frechet_distance
 from swd.modules.distiller import Distiller
 from swd.shapes import contest, report
-from swd.shapes.contest import Judged, ResultRow
+from swd.shapes.contest import Judged, ResultRow, StoredStatistics
 from swd.shapes.distances import distances
 from swd.shapes.judge import Judge
 from swd.shapes.rendered import FLOOR_SEED, REFERENCE_SEED, prompts_of
@@ -77,11 +78,13 @@ def compare(cfg: DictConfig, task: Distiller, judge: Judge, judge_folder: Path, 
         advance(n)
     prompts = prompts_of(n)
     rows, pictures, features = [], [], []
-    timing = Timing(TIMED_BATCH, cfg.timing_batches, 1)
+    # Pictures of the same model were drawn just before.
+    timing = Timing(TIMED_BATCH, cfg.timing_batches, warmup=0)
+    stores = contest.teacher_stores(task, judge_folder)
     contenders = contest.teachers(task) | contest.student(task, run)
-    for number, (name, candidate) in enumerate(contenders.items()):
+    for name, candidate in contenders.items():
         with clock.phase(name):
-            stored = stored_statistics(cfg, task, judge_folder, name) if number == 0 else None
+            stored = stored_statistics(cfg, stores[name], name) if name in stores else None
             # With stored statistics only the pictures that the report shows are drawn.
             plan = contest.plan_of(run / "evaluation", candidate, n if stored is None else cfg.shown)
             costs = contest.draw_pictures(plan, timing)
@@ -95,11 +98,22 @@ def compare(cfg: DictConfig, task: Distiller, judge: Judge, judge_folder: Path, 
     return DemoMeasurements(rows, pictures, prompts, frechet_distance(reference, floor), contest.full_size_gflop(task))
 
 
-def stored_statistics(cfg: DictConfig, task: Distiller, judge_folder: Path, name: str) -> Judged | None:
-    """The teacher's stored statistics; None if they are not wanted, or are of something else."""
+def pictures_drawn(cfg: DictConfig, task: Distiller, judge_folder: Path) -> list[tuple[int, float]]:
+    """For each row the pictures that `compare` will draw, and network evaluations of each, as full-size ones."""
+    timed = TIMED_BATCH * cfg.timing_batches
+    sizes = [math.prod(size) for size in task.schedule.sizes]
+    drawn = [(cfg.n_pictures + timed, sum(sizes) / sizes[-1])]
+    stores = contest.teacher_stores(task, judge_folder)
+    for name, candidate in contest.teachers(task).items():
+        stored = not cfg.recompute and stores[name].why_not(cfg.n_pictures) is None
+        drawn.append(((cfg.shown if stored else cfg.n_pictures) + timed, candidate.evaluations))
+    return drawn
+
+
+def stored_statistics(cfg: DictConfig, store: StoredStatistics, name: str) -> Judged | None:
+    """The stored statistics of a teacher; None if they are not wanted, or are of something else."""
     if cfg.recompute:
         return None
-    store = contest.teacher_store(task, judge_folder)
     reason = store.why_not(cfg.n_pictures)
     if reason is not None:
         print_line(f"{name}: drawing every picture now, because {reason}")

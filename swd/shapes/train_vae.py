@@ -178,7 +178,7 @@ class VAETask(WatchedTask):
         vae.eval()
         if self.part == "all":
             if not self.recent:  # the run was resumed after its last step
-                self.recent.append(cast(Any, self.trainer).datamodule.last(256, 0).pixels.to(self.device))
+                self.recent.append(cast(Any, self.trainer).datamodule.last(256, 0).to(self.device).pixels)
             mean, deviation = self.measure_latents(vae, torch.cat(list(self.recent)))
             if not math.isfinite(mean + 1 / max(deviation, 1e-30)):
                 raise UserError(f"VAE {self.target} has latents that are not finite and was not written")

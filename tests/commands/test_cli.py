@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from processes import Fork
 from safetensors import SafetensorError
 from tiny import composed, overrides
 
@@ -330,11 +331,17 @@ def shell(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
 
 
-@pytest.mark.parametrize("arguments", [["schedule.sizes=[6,8,12,99]"], ["-m", "loss=mmd,dmd", "task.lr=fast"]])
-def test_in_a_process_of_its_own(arguments: list[str], tmp_path: Path) -> None:
-    result = shell(sys.executable, str(ROOT / "train.py"), *arguments)
-    assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+def test_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """One run by a new interpreter, and a sweep by a fork of one that has imported everything."""
+    command = [sys.executable, str(ROOT / "train.py")]
+    sweep = [*command, "-m", "loss=mmd,dmd", "task.lr=fast"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("HYDRA_FULL_ERROR", "SWD_COMMAND")}
+    fork = Fork(sweep, environment, tmp_path, tmp_path / "out.txt", tmp_path / "err.txt")
+    result = shell(*command, "schedule.sizes=[6,8,12,99]")
+    output, error = fork.communicate(120)
+    for code, out, err in ((result.returncode, result.stdout, result.stderr), (fork.returncode, output, error)):
+        assert code == 2 and out == ""
+        assert err.startswith("error: ") and err.count("\n") == 1, err
 
 
 @pytest.mark.parametrize("empty", [["experiment=null"], ["callbacks=null"], ["logger=null"], ["logger=none"]])

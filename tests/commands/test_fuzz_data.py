@@ -78,6 +78,7 @@ OVERRIDES: dict[str, dict[str, list[Any]]] = {
         "offload": [*TEXT, "none", "model"],
         "show_sizes": ["true", "x"],
         "tiny_vae": TEXT,
+        "other_adapter": TEXT,
     },
 }
 

@@ -14,7 +14,7 @@ import pytest
 import tiny
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
@@ -121,6 +121,8 @@ def ends_well(model: Path, place: Path, line: list[str]) -> str:
 @pytest.mark.filterwarnings("ignore")
 @settings(BOUNDED, max_examples=15)
 @given(lines)
+@example(["allow.more={}"])
+@example(["schedule.sigmas.foo=1"])
 def test_any_override_gives_a_plan_or_one_line(tiny_model: Path, place: Path, line: list[str]) -> None:
     ends_well(tiny_model, place, line)
 

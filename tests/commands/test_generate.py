@@ -35,6 +35,15 @@ from swd.types import UserError
 
 PROMPTS = ["a red star above a blue ring", "a green circle", "a small cross", "a heart, left of a ring", "two rings"]
 STEPS, SEEDS = 3, (11, 3, 13, 14, 15)
+MODELS = {
+    "sd3": "sd35_large",
+    "flux": "flux_dev",
+    "wan": "wan21_1_3b",
+    "sana": "sana_1600m",
+    "flux2_klein": "flux2_klein_4b",
+    "chroma": "chroma1",
+}
+"""Shipped configurations of the tiny pipelines' families."""
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +68,7 @@ def prompts(tmp_path: Path) -> Path:
 
 def arguments(name: str, model: Path, prompts: Path, out: Path, **more: Any) -> list[str]:
     values: dict[str, Any] = {
-        "model": {"sd3": "sd35_large", "flux": "flux_dev", "wan": "wan21_1_3b", "sana": "sana_1600m"}.get(name, name),
+        "model": MODELS.get(name, name),
         "model.path": model,
         "model.size": families.SIZES[name][-1],
         "model.precision": "fp32",
@@ -89,8 +98,9 @@ def pixels(shards: ShardSet, row: int, ending: str = "png") -> np.ndarray:
 
 
 def stock(name: str, folder: Path, rows: range, **more: Any) -> list[Any]:
-    """The picture of the diffusers pipeline when called by hand."""
+    """The picture of the diffusers pipeline when called by hand, with what the family mends of it."""
     pipe = getattr(__import__("diffusers"), families.build(name).__class__.__name__).from_pretrained(folder)
+    families.load_family(families.FAMILY[name]).mend(pipe)
     pipe.set_progress_bar_config(disable=True)
     size = families.SIZES[name][-1]
     side = (size if isinstance(size, int) else size[-1]) * (32 if name == "sana" else 8)
@@ -100,15 +110,19 @@ def stock(name: str, folder: Path, rows: range, **more: Any) -> list[Any]:
         "flux": {"guidance_scale": 4.5, "max_sequence_length": 24},
         "sdxl": {"guidance_scale": 7.5},
         "wan": {"guidance_scale": 5.0, "max_sequence_length": 24, "num_frames": 9},
+        "qwen_image": {"true_cfg_scale": 4.0, "max_sequence_length": 24, "negative_prompt": [" "] * len(rows)},
+        "z_image": {"guidance_scale": 4.0, "max_sequence_length": 24},
+        "chroma": {"guidance_scale": 3.0, "max_sequence_length": 24},
         "sana": {
             "guidance_scale": 4.5,
             "max_sequence_length": 24,
             "complex_human_instruction": None,
             "use_resolution_binning": False,
         },
+        "flux2_klein": {"guidance_scale": 4.0, "max_sequence_length": 24},
     }[name]
     result = pipe(
-        [PROMPTS[row] for row in rows],
+        prompt=[PROMPTS[row] for row in rows],
         height=side,
         width=side,
         num_inference_steps=STEPS,
@@ -161,6 +175,8 @@ def test_videos_are_those_of_the_stock_pipeline(saved: Any, prompts: Path, tmp_p
         ("sd3", {"guidance_scale": 2.5, "steps": 2}, {"guidance_scale": 2.5, "num_inference_steps": 2}),
         ("flux", {"guidance_scale": 2.0}, {"guidance_scale": 2.0}),
         ("flux", {"model__drawing_guidance_scale": 3.0}, {"true_cfg_scale": 3.0, "negative_prompt": ""}),
+        ("z_image", {"guidance_scale": 2.5}, {"guidance_scale": 1.5}),
+        ("z_image", {"guidance_scale": 1.0}, {"guidance_scale": 0.0}),
     ],
 )
 def test_guidance_and_steps_reach_the_pipeline(
@@ -175,17 +191,30 @@ def test_guidance_and_steps_reach_the_pipeline(
     assert STEPS == 2 or is_picture_of(drawn, other) == (expected == own)
 
 
-@pytest.mark.parametrize("model", ["sd35_medium", "sd35_large", "flux_dev", "sdxl", "wan21_1_3b", "sana_1600m"])
+DRAWN_AT = {
+    "sd35_medium": 4.5,
+    "sd35_large": 4.5,
+    "flux_dev": 1.0,
+    "sdxl": 7.5,
+    "wan21_1_3b": 5.0,
+    "sana_1600m": 4.5,
+    "qwen_image": 4.0,
+    "flux2_klein_4b": 4.0,
+    "z_image": 5.0,
+    "chroma1": 3.0,
+}
+
+
+@pytest.mark.parametrize("model", DRAWN_AT)
 def test_the_manifest_says_what_it_was_drawn_at_and_nothing_of_dmd(
     saved: Any, prompts: Path, tmp_path: Path, model: str
 ) -> None:
-    name = {"sd35_large": "sd3", "flux_dev": "flux", "wan21_1_3b": "wan", "sana_1600m": "sana"}.get(model, model)
+    name = {shipped: tiny for tiny, shipped in MODELS.items()}.get(model, model)
     jobs = [
         generate.prepare(config(name, saved(name), prompts, tmp_path / "out", **more)).job.settings
         for more in ({}, {"model__dmd_guidance_scale": 2.0})
     ]
-    told = {"sd35_medium": 4.5, "sd35_large": 4.5, "flux_dev": 1.0, "sdxl": 7.5, "wan21_1_3b": 5.0, "sana_1600m": 4.5}
-    assert jobs[0] == jobs[1] and jobs[0]["guidance_scale"] == told[model]
+    assert jobs[0] == jobs[1] and jobs[0]["guidance_scale"] == DRAWN_AT[model]
     assert jobs[0]["embedded_guidance"] == (4.5 if model == "flux_dev" else None)
     assert not [key for key in jobs[0]["model"] if "guidance" in key]
 

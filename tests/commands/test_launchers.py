@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launches import ROOT, Launch, Outcome, srun, start, torchrun
+from launches import Launch, Outcome, srun, start
+from processes import ROOT, torchrun
 from tiny import assert_same_weights, overrides
 
 OPTIONS: dict[str, Any] = {"loss": "dmd", "task__lr": 1e-4, "task__critic_updates": 1}
@@ -120,16 +121,19 @@ def test_a_process_that_dies_raises_or_stalls_ends_all_with_the_cause(failed: di
 
 
 @pytest.mark.slow
-def test_two_agents_of_torchrun_train_one_run(tiny_model: Path, tmp_path: Path, launched: dict[str, Outcome]) -> None:
+@pytest.mark.parametrize(("processes", "options"), [(1, []), (2, ["trainer=hsdp"])], ids=["ddp", "hsdp"])
+def test_two_agents_of_torchrun_train_one_run(
+    processes: int, options: list[str], tiny_model: Path, tmp_path: Path, launched: dict[str, Outcome]
+) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {key: value for key, value in os.environ.items() if key != "SWD_COMMAND"} | {"OMP_NUM_THREADS": "1"}
     agents = []
     for node in range(2):
-        options = ["--nnodes=2", f"--node-rank={node}", "--nproc-per-node=1", "--master-addr=127.0.0.1"]
-        command = [sys.executable, "-m", "torch.distributed.run", *options, f"--master-port={port}"]
-        command += [str(ROOT / "train.py"), *arguments(tiny_model)]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={node}"]
+        command += [f"--nproc-per-node={processes}", "--master-addr=127.0.0.1", f"--master-port={port}"]
+        command += [str(ROOT / "train.py"), *arguments(tiny_model), *options]
         agents.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True))
     errors = [agent.communicate(timeout=600)[1] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], errors

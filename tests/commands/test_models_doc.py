@@ -48,6 +48,14 @@ def count(module: nn.Module) -> int:
     return sum(tensor.numel() for tensor in module.parameters())
 
 
+def qwen_vl() -> transformers.Qwen2_5_VLConfig:
+    """Of Qwen2.5-VL-7B."""
+    text = {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
+    text |= {"num_attention_heads": 28, "num_key_value_heads": 4}
+    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
+    return transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+
+
 @cache
 def encoders() -> dict[str, int]:
     """Parameters of the text encoders and VAEs, of the shapes that their papers and libraries give them."""
@@ -66,6 +74,8 @@ def encoders() -> dict[str, int]:
     deep |= {"encoder_block_types": blocks, "decoder_block_types": blocks}
     gemma = {"vocab_size": 256000, "hidden_size": 2304, "num_hidden_layers": 26, "num_attention_heads": 8}
     gemma |= {"num_key_value_heads": 4, "head_dim": 256, "intermediate_size": 9216}
+    qwen: dict[str, Any] = {"vocab_size": 151936, "hidden_size": 2560, "num_hidden_layers": 36, "head_dim": 128}
+    qwen |= {"num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 9728}
     with torch.device("meta"):
         built: dict[str, nn.Module] = {
             f"clip-{k}": transformers.CLIPTextModelWithProjection(
@@ -76,8 +86,27 @@ def encoders() -> dict[str, int]:
         built["t5"] = transformers.T5EncoderModel(transformers.T5Config(vocab_size=32128, **t5))
         built["umt5"] = transformers.UMT5EncoderModel(transformers.UMT5Config(vocab_size=256384, **t5))
         built["gemma"] = transformers.Gemma2Model(transformers.Gemma2Config(**gemma))
+        built["qwen3-4b"] = transformers.Qwen3Model(transformers.Qwen3Config(**qwen))
         built["vae"] = diffusers.AutoencoderKL(latent_channels=16, **vae)
+        built["qwen-vl"] = transformers.Qwen2_5_VLForConditionalGeneration(qwen_vl())
+        built["vae-qwen"] = diffusers.AutoencoderKLQwenImage()
+        qwen = {"vocab_size": 151936, "head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 8}
+        small = qwen | {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36}
+        large = qwen | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36}
+        for size, tied, each in (("4b", True, small), ("8b", False, large)):
+            config = transformers.Qwen3Config(tie_word_embeddings=tied, **each)
+            built[f"qwen3-{size}"] = transformers.Qwen3ForCausalLM(config)
+        text = {"model_type": "mistral", "vocab_size": 131072, "head_dim": 128, "tie_word_embeddings": False}
+        text |= {"hidden_size": 5120, "intermediate_size": 32768, "num_hidden_layers": 40}
+        text |= {"num_attention_heads": 32, "num_key_value_heads": 8}
+        vision = {"model_type": "pixtral", "hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size": 4096}
+        mistral = transformers.Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=False)
+        built["mistral"] = transformers.Mistral3ForConditionalGeneration(mistral)
+        built["vae-flux2"] = diffusers.AutoencoderKLFlux2()
         built["vae-wan"], built["vae-sana"] = diffusers.AutoencoderKLWan(), diffusers.AutoencoderDC(**deep)
+        patches: dict[str, Any] = {"patch_size": 2, "in_channels": 12, "out_channels": 12, "z_dim": 48}
+        patches |= {"latents_mean": [0.0] * 48, "latents_std": [1.0] * 48, "is_residual": True}
+        built["vae-wan22"] = diffusers.AutoencoderKLWan(base_dim=160, decoder_base_dim=256, **patches)
     return {key: count(module) for key, module in built.items()}
 
 
@@ -87,8 +116,21 @@ PARTS = {
     "flux_dev": ("clip-l", "t5", "vae"),
     "sdxl": ("clip-l", "clip-g", "vae"),
     "wan21_1_3b": ("umt5", "vae-wan"),
+    "wan22_5b": ("umt5", "vae-wan22"),
+    "wan22_a14b_high": ("umt5", "vae-wan"),
+    "wan22_a14b_low": ("umt5", "vae-wan"),
     "sana_1600m": ("gemma", "vae-sana"),
+    "qwen_image": ("qwen-vl", "vae-qwen"),
+    "qwen_image_2512": ("qwen-vl", "vae-qwen"),
+    "flux2_klein_4b": ("qwen3-4b", "vae-flux2"),
+    "z_image": ("qwen3-4b", "vae"),
+    "chroma1": ("t5", "vae"),
+    "flux2_klein_9b": ("qwen3-8b", "vae-flux2"),
+    "flux2_dev": ("mistral", "vae-flux2"),
 }
+
+WHOLE = ("vae", "vae-wan", "vae-wan22", "vae-qwen", "vae-flux2")
+"""Those that are held in float32."""
 
 
 def test_parameters_and_layers(name: str, model: Pretrained) -> None:
@@ -111,14 +153,19 @@ def test_memory(name: str, model: Pretrained) -> None:
     network = model.meta_network
     base = 2 * (count(network) + sum(buffer.numel() for buffer in network.buffers()))
     adapter = 16 * sum(model.rank * (layer.in_features + layer.out_features) for layer in adapted(model))
-    beside = sum(encoders()[part] * (4 if part == "vae" else 2) for part in PARTS[name])
+    beside = sum(encoders()[part] * (4 if part in WHOLE else 2) for part in PARTS[name])
     counted = [base, adapter, base + adapter, base + 2 * adapter, beside]
     assert table(TEXT_OF_DOC, "model | base")[name] == [f"{value / 1e9:.1f}" for value in counted]
     blocks = model.backbone_class(network).repeated_blocks
     linear = {layer for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)}
     scales = 4 * sum(layer.out_features for layer in linear)
     small = f"{(base - sum(layer.weight.numel() for layer in linear) + scales) / 1e9:.1f}"
-    for shown, whole in {"flux_dev": "instead of 23.8 for FLUX", "sd35_large": "instead of 16.3 for SD3.5"}.items():
+    for shown, whole in {
+        "flux_dev": "instead of 23.8 for FLUX",
+        "sd35_large": "instead of 16.3 for SD3.5",
+        "qwen_image": "instead of 40.9 for Qwen-Image",
+        "flux2_dev": "instead of 64.4 for FLUX.2",
+    }.items():
         assert name != shown or re.search(rf"{small}( GB)? {whole}", TEXT_OF_DOC)
 
 
@@ -142,7 +189,9 @@ def test_work(name: str, model: Pretrained) -> None:
     texts = TEXT | {"sana_1600m": 300}
     text = backbone.random_conditioning(model.network_config, 1, texts[name]).to("meta")
     sigma, whole, early = torch.ones(1, device="meta"), 0.0, 0.0
-    sizes = composed(["folder=x", "name=y", f"model={name}"]).schedule.sizes
+    schedule = composed(["folder=x", "name=y", f"model={name}"]).schedule
+    covers = model.backbone_class.process.covers
+    sizes = [size for size, level in zip(schedule.sizes, schedule.sigmas, strict=True) if covers(level)]
     for size in sizes:
         size = (size, size) if isinstance(size, int) else tuple(size)
         x = torch.empty(1, model.channels, *size, device="meta")

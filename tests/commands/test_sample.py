@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from swd.commands import sample
+from swd.commands import sample, train
 from swd.config import build
 from swd.export import student_folder
 from swd.io.files import file_hash
 from swd.io.pictures import to_pil
 from swd.modules.adapters import check_model, load, locate, save_adapter, save_student
+from swd.modules.drawing import build_pipeline
 from swd.modules.pretrained import Pretrained
 from swd.modules.sampling import initial_latents, sample_latents
 from swd.modules.saved_student import FullStudent
@@ -206,6 +208,26 @@ def test_a_whole_student_of_other_shapes_is_refused(made, tmp_path: Path) -> Non
 # The machine and the decoder
 
 
+def test_folding_changes_rounding_alone_and_can_be_switched_off(made, tmp_path: Path, monkeypatch: Any) -> None:
+    model, _, adapter = made
+    requests = [sample.Request(PROMPTS[0], 3)]
+    pipes = []
+
+    def build(*arguments: Any) -> Any:
+        pipes.append(build_pipeline(*arguments))
+        raise UserError("built")
+
+    monkeypatch.setattr(sample, "build_pipeline", build)
+    for fold in ("true", "false"):
+        with pytest.raises(UserError, match=r"^built$"):
+            sample.run(config(model, adapter, tmp_path / fold, fold=fold))
+    lora = [sum("lora" in key for key, _ in pipe.transformer.named_parameters()) for pipe in pipes]
+    assert lora[0] == 0 and lora[1] > 0
+    drawn = [sample.draw(pipe, model, requests)[0][0] for pipe in pipes]
+    torch.testing.assert_close(drawn[0], drawn[1], rtol=0, atol=1e-4)
+    assert not torch.equal(drawn[0], drawn[1]), "the second one keeps the LoRA apart"
+
+
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_a_quantized_base_draws_as_it_was_trained(made, kind: Any) -> None:
     """The 8-bit base with the adapter in full precision, as training samples; not the base in full precision."""
@@ -273,7 +295,9 @@ def test_a_tiny_vae_that_does_not_fit_is_refused_before_anything_loads(made, tmp
 
 def test_a_tiny_vae_is_not_for_videos(tmp_path: Path) -> None:
     model = families.pretrained("wan", families.save("wan", tmp_path / "wan"))
-    with pytest.raises(UserError, match="decodes pictures, and wan draws videos"):
+    with pytest.raises(
+        UserError, match=r"decodes pictures, and wan draws videos; diffusers has no class for .*\(TAEHV\)"
+    ):
         sample.check_tiny_vae("madebyollin/taew2_1", model)
 
 
@@ -293,6 +317,59 @@ def test_compiling_needs_a_compiler_and_weights_in_place(made, tmp_path: Path, m
     cfg.offload = "sequential"
     with pytest.raises(UserError, match="compile=true with offload=sequential"):
         sample.prepare(cfg)
+    with pytest.raises(UserError, match=r"^compile_coders=true compiles more than the network; give compile=blocks"):
+        sample.prepare(config(made[0], made[2], tmp_path / "out", compile_coders="true"))
+
+
+@pytest.mark.parametrize("coders", [False, True])
+@pytest.mark.parametrize("how", ["blocks", "whole"])
+def test_what_is_compiled_is_what_runs(made, tmp_path: Path, monkeypatch: Any, how: str, coders: bool) -> None:
+    """The compiler is replaced by one that counts calls: what it was given draws the picture, and draws the same."""
+    model, _, adapter = made
+    calls: Counter[str] = Counter()
+
+    def counting(function: Any, **options: Any) -> Any:
+        owner = type(function.__self__).__name__
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            calls[owner] += 1
+            return function(*args, **kwargs)
+
+        return run
+
+    def block(self: Any, *args: Any, **options: Any) -> None:
+        self.register_forward_pre_hook(lambda *_: calls.update([type(self).__name__]))
+
+    monkeypatch.setattr(torch, "compile", counting)
+    monkeypatch.setattr(torch.nn.Module, "compile", block)
+    cfg = config(model, adapter, tmp_path / "out", compile=how, compile_coders=str(coders).lower())
+    requests = [sample.Request(PROMPTS[0], 3)]
+    plain, pipe = (
+        sample.build_pipeline(model, load(adapter), tiny.build_schedule().scheduler(2), settings)
+        for settings in (None, cfg)
+    )
+    expected = sample.draw(plain, model, requests, show_sizes=False)[0][0]
+    assert not calls
+    assert torch.equal(sample.draw(pipe, model, requests, show_sizes=False)[0][0], expected)
+    steps, blocks = len(tiny.SIZES), tiny.BLOCKS
+    network = {"SD3Transformer2DModel": steps} if how == "whole" else {"JointTransformerBlock": steps * blocks}
+    encoders = {"CLIPTextModelWithProjection": 2, "T5EncoderModel": 1, "AutoencoderKL": 1} if coders else {}
+    assert calls == network | encoders
+
+
+def test_half_precision_draws_and_does_not_train(made, tmp_path: Path) -> None:
+    model, _, adapter = made
+    half = Pretrained("sd3", str(model.folder), rank=4, precision="fp16", max_text_tokens=12)
+    requests = [sample.Request(PROMPTS[0], 3)]
+    drawn, expected = (
+        sample.draw(build_pipeline(m, load(adapter), tiny.build_schedule().scheduler(2), fold=True), m, requests)[0][0]
+        for m in (half, model)
+    )
+    assert half.network().dtype == torch.float16 and not torch.equal(drawn, expected)
+    assert (drawn - expected).norm() < 0.02 * expected.norm()  # fp16 rounds by up to 2^-11 = 0.0005
+    cfg = tiny.composed(tiny.overrides(model.folder, tmp_path / "run", model__precision="fp16"))
+    with pytest.raises(UserError, match=r"^model\.precision=fp16 is for drawing"):
+        train.build_task_and_data(cfg)
 
 
 @pytest.mark.slow

@@ -29,8 +29,33 @@ CASES = {
     "option": ["sample", "model=shaeps"],
     "no key": ["train", "model"],
     "key of another command": ["report", "steps=3"],
+    "new key": ["train", "+key=1"],
+    "new key of a group": ["train", "+model.rnak=3"],
+    "new key of a callback": ["train", "+callbacks.samples.evry=3"],
+    "value": ["train", "trainer.max_steps=abc"],
+    "value of a choice": ["demo", "task.on_bad_step=stpo"],
+    "value of a loss": ["train", "loss.mmd.weight=heavy"],
+    "value at the root": ["sample", "batch_size=eight"],
+    "value of a model": ["encode", "model.rank=[1,2]", "out=x"],
 }
-WRONG = ("unknown command", "key", "key of another program", "group", "option", "no key", "key of another command")
+WRONG = (
+    "unknown command",
+    "key",
+    "key of another program",
+    "group",
+    "option",
+    "no key",
+    "key of another command",
+    "new key",
+    "new key of a group",
+    "new key of a callback",
+    "value",
+    "value of a choice",
+    "value of a loss",
+    "value at the root",
+    "value of a model",
+)
+"""Cases that end with one line about what is wrong."""
 WORKER = """
 import json, os, sys
 cases, large, folder = json.loads(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]

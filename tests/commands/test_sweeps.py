@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from launches import ROOT
+from processes import ROOT
 
 from swd.commands.cli import _hydra_message
 

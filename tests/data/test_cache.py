@@ -59,6 +59,11 @@ def masked(used: int, seed: int = 0) -> Conditioning:
     return Conditioning(embeds, mask=(torch.arange(128) < used)[None].long())
 
 
+def unpadded(seed: int = 0) -> Conditioning:
+    """As Qwen-Image has it: texts of their own lengths, which are padded when they are put together."""
+    return masked((31, 34, 30)[seed], seed).map(lambda tensor: tensor[:, : (31, 34, 30)[seed]])
+
+
 def time_ids(seed: int = 0) -> Conditioning:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.tensor([[1024.0, 768, 0, 0, 1024, 768]])
@@ -70,6 +75,7 @@ MAKERS = {
     "wan": lambda s=0: padded(9 + s, s),
     "sana": lambda s=0: masked(30 + s, s),
     "sdxl": time_ids,
+    "qwen_image": unpadded,
 }
 
 
@@ -104,6 +110,16 @@ def test_text_comes_back_bit_for_bit(maker: str, dtype: torch.dtype) -> None:
 def test_zeros_and_masked_padding_are_not_stored(maker: str, kept: int) -> None:
     size = len(pack_text(MAKERS[maker](), "bf16"))
     assert 2 * kept <= size < 2 * kept + 1000
+
+
+def test_padding_to_the_length_of_others_is_cut() -> None:
+    rows = [unpadded(seed) for seed in range(3)]
+    together = Conditioning.cat(rows)
+    for i, row in enumerate(rows):
+        same(together.rows(slice(i, i + 1)).unpadded(), row)
+    whole = masked(30)  # SANA's padding is computed, and as long for every text
+    same(whole.unpadded(), whole)
+    assert padded(9).unpadded().embeds.shape == (1, 128, 64)
 
 
 def test_zeros_inside_the_text_are_kept() -> None:

@@ -21,12 +21,19 @@ from swd.schedule import ScaleSchedule
 from swd.types import Conditioning
 
 DOC = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
-PROMPT = {"wan21_1_3b": 100, "sana_1600m": 100}
+PROMPT = dict.fromkeys(("wan21_1_3b", "sana_1600m", "qwen_image", "qwen_image_2512", "z_image", "chroma1"), 100)
+PROMPT |= {"wan22_5b": 100, "wan22_a14b_high": 100, "wan22_a14b_low": 100}
 """Tokens of a prompt, for families whose padding is not stored."""
 A100 = 312 * 0.4
 """TFLOP/s, as in docs/models.md."""
 VAE = dict(zip((32, 48, 64, 80, 96, 128), (0.27, 0.62, 1.12, 1.78, 2.61, 4.88), strict=True))
 T5, CLIP, DECODE = 4.84, 0.1, 10.47
+ENCODERS = {"sdxl": CLIP, "wan21_1_3b": T5, "chroma1": T5, "z_image": 3.87}
+ENCODERS |= {"flux2_klein_4b": 4.27, "flux2_klein_9b": 7.9, "flux2_dev": 23.6}
+"""TFLOP of a prompt; that of T5 and CLIP elsewhere. Qwen3 4B takes 512 tokens of 2 FLOP a weight, and attention."""
+# Qwen2.5-VL's language model with its head at 128 + 34 tokens, and the VAE of Qwen-Image, by the same count.
+QWEN, QWEN_DECODE = 2.30, 11.68
+QWEN_VAE = dict(zip((64, 80, 96, 128), (1.77, 2.79, 4.06, 7.39), strict=True))
 
 
 @pytest.fixture(params=skeletons.MODELS)
@@ -72,20 +79,23 @@ def test_bytes(name: str, model: Pretrained) -> None:
 def test_hours(name: str, model: Pretrained) -> None:
     """A100 hours of 100,000 samples at the assumed use of its peak; only where costs are counted."""
     draw, code = table(DOC, "model | text")[name][4:6]
-    sides, passes = [size[-1] for size in sizes_of(name)], 1 if name == "flux_dev" else 2
+    sides, passes = [size[-1] for size in sizes_of(name)], 1 if model.drawing_guidance_scale == 1 else 2
     if name == "sana_1600m":
         assert (draw, code) == ("-", "-")
         return
     cost = float(TFLOP[name][max(TFLOP[name])])
-    text = CLIP if name == "sdxl" else T5 + CLIP * (not model.backbone_class.video)
+    text = ENCODERS.get(name, T5 + CLIP)
     decode = 0 if model.backbone_class.video else DECODE
+    vae = VAE
+    if model.family == "qwen_image":
+        text, decode, vae = QWEN, QWEN_DECODE, QWEN_VAE
     assert float(draw.replace(",", "")) == pytest.approx(
         1e5 * (model.teacher_steps * passes * cost + decode + text) / A100 / 3600, rel=0.01
     )
     if model.backbone_class.video:
         assert code == "-"
     else:
-        assert float(code) == pytest.approx(1e5 * (sum(VAE[s] for s in sides) + text) / A100 / 3600, abs=0.06)
+        assert float(code) == pytest.approx(1e5 * (sum(vae[s] for s in sides) + text) / A100 / 3600, abs=0.06)
 
 
 def commands() -> list[str]:

@@ -16,6 +16,7 @@ from swd.evaluation.plan import Plan
 from swd.evaluation.timing import Costs, Timing
 from swd.metrics.flops import forward_gflop
 from swd.modules.adapters import load, save_adapter
+from swd.modules.drawing import build_pipeline, draw
 from swd.modules.pretrained import Pretrained
 from swd.modules.requests import Requests
 
@@ -103,14 +104,15 @@ def test_latency_is_a_mean_by_parts_without_the_first_runs(
     assert found["peak_memory_bytes"] > 10_000_000
 
 
-def test_the_student_is_merged_while_it_is_timed_and_draws_as_before(student: DrawingModel, tmp_path: Path) -> None:
+def test_the_students_lora_is_folded_in_and_timing_changes_no_picture(student: DrawingModel, tmp_path: Path) -> None:
     drawer = painter(student, tmp_path)
-    before = drawer.draw(range(2))
-    with timing.merged(drawer):
-        merged = drawer.draw(range(2))
-        assert all(layer.merged for layer in drawer.pipe.transformer.modules() if hasattr(layer, "merged"))
-    torch.testing.assert_close(torch.stack(merged), torch.stack(before), rtol=0, atol=1e-4)
-    assert torch.equal(torch.stack(drawer.draw(range(2))), torch.stack(before))
+    before = torch.stack(drawer.draw(range(2)))
+    assert not [name for name, _ in drawer.pipe.transformer.named_parameters() if "lora" in name]
+    timing.latency(drawer, Timing(batch=2, runs=1, warmup=0))
+    assert torch.equal(torch.stack(drawer.draw(range(2))), before)
+    apart = build_pipeline(student.model, student.student, student.schedule)
+    drawn = draw(apart, student.model, drawer.plan.requests[:2], student.size, show_sizes=False)[0]
+    torch.testing.assert_close(before, torch.stack(drawn), rtol=0, atol=1e-4)
 
 
 def test_latency_of_a_real_pipeline_has_all_parts(student: DrawingModel, tmp_path: Path) -> None:

@@ -180,6 +180,10 @@ def test_comfyui_is_promised_where_it_has_the_family(tmp_path: Path) -> None:
         "sdxl": "comfyui.safetensors` for ComfyUI",
         "wan": "comfyui.safetensors` for ComfyUI",
         "sana": None,
+        "qwen_image": "pytorch_lora_weights.safetensors` for ComfyUI",
+        "flux2_klein": "pytorch_lora_weights.safetensors` for ComfyUI",
+        "chroma": "pytorch_lora_weights.safetensors` for ComfyUI",
+        "z_image": "pytorch_lora_weights.safetensors` for ComfyUI",
     }.items():
         model = families.pretrained(name, families.save(name, tmp_path / name))
         state = model.networks(("student",)).adapter_state("student")  # type: ignore[attr-defined]
@@ -188,6 +192,7 @@ def test_comfyui_is_promised_where_it_has_the_family(tmp_path: Path) -> None:
             student_folder.AdapterContent(adapter, model), model, tiny.build_schedule().scheduler(2)
         )
         assert (file in text) if file else ("ComfyUI" not in text), name
+        assert ("those of the first step" in text) == (name == "z_image")
 
 
 SCHEDULES: list[dict[str, Any]] = [

@@ -1,11 +1,15 @@
-"""Tiny random pipelines of the five families: the stock diffusers classes, saved once, no download."""
+"""Tiny random pipelines of the families: the stock diffusers classes, saved once, no download."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import families_flux2
+import qwen_image
 import torch
+import wan22
 from diffusers import (
     AutoencoderDC,
     AutoencoderKLWan,
@@ -24,6 +28,8 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from tiny import build_vae
+from tiny_chroma import chroma
+from tiny_z_image import z_image
 from torch import Tensor
 from transformers import (
     CLIPTextConfig,
@@ -37,15 +43,26 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from swd.modules.backbones.base import TARGETS
+from swd.modules.backbones import load_family
 from swd.modules.pretrained import Pretrained
 from swd.schedule import ScaleSchedule
 from swd.shapes.pipeline import TEXT_TOKENS, build_clip_tokenizer, build_t5_tokenizer
 
 Model = TypeVar("Model", bound=Pretrained)
-FAMILIES = ("sd3", "sd35_medium", "flux", "sdxl", "wan", "sana")
-FAMILY = {name: name for name in FAMILIES} | {"sd35_medium": "sd3"}
-"""`sd3` is as SD3.5 Large, `sd35_medium` has dual attention."""
+FAMILIES = (
+    "sd3",
+    "sd35_medium",
+    "flux",
+    "sdxl",
+    "wan",
+    "sana",
+    "qwen_image",
+    "flux2_klein",
+    "z_image",
+    "chroma",
+)
+FAMILY = {name: name for name in FAMILIES} | {"sd35_medium": "sd3", "wan22_5b": "wan", "wan22_a14b": "wan_high_noise"}
+"""`sd3` is as SD3.5 Large, `sd35_medium` has dual attention; `wan22_5b` and `wan22_a14b` have tests of their own."""
 SIZES: dict[str, list[Any]] = {
     "sd3": [4, 6, 8],
     "sd35_medium": [4, 6, 8],
@@ -53,9 +70,16 @@ SIZES: dict[str, list[Any]] = {
     "sdxl": [4, 6, 8],
     "wan": [[1, 4, 4], [2, 6, 6], [3, 8, 8]],
     "sana": [4, 6, 8],
+    "qwen_image": [4, 6, 8],
+    "flux2_klein": [4, 6, 8],
+    "z_image": [4, 6, 8],
+    "chroma": [4, 6, 8],
+    "wan22_5b": [[1, 4, 4], [2, 4, 4], [3, 4, 6]],
+    "wan22_a14b": [[1, 4, 4], [2, 6, 6], [3, 8, 8]],
 }
-NON_SQUARE = dict.fromkeys(FAMILIES, (8, 12)) | {"wan": (3, 8, 12)}
-CHANNELS = dict.fromkeys(FAMILIES, 4) | {"wan": 16}
+NON_SQUARE = dict.fromkeys(FAMILIES, (8, 12)) | {"wan": (3, 8, 12), "wan22_5b": (3, 6, 4), "wan22_a14b": (3, 8, 12)}
+CHANNELS = dict.fromkeys(FAMILIES, 4) | {"wan": 16, "qwen_image": 16}
+CHANNELS |= {"wan22_5b": wan22.CHANNELS_5B, "wan22_a14b": 16}
 SIGMAS = [1.0, 0.8, 0.6]
 
 
@@ -254,15 +278,39 @@ def sana() -> SanaPipeline:
     )
 
 
+def wan22_5b() -> WanPipeline:
+    pieces = build_t5_tokenizer()
+    return wan22.wan22_5b(t5(len(pieces), 32, multilingual=True), pieces)
+
+
+def wan22_a14b() -> WanPipeline:
+    pieces = build_t5_tokenizer()
+    return wan22.wan22_a14b(t5(len(pieces), 32, multilingual=True), pieces, wan().vae)
+
+
+BUILDERS: dict[str, Callable[[], Any]] = {
+    "sd3": sd3,
+    "sd35_medium": lambda: sd3((0,)),
+    "flux": flux,
+    "sdxl": sdxl,
+    "wan": wan,
+    "sana": sana,
+    "qwen_image": qwen_image.build,
+    "flux2_klein": families_flux2.klein,
+    "z_image": z_image,
+    "chroma": chroma,
+    "wan22_5b": wan22_5b,
+    "wan22_a14b": wan22_a14b,
+}
+
+
 def build(name: str) -> Any:
     torch.manual_seed(0)
-    pipeline = {"sd3": sd3, "sd35_medium": lambda: sd3((0,)), "flux": flux, "sdxl": sdxl, "wan": wan, "sana": sana}[
-        name
-    ]()
-    network = getattr(pipeline, "unet", None) or pipeline.transformer
+    pipeline = BUILDERS[name]()
     generator = torch.Generator().manual_seed(1)
+    networks = [getattr(pipeline, part, None) for part in ("unet", "transformer", "transformer_2")]
     with torch.no_grad():  # zero-initialised layers would hide what comes before them
-        for parameter in network.parameters():
+        for parameter in [parameter for network in networks if network for parameter in network.parameters()]:
             if not parameter.any():
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     return pipeline
@@ -286,7 +334,7 @@ def settings(name: str, folder: Path, **more: Any) -> dict[str, Any]:
         "dmd_guidance_scale": 1.0 if name == "flux" else 3.0,
         "drawing_guidance_scale": 1.0 if name == "flux" else 3.0,
         "embedded_guidance": 4.5 if name == "flux" else None,
-        "targets": TARGETS[:4] if name == "sana" else TARGETS,
+        "targets": load_family(FAMILY[name]).targets,
     } | more
 
 

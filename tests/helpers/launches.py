@@ -1,23 +1,16 @@
-"""Trainings as a launcher starts them, at the price of one import: a program that forks for every process.
-
-Run as a program, it reads a file of launches, and starts their processes one launch after another.
-"""
+"""Trainings as a launcher starts them: how each process ended, and what it said."""
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import socket
-import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from processes import ROOT, Fork, environment, meeting
+
 LIMIT = 240.0
 """Seconds within which every launch must have ended; a launch takes a few on an idle machine."""
 
@@ -70,80 +63,33 @@ def srun(tasks: int) -> list[dict[str, str]]:
     return [step | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(tasks)]
 
 
-def torchrun(processes: int) -> list[dict[str, str]]:
-    """Variables of the processes of torchrun on one machine."""
-    world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    return [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+PROGRAM = """
+import sys
+sys.argv[0] = {program!r}
+exec({broken!r}, {{}})
+from swd.commands.cli import launch
+launch("train")
+"""
 
 
 def start(launches: Sequence[Launch], folder: Path) -> dict[str, Outcome]:
     """Start launches, one after another, and say how each ended."""
-    file = folder / "launches.json"
-    file.write_text(json.dumps([asdict(launch) for launch in launches]))
-    environment = {key: value for key, value in os.environ.items() if key != "SWD_COMMAND"} | {"OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(ROOT)
-    subprocess.run([sys.executable, __file__, str(file)], env=environment, check=True, timeout=LIMIT * len(launches))
-    outcomes = {}
-    for launch in launches:
-        own = folder / launch.name
-        errors = [(own / f"{rank}.err").read_text() for rank in range(len(launch.environments))]
-        outcomes[launch.name] = Outcome(own, json.loads((own / "codes.json").read_text()), errors)
-    return outcomes
+    return {launch.name: _outcome(launch, folder / launch.name) for launch in launches}
 
 
-def _run(launch: Launch, folder: Path) -> None:
+def _outcome(launch: Launch, folder: Path) -> Outcome:
     folder.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    left = {}
-    for rank, environment in enumerate(launch.environments):
-        child = os.fork()
-        if not child:
-            _process(launch, rank, {**meeting, **environment}, folder)
-        left[rank] = child
-    codes = [999] * len(left)
+    program = PROGRAM.format(program=str(ROOT / "train.py"), broken=launch.broken)
+    command = [sys.executable, "-c", program, *launch.arguments]
+    common = environment() | meeting()
+    files = [(folder / f"{rank}.out", folder / f"{rank}.err") for rank in range(len(launch.environments))]
+    ranks = [
+        Fork(command, common | dict(own), folder, out, err)
+        for own, (out, err) in zip(launch.environments, files, strict=True)
+    ]
     until = time.monotonic() + LIMIT
-    while left:
-        for rank, child in list(left.items()):
-            if time.monotonic() > until:
-                os.kill(child, signal.SIGKILL)
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                codes[rank] = os.waitstatus_to_exitcode(status)
-                del left[rank]
+    while time.monotonic() < until and None in {rank.poll() for rank in ranks}:
         time.sleep(0.05)
-    (folder / "codes.json").write_text(json.dumps(codes))
-
-
-def _process(launch: Launch, rank: int, environment: Mapping[str, str], folder: Path) -> None:
-    code = 1
-    try:
-        os.chdir(folder)
-        for handle, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(f"{rank}.{name}", os.O_CREAT | os.O_WRONLY), handle)
-        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
-        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-        os.environ.update(environment)
-        sys.argv = [str(ROOT / "train.py"), *launch.arguments]
-        exec(launch.broken, {})
-        from swd.commands.cli import launch as command
-
-        command("train")
-        code = 0
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
-if __name__ == "__main__":
-    import hydra  # noqa: F401
-
-    import swd.commands.train  # noqa: F401
-
-    file = Path(sys.argv[1])
-    for values in json.loads(file.read_text()):
-        _run(Launch(**values), file.parent / values["name"])
+    for rank in ranks:
+        rank.send_signal(signal.SIGKILL)
+    return Outcome(folder, [rank.wait() for rank in ranks], [err.read_text() for _, err in files])

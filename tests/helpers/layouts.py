@@ -1,7 +1,7 @@
 """Small distillations on every layout of weights, in one process and in a group of gloo processes.
 
-As a program it is one process of such a group: it trains the cases that it is given, and the first process writes what
-comes out, so that many comparisons cost one start.
+Each process of such a group trains all cases that it is given, and the first one writes what comes out, so that many
+comparisons cost one start.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -20,6 +18,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from processes import run_together
 from torch import Tensor
 
 from swd.callbacks import Checkpoint, Monitor, Sentinel, Students
@@ -268,36 +267,14 @@ def newest(path: Path) -> str:
     return str(max(files, key=lambda file: file.stat().st_mtime_ns))
 
 
-def launch(world: int, program: Path, *arguments: str, timeout: int = 900) -> None:
-    """Run a program on so many gloo processes, as `torchrun` starts them.
-
-    Raises:
-        AssertionError: with its standard error, if one of them fails.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}
-    common |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
-    common |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    processes = []
-    for rank in range(world):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, str(program), *arguments]
-        processes.append(subprocess.Popen(command, env=os.environ | common | own, stderr=subprocess.PIPE, text=True))
-    try:
-        errors = [process.communicate(timeout=timeout)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(process.returncode for process in processes), "\n".join(error[-4000:] for error in errors)
+PROGRAM = "import sys, pathlib, layouts; layouts.main(pathlib.Path(sys.argv[1]))"
 
 
 def train_all(cases: list[Case], world: int, folder: Path) -> None:
     """Train cases on so many processes at once; `result` reads what comes out."""
     file = folder / f"cases-{world}.json"
     file.write_text(json.dumps([asdict(case) for case in cases]))
-    launch(world, Path(__file__), str(file))
+    run_together([sys.executable, "-c", PROGRAM, str(file)], world, folder, limit=900)
 
 
 def result(folder: Path, name: str) -> Result:
@@ -312,7 +289,3 @@ def main(file: Path) -> None:
         found = train(Case(**case), file.parent)
         if os.environ["RANK"] == "0":
             torch.save(asdict(found), file.parent / f"{case['name']}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""Programs in processes of their own, and trainings on two of them.
+"""Programs in processes of their own, alone and in groups.
 
 A new interpreter needs five seconds to import torch, Lightning and diffusers. Here one process imports them, once for
 all tests of a worker, and programs are forked from it. What depends on a fresh interpreter, or on how a user starts
@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ def _run(command: list[str], env: dict[str, str], cwd: str | Path, out: Path, er
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
-    rank_zero_only.rank = _get_rank() or 0  # which Lightning has from the environment at its import
+    with suppress(ValueError):  # a rank that is no number, of which the program has to say so
+        rank_zero_only.rank = _get_rank() or 0  # which Lightning has from the environment at its import
     _, first, *arguments = command
     text = arguments.pop(0) if first == "-c" else Path(first).read_text()
     sys.argv = [first, *arguments]
@@ -109,6 +111,48 @@ def _end_with_the_tests() -> None:
     os._exit(1)
 
 
+def meeting() -> dict[str, str]:
+    """Variables that say where the processes of a group find each other: at a port that is free now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+
+
+def environment() -> dict[str, str]:
+    """The variables of this process, for a command that it starts."""
+    return {key: value for key, value in os.environ.items() if key != "SWD_COMMAND"} | {"OMP_NUM_THREADS": "1"}
+
+
+def torchrun(world: int) -> list[dict[str, str]]:
+    """Variables of the processes of torchrun on one machine, beside `meeting`."""
+    common = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+
+
+def run_together(command: Sequence[str], world: int, folder: Path, limit: float = 600) -> str:
+    """A program in a group of processes, as torchrun starts them; what they wrote to standard error.
+
+    Args:
+        command: as of `Fork`.
+        world: how many processes.
+        folder: where it runs, with files of its output.
+        limit: seconds until the processes are killed.
+
+    Raises:
+        AssertionError: with that text, if one of them fails. The others, which would wait for it, are killed.
+    """
+    out, err = folder / "out.txt", folder / "err.txt"
+    common = environment() | meeting()
+    ranks = [Fork(command, common | own, folder, out, err) for own in torchrun(world)]
+    end = time.monotonic() + limit
+    while time.monotonic() < end and {rank.poll() for rank in ranks} in ({None}, {None, 0}):
+        time.sleep(0.02)
+    for rank in ranks:
+        rank.send_signal(signal.SIGKILL)
+    assert [rank.wait() for rank in ranks] == [0] * world, err.read_text()[-8000:]
+    return err.read_text()
+
+
 def train_on_two(arguments: Sequence[str], folder: Path, program: str | None = None) -> str:
     """`train.py` on two gloo processes, each started in `folder` as by the launcher of a cluster; their standard error.
 
@@ -121,19 +165,4 @@ def train_on_two(arguments: Sequence[str], folder: Path, program: str | None = N
     if program is not None:
         file = folder / "program.py"
         file.write_text(program)
-    command = [sys.executable, str(file), f"output={folder}", *arguments]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {key: value for key, value in os.environ.items() if key != "SWD_COMMAND"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}
-    out, err = folder / "out.txt", folder / "err.txt"
-    each = [environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    ranks = [Fork(command, variables, folder, out, err) for variables in each]
-    end = time.monotonic() + 600
-    while time.monotonic() < end and {rank.poll() for rank in ranks} in ({None}, {None, 0}):
-        time.sleep(0.02)
-    for rank in ranks:
-        rank.send_signal(signal.SIGKILL)  # the other one waits for ever
-    assert [rank.wait() for rank in ranks] == [0, 0], err.read_text()
-    return err.read_text()
+    return run_together([sys.executable, str(file), f"output={folder}", *arguments], 2, folder)

@@ -13,6 +13,8 @@ from swd.modules.backbones import load_family
 
 NETWORKS = Path(__file__).parents[2] / "assets" / "published" / "networks"
 CONF = Path(__file__).parents[2] / "conf"
+VAE = {"wan22_5b": {"z_dim": 48, "scale_factor_temporal": 4, "scale_factor_spatial": 16}}
+"""Configuration of the VAE where the number of its blocks does not say how much it shrinks pictures."""
 MODELS = tuple(sorted(file.stem for file in NETWORKS.glob("*.json")))
 
 
@@ -25,15 +27,16 @@ def options(name: str) -> dict[str, Any]:
 def skeleton(name: str, folder: Path) -> Path:
     """A folder that holds the network's configuration; its weights are empty files."""
     config = json.loads((NETWORKS / f"{name}.json").read_text())
-    part = load_family(options(name)["family"]).subfolder
+    backbone = load_family(options(name)["family"])
+    networks = (backbone.subfolder, *backbone.other_experts)
     key = "encoder_block_out_channels" if options(name)["family"] == "sana" else "block_out_channels"
-    vae = {key: [1] * (6 if options(name)["family"] == "sana" else 4)}
-    for sub, content in {part: config, "vae": vae}.items():
+    vae = VAE.get(name, {key: [1] * (6 if options(name)["family"] == "sana" else 4)})
+    for sub, content in {**dict.fromkeys(networks, config), "vae": vae}.items():
         (folder / sub).mkdir(parents=True)
         (folder / sub / "config.json").write_text(json.dumps(content))
         save_file({}, folder / sub / "model.safetensors")
-    index: dict[str, Any] = {part: ["diffusers", config["_class_name"]], "vae": ["diffusers", "AutoencoderKL"]}
-    index["_class_name"] = load_family(options(name)["family"]).pipeline_type
+    index: dict[str, Any] = {part: ["diffusers", config["_class_name"]] for part in networks}
+    index |= {"vae": ["diffusers", "AutoencoderKL"], "_class_name": backbone.pipeline_type, **backbone.known_settings}
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 

@@ -103,6 +103,15 @@ def build_networks(
     return networks
 
 
+def in_float64(networks: SharedBase) -> SharedBase:
+    """The same networks, in place, computing in float64: what is equal but for rounding is equal to 1e-10 then."""
+    networks.double()
+    networks.backbone._dtype = None
+    for layer in networks._layers:
+        layer.cast_input_dtype_enabled = False
+    return networks
+
+
 def build_schedule() -> ScaleSchedule:
     return ScaleSchedule(SIGMAS, SIZES)
 

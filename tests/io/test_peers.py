@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -35,27 +35,49 @@ class Ended:
         return [line for text in self.errors for line in text.splitlines() if line.startswith("error: ")]
 
 
-def together(world: int, act: Callable[[Peers], int], folder: Path) -> Ended:
+@dataclass(frozen=True)
+class Running:
+    """Processes that were forked together, by rank."""
+
+    children: list[int]
+    folder: Path
+    started: float
+
+
+def fork(world: int, act: Callable[[Peers], int], folder: Path) -> Running:
     """Call `act` in processes of their own; its result is the exit status of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    folder.mkdir(exist_ok=True)
     started = time.monotonic()
-    children = [os.fork() or _child(rank, world, port, act, folder) for rank in range(world)]
-    left = dict(enumerate(children))
-    codes = [999] * world
-    while left and time.monotonic() - started < LIMIT:
-        for rank, child in list(left.items()):
+    return Running([os.fork() or _child(rank, world, port, act, folder) for rank in range(world)], folder, started)
+
+
+def wait(*groups: Running) -> list[Ended]:
+    """How each group ended; what still runs after `LIMIT` is killed."""
+    codes = [[999] * len(group.children) for group in groups]
+    ends = [group.started for group in groups]
+    left = {child: (number, rank) for number, group in enumerate(groups) for rank, child in enumerate(group.children)}
+    until = time.monotonic() + LIMIT
+    while left and time.monotonic() < until:
+        for child, (number, rank) in list(left.items()):
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
-                codes[rank] = os.waitstatus_to_exitcode(status)
-                del left[rank]
+                codes[number][rank] = os.waitstatus_to_exitcode(status)
+                ends[number] = time.monotonic()
+                del left[child]
         time.sleep(0.02)
-    for child in left.values():
+    for child in left:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    errors = [(folder / f"{rank}.err").read_text() for rank in range(world)]
-    return Ended(codes, errors, time.monotonic() - started)
+    errors = [[(group.folder / f"{rank}.err").read_text() for rank in range(len(group.children))] for group in groups]
+    seconds = [end - group.started for group, end in zip(groups, ends, strict=True)]
+    return [Ended(*each) for each in zip(codes, errors, seconds, strict=True)]
+
+
+def together(world: int, act: Callable[[Peers], int], folder: Path) -> Ended:
+    return wait(fork(world, act, folder))[0]
 
 
 def _child(rank: int, world: int, port: int, act: Callable[[Peers], int], folder: Path) -> int:
@@ -76,11 +98,13 @@ def _child(rank: int, world: int, port: int, act: Callable[[Peers], int], folder
         os._exit(code)
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in (("TICK", 0.1), ("SILENT", 3.0), ("LOST", 2.0), ("FAREWELL", 4.0)):
-        monkeypatch.setattr(peers, name, seconds)
-    monkeypatch.setattr(peers, "_peers", None)
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, seconds in (("TICK", 0.1), ("SILENT", 3.0), ("LOST", 2.0), ("FAREWELL", 4.0)):
+            patch.setattr(peers, name, seconds)
+        patch.setattr(peers, "_peers", None)
+        yield
 
 
 def idle(met: Peers) -> int:
@@ -149,8 +173,10 @@ def test_an_error_while_others_wait_for_ever_ends_all(tmp_path: Path) -> None:
     assert [text.count("tidy") for text in ended.errors] == [1, 0, 1]
 
 
-@pytest.mark.parametrize("gone", [0, 1])
-def test_a_killed_process_is_named(tmp_path: Path, gone: int) -> None:
+# Cases that are mostly waiting: all of them wait at the same time.
+
+
+def killed(gone: int) -> Callable[[Peers], int]:
     def act(met: Peers) -> int:
         if met.here.rank != gone:
             return idle(met)
@@ -159,55 +185,72 @@ def test_a_killed_process_is_named(tmp_path: Path, gone: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
         return 99
 
-    ended = together(3, act, tmp_path)
+    return act
+
+
+def broken_exchange(met: Peers) -> int:
+    met.watch(LIMIT)
+    time.sleep(1)
+    if met.here.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    failure = met.after_error(RuntimeError("[gloo/tcp/pair.cc:538] Connection closed by peer"), "x.py, line 1")
+    return met.end(failure.line, failure.code)
+
+
+def stalled(met: Peers) -> int:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=LIMIT))
+    met.watch(2)
+    if met.here.rank == 1:
+        time.sleep(LIMIT)
+    dist.barrier()
+    return 99
+
+
+def never_comes(met: Peers) -> int:
+    met.wait = 0.5
+    if met.here.rank == 1:
+        time.sleep(4)
+        return 0
+    try:
+        met.agree(lambda: 1)
+    except UserError as error:
+        return met.end(str(error))
+    return 97
+
+
+@pytest.fixture(scope="module")
+def waited(quick: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    folder = tmp_path_factory.mktemp("waited")
+    acts = {"killed-0": killed(0), "killed-1": killed(1), "broken": broken_exchange, "stalled": stalled}
+    running = {name: fork(3, act, folder / name) for name, act in acts.items()}
+    running["never"] = fork(2, never_comes, folder / "never")
+    return dict(zip(running, wait(*running.values()), strict=True))
+
+
+@pytest.mark.parametrize("gone", [0, 1])
+def test_a_killed_process_is_named(waited: dict[str, Ended], gone: int) -> None:
+    ended = waited[f"killed-{gone}"]
     assert ended.codes == [-9 if rank == gone else 1 for rank in range(3)]
     assert len(ended.lines) == 1
     assert ended.lines[0].startswith(f"error: process {gone} of 3 ended without a word (killed")
 
 
-def test_an_exchange_that_broke_off_is_blamed_on_the_process_that_is_gone(tmp_path: Path) -> None:
-    def act(met: Peers) -> int:
-        met.watch(LIMIT)
-        time.sleep(1)
-        if met.here.rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        failure = met.after_error(RuntimeError("[gloo/tcp/pair.cc:538] Connection closed by peer"), "x.py, line 1")
-        return met.end(failure.line, failure.code)
-
-    ended = together(3, act, tmp_path)
+def test_an_exchange_that_broke_off_is_blamed_on_the_process_that_is_gone(waited: dict[str, Ended]) -> None:
+    ended = waited["broken"]
     assert ended.codes == [1, -9, 1]
     assert len(ended.lines) == 1 and ended.lines[0].startswith("error: process 1 of 3 ended without a word")
 
 
-def test_a_stalled_process_ends_all_and_is_named(tmp_path: Path) -> None:
-    def act(met: Peers) -> int:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=LIMIT))
-        met.watch(2)
-        if met.here.rank == 1:
-            time.sleep(LIMIT)
-        dist.barrier()
-        return 99
-
-    ended = together(3, act, tmp_path)
+def test_a_stalled_process_ends_all_and_is_named(waited: dict[str, Ended]) -> None:
+    ended = waited["stalled"]
     assert ended.codes == [1, 1, 1] and ended.seconds < 15
     assert len(ended.lines) == 1
-    place = r"process 1 is in act \(\S+test_peers\.py, line \d+\); the others wait"
+    place = r"process 1 is in stalled \(\S+test_peers\.py, line \d+\); the others wait"
     assert re.fullmatch(rf"error: training stalled for 2 s \(trainer\.timeout\): {place}", ended.lines[0])
 
 
-def test_a_process_that_never_comes_is_one_line(tmp_path: Path) -> None:
-    def act(met: Peers) -> int:
-        met.wait = 0.5
-        if met.here.rank == 1:
-            time.sleep(4)
-            return 0
-        try:
-            met.agree(lambda: 1)
-        except UserError as error:
-            return met.end(str(error))
-        return 97
-
-    ended = together(2, act, tmp_path)
+def test_a_process_that_never_comes_is_one_line(waited: dict[str, Ended]) -> None:
+    ended = waited["never"]
     assert ended.codes == [2, 0]
     assert ended.lines == [
         "error: not all of 2 processes have come so far within 0.5 s; look at their output, and start all of them again"

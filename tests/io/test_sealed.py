@@ -71,7 +71,8 @@ def test_what_is_read_may_be_changed_without_changing_the_file(tmp_path: Path) -
 
 
 def test_every_flipped_bit_every_cut_and_every_addition_is_found(tmp_path: Path) -> None:
-    write_sealed(tmp_path / "x", tree(), "test", 1)
+    small = {"weights": {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([True])}, "plain": [1, -0.5, None, "é"]}
+    write_sealed(tmp_path / "x", small, "test", 1)
     data = (tmp_path / "x").read_bytes()
     file = tmp_path / "y"
     draw = random.Random(0)

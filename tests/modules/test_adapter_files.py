@@ -9,7 +9,7 @@ import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -144,6 +144,8 @@ def test_an_adapter_describes_itself(tmp_path: Path) -> None:
 def test_an_adapter_goes_onto_a_pipeline_in_the_network_s_own_dtype(tmp_path: Path) -> None:
     class Kind:
         subfolder = "unet"
+        lora_arguments: ClassVar[dict[str, Any]] = {}
+        lora_prefix = staticmethod(lambda: "unet")
 
         def __init__(self, network: Any) -> None:
             assert network == "the network"

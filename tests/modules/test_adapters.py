@@ -240,7 +240,30 @@ def test_mixed_ranks_and_alphas_mean_what_peft_makes_of_them(name: str, model: P
             pipe = sample.build_pipeline(model, load(source), scheduler(name, model))
             network = getattr(pipe, model.backbone_class.subfolder).eval()
             assert_close(verification.predict(network, model, size), expected, rtol=1e-4, atol=1e-4)
+        folded = sample.build_pipeline(model, load(folder), scheduler(name, model), fold=True)
+        network = getattr(folded, model.backbone_class.subfolder).eval()
+        assert not [key for key, _ in network.named_parameters() if "lora" in key]
+        assert_close(verification.predict(network, model, size), expected, rtol=1e-4, atol=1e-4)
     assert adapter.ranks == {2, 4, 6} and "A LoRA of rank 2 to 6 that" in (made / "README.md").read_text()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_folding_is_the_sum_rounded_once(dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Conv2d(3, 5, 3), torch.nn.Linear(2, 2)).to(dtype)
+    before = [layer.weight.detach().double() for layer in network]  # type: ignore[operator, union-attr]
+    down, up = torch.randn(2, 6), torch.randn(4, 2)
+    conv_down, conv_up = torch.randn(2, 3, 3, 3), torch.randn(5, 2, 1, 1)
+    state = {"0.lora_A.weight": down, "0.lora_B.weight": up, "1.lora_A.weight": conv_down, "1.lora_B.weight": conv_up}
+    Adapter(state, tmp_path).fold_into(network)
+    expected = [
+        before[0] + up.double() @ down.double(),
+        before[1] + torch.einsum("or,rikl->oikl", conv_up[..., 0, 0].double(), conv_down.double()),
+        before[2],
+    ]
+    for layer, value in zip(network, expected, strict=True):
+        assert layer.weight.dtype == dtype
+        assert_close(layer.weight.double(), value, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 def test_a_student_that_was_trained_whole_is_exported_and_checked(name: str, model: Pretrained, tmp_path: Path) -> None:
@@ -339,7 +362,7 @@ def test_warm_start(name: str, model: Pretrained, tmp_path: Path) -> None:
 
 
 def test_wrong_adapters_are_refused_with_both_names(name: str, model: Pretrained, tmp_path: Path) -> None:
-    other = "flux" if name != "flux" else "sdxl"
+    other = "sdxl" if name in ("flux", "chroma") else "flux"  # Chroma's layers have the names and shapes of FLUX.1's
     stranger = families.pretrained(other, families.save(other, tmp_path / "other"))
     part = stranger.backbone_class.subfolder
     folder = save_adapter(tmp_path / "a", random_state(stranger), 4, 4, scheduler(other, stranger), "that-base", part)

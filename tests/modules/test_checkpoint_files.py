@@ -157,8 +157,10 @@ def test_only_what_is_damaged_and_mine_is_set_aside(
     newest = copied(finished, tmp_path)
     cfg = composed(overrides(tiny_model, tmp_path / "runs" / "next", loss="dmd", resume="auto"))
     flipped(0.5)(newest)
-    with pytest.warns(UserWarning, match="was passed over$"):
-        callback.find_checkpoint("auto", tmp_path / "runs", cfg, owner=False)
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="was passed over$"):
+        for key, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+            patch.setenv(key, value)
+        callback.find_checkpoint("auto", tmp_path / "runs", cfg)
     assert newest.is_file()
     newest.with_name("iteration-2.ckpt.damaged").write_text("an earlier one")
     with pytest.warns(UserWarning, match=r"was passed over; it is iteration-2\.ckpt\.damaged\.2 now"):

@@ -20,6 +20,7 @@ from swd.data.iterations import Iterations
 from swd.losses import DMD, GAN, MMD, LossTerm
 from swd.losses.base import CriticStep, GeneratorStep, ModelFacts
 from swd.losses.update import critic_loss, generator_gradient, student_x0, trainers, wanted
+from swd.modules.ahead import with_predictions
 from swd.modules.distiller import Distiller, check_optimizer, checked_decay, mean_metrics
 from swd.modules.inputs import InputBuilder, Inputs
 from swd.modules.networks import SharedBase
@@ -265,7 +266,9 @@ def critic_of(task: Distiller) -> torch.Tensor:
 def update_by_hand(task: Distiller, inputs: Inputs, critic: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss that is differentiated in an update, and its metrics."""
     networks, terms = task.networks, task.terms
-    x0_hat = student_x0(networks, inputs.interval, inputs.source, inputs.conditioning, inputs.draws)
+    x0_hat = inputs.x0_hat
+    if x0_hat is None:
+        x0_hat = student_x0(networks, inputs.interval, inputs.source, inputs.conditioning, inputs.draws)
     leaf = x0_hat.detach().requires_grad_(not critic)
     common = (networks, inputs.conditioning, inputs.empty, leaf, inputs.target, inputs.draws)
     if critic:
@@ -284,8 +287,10 @@ def iterations_by_hand(task: Distiller, count: int) -> tuple[list[torch.Tensor],
     optimizers, students = task.configure_optimizers(), []
     for iteration in range(count):
         rows: list[dict[str, torch.Tensor]] = []
-        for update, owner in enumerate(("critic", "critic", "student")):
-            inputs = builder.build(next(batches), iteration % 3, SeededDraws(3, iteration, update))
+        built = [builder.build(next(batches), iteration % 3, SeededDraws(3, iteration, update)) for update in range(3)]
+        with torch.no_grad():  # one pass, since AdamW enlarges the rounding of passes of other sizes
+            built[:2] = with_predictions(task.networks, built[:2])
+        for owner, inputs in zip(("critic", "critic", "student"), built, strict=True):
             optimizer = optimizers[owner == "critic"]
             task.zero_grad()
             loss, metrics = update_by_hand(task, inputs, owner == "critic")

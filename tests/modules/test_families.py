@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,13 @@ import torch
 from lightning import Trainer
 from PIL import Image
 from tiny import CONF, composed
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from swd.data.iterations import Iterations
 from swd.losses import DMD, GAN, MMD, GeneratorStep
 from swd.losses.update import generator_gradient, settle, wanted
 from swd.modules.distiller import Distiller
-from swd.modules.encoders import Encoders
 from swd.modules.networks import Networks, SharedBase
 from swd.modules.pretrained import Pretrained
 from swd.modules.sampling import sample_latents
@@ -38,35 +38,56 @@ def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(scope="module")
-def model(name: str, tmp_path_factory: pytest.TempPathFactory) -> Pretrained:
-    return families.pretrained(name, families.save(name, tmp_path_factory.mktemp(name) / "pipeline"))
-
-
 class BuiltOnce(Pretrained):
-    """Builds its encoders once, and its networks once for each set of roles: a family's tests start from the same."""
+    """Loads encoders, VAE and the networks of each set of roles once; they begin every test with the same weights."""
 
-    def encoders(self, *args: Any) -> Encoders:
-        if not hasattr(self, "_encoders"):
-            self._encoders = super().encoders(*args)
-        return self._encoders
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.shared: dict[Any, dict[str, Any]] = {}
+        self.kept: dict[Any, tuple[Networks, dict[str, Tensor], dict[nn.Module, bool]]] = {}
+
+    def pipeline(self, dtype: torch.dtype = torch.float32, kept: bool = False, **overrides: Any) -> Any:
+        """A pipeline with a network and a scheduler of its own; the other parts are those of the first one."""
+        parts = self.shared.setdefault((dtype, self.vae_dtype(dtype, kept)), {})
+        pipeline = super().pipeline(dtype, kept, **parts | overrides)
+        own = {*overrides, "scheduler", self.backbone_class.subfolder}
+        parts.update({key: part for key, part in pipeline.components.items() if key not in own})
+        return pipeline
 
     def networks(self, roles: Sequence[Role], *args: Any) -> Networks:
-        self._networks: dict[Any, tuple[Networks, dict[str, Tensor]]] = getattr(self, "_networks", {})
-        if roles not in self._networks:
+        if roles not in self.kept:
             networks = super().networks(roles, *args)
-            self._networks[roles] = networks, {k: v.clone() for k, v in networks.state_dict().items()}
-        networks, state = self._networks[roles]
+            state = {k: v.clone() for k, v in networks.state_dict().items()}
+            self.kept[roles] = networks, state, {module: module.training for module in networks.modules()}
+        networks, state, modes = self.kept[roles]
         networks.load_state_dict(state)
         networks.zero_grad()
+        for module, training in modes.items():
+            module.training = training
         return networks
+
+    def with_settings(self, name: str, **more: Any) -> BuiltOnce:
+        """The same with other settings, which change no part but the networks."""
+        other = families.pretrained(name, self.folder, BuiltOnce, **more)
+        other.shared = self.shared
+        return other
 
 
 @pytest.fixture(scope="module")
-def built(name: str, model: Pretrained) -> dict[str, BuiltOnce]:
+def built(name: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, BuiltOnce]:
     """The model by how it is trained."""
-    options: dict[str, dict[str, Any]] = {"lora": {}, "full": {"tuning": "full"}, "bf16": {"precision": "bf16"}}
-    return {key: families.pretrained(name, model.folder, BuiltOnce, **more) for key, more in options.items()}
+    return built_for(name, tmp_path_factory.mktemp(name) / "pipeline")
+
+
+def built_for(name: str, folder: Path) -> dict[str, BuiltOnce]:
+    lora = families.pretrained(name, families.save(name, folder), BuiltOnce)
+    half = families.pretrained(name, folder, BuiltOnce, precision="bf16")
+    return {"lora": lora, "full": lora.with_settings(name, tuning="full"), "bf16": half}
+
+
+@pytest.fixture(scope="module")
+def model(built: dict[str, BuiltOnce]) -> BuiltOnce:
+    return built["lora"]
 
 
 def latents(name: str, size: Any = None, batch: int = 2, seed: int = 0) -> Tensor:
@@ -177,7 +198,7 @@ def test_roles_on_one_base_have_the_gradients_of_separate_copies(
     name: str, model: Pretrained, checkpointing: bool
 ) -> None:
     """The generator's gradient through the fake network's features, and the student's own, as with two networks."""
-    networks = randomised(model.networks(("student", "fake")))
+    networks = randomised(families.pretrained(name, model.folder).networks(("student", "fake")))
     if checkpointing:
         networks.enable_checkpointing()
     networks.train()
@@ -229,7 +250,7 @@ def test_checkpointing_changes_no_number(name: str, model: Pretrained) -> None:
     """Prediction, features and gradients with a partly masked text: a block that is recomputed must see the mask."""
     found = []
     for checkpointing in (False, True):
-        networks = randomised(model.networks(("student",)))
+        networks = randomised(families.pretrained(name, model.folder).networks(("student",)))
         if checkpointing:
             networks.enable_checkpointing()
         networks.train()
@@ -375,14 +396,9 @@ def test_the_vae_works_through_a_batch_in_parts(
     assert calls[6:] == [1, 1]
 
 
-@pytest.mark.parametrize("tuning", ["lora", "full"])
-@pytest.mark.parametrize("terms", TERMS)
-@pytest.mark.filterwarnings("ignore:DMD is known to fail")
-def test_two_iterations_train_the_student(
-    name: str, built: dict[str, BuiltOnce], terms: str, tuning: str, tmp_path: Path
-) -> None:
-    model = built[tuning]
-    task, before = two_iterations(name, model, terms, tmp_path)
+def check_training(name: str, model: Pretrained, terms: str, folder: Path) -> None:
+    """Two iterations change what the losses train, and nothing else."""
+    task, before = two_iterations(name, model, terms, folder)
     assert {term for term in ("dmd", "mmd", "gan") if term in task.last_metrics} == set(TERMS[terms]())
     trained = changed(task, before)
     assert trained and trained <= {k for k, p in task.named_parameters() if p.requires_grad}
@@ -394,6 +410,41 @@ def test_two_iterations_train_the_student(
         pictures, steps = task.sample(PROMPTS, [1, 2], keep_x0=True)
         assert tuple(pictures.shape[2:]) == model.pixel_size(model.size)
         assert pictures.isfinite().all() and len(steps) == 3
+
+
+TRAININGS = list(product(TERMS, ("lora", "full")))
+OF_EVERY_FAMILY = [("swd", "lora"), ("mmd", "lora"), ("swd", "full")]
+"""With and without a fake score, and by whole copies. What a family and one loss have to do with each other,
+`test_every_loss_gives_a_gradient` tests for all; what losses and tuning have, one family shows for the others."""
+
+
+@pytest.mark.parametrize(("terms", "tuning"), OF_EVERY_FAMILY)
+@pytest.mark.filterwarnings("ignore:DMD is known to fail")
+def test_two_iterations_train_the_student(
+    name: str, built: dict[str, BuiltOnce], terms: str, tuning: str, tmp_path: Path
+) -> None:
+    check_training(name, built[tuning], terms, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("terms", "tuning"), [each for each in TRAININGS if each not in OF_EVERY_FAMILY])
+@pytest.mark.filterwarnings("ignore:DMD is known to fail")
+def test_two_iterations_of_any_losses_train_the_student(
+    name: str, built: dict[str, BuiltOnce], terms: str, tuning: str, tmp_path: Path
+) -> None:
+    check_training(name, built[tuning], terms, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def sd3(tmp_path_factory: pytest.TempPathFactory) -> dict[str, BuiltOnce]:
+    return built_for("sd3", tmp_path_factory.mktemp("all-losses") / "pipeline")
+
+
+@pytest.mark.parametrize(("terms", "tuning"), [each for each in TRAININGS if each not in OF_EVERY_FAMILY])
+def test_two_iterations_of_any_losses_train_one_family(
+    sd3: dict[str, BuiltOnce], terms: str, tuning: str, tmp_path: Path
+) -> None:
+    check_training("sd3", sd3[tuning], terms, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:DMD is known to fail")
@@ -416,8 +467,8 @@ def test_a_bf16_base_trains_float32_adapters(name: str, built: dict[str, BuiltOn
     assert pictures.isfinite().all()
 
 
-def test_full_copies_start_as_the_teacher(name: str, model: Pretrained) -> None:
-    networks = families.pretrained(name, model.folder, tuning="full").networks(("student", "fake"))
+def test_full_copies_start_as_the_teacher(name: str, built: dict[str, BuiltOnce]) -> None:
+    model, networks = built["full"], built["full"].networks(("student", "fake"))
     x, sigma, text = latents(name), torch.tensor([0.9, 0.3]), conditioning(model)
     with torch.no_grad():
         teacher = networks.x0("teacher", x, sigma, text)[0]
@@ -465,11 +516,11 @@ def test_the_stock_pipeline_draws_what_training_draws(name: str, model: Pretrain
 
 
 @pytest.mark.parametrize("guidance", [1.0, 9.0])
-def test_dmds_guided_prediction_is_the_stock_pipelines(name: str, model: Pretrained, guidance: float) -> None:
+def test_dmds_guided_prediction_is_the_stock_pipelines(name: str, model: BuiltOnce, guidance: float) -> None:
     """At every step of the stock pipeline's own sampler: text, empty text, fed guidance, sizes, all as it is called."""
     from swd.commands.sample import Request, build_pipeline, draw
 
-    teacher = families.pretrained(name, model.folder, drawing_guidance_scale=guidance, teacher_steps=3)
+    teacher = model.with_settings(name, drawing_guidance_scale=guidance, teacher_steps=3)
     pipe = build_pipeline(teacher)
     seen: list[tuple[Tensor, Any, Tensor]] = []
     original = pipe.scheduler.step
@@ -541,37 +592,39 @@ def test_a_call_at_a_later_size_is_refused(name: str, model: Pretrained, which: 
         pytest.skip("its default is 480p whatever the network")
     pipe, options = scale_wise(name, model)
     size = {} if which == "default" else in_pixels(model, families.SIZES[name][which])
-    message = r"tokens are no latent.*pass latents=" if name == "flux" else r"starts at .* and ends at .*Pass latents="
+    tokens = model.backbone_class.layout == "tokens"
+    message = r"tokens are no latent.*pass latents=" if tokens else r"starts at .* and ends at .*Pass latents="
     for _ in range(2):
         with pytest.raises(ValueError, match=message) as caught:
             pipe(**options, **size)
         assert "\n" not in str(caught.value)
-    if name != "flux":
+    if not tokens:
         start = in_pixels(model, families.SIZES[name][0])
         assert tuple(pipe(**options, **start)[0].shape[2:]) == model.size
 
 
-def test_a_flux_call_ends_at_its_height_and_width(tmp_path: Path) -> None:
-    model = families.pretrained("flux", families.save("flux", tmp_path / "flux"))
-    pipe, options = scale_wise("flux", model)
+def test_a_call_with_tokens_ends_at_its_height_and_width(name: str, model: Pretrained) -> None:
+    if model.backbone_class.layout != "tokens":
+        pytest.skip("its latents are maps")
+    pipe, options = scale_wise(name, model)
     for sides in ((8, 8), (8, 12), (10, 6), (8, 8)):
-        latents = pipe.scheduler.initial_latents(1, 4, *sides, packed=True)
+        latents = pipe.scheduler.initial_latents(1, model.channels, *sides, packed=True)
         size = in_pixels(model, sides)
         first = pipe(**options, **size, latents=latents)[0]
         assert first.shape[1] == sides[0] * sides[1] // 4
         assert_close(copy.deepcopy(pipe)(**options, **size, latents=latents)[0], first, rtol=1e-4, atol=1e-5)
-        pipe.scheduler.initial_latents(1, 4, 12, 8)  # of a call that never comes
+        pipe.scheduler.initial_latents(1, model.channels, 12, 8)  # of a call that never comes
         assert torch.equal(pipe(**options, **size, latents=latents)[0], first)
     with pytest.raises(ValueError, match="height and width of the final size"):
-        pipe(**options, **in_pixels(model, 4), latents=pipe.scheduler.initial_latents(1, 4, packed=True))
-    turned = pipe.scheduler.initial_latents(1, 4, 4, 16, packed=True)  # as many tokens as the square
+        pipe(**options, **in_pixels(model, 4), latents=pipe.scheduler.initial_latents(1, model.channels, packed=True))
+    turned = pipe.scheduler.initial_latents(1, model.channels, 4, 16, packed=True)  # as many tokens as the square
     with pytest.raises(ValueError, match=r"made for the final size \(4, 16\).*are those of \(8, 8\)"):
         pipe(**options, **in_pixels(model, 8), latents=turned)
 
 
 def test_latents_end_where_they_were_planned_to_whatever_was_called_before(name: str, model: Pretrained) -> None:
     """Two final sizes with one first size and one seed; calls in both orders, again, and by a copy of the pipeline."""
-    if name == "flux":
+    if model.backbone_class.layout == "tokens":
         pytest.skip("its calls end at their height and width")
     pipe, options = scale_wise(name, model, [[1, 4, 4], [2, 6, 6], [3, 8, 16]] if name == "wan" else [4, 6, 16])
     scheduler, own = pipe.scheduler, pipe.scheduler.base_sizes[-1]
@@ -580,7 +633,8 @@ def test_latents_end_where_they_were_planned_to_whatever_was_called_before(name:
     def latents(final: Any) -> Tensor:
         frames = final[0] if len(final) == 3 else None
         generator = torch.Generator().manual_seed(0)
-        return scheduler.initial_latents(1, model.channels, *final[-2:], frames, generator)
+        layout = model.backbone_class.layout
+        return scheduler.initial_latents(1, model.channels, *final[-2:], frames, generator, layout=layout)
 
     def ends(**more: Any) -> tuple[int, ...]:
         return tuple(pipe(**options, **more)[0].shape[2:])
@@ -612,7 +666,8 @@ def test_the_stock_pipeline_draws_what_training_draws_in_bf16(name: str, built: 
     final, _ = draw(pipe, half, [Request(prompt, seed) for seed, prompt in enumerate(PROMPTS)])
     assert all(picture.isfinite().all() for picture in final)
     assert pipe.text_encoder.dtype == getattr(pipe, half.backbone_class.subfolder).dtype == torch.bfloat16
-    assert pipe.vae.dtype == (torch.float32 if name in ("sdxl", "wan") else torch.bfloat16)
+    full = ("sdxl", "wan", "qwen_image", "flux2_klein")
+    assert pipe.vae.dtype == (torch.float32 if name in full else torch.bfloat16)
 
     frames = half.size[0] if len(half.size) == 3 else None
     generators = [torch.Generator().manual_seed(seed) for seed in range(2)]

@@ -9,6 +9,7 @@ from typing import Any
 
 import families
 import pytest
+import torch
 from layouts import LOSSES, OWN_SEED, Case, Result, result, train, train_all
 from safetensors.torch import load_file
 from torch import Tensor
@@ -220,8 +221,22 @@ def test_probes_run_on_all_processes(two: Path) -> None:
 # The whole matrix
 
 FAMILIES = [(family, tuning) for family in families.FAMILIES for tuning in ("lora", "full")]
-BOUNDS = {"sdxl": (5e-5, 2e-4)}
-"""Of weights and losses, where they are not 2e-6 and 1e-5: a UNet adds up in another order for every batch size."""
+BOUNDS = {"sdxl": (5e-5, 2e-4), "sana": (5e-5, 1e-5)}
+"""Of weights and losses, where they are not 5e-6 and 1e-5.
+
+They are rounding's: a batch of other size adds up in another order, and AdamW makes a whole step of 1e-4 out of a
+gradient that is nothing but rounding. One process that takes its batch in two parts moves single weights as far: by
+3e-5 in SANA (full), 9e-6 in SDXL (full), 2e-6 in FLUX (full). That few weights do shows in the root of the mean square,
+which is held to half a percent of a step for all.
+"""
+SQUARED: dict[str, Any] = {"mmd": {"distance": "squared"}}
+"""Without the square root, which makes rounding large where the distance is near zero (SDXL: 8e-5 instead of 5e-7)."""
+
+
+def assert_same_but_for_rounding(found: Result, expected: Result, family: str) -> None:
+    assert_same(found, expected, *BOUNDS.get(family, (5e-6, 1e-5)))
+    changes = torch.cat([(found.weights[key] - value).flatten() for key, value in expected.weights.items()])
+    assert changes.square().mean().sqrt() <= 5e-7
 
 
 def matrix(*layouts: str) -> list[Case]:
@@ -229,7 +244,7 @@ def matrix(*layouts: str) -> list[Case]:
     cases = []
     for layout in layouts:
         for family, tuning in FAMILIES:
-            options: Any = {"model": {"tuning": tuning}, "task": {"checkpointing": True}}
+            options: Any = {"model": {"tuning": tuning}, "task": {"checkpointing": True}, "terms": SQUARED}
             cases.append(Case(f"{family}-{tuning}-{layout}", family, layout=layout, **options))
         cases += [Case(f"{loss}-{layout}", loss=loss, layout=layout) for loss in LOSSES]
     return cases
@@ -251,10 +266,10 @@ def matrix_on_four(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", matrix("ddp", "fsdp"), ids=lambda case: case.name)
 def test_every_family_and_loss_on_two(case: Case, matrix_on_two: Path, alone: Alone) -> None:
-    assert_same(result(matrix_on_two, case.name), alone(case), *BOUNDS.get(case.family, (2e-6, 1e-5)))
+    assert_same_but_for_rounding(result(matrix_on_two, case.name), alone(case), case.family)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", matrix("ddp", "fsdp", "hsdp"), ids=lambda case: case.name)
 def test_every_family_and_loss_on_four(case: Case, matrix_on_four: Path, alone: Alone) -> None:
-    assert_same(result(matrix_on_four, case.name), alone(case), *BOUNDS.get(case.family, (2e-6, 1e-5)))
+    assert_same_but_for_rounding(result(matrix_on_four, case.name), alone(case), case.family)

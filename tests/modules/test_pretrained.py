@@ -16,6 +16,7 @@ import families
 import pytest
 import torch
 from huggingface_hub import errors
+from torch import nn
 
 from swd.modules import hub
 from swd.modules.backbones import load_family
@@ -25,7 +26,7 @@ from swd.modules.backbones.sdxl import SDXLEncoders
 from swd.modules.family_folder import resolve_asset
 from swd.modules.model_folders import is_whole_file
 from swd.modules.pretrained import Pretrained
-from swd.modules.targets import covered_share, is_target
+from swd.modules.targets import covered_share, is_target, names_for_peft
 from swd.types import UserError
 
 
@@ -161,7 +162,8 @@ def edit(folder: Path, file: str, **values: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {n: families.save(n, tmp_path_factory.mktemp(n) / n) for n in ("sd3", "flux", "sdxl", "wan", "sana")}
+    names = ("sd3", "flux", "sdxl", "wan", "sana", "qwen_image", "flux2_klein", "z_image", "chroma")
+    return {n: families.save(n, tmp_path_factory.mktemp(n) / n) for n in names}
 
 
 INDEX = "model_index.json"
@@ -178,8 +180,31 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {
     "Wan I2V": ("wan", INDEX, {"_class_name": "WanImageToVideoPipeline"}, ["WanImageToVideoPipeline"]),
     "Wan I2V network": ("wan", "transformer/config.json", {"in_channels": 36}, ["36 channels", "makes 16"]),
     "Wan2.2": ("wan", INDEX, {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, ["transformer_2"]),
-    "Wan2.2 5B": ("wan", INDEX, {"expand_timesteps": True}, ["expand_timesteps"]),
+    "Wan2.2 without its second expert": ("wan", INDEX, {"boundary_ratio": 0.875}, ["boundary_ratio"]),
     "SANA Sprint": ("sana", INDEX, {"_class_name": "SanaSprintPipeline"}, ["SanaSprintPipeline"]),
+    "Qwen-Image-Edit": ("qwen_image", INDEX, {"_class_name": "QwenImageEditPipeline"}, ["QwenImageEditPipeline"]),
+    "Qwen-Image-Edit-2511": ("qwen_image", "transformer/config.json", {"zero_cond_t": True}, ["zero_cond_t"]),
+    "Qwen-Image-Layered": ("qwen_image", "transformer/config.json", {"use_layer3d_rope": True}, ["use_layer3d_rope"]),
+    "Qwen-Image with another time": (
+        "qwen_image",
+        "transformer/config.json",
+        {"use_additional_t_cond": True},
+        ["use_additional_t_cond"],
+    ),
+    "Qwen-Image that is fed guidance": (
+        "qwen_image",
+        "transformer/config.json",
+        {"guidance_embeds": True},
+        ["guidance_e"],
+    ),
+    "Qwen-Image-2.1": (
+        "qwen_image",
+        INDEX,
+        {"transformer": ("diffusers", "QwenImage21Transformer2DModel")},
+        ["QwenImage21Transformer2DModel", "QwenImageTransformer2DModel"],
+    ),
+    "FLUX.2 klein for few steps": ("flux2_klein", INDEX, {"is_distilled": True}, ["distilled to few steps already"]),
+    "Z-Image Omni": ("z_image", INDEX, {"_class_name": "ZImageOmniPipeline"}, ["ZImageOmniPipeline"]),
     "no class": ("sana", INDEX, {"_class_name": None}, ["SanaPipeline"]),
 }
 
@@ -207,6 +232,10 @@ def test_variants_for_other_tasks_are_refused(pipelines: dict[str, Path], tmp_pa
         ("sdxl", "StableDiffusionXLPAGPipeline"),
         ("wan", "WanVideoToVideoPipeline"),
         ("sana", "SanaPAGPipeline"),
+        ("qwen_image", "QwenImageImg2ImgPipeline"),
+        ("flux2_klein", "Flux2KleinInpaintPipeline"),
+        ("z_image", "ZImageImg2ImgPipeline"),
+        ("chroma", "ChromaInpaintPipeline"),
     ],
 )
 def test_other_pipelines_of_the_same_weights_are_taken(
@@ -226,6 +255,15 @@ def test_flux_without_embedded_guidance_needs_no_scale(pipelines: dict[str, Path
     )
     for scale in (None, 4.5):
         assert families.pretrained("flux", folder, embedded_guidance=scale).limits.channels == 4
+
+
+def test_a_negative_prompt_is_refused_where_the_pipeline_takes_none(pipelines: dict[str, Path]) -> None:
+    with pytest.raises(
+        UserError, match="Flux2KleinPipeline takes none, and guides away from the empty prompt"
+    ) as caught:
+        families.pretrained("flux2_klein", pipelines["flux2_klein"], negative_prompt="a blue ring")
+    assert "\n" not in str(caught.value)
+    assert families.pretrained("sana", pipelines["sana"], negative_prompt="a blue ring").negative_prompt
 
 
 def test_one_rule_gives_sizes_in_pixels_before_and_after_loading(pipelines: dict[str, Path]) -> None:
@@ -336,6 +374,7 @@ def test_targets_are_the_familys_unless_they_are_named(tiny_model: Path) -> None
     assert pretrained(tiny_model).targets == TARGETS
     assert pretrained(tiny_model, targets=["to_q"]).targets == ("to_q",)
     assert load_family("sana").targets == ("to_q", "to_k", "to_v", "to_out.0")
+    assert load_family("z_image").targets == ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
 
 
 def test_targets_that_adapt_little_are_said(tiny_model: Path) -> None:
@@ -355,6 +394,14 @@ def test_targets_that_adapt_little_are_said(tiny_model: Path) -> None:
 def test_unknown_targets_are_refused_without_loading(tiny_model: Path) -> None:
     with pytest.raises(UserError, match="to_qq"):
         pretrained(tiny_model, targets=("to_q", "to_qq")).check_targets()
+
+
+def test_a_name_that_is_a_list_of_modules_elsewhere_becomes_the_paths_of_the_layers() -> None:
+    """Peft adapts the last layers of FLUX.2's single-stream blocks so, `to_out`, and refuses that name."""
+    block = nn.ModuleDict({"to_q": nn.Linear(2, 2), "to_out": nn.ModuleList([nn.Linear(2, 2), nn.Dropout()])})
+    single = nn.ModuleDict({"to_q": nn.Linear(2, 2), "to_out": nn.Linear(2, 2)})
+    network = nn.ModuleDict({"blocks": nn.ModuleList([block]), "singles": nn.ModuleList([single])})
+    assert names_for_peft(network, ["to_q", "to_out.0", "to_out"]) == ["to_q", "to_out.0", "singles.0.to_out"]
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,14 @@ LENGTH = {
     "sdxl": 6 * 7 + 5 + 2,
     "wan": 6 * 7 + 5 + 1,
     "sana": 6 * 7 + 5 + 1,
+    "qwen_image": 6 * 7 + 5 + 5,  # with the end of the chat
+    # With the one token of its template for chats.
+    "flux2_klein": 6 * 7 + 5 + 1,
+    "z_image": 6 * 7 + 5 + 3,
+    "chroma": 6 * 7 + 5 + 1,
 }
+AROUND = dict.fromkeys(families.FAMILIES, 1) | {"sdxl": 2, "qwen_image": 5, "z_image": 3}
+"""Special tokens that the text has room beside."""
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +61,17 @@ def test_tokens_are_counted_as_the_pipeline_counts_them(saved: Any, name: str) -
     found = limit.beyond([SHORT, LONG, LONG, "a heart"])
     assert found == Beyond(24, 4, 2, LENGTH[name] - 24)
     # The longest text that is not cut, and one word more.
-    words = (LONG.split() * 2)[: 24 - (2 if name == "sdxl" else 1)]
+    words = (LONG.split() * 2)[: 24 - AROUND[name]]
     assert limit.beyond([" ".join(words)]).count == 0
     assert limit.beyond([" ".join([*words, "star"])]) == Beyond(24, 1, 1, 1)
 
 
-@pytest.mark.parametrize("name", ["sd3", "sdxl", "wan", "sana"])
+@pytest.mark.parametrize("name", ["sd3", "sdxl", "wan", "sana", "flux2_klein", "chroma"])
 def test_what_is_beyond_the_limit_changes_nothing_and_what_is_within_does(saved: Any, name: str) -> None:
     """The limit is where the stock encoders stop to see."""
     model = families.pretrained(name, saved(name))
     encoders = model.encoders()
-    words = (LONG.split() * 2)[: 24 - (2 if name == "sdxl" else 1)]
+    words = (LONG.split() * 2)[: 24 - AROUND[name]]
     whole, beyond, within = " ".join(words), " ".join([*words, "star"]), " ".join([*words[:-1], "heart"])
     a, b, c = (encoders.encode_prompts([text]).embeds for text in (whole, beyond, within))
     assert (a - b).abs().max() == 0 and (a - c).abs().max() > 0

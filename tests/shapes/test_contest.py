@@ -298,12 +298,24 @@ def test_records_join() -> None:
 ASSETS = Path(__file__).parents[2] / "assets"
 
 
-def test_the_stored_statistics_belong_to_the_weights_that_ship() -> None:
-    """Else the demo would draw the teacher's full-length pictures again, and miss its ten minutes."""
-    about = json.loads((ASSETS / "shapes-judge" / "teacher_28steps.json").read_text())
+@pytest.mark.parametrize("steps", [28, 4])
+def test_the_stored_statistics_belong_to_the_weights_that_ship(steps: int) -> None:
+    """Else the demo would draw the teacher's pictures again, and miss its ten minutes."""
+    about = json.loads((ASSETS / "shapes-judge" / f"teacher_{steps}steps.json").read_text())
     assert about["model_sha256"] == contest.sha256_of(ASSETS / "shapes-sd3")
     assert about["judge_sha256"] == contest.sha256_of(ASSETS / "shapes-judge")
-    assert about["n_pictures"] >= 1000
+    assert about["n_pictures"] >= (1000 if steps == 28 else 512)  # as many as the demo judges by default
+
+
+def test_the_stores_are_of_the_teachers_of_the_table(task: Distiller, judge: Judge, tmp_path: Path) -> None:
+    judge.save_pretrained(tmp_path)
+    many, few = contest.teacher_stores(task, tmp_path).values()
+    assert [many.path.name, few.path.name] == ["teacher_5steps.npz", "teacher_3steps.npz"]
+    assert many.facts == contest.teacher_store(task, tmp_path).facts
+    assert many.facts["scheduler"].startswith("FlowMatch") and few.facts["scheduler"] == (
+        "Euler at 1.000000, 0.800000, 0.600000"
+    )
+    assert (many.facts["steps"], few.facts["steps"]) == (5, 3)
 
 
 def test_the_embedded_teacher_is_small() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, cast
 
+import diffusers
 import torch
 from torch import Tensor, nn
 
@@ -124,11 +126,19 @@ class Backbone(nn.Module, ABC):
         has_refiner: whether there are refiners, networks of their own that take over for the last steps.
         layout: how its pipeline takes latents, see `swd.scheduler.to_layout`.
         float_latents: whether its pipeline carries latents in float32 whatever the network's dtype.
-        unknown_settings: settings of `model_index.json` that mark variants which this backbone does not support.
+        called_with_first_size: whether its pipeline refuses latents of another size than its height and width, so that
+            with a scale-wise scheduler it is called with those of the first size.
+        unknown_settings: settings of `model_index.json`, or of the network's configuration, that mark variants which
+            this backbone does not support.
+        known_settings: settings of `model_index.json` that must have these values.
+        lora_arguments: arguments of the pipeline's `load_lora_weights` for this network, beside the weights.
+        other_experts: denoising networks of the pipeline, of the same class, that take other noise levels: the family
+            of each by its name in the pipeline. `process` says which levels this one takes.
         trains_from_scratch: whether `initialise` has weights for `task.from_scratch`.
         targets: linear layers that get LoRA unless a configuration names others.
         comfyui: whether ComfyUI supports this family and loads its LoRA under the names of `comfy_key`.
         poor_at_low_resolution: whether the teacher draws poorly at sizes below its native one.
+        narrows: whether a pass may go on with some of its samples behind a block; then `behind` is implemented.
     """
 
     process: ClassVar[Process]
@@ -141,11 +151,16 @@ class Backbone(nn.Module, ABC):
     has_refiner: ClassVar[bool] = False
     layout: ClassVar[str] = "map"
     float_latents: ClassVar[bool] = False
+    called_with_first_size: ClassVar[bool] = False
     unknown_settings: ClassVar[tuple[str, ...]] = ()
+    known_settings: ClassVar[Mapping[str, Any]] = {}
+    lora_arguments: ClassVar[Mapping[str, Any]] = {}
+    other_experts: ClassVar[Mapping[str, str]] = {}
     trains_from_scratch: ClassVar[bool] = False
     targets: ClassVar[tuple[str, ...]] = TARGETS
     comfyui: ClassVar[bool] = False
     poor_at_low_resolution: ClassVar[bool] = False
+    narrows: ClassVar[bool] = False
 
     def __init__(self, network: nn.Module, guidance: float | None = None) -> None:
         super().__init__()
@@ -153,11 +168,17 @@ class Backbone(nn.Module, ABC):
         self.guidance = guidance
         self._dtype: torch.dtype | None = None
         self._found: dict[int, Tensor] = {}  # features of the forward pass that runs
+        self._narrow: dict[nn.Module, int] = {}  # number of samples that a module takes of those it is given
 
     @staticmethod
     @abstractmethod
     def limits_of(config: dict[str, Any]) -> NetworkLimits:
         """Limits from the network's `config.json`, before any weight is loaded."""
+
+    @staticmethod
+    def frame_rate(config: dict[str, Any]) -> int:
+        """Frames a second of the videos that a network of this `config.json` draws; 16, of Wan2.1, by default."""
+        return 16
 
     @staticmethod
     @abstractmethod
@@ -202,6 +223,27 @@ class Backbone(nn.Module, ABC):
         """
         return empty
 
+    @staticmethod
+    def mend(pipe: Any) -> None:
+        """Mend a fault of the stock pipeline, with which the teacher would draw otherwise than it was trained."""
+
+    @classmethod
+    def guide(cls, text: Tensor, empty: Tensor, scale: float, x_t: Tensor | float = 0.0) -> Tensor:
+        """Classifier-free guidance of two predictions as the stock pipeline has it: `empty + scale * (text - empty)`.
+
+        Args:
+            text, empty: with and without the prompt, `[B, C, *size]`: predictions, or the clean latents that they
+                imply.
+            scale: the guidance scale; 1 gives `text`.
+            x_t: for clean latents, the noised one; a family that guides otherwise measures velocities from it.
+        """
+        return empty + scale * (text - empty)
+
+    @classmethod
+    def pipeline_arguments(cls) -> set[str]:
+        """Names of the arguments that the stock pipeline is called with."""
+        return set(inspect.signature(getattr(diffusers, cls.pipeline_type).__call__).parameters)
+
     @classmethod
     def to_pipeline(cls, latents: Tensor) -> Tensor:
         """Latents in the layout that the stock pipeline takes."""
@@ -211,6 +253,22 @@ class Backbone(nn.Module, ABC):
     def from_pipeline(cls, latents: Tensor, size: Size) -> Tensor:
         """Latents `[B, C, *size]` of those in the stock pipeline's loop: maps as they are, or tokens `[B, L, 4 C]`."""
         return latents if cls.layout == "map" else unpack(latents, size)
+
+    @classmethod
+    def from_output(cls, latents: Tensor, size: Size, encoders: Encoders) -> Tensor:
+        """Latents `[B, C, *size]` of what the stock pipeline returns for `output_type="latent"`: those of its loop.
+
+        Args:
+            latents: the pipeline's result.
+            size: the size that it was drawn at.
+            encoders: of the pipeline, for families whose pipeline returns the VAE's own latents.
+        """
+        return cls.from_pipeline(latents, size)
+
+    @classmethod
+    def lora_prefix(cls) -> str:
+        """What LoRA keys of this network begin with in files for the stock pipeline: its name there, in most."""
+        return cls.subfolder
 
     @staticmethod
     def comfy_key(module: str) -> str:
@@ -246,6 +304,10 @@ class Backbone(nn.Module, ABC):
     def call(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's prediction `[B, C, *size]`, in the network's own dtype."""
 
+    def behind(self, block: int) -> Sequence[nn.Module]:
+        """The modules that run behind a block; only where `narrows`, and of all that is theirs rows are samples."""
+        raise NotImplementedError("this family's passes are not narrowed")
+
     def timestep(self, x_t: Tensor, sigma: Tensor) -> Tensor:
         """The network's timestep input for `sigma`, one value a sample `[B]`, on a scale of 0 to 1000."""
         return self.process.timestep(expand(sigma, x_t.new_empty(1)).expand(len(x_t)))
@@ -273,10 +335,14 @@ class Backbone(nn.Module, ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the network computes in: bf16 as soon as any of its weights is (some families keep a few)."""
+        """The dtype that the network computes in: half as soon as any of its weights is (some families keep a few).
+
+        float64 is for checks.
+        """
         if self._dtype is None:
             dtypes = {p.dtype for name, p in self.network.named_parameters() if "lora_" not in name}
-            self._dtype = torch.bfloat16 if torch.bfloat16 in dtypes else torch.float32
+            kinds = (torch.bfloat16, torch.float16, torch.float64)
+            self._dtype = next((kind for kind in kinds if kind in dtypes), torch.float32)
         return self._dtype
 
     def predict(
@@ -286,6 +352,7 @@ class Backbone(nn.Module, ABC):
         conditioning: Conditioning,
         blocks: Sequence[int] = (),
         grad_to_features_only: bool = False,
+        rows: int | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Prediction and features in one pass.
 
@@ -296,9 +363,11 @@ class Backbone(nn.Module, ABC):
             blocks: blocks whose features are returned.
             grad_to_features_only: blocks after the last one asked for run without a graph (the prediction is
                 detached), which saves their activations.
+            rows: the first samples, which alone go on behind the last block asked for; None: all do. Only where
+                `narrows`.
 
         Returns:
-            The prediction `[B, C, *size]` and one `[B, L, D]` per block asked for.
+            The prediction `[B, C, *size]`, or that of the first `rows` samples; one `[B, L, D]` per block asked for.
         """
 
         def after(block: int) -> None:
@@ -306,7 +375,8 @@ class Backbone(nn.Module, ABC):
             if grad_to_features_only and block == max(blocks):
                 torch.set_grad_enabled(False)
 
-        with self._hooks(blocks, after) as found, torch.set_grad_enabled(torch.is_grad_enabled()):
+        narrowed = self._narrowed(max(blocks, default=-1), rows)
+        with self._hooks(blocks, after) as found, narrowed, torch.set_grad_enabled(torch.is_grad_enabled()):
             prediction = self.call(x_t, sigma, conditioning)
         return prediction, [found[block] for block in blocks]
 
@@ -366,3 +436,41 @@ class Backbone(nn.Module, ABC):
             self._found = {}  # or the features would stay in memory
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def _narrowed(self, block: int, rows: int | None) -> Iterator[None]:
+        """Context in which what runs behind a block takes the first `rows` samples of all that it is given."""
+        if rows is None:
+            yield
+            return
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return self.narrow(module, args, kwargs)
+
+        modules = self.behind(block)
+        self._narrow = dict.fromkeys(modules, rows)
+        handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
+        try:
+            yield
+        finally:
+            self._narrow = {}
+            for handle in handles:
+                handle.remove()
+
+    def narrow(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a module's call, cut to the samples that the module is to take.
+
+        Checkpointing must call it before it stores them: what is recomputed later is the bare module.
+        """
+        rows = self._narrow.get(module)
+        if rows is None:
+            return args, kwargs
+        cut = {name: _first_rows(value, rows) for name, value in kwargs.items()}
+        return tuple(_first_rows(value, rows) for value in args), cut
+
+
+def _first_rows(value: Any, rows: int) -> Any:
+    """The first rows of a tensor; anything else as it is."""
+    return value[:rows] if isinstance(value, Tensor) else value

@@ -1,8 +1,8 @@
-"""Wan 2.1: text to video."""
+"""Wan2.1, and Wan2.2 TI2V-5B: text to video."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,8 +15,13 @@ from swd.modules.encoders import Encoders
 from swd.types import Conditioning
 
 
+def is_5b(config: Mapping[str, Any]) -> bool:
+    """Whether a network's `config.json` is that of Wan2.2 TI2V-5B, the only one on latents of 48 channels."""
+    return bool(config["in_channels"] == 48)
+
+
 class WanEncoders(Encoders):
-    """UMT5; causal video VAE, 8x in space and 4x in time, its first frame by itself."""
+    """UMT5; causal video VAE, 8x (TI2V-5B: 16x) in space and 4x in time, its first frame by itself."""
 
     vae_dtype: ClassVar[torch.dtype | None] = torch.float32  # as diffusers recommends
 
@@ -36,14 +41,18 @@ class WanEncoders(Encoders):
 
 
 class WanBackbone(Backbone):
-    """`WanTransformer3DModel`: velocity prediction on latents `[B, C, F, H, W]`, timestep 0..1000."""
+    """`WanTransformer3DModel`: velocity prediction on latents `[B, C, F, H, W]`, timestep 0..1000.
+
+    TI2V-5B has the latents of another VAE, with 48 channels. Its pipeline (`expand_timesteps`) feeds one timestep a
+    token, for pictures to start from; in text to video all are equal, and one a sample gives the same.
+    """
 
     process: ClassVar[Process] = RectifiedFlow()
     network_type: ClassVar[str] = "WanTransformer3DModel"
     pipeline_type: ClassVar[str] = "WanPipeline"
     pipeline_aliases: ClassVar[tuple[str, ...]] = ("WanVideoToVideoPipeline",)
     encoders_type: ClassVar[type[Encoders]] = WanEncoders
-    unknown_settings: ClassVar[tuple[str, ...]] = ("expand_timesteps",)  # Wan 2.2's 5B: one timestep a token
+    unknown_settings: ClassVar[tuple[str, ...]] = ("boundary_ratio",)  # of two experts, as in Wan2.2 A14B
     comfyui: ClassVar[bool] = True
     video: ClassVar[bool] = True
     float_latents: ClassVar[bool] = True
@@ -52,16 +61,20 @@ class WanBackbone(Backbone):
     @staticmethod
     def limits_of(config: dict[str, Any]) -> NetworkLimits:
         frames, height, width = config["patch_size"]
-        assert frames == 1 and height == width, "Wan 2.1 patches are (1, 2, 2)"
+        assert frames == 1 and height == width, "Wan's patches are (1, 2, 2)"
         return NetworkLimits(
             divisor=height,
             max_side=config["rope_max_seq_len"] * height,
             blocks=config["num_layers"],
             width=config["num_attention_heads"] * config["attention_head_dim"],
             channels=config["in_channels"],
-            native=(21, 60, 104),
+            native=(31, 44, 80) if is_5b(config) else (21, 60, 104),
             max_frames=config["rope_max_seq_len"],
         )
+
+    @staticmethod
+    def frame_rate(config: dict[str, Any]) -> int:
+        return 24 if is_5b(config) else 16  # the vendor's configurations
 
     @staticmethod
     def comfy_key(module: str) -> str:

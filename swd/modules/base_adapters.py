@@ -1,0 +1,121 @@
+"""LoRAs that are added to a base's weights before anything else, such as a style.
+
+Teacher, fake score and student then all start from the changed base (`model.adapters`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from swd.io import limits
+from swd.modules.adapters import Adapter, Baked, check_model, load, locate
+from swd.modules.hub import is_hub_id
+from swd.types import UserError
+
+LARGEST_WEIGHT = 10.0
+"""Weights of adapters lie within this of 0; ours: above 2 pictures of most styles fall apart."""
+KEYS = {"path", "weight", "hash"}
+
+
+@dataclass(frozen=True)
+class BaseAdapter:
+    """One entry of `model.adapters`.
+
+    Attributes:
+        path: a run, a folder, a `.safetensors` file or a repository on the hub, as `swd sample adapter=` takes it.
+        weight: factor of its update of the weights, not 0.
+        hash: of its content, see `content_hash`; None until it was read.
+    """
+
+    path: str
+    weight: float = 1.0
+    hash: str | None = None
+
+    def read(self, model: Any) -> Adapter:
+        """Its weights.
+
+        Args:
+            model: the `Pretrained` whose base it is added to.
+
+        Raises:
+            UserError: if there is none, it does not fit the network, or its content is not that of `hash`.
+        """
+        adapter = load(locate(self.path, Path("outputs"), "model.adapters"))
+        check_model(adapter, model)
+        found = content_hash(adapter)
+        if self.hash not in (None, found):
+            raise UserError(
+                f"model.adapters: {self.path} has other weights than those that were recorded (hash {found}, not "
+                f"{self.hash}); give the adapter that was used then, or leave out its hash"
+            )
+        return adapter
+
+    def checked(self, model: Any) -> BaseAdapter:
+        """The same with its hash; raises as `read`."""
+        return replace(self, hash=content_hash(self.read(model)))
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The entry for configurations, with its hash."""
+        return {"path": self.path, "weight": self.weight, "hash": self.hash}
+
+    @property
+    def baked(self) -> Baked:
+        """The entry for a student's files: without folders of this machine."""
+        assert self.hash is not None  # `checked` gave it
+        return Baked(self.path if is_hub_id(self.path) else Path(self.path).name, self.weight, self.hash)
+
+
+def read_entries(given: Sequence[str | Mapping[str, Any]] | None) -> tuple[BaseAdapter, ...]:
+    """The entries of `model.adapters`: paths, or mappings with `path` and, if it is not 1, `weight`.
+
+    Raises:
+        UserError: for an entry that is neither, or a weight that is no number or out of range.
+    """
+    entries = []
+    for value in given or ():
+        entry = {"path": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else {}
+        if not isinstance(entry.get("path"), str) or not entry["path"].strip() or not entry.keys() <= KEYS:
+            raise UserError(
+                f"model.adapters has {value!r}; give a path, or a path and its weight: "
+                "model.adapters=[style.safetensors,{path:other,weight:0.8}]"
+            )
+        weight = entry.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or weight == 0:
+            raise UserError(f"model.adapters: {entry['path']} has weight {weight!r}; use a number other than 0")
+        limits.number(f"model.adapters: weight of {entry['path']}", weight, -LARGEST_WEIGHT, LARGEST_WEIGHT)
+        entries.append(BaseAdapter(entry["path"], float(weight), entry.get("hash")))
+    return tuple(entries)
+
+
+@torch.no_grad()
+def bake(network: nn.Module, adapters: Sequence[tuple[Adapter, float]]) -> None:
+    """Add adapters to a network: `W + sum(weight * B A)` of each layer, in float32, rounded once to the layer's dtype.
+
+    Args:
+        network: the diffusers model, which is changed.
+        adapters: each with its weight; their scales are folded in.
+    """
+    for module in sorted({module for adapter, _ in adapters for module in adapter.modules}):
+        layer: Any = network.get_submodule(module)
+        changed = layer.weight.float()
+        for adapter, weight in adapters:
+            if module in adapter:
+                changed = changed + weight * adapter.update(module).to(changed)
+        layer.weight.copy_(changed)
+
+
+def content_hash(adapter: Adapter) -> str:
+    """Hash of an adapter's weights, 16 hexadecimal digits: one for all layouts in which the same weights can lie."""
+    digest = hashlib.sha256()
+    for key, value in sorted(adapter.state.items()):
+        digest.update(f"{key} {tuple(value.shape)}\n".encode())
+        digest.update(value.float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
