@@ -537,7 +537,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
             if bool(ids[..., 0].any()):
                 raise ValueError("image= was given, but this model was distilled for text alone as input; leave it out")
             first = tuple(2 * (int(ids[..., axis].max()) + 1) for axis in (1, 2))
-            self._seeds = [_latent_seed(row) for row in unpack(tokens, first)]
+            self._seeds = [_latent_seed(row) for row in unpack(self._first_signs(tokens), first)]
             self.sizes = self._start(first)
             self._started = True
         size = self._token_size(tokens)

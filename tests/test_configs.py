@@ -16,7 +16,6 @@ from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
 from shards import make_pictures
 from tiny import CONF, composed
-from torch import nn
 
 from swd import config
 from swd.commands import cli, demo, encode, evaluate, export, generate, import_pictures, sample, train
@@ -26,7 +25,6 @@ from swd.losses import DMD, GAN, MMD
 from swd.metrics.base import PictureMetric
 from swd.modules import hub
 from swd.modules.distiller import Distiller
-from swd.modules.family_folder import FamilyFolder
 from swd.modules.pretrained import Pretrained
 from swd.scheduler import ScaleWiseScheduler
 from swd.types import UserError, WrongProcess
@@ -128,23 +126,7 @@ COMBINATIONS = combinations()
 @pytest.fixture(autouse=True)
 def _hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.setattr(hub, "snapshot_download", skeletons.hub(tmp_path_factory.getbasetemp() / "hub"))
-
-
-NETWORKS: dict[str, nn.Module] = {}
-
-
-@pytest.fixture(autouse=True)
-def _networks_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Networks without weights are kept: building one of 1,600 layers takes as long as composing."""
-    original = FamilyFolder.meta_network.func
-
-    def meta_network(self: FamilyFolder) -> nn.Module:
-        key = f"{self.network_class} {self.network_config}"
-        if key not in NETWORKS:
-            NETWORKS[key] = original(self)
-        return NETWORKS[key]
-
-    monkeypatch.setattr(FamilyFolder, "meta_network", property(meta_network))
+    skeletons.build_once(monkeypatch)
 
 
 def arguments(tmp_path: Path, **groups: str) -> list[str]:
@@ -369,6 +351,10 @@ def test_every_model_goes_with_every_task(model: str, task: str, tmp_path: Path,
         given.append(f"data.dataset.path={captioned}")
     cfg = composed(given)
     check(cfg, train.ROOT)
+    if task == "flow" and model.startswith("wan22_a14b"):
+        with pytest.raises(UserError, match="is one of several experts"):
+            train.prepare(cfg)
+        return
     built, data = train.prepare(cfg)
     assert type(built).__name__ == cfg.task._target_.rpartition(".")[2]
     assert data.batch_size == cfg.data.batch_size and cfg.trainer.max_steps == cfg.recipe.iterations
@@ -401,7 +387,7 @@ def test_a_recipe_gives_way_to_the_command_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("option", options("data"))
 def test_every_data_set_instantiates(option: str, tmp_path: Path, captioned: Path) -> None:
     cfg = composed(arguments(tmp_path, data=option))
-    if option in ("images", "videos"):
+    if option in ("images", "videos", "videos_720p"):
         cfg.data.dataset.path = str(captioned)
     if option == "webdataset":
         cfg.data.path = str(make_pictures(tmp_path / "shards", 2))

@@ -48,6 +48,7 @@ def snapshots(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("run", RUNS)
 def test_fits_its_model(run: str, captioned: Path, snapshots: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "snapshot_download", snapshots)
+    skeletons.build_once(monkeypatch)
     cfg = composed([*RUNS[run], f"data.dataset.path={captioned}", "trainer.accelerator=cpu"])
     config.check(cfg, train.ROOT)
     task, data = train.prepare(cfg)

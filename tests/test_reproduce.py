@@ -18,7 +18,6 @@ from PIL import Image
 from shards import make_pictures
 from tiny import CONF, composed
 from tiny_runs import tiny_task, train_two
-from torch import nn
 
 from swd import config
 from swd.commands import cli, evaluate, sample
@@ -26,7 +25,6 @@ from swd.commands.sweep import jobs
 from swd.commands.train import build_task_and_data
 from swd.modules import hub
 from swd.modules.distiller import Distiller
-from swd.modules.family_folder import FamilyFolder
 
 TEXT = (Path(__file__).parents[1] / "docs" / "reproduce.md").read_text(encoding="utf-8")
 PREFIXES = ("python train.py ", "swd ", "torchrun ")
@@ -99,20 +97,9 @@ def snapshots(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return skeletons.hub(tmp_path_factory.mktemp("hub"))
 
 
-BUILT: dict[str, nn.Module] = {}
-"""Networks of real size on the meta device, by the model's path: each is built once."""
-BUILD: Any = FamilyFolder.meta_network
-
-
-def built_once(model: FamilyFolder) -> nn.Module:
-    if model.path not in BUILT:
-        BUILT[model.path] = BUILD.func(model)
-    return BUILT[model.path]
-
-
 @pytest.fixture(autouse=True)
 def _there(world: Path, snapshots: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FamilyFolder, "meta_network", property(built_once))
+    skeletons.build_once(monkeypatch)
     monkeypatch.chdir(world)
     monkeypatch.setattr(hub, "snapshot_download", snapshots)
 

@@ -166,17 +166,21 @@ def launch(command: str) -> None:
 def check_before_importing(cfg: Any, command: str) -> None:
     """Refuse what is wrong with a configuration as far as source files say it: importing a command takes seconds.
 
-    Classes that `allow=` names are not looked at, nor those whose constructors cannot be read; the command itself
-    checks all once more.
+    Classes that `allow=` names are not looked at, nor those whose constructors cannot be read, nor a configuration
+    whose required key is missing; the command itself checks all once more.
 
     Raises:
         UserError: as `swd.config.check`.
     """
+    from omegaconf import OmegaConf
+
     from swd.commands.keys import ROOTS
     from swd.config import check
     from swd.source_parameters import parameters_in_source
 
-    check(cfg, ROOTS.get(command), allow=(), look=parameters_in_source)
+    root = ROOTS.get(command)
+    if root is not None and not any(OmegaConf.is_missing(cfg, key) for key in cfg):
+        check(cfg, root, allow=(), look=parameters_in_source)
 
 
 def help_text(command: str) -> str:

@@ -190,11 +190,10 @@ ROOTS: Mapping[str, Mapping[str, Any]] = {
     "export": EXPORT,
     "generate": GENERATE,
     "import": IMPORT,
-    "encode": ENCODE,
     "plan": PLAN,
     "dashboard": DASHBOARD,
     "demo": DEMO,
     "report": REPORT,
     "compare": COMPARE,
 }
-"""The tables by command."""
+"""The tables of the commands that check nothing else before them."""

@@ -62,7 +62,8 @@ class Distiller(LightningModule):
         seed: of every random draw.
         critic_updates: critic updates before each generator update; without effect where no term trains a critic.
         accumulate: parts that each process's share of a batch is worked on in, one after the other: the same update
-            with less memory. 1: the released scripts.
+            with less memory. 1: the released scripts. A pass with a graph takes a part, and in a critic update the data
+            to compare with; one without a graph the part of each critic update.
         lr: student's learning rate.
         critic_lr: fake network's and head's learning rate; None: the student's.
         betas: of AdamW.

@@ -175,6 +175,11 @@ class FlowMatching(WatchedTask):
     def _check(self) -> None:
         if is_hub_id(self.model.path) and self.out == self.model.folder:
             raise UserError(f"task.out is missing: {self.model.path} is on the hub; give a folder for the trained copy")
+        if self.model.backbone_class.other_experts:
+            raise UserError(
+                f"task=flow trains all noise levels, and model.family={self.model.family} is one of several experts; "
+                "give a model of one network"
+            )
         if self.from_scratch and not self.model.backbone_class.trains_from_scratch:
             raise UserError(f"task.from_scratch is for the embedded teacher, not for {self.model.family}; leave it out")
         if self.lora:

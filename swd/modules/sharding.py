@@ -50,13 +50,13 @@ class DDP(DDPStrategy):
 
     Student and fake network step in turn, so that some parameters have no gradient in an update. A distillation's
     frozen weights and buffers are left alone: every process has read them from the same files, they never change, and
-    some of their types cannot be sent (fp8).
+    some of their types cannot be sent (fp8). Gradients lie in the memory that is exchanged, without a copy.
     """
 
     layout = "a whole copy each"
 
     def __init__(self) -> None:
-        super().__init__(find_unused_parameters=True, broadcast_buffers=False)
+        super().__init__(find_unused_parameters=True, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
         if isinstance(getattr(model, "networks", None), Networks):

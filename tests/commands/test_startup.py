@@ -36,7 +36,7 @@ CASES = {
     "value of a choice": ["demo", "task.on_bad_step=stpo"],
     "value of a loss": ["train", "loss.mmd.weight=heavy"],
     "value at the root": ["sample", "batch_size=eight"],
-    "value of a model": ["encode", "model.rank=[1,2]", "out=x"],
+    "value of a model": ["generate", "model.rank=[1,2]", "out=x", "prompts=y"],
 }
 WRONG = (
     "unknown command",

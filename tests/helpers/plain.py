@@ -12,7 +12,7 @@ from torch import nn
 
 from swd.losses.base import Step
 from swd.losses.update import student_x0
-from swd.modules import distiller
+from swd.modules import distiller, rms_norm
 from swd.modules.inputs import Inputs
 from swd.modules.lora_linear import RoleLinear
 
@@ -26,9 +26,11 @@ def one_by_one(networks: Any, inputs: Sequence[Inputs], parts: int = 1) -> list[
     return found
 
 
-def go_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Switch every saving off."""
+def go_the_plain_way(monkeypatch: pytest.MonkeyPatch, norms: bool = True) -> None:
+    """Switch every saving off; `norms`: that of the norms too, which diffusers computes in float32 at most."""
     monkeypatch.setattr(RoleLinear, "_is_plain", lambda layer, role: False)
+    if norms:
+        monkeypatch.setattr(rms_norm, "install_norms", lambda network: None)
     monkeypatch.setattr(Step, "_joins", lambda step: False)
     monkeypatch.setattr(distiller, "with_predictions", one_by_one)
     monkeypatch.setattr(distiller, "FUSED", ())

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from safetensors.torch import save_file
+from torch import nn
 
 from swd.modules.backbones import load_family
+from swd.modules.family_folder import FamilyFolder
+from swd.modules.pretrained import Pretrained
+from swd.types import Role
+
+_meta_network: Any = FamilyFolder.meta_network.func  # type: ignore[attr-defined]
+_untrained_networks = Pretrained.untrained_networks
 
 NETWORKS = Path(__file__).parents[2] / "assets" / "published" / "networks"
 CONF = Path(__file__).parents[2] / "conf"
@@ -51,3 +60,26 @@ def hub(root: Path) -> Any:
         return str(folder if folder.exists() else skeleton(name, folder))
 
     return snapshot
+
+
+_built: dict[str, nn.Module] = {}
+"""Networks without weights, by what they are built of."""
+
+
+def build_once(patch: pytest.MonkeyPatch) -> None:
+    """Keep networks without weights, alone and with what is trained: those of 1,600 layers take seconds to build."""
+
+    def once(key: str, build: Callable[[], nn.Module]) -> nn.Module:
+        if key not in _built:
+            _built[key] = build()
+        return _built[key]
+
+    def meta_network(self: FamilyFolder) -> nn.Module:
+        return once(f"{self.network_class} {self.network_config}", lambda: _meta_network(self))
+
+    def untrained_networks(self: Pretrained, roles: Sequence[Role]) -> nn.Module:
+        key = f"{self.network_class} {self.network_config} {self.tuned} {tuple(roles)}"
+        return once(key, lambda: _untrained_networks(self, roles))
+
+    patch.setattr(FamilyFolder, "meta_network", property(meta_network))
+    patch.setattr(Pretrained, "untrained_networks", untrained_networks)

@@ -578,3 +578,13 @@ def test_options_reach_what_they_set(model: Pretrained, monkeypatch: pytest.Monk
         task.configure_model()
         assert calls == expected and task.average is None
     assert encoders.text == [True, True], "loaded at once"
+
+
+@pytest.mark.parametrize("fused", [None, False, True])
+def test_a_run_goes_on_with_fused_steps_whichever_version_wrote_it(model: Pretrained, fused: bool | None) -> None:
+    task = a_task(model)
+    states = [{"param_groups": [{"fused": fused}, {}]}, {"param_groups": [{"lr": 1.0}]}]
+    task.on_load_checkpoint({"optimizer_states": states, "global_step": 2, "loops": checkpoint_loops(2)})
+    assert states == [{"param_groups": [{"fused": True}] * 2}, {"param_groups": [{"lr": 1.0, "fused": True}]}]
+    task.configure_model()
+    assert [optimizer.defaults["fused"] for optimizer in task.configure_optimizers()] == [True] * 2

@@ -152,6 +152,19 @@ def test_under_autocast_products_are_of_its_dtype_and_gradients_float32(grad: bo
             assert a.dtype == torch.float32 and (a - b).norm() < 0.05 * b.norm()
 
 
+@pytest.mark.parametrize("alpha", [3.0, 5.0])
+def test_bf16_is_rounded_where_peft_rounds(alpha: float) -> None:
+    theirs, ours = (a_layer(alpha=alpha, kind=torch.float32) for _ in range(2))
+    theirs._active_adapter = ["student"]
+    install(ours, PlayedRole("student"))
+    x = 3 * random(40, 7).bfloat16()
+    for layer in (theirs, ours):
+        layer.base_layer.to(torch.bfloat16)
+        layer.cast_input_dtype_enabled = False
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert ours(x).dtype == torch.bfloat16 and torch.equal(ours(x), theirs(x))
+
+
 def test_what_is_not_plain_goes_through_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: Any) -> Tensor:
         raise AssertionError("the node is for plain layers alone")

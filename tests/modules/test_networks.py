@@ -18,6 +18,7 @@ from swd.losses.gan import GAN
 from swd.modules.backbones.base import TARGETS
 from swd.modules.backbones.sd3 import SD3Backbone
 from swd.modules.networks import SharedBase
+from swd.modules.rms_norm import install_norms
 from swd.types import Role, UserError
 
 SIGMA = torch.tensor([0.9, 0.4])
@@ -36,6 +37,7 @@ def separate_copy(networks: SharedBase, role: Role, rank: int = 4) -> SD3Backbon
     for key, parameter in networks.backbone.network.named_parameters():
         if f".{role}." in key:
             parameters[key.replace(f".{role}.", ".default.")].data.copy_(parameter.data)
+    install_norms(network)  # in float64 diffusers' own norm computes in float32
     return SD3Backbone(network)
 
 
@@ -94,6 +96,7 @@ def test_gradients_equal_those_of_separate_copies(checkpointing: bool) -> None:
         (fake.pow(3).mean() + features.square().mean()).backward()
 
     alone, bare = separate_copy(networks, "student"), SD3Backbone(build_transformer().double().requires_grad_(False))
+    install_norms(bare.network)
     process = networks.process
     student = process.to_x0(x, alone.predict(x, SIGMA, conditioning)[0], SIGMA)
     teacher = process.to_x0(student, bare.predict(student, SIGMA, conditioning)[0], SIGMA)
