@@ -47,8 +47,8 @@ format: $(STAMP)  ## reformat, and fix what can be fixed
 	@$(BIN)/ruff check --fix-only --exit-zero .
 	@$(BIN)/ruff format .
 
-bench: $(STAMP)  ## time the tiny iteration (ARGS='--against PATH' against another checkout); see benchmarks/README.md
-	@$(BIN)/python benchmarks/tiny_step.py $(ARGS)
+bench: $(STAMP)  ## time training and sampling, at real size on a GPU (ARGS='--against PATH': the tiny iteration against another checkout)
+	@$(BIN)/python benchmarks/suite.py $(ARGS)
 
 mutants:  ## put small mistakes into the core and see that tests fail (ARGS='swd.losses*' for a part); takes hours
 	@$(MAKE) --no-print-directory VENV=.venv-mutants .venv-mutants/.mutmut

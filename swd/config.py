@@ -49,7 +49,9 @@ GROUP = Any
 SPECIAL = {"_target_", "_convert_", "_partial_"}
 """Hydra's own keys that a node may hold; others of the kind `_name_` are refused."""
 
-OWN: Mapping[str, Mapping[str, Any]] = {"trainer": {"num_nodes": int | Literal["auto"], "timeout": float}}
+OWN: Mapping[str, Mapping[str, Any]] = {
+    "trainer": {"num_nodes": int | Literal["auto"], "timeout": float, "memory_gb": float | None}
+}
 """Arguments of a group, with their types, that its command reads before it calls the constructor with the others."""
 
 FOREIGN = {

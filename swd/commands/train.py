@@ -27,6 +27,7 @@ from swd import __version__
 from swd.callbacks import Checkpoint, Metrics, Progress, Samples, SaveAdapter, Students, Validation
 from swd.callbacks.checkpoint import clear_runs, find_checkpoint
 from swd.callbacks.fixed_losses import FixedLosses
+from swd.callbacks.memory_budget import MemoryBudget
 from swd.callbacks.resume_rules import sayings
 from swd.callbacks.space import CheckSpace
 from swd.callbacks.stop_signal import StopOnSignal
@@ -445,13 +446,14 @@ def build_trainer(cfg: DictConfig, folder: Path, *more: Callback, checkpoint: st
     """
     options = trainer_options(cfg)
     timeout = options.pop("timeout", processes.TIMEOUT)
+    memory = options.pop("memory_gb", None)
     processes.distribute(options, timeout)
     callbacks = list(build_group(cfg, "callbacks").values())
     if processes.count(options) > 1:
         callbacks.insert(0, processes.Watch(timeout, _line, _tidy))
     if is_trial(cfg):
         callbacks = [c for c in callbacks if not isinstance(c, (Checkpoint, SaveAdapter, Students, *MEASURES))]
-    callbacks += [*more, CheckSpace(), StopOnSignal()]
+    callbacks += [*more, CheckSpace(), StopOnSignal(), *([] if memory is None else [MemoryBudget(memory)])]
     if any(isinstance(callback, EarlyStopping) for callback in callbacks):
         callbacks.append(CheckStopping(checkpoint))
     fixed: dict[str, Any] = {

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
@@ -23,6 +22,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from swd.losses.base import CriticStep, GeneratorStep, LossTerm
 from swd.losses.update import critic_loss, generator_gradient, student_x0, trainers, wanted
+from swd.modules.autocast import autocast_on_meta
 from swd.modules.networks import Networks
 from swd.modules.pretrained import Pretrained
 from swd.schedule import ScaleSchedule
@@ -67,7 +67,6 @@ class DryRun:
         self.schedule = schedule
         self._shapes: _ShapesOfResults = {}
         self.networks = networks_on_meta(model, roles_of(terms))
-        cast(Any, self.networks).autocast = nullcontext  # `_AsOnGpu` does the same for the meta device
         self.as_on_gpu = _AsOnGpu()
         for role in ("teacher", *self.networks.roles):
             for block in self.networks.backbone_of(role).repeated_blocks:
@@ -148,6 +147,10 @@ class _Shapes:
         return torch.zeros(batch, dtype=torch.int64)
 
 
+FORMULAS: dict[Any, Any] = flop_registry | {torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
+"""Numbers of operations by function: torch's own, and of a product that is added in place."""
+
+
 class _Described(NamedTuple):
     """Shape of a tensor on the meta device."""
 
@@ -195,7 +198,7 @@ class _Meter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = self._shaped(func, args, kwargs)
-        formula: Callable[..., int] | None = flop_registry.get(func._overloadpacket)
+        formula: Callable[..., int] | None = FORMULAS.get(func._overloadpacket)
         if formula is not None:
             self.flop += formula(*args, **kwargs, out_val=out)
         for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
@@ -305,7 +308,7 @@ def _run_in(block: nn.Module, mode: _AsOnGpu) -> None:
     def forward(*args: Any, **kwargs: Any) -> Any:
         if mode.watching:
             return original(*args, **kwargs)
-        with mode:
+        with mode, autocast_on_meta(torch.bfloat16):
             return original(*args, **kwargs)
 
     block.forward = forward  # type: ignore[method-assign]

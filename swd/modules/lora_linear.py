@@ -12,6 +12,7 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from swd.modules.autocast import autocast_dtype
 from swd.types import Role
 
 
@@ -49,7 +50,7 @@ class RoleLinear(Linear):
         if not args and not kwargs and self._is_plain(role):
             down = self.lora_A[role].weight
             up = self.lora_B[role].weight
-            if torch.is_autocast_enabled(x.device.type) or x.dtype == base.weight.dtype == down.dtype == up.dtype:
+            if autocast_dtype(x.device.type) is not None or x.dtype == base.weight.dtype == down.dtype == up.dtype:
                 return lora_linear(x, base.weight, base.bias, down, up, self.scaling[role])
         follow(self, role)
         output = super().forward(x, *args, **kwargs)
@@ -129,9 +130,8 @@ def _product(
     x: Tensor, down: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The output `[..., out]`; and x, `x A'` `[N, r]`, A, B and W in the dtype that they were computed in."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None:
         x, down, up, weight = (tensor.to(dtype) for tensor in (x, down, up, weight))
         bias = None if bias is None else bias.to(dtype)
     x = x.contiguous()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from swd.modules import rms_norm
+from swd.modules.autocast import autocast_on_meta
 from swd.modules.backbones.base import TARGETS, Backbone
 from swd.modules.layouts import whole_tensor
 from swd.modules.lora_linear import PlayedRole, follow, install
@@ -31,6 +32,9 @@ class Networks(nn.Module, ABC):
     Args:
         backbone: the teacher.
         roles: which trainable roles exist; MMD alone needs no "fake".
+
+    Attributes:
+        recompute: whether checkpointing, where it is enabled, recomputes; it may change between two passes.
     """
 
     def __init__(self, backbone: Backbone, roles: Sequence[Role]) -> None:
@@ -40,6 +44,7 @@ class Networks(nn.Module, ABC):
         self.process = backbone.process
         self.roles = tuple(roles)
         self.played = PlayedRole()
+        self.recompute = True
 
     @property
     def _current(self) -> Role:
@@ -63,7 +68,10 @@ class Networks(nn.Module, ABC):
 
     @abstractmethod
     def enable_checkpointing(self) -> None:
-        """Recompute activations in the backward pass, block by block, in the role of the forward pass."""
+        """Recompute activations in the backward pass, block by block, in the role of the forward pass.
+
+        It is done as long as `recompute` is True. States of generators are not kept: nothing in a block is random.
+        """
 
     def _set(self, role: Role) -> None:
         """Make `role` the current one."""
@@ -86,7 +94,8 @@ class Networks(nn.Module, ABC):
         dtype = self.backbone.dtype
         if dtype != torch.bfloat16:
             return nullcontext()
-        return torch.autocast(next(self.backbone.parameters()).device.type, dtype)
+        device = next(self.backbone.parameters()).device.type
+        return autocast_on_meta(dtype) if device == "meta" else torch.autocast(device, dtype)
 
     # Predictions, for losses and samplers
 
@@ -237,8 +246,11 @@ class SharedBase(Networks):
             def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
                 return nullcontext(), self.role(role)
 
+            if not self.recompute:
+                return module(*args, **kwargs)
             args, kwargs = self.backbone.narrow(module, args, kwargs)
-            return checkpoint(module.__call__, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+            options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": contexts}
+            return checkpoint(module.__call__, *args, **options, **kwargs)
 
         self.backbone.diffusers_model.enable_gradient_checkpointing(in_role)
 
@@ -305,10 +317,11 @@ class SeparateCopies(Networks):
         for role in roles:
             self._checkpoint(self.backbone_of(role))
 
-    @staticmethod
-    def _checkpoint(backbone: Backbone) -> None:
+    def _checkpoint(self, backbone: Backbone) -> None:
         def narrowed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if not self.recompute:
+                return module(*args, **kwargs)
             args, kwargs = backbone.narrow(module, args, kwargs)
-            return checkpoint(module.__call__, *args, use_reentrant=False, **kwargs)
+            return checkpoint(module.__call__, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
         backbone.diffusers_model.enable_gradient_checkpointing(narrowed)

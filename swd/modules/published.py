@@ -35,8 +35,9 @@ def published_folder(name: str, family: str, folder: Path) -> Path:
         folder: where to; it is made.
     """
     root = resolve_asset(ASSET)
-    network = {load_family(family).subfolder: read_json(root / "networks" / f"{name}.json")}
-    return write_folder(network | read_json(root / "encoders" / f"{name}.json"), family, folder)
+    kinds = load_family(family)
+    networks = dict.fromkeys((kinds.subfolder, *kinds.other_experts), read_json(root / "networks" / f"{name}.json"))
+    return write_folder(networks | read_json(root / "encoders" / f"{name}.json"), family, folder)
 
 
 def copied_folder(path: Path, family: str, folder: Path) -> Path:
@@ -49,17 +50,18 @@ def copied_folder(path: Path, family: str, folder: Path) -> Path:
         raise UserError(f"model.path={path} has no model_index.json; give a diffusers pipeline folder")
     index = read_json(path / "model_index.json")
     kinds = load_family(family)
-    wanted = (kinds.subfolder, "vae", *kinds.encoders_type.text_encoders)
+    wanted = (kinds.subfolder, *kinds.other_experts, "vae", *kinds.encoders_type.text_encoders)
     parts = {
         part: read_json(path / part / "config.json") | {"_class_name": kind}
         for part, (_, kind) in parts_of(index).items()
         if part in wanted
     }
-    return write_folder(parts, family, folder, index.get("_class_name"))
+    settings = {key: value for key, value in index.items() if not isinstance(value, list)}
+    return write_folder(parts, family, folder, settings)
 
 
 def write_folder(
-    parts: Mapping[str, Mapping[str, Any]], family: str, folder: Path, pipeline: str | None = None
+    parts: Mapping[str, Mapping[str, Any]], family: str, folder: Path, settings: Mapping[str, Any] | None = None
 ) -> Path:
     """Write configurations as a folder in diffusers layout whose weights are empty files.
 
@@ -67,9 +69,11 @@ def write_folder(
         parts: configurations with their `_class_name`, by the part's name.
         family: the model's.
         folder: where to; it is made.
-        pipeline: the pipeline's class; None: the family's.
+        settings: what `model_index.json` holds beside the parts; None: what the family's pipeline has.
     """
-    index: dict[str, Any] = {"_class_name": pipeline or load_family(family).pipeline_type}
+    kinds = load_family(family)
+    own = {"_class_name": kinds.pipeline_type, **kinds.known_settings}
+    index: dict[str, Any] = dict(own if settings is None else settings)
     for part, config in parts.items():
         kind = config["_class_name"]
         library = next((name for name in LIBRARIES if class_of(name, kind) is not None), LIBRARIES[0])

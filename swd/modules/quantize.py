@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from swd.modules.autocast import autocast_dtype
 from swd.modules.targets import is_target
 
 Quantization = Literal["int8", "fp8"]
@@ -73,13 +74,6 @@ class QuantizedLinear(nn.Linear):
             input = input.to(dtype)
         output = _widened(input, self.weight, self.scale)
         return output if self.bias is None else output + self.bias.to(output.dtype)
-
-
-def autocast_dtype(device: str) -> torch.dtype | None:
-    """The dtype of autocast on a type of device; None where it is off, or is not known there, as on the meta device."""
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
 
 
 @torch.no_grad()
