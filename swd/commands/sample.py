@@ -34,7 +34,6 @@ from swd.io.tables import NoText, text_of
 from swd.modules import hub
 from swd.modules.adapters import locate, run_folder
 from swd.modules.drawing import OtherExpert, build_pipeline, draw
-from swd.modules.encoders import channels_last
 from swd.modules.model_folders import check_model_folder, read_json
 from swd.modules.pretrained import Pretrained
 from swd.modules.requests import Request, read_prompts
@@ -66,7 +65,6 @@ def run(cfg: DictConfig) -> None:
     warn_beyond(model, [request.prompt for request in requests])
     say(f"loading {drawer}")
     pipe = build_pipeline(model, student, schedule, cfg, cfg.fold, job.other)
-    channels_last(pipe.vae)
     if job.start is not None:
         job.start.prepare_pipeline(pipe)
     info = {

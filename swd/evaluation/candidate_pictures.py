@@ -25,7 +25,6 @@ from swd.io.files import clear_leftovers, write_aside
 from swd.io.job_log import JobLog
 from swd.io.pictures import png
 from swd.modules.drawing import build_pipeline, draw
-from swd.modules.encoders import channels_last
 from swd.modules.pretrained import Pretrained
 from swd.types import UserError
 
@@ -52,7 +51,6 @@ class CandidatePainter:
         candidate = self.candidate
         say(f"loading {candidate.name} ({candidate.model.name})")
         pipe = build_pipeline(candidate.model, candidate.student, candidate.schedule, fold=True)
-        channels_last(pipe.vae)
         if candidate.sigmas is not None:
             pipe.scheduler = FixedLevels(candidate.sigmas)
         return pipe
