@@ -21,7 +21,9 @@ from composing import compose_faster
 
 from swd.commands import cli
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, which programs started by a test would inherit
+for number in (signal.SIGHUP, signal.SIGINT):
+    # nohup and `&` have them ignored, which programs started by a test would inherit.
+    signal.signal(number, signal.SIG_DFL if number == signal.SIGHUP else signal.default_int_handler)
 
 DATA = Path(__file__).parent / "data"
 

@@ -146,7 +146,7 @@ def test_a_command_composes(line: str, tmp_path: Path) -> None:
     if command in cli.POSITIONAL:
         arguments = cli.with_paths(arguments, cli.POSITIONAL[command])
     module = importlib.import_module(cli.COMMANDS[command][0])
-    own = [f"{key}={tmp_path}" for key in ("folder",) if command == "sample" and "folder=" not in line]
+    own = [f"folder={tmp_path}"] if command in ("sample", "spectra") and "folder=" not in line else []
     cfg = composed([*arguments, *own], command)
     if command == "import":
         assert module.prepare(cfg) is not None

@@ -40,6 +40,7 @@ COMMANDS = {
     "import": ("swd.commands.import_pictures", "make shards of captioned pictures"),
     "encode": ("swd.commands.encode", "encode a data set once, for all trainings of one model"),
     "plan": ("swd.commands.plan", "count what a training needs: memory, batch, time, disk; downloads nothing"),
+    "spectra": ("swd.commands.spectra", "measure which frequencies of latents noise covers, by level"),
     "dashboard": ("swd.commands.dashboard", "write a wandb workspace: losses, metrics by size, samples, throughput"),
     "demo": ("swd.commands.demo", "distil, sample, evaluate and report on the embedded teacher"),
     "report": ("swd.commands.report", "write one page about runs and evaluations: report FOLDER ..."),

@@ -30,6 +30,7 @@ NEEDED = {
     "evaluate": ["models=[teacher]", "prompts=shapes", "metrics=[shapes_accuracy]"],
     "report": ["folders=[run]"],
     "compare": ["paths=[a,b]"],
+    "spectra": ["cache=cache"],
     "dashboard": [],
 }
 KEYS = {
@@ -58,6 +59,7 @@ READ = {
     "evaluate": {"model", "schedule"},
     "report": set(),
     "compare": set(),
+    "spectra": {"model", "schedule"},
     "dashboard": set(),
 }
 """Groups that a command reads; of the others it must refuse the keys."""

@@ -115,7 +115,7 @@ def test_updates_are_added_in_float32_before_weights_are_rounded_or_quantized(
     # In 8 bits: the changed weights, not the changed rounding of the base's.
     small = with_styles(name, plain, styles, quantization="int8")
     network = copy.deepcopy(exact).float()
-    quantize(network, small.targets, "int8")
+    quantize(network, small.targets, "int8", small.backbone_class(network).repeated_blocks)
     networks = small.networks(("student",))
     with networks.role("teacher"):
         assert_close(predicted(networks.backbone.network, small), predicted(network, small), rtol=1e-3, atol=1e-3)
