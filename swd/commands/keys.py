@@ -150,6 +150,16 @@ PLAN: dict[str, Any] = MODEL | {
     "samples": int,
     "precision": Literal["fp32", "bf16", "int8"],
 }
+SPECTRA: dict[str, Any] = MODEL | {
+    "cache": str,
+    "levels": list[float | int],
+    "n": int | None,
+    "seed": int,
+    "batch_size": int,
+    "name": str,
+    "output": str,
+    "folder": str,
+}
 DASHBOARD: dict[str, Any] = {"project": str, "entity": str | None, "title": str, "output": str, "to": str}
 DEMO: dict[str, Any] = TRAIN | {
     "judge": str,
@@ -191,6 +201,7 @@ ROOTS: Mapping[str, Mapping[str, Any]] = {
     "generate": GENERATE,
     "import": IMPORT,
     "plan": PLAN,
+    "spectra": SPECTRA,
     "dashboard": DASHBOARD,
     "demo": DEMO,
     "report": REPORT,

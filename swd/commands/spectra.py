@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from swd import __version__
-from swd.commands import shared
+from swd.commands import keys, shared
 from swd.config import build, check
 from swd.data.decoders import CacheDecoder
 from swd.data.indexed import IndexedShards
@@ -33,16 +33,6 @@ from swd.modules.pretrained import Pretrained
 from swd.report.spectrum_chart import SpectrumCurve, spectrum_chart
 from swd.types import CachedBatch, SeededDraws, Size, UserError
 
-ROOT = shared.ROOT | {
-    "cache": str,
-    "levels": list[float | int],
-    "n": int | None,
-    "seed": int,
-    "batch_size": int,
-    "name": str,
-    "output": str,
-    "folder": str,
-}
 ROWS = "spectra.csv"
 SUMMARY = "spectra.json"
 UNITS = {"space": "side", "time": "frames"}
@@ -117,7 +107,7 @@ def prepare(cfg: DictConfig) -> SpectraPlan:
         raise UserError(
             "cache is missing; encode pictures or videos first: swd encode ... out=FOLDER, then cache=FOLDER"
         )
-    check(cfg, ROOT)
+    check(cfg, keys.SPECTRA)
     limits.whole("n", cfg.n, 1)
     limits.whole("batch_size", cfg.batch_size, 1, limits.AT_ONCE)
     levels = sorted({float(level) for level in cfg.levels})
