@@ -33,6 +33,7 @@ from swd.modules.pretrained import Pretrained
 from swd.report.spectrum_chart import SpectrumCurve, spectrum_chart
 from swd.types import CachedBatch, SeededDraws, Size, UserError
 
+ROOT = keys.SPECTRA
 ROWS = "spectra.csv"
 SUMMARY = "spectra.json"
 UNITS = {"space": "side", "time": "frames"}
@@ -107,7 +108,7 @@ def prepare(cfg: DictConfig) -> SpectraPlan:
         raise UserError(
             "cache is missing; encode pictures or videos first: swd encode ... out=FOLDER, then cache=FOLDER"
         )
-    check(cfg, keys.SPECTRA)
+    check(cfg, ROOT)
     limits.whole("n", cfg.n, 1)
     limits.whole("batch_size", cfg.batch_size, 1, limits.AT_ONCE)
     levels = sorted({float(level) for level in cfg.levels})
