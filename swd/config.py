@@ -80,6 +80,7 @@ FOREIGN_TO: Mapping[str, Mapping[str, str]] = {
     "evaluate": {"precision": FOREIGN["precision"], "prompt": "prompts=FILE", "adapter": "models='[RUN]'"},
     "encode": {"output_dir": "out=FOLDER"},
     "import": {"output_dir": "out=FOLDER"},
+    "spectra": {"out": "folder=FOLDER", "output_dir": "folder=FOLDER", "data": "cache=FOLDER", "path": "cache=FOLDER"},
     "dashboard": {"out": "to=FILE", "name": "title=TEXT"},
     "export": {"output_dir": "to=FOLDER", "out": "to=FOLDER", "adapter": "run=RUN", "checkpoint": "run=RUN"},
     "report": {"output": "out=FILE", "run": "folders=[RUN]", "runs": "folders=[RUN]"},
