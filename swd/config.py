@@ -84,6 +84,7 @@ FOREIGN_TO: Mapping[str, Mapping[str, str]] = {
     "encode": {"output_dir": "out=FOLDER"},
     "plan": {"gpus": "n_gpus=NUMBER", "devices": "n_gpus=NUMBER", "memory": "gpu=80GB"},
     "import": {"output_dir": "out=FOLDER"},
+    "spectra": {"out": "folder=FOLDER", "output_dir": "folder=FOLDER", "data": "cache=FOLDER", "path": "cache=FOLDER"},
     "dashboard": {"out": "to=FILE", "name": "title=TEXT"},
     "export": {"output_dir": "to=FOLDER", "out": "to=FOLDER", "adapter": "run=RUN", "checkpoint": "run=RUN"},
     "report": {"output": "out=FILE", "run": "folders=[RUN]", "runs": "folders=[RUN]"},

@@ -30,7 +30,7 @@ NEEDED = {
     "evaluate": ["models=[teacher]", "prompts=shapes", "metrics=[shapes_accuracy]"],
     "report": ["folders=[run]"],
     "compare": ["paths=[a,b]"],
-    "spectra": ["cache=cache"],
+    "spectra": ["folder=run", "cache=cache"],
     "dashboard": [],
 }
 KEYS = {
