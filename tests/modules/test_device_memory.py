@@ -22,7 +22,7 @@ from swd.types import UserError
 DOCS = Path(__file__).parents[2] / "docs"
 SCALE = table((DOCS / "scale.md").read_text(), "model | a copy on each GPU")
 MODELS = table((DOCS / "models.md").read_text(), "model | base")
-FAST = ("sd35_large", "sd35_medium", "flux_dev", "sdxl")
+FAST = ("sd35_large", "sd35_medium", "flux_dev")
 """Models that are counted in every run of the tests; it takes some seconds for each."""
 GPUS = {"sd35_medium": 24, "sd35_large": 40, "flux_dev": 80}
 """GB of cards that a training on cached data fits by the bytes that it keeps."""

@@ -60,7 +60,7 @@ def counted_training(task: Distiller, folder: Path) -> float:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", ["sd35_medium", "sdxl"])
+@pytest.mark.parametrize("name", ["sd35_medium", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_operations_are_those_of_a_real_training(name: str, checkpointing: bool, tmp_path: Path) -> None:
     model = families.pretrained(name, families.save(name, tmp_path / name))
     flow = model.backbone_class.process.prediction_type == "flow"
