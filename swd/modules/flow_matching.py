@@ -305,8 +305,10 @@ class FlowMatching(WatchedTask):
         }
         return replace(conditioning, **values)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def update_average(self) -> None:
         self.average.update_parameters(self.adapter if self.lora else self.backbone.network)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.global_step % self.save_every == 0:
             self.export()
 

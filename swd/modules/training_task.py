@@ -43,6 +43,10 @@ class WatchedTask(L.LightningModule):
         """Write the trained model."""
         raise NotImplementedError
 
+    def update_average(self) -> None:
+        """Take the weights, after a step of the optimizer, into their average."""
+        raise NotImplementedError
+
     def older_than(self, checkpoint: Path) -> bool:
         """Whether the files that `export` writes are missing or older than `checkpoint`."""
         times = [file.stat().st_mtime_ns for file in self.target.glob("*.safetensors")]
@@ -64,6 +68,7 @@ class WatchedTask(L.LightningModule):
         optimizer = kwargs.get("optimizer", args[2] if len(args) > 2 else None)
         step = partial(super().optimizer_step, *args, **kwargs)
         step_or_stop(step, self.trainer, self._trained(optimizer), "weights", self._place)
+        self.update_average()  # here, since callbacks write checkpoints before the task's `on_train_batch_end`
 
     def misfit(self, checkpoint: Mapping[str, Any]) -> str | None:
         """Description of what a checkpoint lacks of the optimizer's state; None if it fits. Loads no weights."""

@@ -163,8 +163,10 @@ class JudgeTask(WatchedTask):
         self.log_dict(self.last_metrics)
         return loss
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def update_average(self) -> None:
         self.average.update_parameters(self.judge)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.global_step % self.save_every == 0:
             self.export()
 

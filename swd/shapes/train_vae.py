@@ -143,8 +143,10 @@ class VAETask(WatchedTask):
         top, left = (8 * torch.randint(places, (2,), generator=self.pick)).tolist()
         return pixels[..., top : top + self.crop, left : left + self.crop]
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def update_average(self) -> None:
         self.average.update_parameters(self.vae)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.recent.append(batch.pixels)
         if self.global_step % self.save_every == 0:
             self.export()

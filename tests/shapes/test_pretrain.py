@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipe
 from safetensors.torch import load_file
 from torch import nn
 
+from swd.callbacks.checkpoint import Checkpoint, written
 from swd.data.datamodule import PairData
 from swd.modules.flow_matching import FlowMatching, draw_sigma
 from swd.modules.muon import MuonAdamW, hidden_matrices
@@ -216,6 +217,32 @@ def test_muon_continues_from_its_state() -> None:
     whole, resumed = trained(6)[0].state_dict(), trained(3, state)[0].state_dict()
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+def test_flow_matching_goes_on_bit_for_bit(lora: bool, skeleton: Path, tmp_path: Path) -> None:
+    """From a checkpoint that was written while it trained: weights, their average and how often it was updated."""
+
+    def trained(name: str, checkpoint: Path | None = None, stop: int | None = None) -> dict[str, torch.Tensor]:
+        class Stop(L.Callback):
+            def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+                trainer.should_stop = trainer.global_step == stop
+
+        model = Pretrained("sd3", str(skeleton), max_text_tokens=TEXT_TOKENS, precision="fp32", rank=2)
+        task = FlowMatching(model, [4, 6], out=str(tmp_path / "out"), lora=lora, lr=1e-2, warmup=1, save_every=100)
+        quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        (tmp_path / name).mkdir()
+        where: dict[str, Any] = {"default_root_dir": tmp_path / name, "callbacks": [Checkpoint(every=2), Stop()]}
+        trainer = L.Trainer(max_steps=4, max_epochs=-1, accelerator="cpu", **where, **quiet)
+        trainer.fit(task, datamodule=shapes(2), ckpt_path=checkpoint, weights_only=False if checkpoint else None)
+        return {key: value.clone() for key, value in task.state_dict().items()}
+
+    torch.manual_seed(0)
+    straight = trained("straight")
+    trained("half", stop=2)
+    resumed = trained("resumed", *written(tmp_path / "half"))
+    assert straight["average.n_averaged"] == 4
+    assert {key for key in straight if not torch.equal(straight[key], resumed[key])} == set()
 
 
 def test_flow_matching_checks_its_sizes(skeleton: Path) -> None:
