@@ -226,8 +226,8 @@ BOUNDS = {"sdxl": (5e-5, 2e-4), "sana": (5e-5, 1e-5), "z_image": (2e-5, 1e-5)}
 
 They are rounding's: a batch of other size adds up in another order, and AdamW makes a whole step of 1e-4 out of a
 gradient that is nothing but rounding. One process that takes its batch in two parts moves single weights as far: by
-3e-5 in SANA (full), 1e-5 in Z-Image (full), 9e-6 in SDXL (full), 2e-6 in FLUX (full). That few weights do shows in the root of the mean square,
-which is held to half a percent of a step for all.
+3e-5 in SANA (full), 1e-5 in Z-Image (full), 9e-6 in SDXL (full), 2e-6 in FLUX (full). That few weights do shows in the
+root of the mean square, which is held to half a percent of a step for all.
 """
 SQUARED: dict[str, Any] = {"mmd": {"distance": "squared"}}
 """Without the square root, which makes rounding large where the distance is near zero (SDXL: 8e-5 instead of 5e-7)."""
