@@ -222,4 +222,5 @@ def fill(folder: Path, task: Distiller, weights: Weights) -> None:
         base=model.name,
         part=model.backbone_class.lora_prefix(),
         baked=[adapter.baked for adapter in model.adapters],
+        expert=model.backbone_class.expert(),
     )

@@ -327,7 +327,7 @@ class AdapterContent:
         model = self.model
         baked = [adapter.baked for adapter in model.adapters]
         write_layouts(folder, self.adapter.state, model.name, model.backbone_class.lora_prefix())
-        write_base(folder, model.name, baked)
+        write_base(folder, model.name, baked, model.backbone_class.expert())
         renamed = self._renamed()
         if renamed:
             save_file(renamed, folder / COMFY_WEIGHTS)

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,8 @@ DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 SCHEDULER_CONFIG = "scheduler_config.json"
 NETWORK_CONFIG = "config.json"
 BASE = "base.json"
-"""File beside a student whose base was changed before it was trained: which base, and which adapters were added."""
+"""File beside a student whose base was changed before it was trained, or is one of several experts: which base, which
+adapters were added, and which expert."""
 STUDENTS = "students"
 """Folder of a run with the students that were written while it trained."""
 CHECKPOINTS = "checkpoints"
@@ -117,12 +118,14 @@ class Adapter:
         source: the file that they came from.
         base: name of the model that it was trained on, if the adapter records one.
         baked: adapters that were added to that model before, if the adapter records any.
+        expert: the network's name in a pipeline of several experts, if the adapter records one.
     """
 
     state: dict[str, Tensor]
     source: Path
     base: str | None = None
     baked: tuple[Baked, ...] = ()
+    expert: str | None = None
 
     def __contains__(self, module: str) -> bool:
         """Whether it adapts a module."""
@@ -272,6 +275,11 @@ def load(path: Path) -> Adapter:
     """
     if is_checkpoint(path):
         raise UserError(f"{path} is a checkpoint; make an adapter of it first: swd export run={path} to=FOLDER")
+    return replace(_in_any_layout(path), expert=read_expert(path if path.is_dir() else path.parent))
+
+
+def _in_any_layout(path: Path) -> Adapter:
+    """Read an adapter's weights from a file or a folder."""
     if path.is_file():
         if path.name != PEFT_WEIGHTS:
             return _from_diffusers(path)
@@ -331,11 +339,29 @@ def read_baked(folder: Path) -> tuple[Baked, ...]:
     Raises:
         UserError: if the record is damaged.
     """
+    record = _read_base(folder)
+    return baked_of(record["adapters"], folder / BASE) if "adapters" in record else ()
+
+
+def read_expert(folder: Path) -> str | None:
+    """The expert that the student in a folder is of, by its name in the pipeline; None if it records none.
+
+    Raises:
+        UserError: if the record is damaged.
+    """
+    expert = _read_base(folder).get("expert")
+    if not isinstance(expert, str | None):
+        raise UserError(f"{folder / BASE} is damaged: expert is {shown(expert)}; copy it again")
+    return expert
+
+
+def _read_base(folder: Path) -> dict[str, Any]:
+    """The record about a student's base; empty if there is none."""
     file = folder / BASE
     if not file.is_file():
-        return ()
+        return {}
     check_checksums(folder, (BASE,))
-    return baked_of(read_json(file).get("adapters"), file)
+    return read_json(file)
 
 
 def baked_of(entries: Any, file: Path) -> tuple[Baked, ...]:
@@ -521,6 +547,12 @@ def _fold(
 
 def check_model(adapter: Adapter, model: Pretrained) -> None:
     """Raise UserError, with both names, if the adapter was made for another network."""
+    part = model.backbone_class.subfolder
+    if adapter.expert not in (None, part):
+        raise UserError(
+            f"adapter {adapter.source.parent} is of the expert {adapter.expert}, but model.family={model.family} is "
+            f"{part} of {model.name}; give one of that expert, or the model of the other"
+        )
     layers = {name: layer for name, layer in model.meta_network.named_modules() if isinstance(layer, _LAYERS)}
     for module in adapter.modules:
         layer = layers.get(module)
@@ -530,6 +562,8 @@ def check_model(adapter: Adapter, model: Pretrained) -> None:
         if (outer, *inner) != shape:
             made_for = f"made for {adapter.base}" if adapter.base else "made for a model that it does not name"
             found = "which this model does not have" if shape is None else f"{(outer, *inner)} against {shape}"
+            if shape is None and module in {model.backbone_class.comfy_key(n).partition(".")[2] for n in layers}:
+                found = f"the name of a layer in ComfyUI; give a file with diffusers' names, or {MERGE}"
             raise UserError(
                 f"adapter {adapter.source.parent} ({made_for}) does not fit model {model.name}: {module}, {found}"
             )
@@ -611,6 +645,7 @@ def fill_adapter(
     base: str,
     part: str,
     baked: Sequence[Baked] = (),
+    expert: str | None = None,
 ) -> None:
     """Write the adapter of a run, for `PeftModel.from_pretrained` and `pipe.load_lora_weights`, and its schedule.
 
@@ -624,10 +659,11 @@ def fill_adapter(
         base: name of the model that the adapter was trained on, for the record.
         part: what keys begin with in a file for the pipeline, see `Backbone.lora_prefix`.
         baked: adapters that were added to that model before.
+        expert: the network's name where the pipeline has several, see `Backbone.expert`.
     """
     new.mkdir()
     write_layouts(new, fold_alpha(state, rank, alpha), base, part)
-    write_base(new, base, baked)
+    write_base(new, base, baked, expert)
     scheduler.save_pretrained(new)
     write_checksums(new)
 
@@ -649,10 +685,11 @@ def fill_student(new: Path, network: Any, scheduler: ScaleWiseScheduler) -> None
     write_checksums(new)
 
 
-def write_base(folder: Path, base: str, baked: Sequence[Baked]) -> None:
-    """Write of what the base of a student was made; nothing for a base to which nothing was added."""
-    if baked:
-        write_json(folder / BASE, {"base": base, "adapters": [asdict(entry) for entry in baked]})
+def write_base(folder: Path, base: str, baked: Sequence[Baked], expert: str | None) -> None:
+    """Write what a student's base was made of and which expert it is; nothing for a plain base of one network."""
+    record: dict[str, Any] = {"base": base, "adapters": [asdict(entry) for entry in baked]}
+    if baked or expert:
+        write_json(folder / BASE, record | ({"expert": expert} if expert else {}))
 
 
 def write_layouts(folder: Path, state: dict[str, Tensor], base: str, part: str) -> None:

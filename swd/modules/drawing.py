@@ -70,11 +70,12 @@ def build_pipeline(
             else:
                 each.load_into(pipe, its_model)
         schedule.attach(pipe)
-    if model.quantization:
-        # After the adapter: loaders would give it the base's 8 bits. Its layers hold the base under this name.
-        inner = [f"{target}.base_layer" for target in model.targets]
-        blocks = model.backbone_class(network).repeated_blocks
-        quantize(network, [*model.targets, *inner], model.quantization, blocks)
+    # After the adapters: loaders would give them the base's 8 bits. Their layers hold the base under this name.
+    for its_network, its_model in denoising_networks(pipe, model, other):
+        if its_model.quantization:
+            inner = [f"{target}.base_layer" for target in its_model.targets]
+            blocks = its_model.backbone_class(its_network).repeated_blocks
+            quantize(its_network, [*its_model.targets, *inner], its_model.quantization, blocks)
     if cfg is None:
         return pipe.to(device)
     if cfg.tiny_vae is not None:
@@ -87,24 +88,35 @@ def build_pipeline(
     return pipe
 
 
+def denoising_networks(pipe: Any, model: Pretrained, other: OtherExpert | None = None) -> list[tuple[Any, Pretrained]]:
+    """The denoising networks of a pipeline, each with its model: the model's own, then those of its other experts.
+
+    Without a student of its own, another expert is the base's and is treated as the model's own network is.
+    """
+    models = dict.fromkeys((model.backbone_class.subfolder, *model.backbone_class.other_experts), model)
+    if other is not None:
+        models[other.model.backbone_class.subfolder] = other.model
+    return [(getattr(pipe, part), its_model) for part, its_model in models.items()]
+
+
 def compile_parts(pipe: Any, model: Pretrained, whole: bool, coders: bool) -> None:
     """Compile parts of a pipeline, in place and for any size; each is compiled when it first runs.
 
     Args:
         pipe: the pipeline.
         model: its model.
-        whole: the network as one; False: each of its repeated blocks, which are compiled once for all of them. Hooks of
-            the network run outside of what is compiled.
+        whole: each network as one; False: each of its repeated blocks, which are compiled once for all of them. A
+            network's hooks run outside of what is compiled.
         coders: also text encoders and the VAE's decoder.
     """
-    network = getattr(pipe, model.backbone_class.subfolder)
-    if whole:
-        network.forward = torch.compile(network.forward, dynamic=True)
-    else:
-        # Some diffusers classes do not say which of their blocks repeat.
-        blocks = model.backbone_class(network).block_list
-        network._repeated_blocks = network._repeated_blocks or [type(blocks[0]).__name__]
-        network.compile_repeated_blocks(dynamic=True)
+    for network, _ in denoising_networks(pipe, model):
+        if whole:
+            network.forward = torch.compile(network.forward, dynamic=True)
+        else:
+            # Some diffusers classes do not say which of their blocks repeat.
+            blocks = model.backbone_class(network).block_list
+            network._repeated_blocks = network._repeated_blocks or [type(blocks[0]).__name__]
+            network.compile_repeated_blocks(dynamic=True)
     if coders:
         names = model.backbone_class.encoders_type.text_encoders
         for encoder in (getattr(pipe, name, None) for name in names):

@@ -342,8 +342,8 @@ class FlowMatching(WatchedTask):
                 parameter.copy_(own)
         state = fold_alpha(state, model.rank, model.rank if model.alpha is None else model.alpha)
         baked = [adapter.baked for adapter in model.adapters]
-        write_layouts(folder, state, model.name, model.backbone_class.subfolder)
-        write_base(folder, model.name, baked)
+        write_layouts(folder, state, model.name, model.backbone_class.lora_prefix())
+        write_base(folder, model.name, baked, model.backbone_class.expert())
 
     def configure_optimizers(self) -> Any:
         network = self.adapter if self.lora else self.backbone.network

@@ -168,6 +168,18 @@ def students(experts: dict[str, Pretrained], root: Path) -> dict[str, Adapter]:
     }
 
 
+def test_8_bits_are_of_both_networks(experts: dict[str, Pretrained], tmp_path: Path) -> None:
+    """Of the two students' models, and of the base's other expert where only one student is given."""
+    adapters = students(experts, tmp_path)
+    high, low = (
+        families.pretrained(NAME, model.folder, family=family, quantization="int8") for family, model in experts.items()
+    )
+    for other in (None, OtherExpert(low, adapters[low.family])):
+        pipe = sample.build_pipeline(high, adapters[high.family], scheduler(), other=other)
+        layers = [network.blocks[0].ffn.net[2] for network in (pipe.transformer, pipe.transformer_2)]
+        assert [getattr(layer, "base_layer", layer).weight.dtype for layer in layers] == [torch.int8] * 2
+
+
 def drawn_by_hand(experts: dict[str, Pretrained], adapters: dict[str, Adapter]) -> Tensor:
     """Both students in a plain loop, each at its own levels."""
     networks: dict[str, SharedBase] = {}
@@ -283,6 +295,12 @@ def test_commands_take_the_models_as_they_ship(
     assert job.other is not None and job.other.model.family == "wan_low_noise"
     student = job.other.student
     assert isinstance(student, Adapter) and student.source.parent == made["wan_low_noise"]
+    other_experts = [*drawing[:-1], f"adapter={made['wan_low_noise']}"]
+    for given, wrong in ((drawing, made["wan_high_noise"]), (other_experts, made["wan_high_noise"])):
+        with pytest.raises(UserError, match=r"is of the expert transformer(_2)?, but model\.family=wan_\w+ is transf"):
+            sample.prepare(composed([*given, f"other_adapter={wrong}"], "sample"))
+    with pytest.raises(UserError, match=r"is of the expert transformer_2, but model\.family=wan_high"):
+        families.pretrained(NAME, folder, family="wan_high_noise", adapters=[str(made["wan_low_noise"])])
     with pytest.warns(UserWarning, match="give other_adapter="):
         assert sample.prepare(composed(drawing, "sample")).other is None
     with pytest.raises(UserError, match="other_adapter=x is of a second expert, but adapter is null"):

@@ -122,6 +122,7 @@ class Backbone(nn.Module, ABC):
         pipeline_type: the diffusers pipeline that it is part of.
         pipeline_aliases: pipelines that use the same weights for other tasks.
         encoders_type: text encoders and VAE of that pipeline.
+        masked_text: whether the network takes a mask of the text's tokens.
         video: whether it draws videos.
         has_refiner: whether there are refiners, networks of their own that take over for the last steps.
         layout: how its pipeline takes latents, see `swd.scheduler.to_layout`.
@@ -147,6 +148,7 @@ class Backbone(nn.Module, ABC):
     pipeline_type: ClassVar[str]
     pipeline_aliases: ClassVar[tuple[str, ...]] = ()
     encoders_type: ClassVar[type[Encoders]]
+    masked_text: ClassVar[bool] = False
     video: ClassVar[bool] = False
     has_refiner: ClassVar[bool] = False
     layout: ClassVar[str] = "map"
@@ -191,7 +193,8 @@ class Backbone(nn.Module, ABC):
         generator = torch.Generator().manual_seed(seed)
         width, pooled = cls.conditioning_widths(config)
         embeds = torch.randn(batch, tokens, width, generator=generator)
-        return Conditioning(embeds, None if pooled is None else torch.randn(batch, pooled, generator=generator))
+        pooled_embeds = None if pooled is None else torch.randn(batch, pooled, generator=generator)
+        return Conditioning(embeds, pooled_embeds, mask=torch.ones(batch, tokens) if cls.masked_text else None)
 
     @staticmethod
     def initialise(network: nn.Module, seed: int) -> None:
@@ -269,6 +272,11 @@ class Backbone(nn.Module, ABC):
     def lora_prefix(cls) -> str:
         """What LoRA keys of this network begin with in files for the stock pipeline: its name there, in most."""
         return cls.subfolder
+
+    @classmethod
+    def expert(cls) -> str | None:
+        """The network's name in the pipeline, for records; None where it is the only denoising network."""
+        return cls.subfolder if cls.other_experts else None
 
     @staticmethod
     def comfy_key(module: str) -> str:
