@@ -142,7 +142,7 @@ class Pretrained(FamilyFolder):
         """Check that the stock pipeline takes what the teacher is to draw with."""
         if self.negative_prompt is not None and self.drawing_guidance_scale == 1:
             raise UserError(
-                "model.negative_prompt has no effect where model.drawing_guidance_scale is 1, no guidance; leave it out"
+                "model.negative_prompt has no effect where model.drawing_guidance_scale is 1, no guidance; make it null"
             )
         if self.drawing_guidance_scale != 1 and not backbone.guidance_arguments(self.drawing_guidance_scale):
             raise UserError(

@@ -46,6 +46,7 @@ class ChromaBackbone(Backbone):
     pipeline_type: ClassVar[str] = "ChromaPipeline"
     pipeline_aliases: ClassVar[tuple[str, ...]] = ("ChromaImg2ImgPipeline", "ChromaInpaintPipeline")
     encoders_type: ClassVar[type[Encoders]] = ChromaEncoders
+    masked_text: ClassVar[bool] = True
     comfyui: ClassVar[bool] = True
     layout: ClassVar[str] = "tokens"
 
@@ -58,11 +59,6 @@ class ChromaBackbone(Backbone):
     @staticmethod
     def conditioning_widths(config: dict[str, Any]) -> tuple[int, int | None]:
         return config["joint_attention_dim"], None
-
-    @classmethod
-    def random_conditioning(cls, config: dict[str, Any], batch: int, tokens: int, seed: int = 0) -> Conditioning:
-        plain = super().random_conditioning(config, batch, tokens, seed)
-        return replace(plain, mask=torch.ones(batch, tokens))
 
     @staticmethod
     def mend(pipe: Any) -> None:

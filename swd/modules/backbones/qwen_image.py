@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -54,6 +53,7 @@ class QwenImageBackbone(Backbone):
     pipeline_type: ClassVar[str] = "QwenImagePipeline"
     pipeline_aliases: ClassVar[tuple[str, ...]] = ("QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
     encoders_type: ClassVar[type[Encoders]] = QwenImageEncoders
+    masked_text: ClassVar[bool] = True
     comfyui: ClassVar[bool] = True
     layout: ClassVar[str] = "tokens"
     # Of models that edit pictures, draw layers, or are fed a guidance scale.
@@ -78,11 +78,6 @@ class QwenImageBackbone(Backbone):
     @staticmethod
     def conditioning_widths(config: dict[str, Any]) -> tuple[int, int | None]:
         return config["joint_attention_dim"], None
-
-    @classmethod
-    def random_conditioning(cls, config: dict[str, Any], batch: int, tokens: int, seed: int = 0) -> Conditioning:
-        plain = super().random_conditioning(config, batch, tokens, seed)
-        return replace(plain, mask=torch.ones(batch, tokens))
 
     @staticmethod
     def sampling_arguments(max_text_tokens: int, guidance: float | None) -> dict[str, Any]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from swd.diffusion import Process, RectifiedFlow
@@ -41,6 +39,7 @@ class SanaBackbone(Backbone):
     pipeline_type: ClassVar[str] = "SanaPipeline"
     pipeline_aliases: ClassVar[tuple[str, ...]] = ("SanaPAGPipeline",)
     encoders_type: ClassVar[type[Encoders]] = SanaEncoders
+    masked_text: ClassVar[bool] = True
     float_latents: ClassVar[bool] = True
     targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")  # its MLP is made of convolutions
 
@@ -60,11 +59,6 @@ class SanaBackbone(Backbone):
     @staticmethod
     def conditioning_widths(config: dict[str, Any]) -> tuple[int, int | None]:
         return config["caption_channels"], None
-
-    @classmethod
-    def random_conditioning(cls, config: dict[str, Any], batch: int, tokens: int, seed: int = 0) -> Conditioning:
-        plain = super().random_conditioning(config, batch, tokens, seed)
-        return replace(plain, mask=torch.ones(batch, tokens))
 
     @staticmethod
     def sampling_arguments(max_text_tokens: int, guidance: float | None) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -55,6 +54,7 @@ class ZImageBackbone(Backbone):
     pipeline_type: ClassVar[str] = "ZImagePipeline"
     pipeline_aliases: ClassVar[tuple[str, ...]] = ("ZImageImg2ImgPipeline", "ZImageInpaintPipeline")
     encoders_type: ClassVar[type[Encoders]] = ZImageEncoders
+    masked_text: ClassVar[bool] = True
     float_latents: ClassVar[bool] = True
     called_with_first_size: ClassVar[bool] = True
     targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
@@ -77,11 +77,6 @@ class ZImageBackbone(Backbone):
     @staticmethod
     def conditioning_widths(config: dict[str, Any]) -> tuple[int, int | None]:
         return config["cap_feat_dim"], None
-
-    @classmethod
-    def random_conditioning(cls, config: dict[str, Any], batch: int, tokens: int, seed: int = 0) -> Conditioning:
-        plain = super().random_conditioning(config, batch, tokens, seed)
-        return replace(plain, mask=torch.ones(batch, tokens))
 
     @staticmethod
     def sampling_arguments(max_text_tokens: int, guidance: float | None) -> dict[str, Any]:
