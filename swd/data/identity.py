@@ -41,6 +41,8 @@ def difference(stored: Mapping[str, Any], model: Pretrained, schedule: ScaleSche
             if values[key] != stored["parts"][part][key]:
                 return f"{part} is not the one of {stored['model']} ({key} differ)"
     kept = {key: stored[key] for key in ("family", "max_text_tokens")}
+    if kept["family"] in model.backbone_class.other_experts.values():  # of the same pipeline, with the same encoders
+        kept["family"] = model.family
     changed = first_difference(kept, {key: now[key] for key in kept})
     if changed:
         return changed

@@ -562,6 +562,8 @@ def check_model(adapter: Adapter, model: Pretrained) -> None:
         if (outer, *inner) != shape:
             made_for = f"made for {adapter.base}" if adapter.base else "made for a model that it does not name"
             found = "which this model does not have" if shape is None else f"{(outer, *inner)} against {shape}"
+            if shape is None and module in {model.backbone_class.comfy_key(n).partition(".")[2] for n in layers}:
+                found = f"the name of a layer in ComfyUI; give a file with diffusers' names, or {MERGE}"
             raise UserError(
                 f"adapter {adapter.source.parent} ({made_for}) does not fit model {model.name}: {module}, {found}"
             )

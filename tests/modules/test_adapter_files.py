@@ -35,6 +35,7 @@ from swd.modules.adapters import (
     save_adapter,
     save_student,
 )
+from swd.modules.backbones import load_family
 from swd.scheduler import ScaleWiseScheduler
 from swd.types import UserError
 
@@ -388,7 +389,9 @@ def test_a_convolution_s_lora_has_a_kernel_in_lora_a_alone(tmp_path: Path) -> No
 def a_model(init: Path, **more: Any) -> Any:
     network = nn.ModuleDict({"q": nn.Linear(3, 4), "k": nn.Linear(3, 4), "norm": nn.LayerNorm(3)})
     options = {"targets": ["q"], "rank": 2, "alpha": None, "initial": None} | more
-    return SimpleNamespace(name="tiny", meta_network=network, init_adapter=str(init), **options)
+    return SimpleNamespace(
+        name="tiny", backbone_class=load_family("sd3"), meta_network=network, init_adapter=str(init), **options
+    )
 
 
 @pytest.mark.parametrize(("alpha", "factor"), [(None, 1.0), (2.0, 1.0), (4.0, 0.5)])

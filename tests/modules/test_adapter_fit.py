@@ -12,10 +12,13 @@ import torch
 from torch import nn
 
 from swd.modules.adapters import Adapter, check_model
+from swd.modules.backbones import load_family
 from swd.types import UserError
 
 MODEL: Any = SimpleNamespace(
-    name="tiny", meta_network=nn.ModuleDict({"a": nn.Linear(6, 5), "b": nn.Conv2d(3, 4, 2), "norm": nn.LayerNorm(6)})
+    name="tiny",
+    backbone_class=load_family("sd3"),
+    meta_network=nn.ModuleDict({"a": nn.Linear(6, 5), "b": nn.Conv2d(3, 4, 2), "norm": nn.LayerNorm(6)}),
 )
 
 
@@ -53,3 +56,14 @@ def test_an_adapter_fits_layers_of_its_shape() -> None:
 def test_an_adapter_of_another_network_is_refused_with_both_names(made: Adapter, message: str) -> None:
     with pytest.raises(UserError, match=f"^adapter {re.escape(message)}$"):
         check_model(made, MODEL)
+
+
+def test_a_file_with_comfyuis_names_says_so() -> None:
+    """Most LoRAs of Wan have the names of its original weights, of which diffusers has others."""
+    layer = nn.ModuleDict({"attn1": nn.ModuleDict({"to_q": nn.Linear(6, 6)})})
+    wan: Any = SimpleNamespace(
+        name="tiny", backbone_class=load_family("wan"), meta_network=nn.ModuleDict({"blocks": nn.ModuleList([layer])})
+    )
+    check_model(adapter("blocks.0.attn1.to_q", (6,), 6), wan)
+    with pytest.raises(UserError, match=r"blocks\.0\.self_attn\.q, the name of a layer in ComfyUI; give a file with"):
+        check_model(adapter("blocks.0.self_attn.q", (6,), 6), wan)

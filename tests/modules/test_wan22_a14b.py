@@ -19,6 +19,7 @@ from torch.testing import assert_close
 
 from swd.callbacks.sample_sheets import Samples
 from swd.commands import generate, sample
+from swd.data import identity
 from swd.data.iterations import Iterations
 from swd.data.webdataset import DueBatches
 from swd.diffusion import RectifiedFlow
@@ -143,6 +144,14 @@ def test_two_iterations_train_an_expert_at_its_own_levels(
     assert steps == ([0, 1] if family == "wan_high_noise" else [2, 2])
     assert len(levels) > 20 and all(map(model.backbone_class.process.covers, levels))
     assert not task.draws_alone and not (tmp_path / "samples").exists() and sheets.missing(tmp_path, task, 2) is None
+
+
+def test_a_cache_serves_both_experts(experts: dict[str, Pretrained]) -> None:
+    schedule = ScaleSchedule(SIGMAS, SIZES)
+    for first, second in (EXPERTS, EXPERTS[::-1]):
+        stored = identity.identity(experts[first], schedule)
+        assert identity.difference(stored, experts[second], schedule) is None
+        assert "family" in str(identity.difference(stored | {"family": "wan"}, experts[second], schedule))
 
 
 def test_what_an_expert_cannot_do_is_one_line(experts: dict[str, Pretrained]) -> None:
