@@ -499,8 +499,8 @@ def training_rows(job: Job, machine: Machine, folder: Path) -> Iterator[Row]:
     costs = [iteration_costs(model, whole, settled(model, job.losses), CRITIC_UPDATES, each) for each in (False, True)]
     weights = kept_bytes(model, job.losses)
     batches = [b for b in (8, 4, 2, 1) if b <= BATCH.get(job.model, 8)]
-    last = len(whole) - 1
-    for step in dict.fromkeys((last, 0)) if small else range(last, -1, -1):
+    steps = whole.steps_of(model.backbone_class.process)[::-1]  # one of several experts trains its own alone
+    for step in dict.fromkeys((steps[0], steps[-1])) if small else steps:
         interval = whole.interval(step)
         how = Choice(2, False)
         if not small:

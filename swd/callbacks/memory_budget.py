@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, cast
 
@@ -28,12 +29,12 @@ class MemoryBudget(Callback):
         memory: GB of 10^9 bytes of each device.
 
     Attributes:
-        recomputed: for each step of the schedule, whether activations are recomputed.
+        recomputed: for each step that is trained (`Distiller.steps`), whether activations are recomputed.
     """
 
     def __init__(self, memory: float) -> None:
         super().__init__()
-        if memory <= 0:
+        if not 0 < memory < math.inf:
             raise UserError(f"trainer.memory_gb={memory:g}; give the GB of each GPU, or null")
         self.memory = memory
         self.recomputed: list[bool] = []
@@ -59,7 +60,7 @@ class MemoryBudget(Callback):
             iteration_costs(pl_module.model, pl_module.schedule, terms, pl_module.critic_updates, each)
             for each in (False, True)
         ]
-        peaks = [[part * cost.peak for cost in each] for each in costs]
+        peaks = [[part * each[step].peak for step in pl_module.steps] for each in costs]
         self.recomputed = [peak > free for peak in peaks[0]]
         if not is_first():
             return
@@ -91,7 +92,7 @@ def permanent_bytes(trainer: Trainer, task: Distiller, data: Any) -> int:
 
 def choice_text(task: Distiller, recomputed: list[bool], part: int, memory: float) -> str:
     """A line that says what was chosen."""
-    sizes = ["x".join(map(str, size)) for size in task.schedule.sizes]
+    sizes = ["x".join(map(str, task.schedule.sizes[step])) for step in task.steps]
     again = [size for size, each in zip(sizes, recomputed, strict=True) if each]
     chosen = "at no size" if not again else "at every size" if len(again) == len(sizes) else f"at {', '.join(again)}"
     return f"activations are recomputed {chosen}: {part} samples at a time, trainer.memory_gb={memory:g}"

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from swd.callbacks import SaveAdapter
 from swd.callbacks.fixed_losses import FixedLosses
 from swd.commands import keys, shared, train
-from swd.config import build, check, given_keys, node_of
+from swd.config import build, check, given_keys, node_of, overrides
 from swd.modules.distiller import Distiller
 from swd.modules.family_folder import resolve_asset
 from swd.modules.pretrained import Pretrained
@@ -140,7 +140,8 @@ def pace(cfg: DictConfig, clock: Clock, judge_folder: Path) -> list[Pace]:
     if cfg.minutes is None:
         return []
     task: Distiller = build(cfg, "task")
-    return [Pace(cfg.minutes, pictures_drawn(cfg, task, judge_folder), lambda: clock.seconds()["total"])]
+    drawn = pictures_drawn(cfg, task, judge_folder)
+    return [Pace(cfg.minutes, drawn, lambda: clock.seconds()["total"], "experiment=demo_ci" in overrides())]
 
 
 def place(task: Distiller, judge: Judge, device: torch.device) -> tuple[Distiller, Judge]:

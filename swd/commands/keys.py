@@ -140,7 +140,7 @@ PLAN: dict[str, Any] = MODEL | {
     "loss": GROUP,
     "recipe": RECIPE,
     "seed": int,
-    "gpu": str,
+    "gpu": str | float,
     "n_gpus": int,
     "divided": bool,
     "peak": float | None,

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig
@@ -59,7 +60,7 @@ class Planned:
     Attributes:
         parts: bytes on each GPU for as long as the training runs, by what they are for.
         encoders: bytes of text encoders and VAE, which a training on cached data does without.
-        sizes: latent sizes of the steps.
+        sizes: latent sizes of the steps that are trained.
         plain: cost of an iteration at each step, for a sample, with all activations kept.
         recomputed: the same with activation checkpointing.
         cached: bytes of an encoded sample on disk.
@@ -109,7 +110,7 @@ def checked_gpu(cfg: DictConfig) -> Gpu:
         raise UserError(
             f"batch_size={cfg.batch_size} does not divide over {cfg.n_gpus} GPUs; use a multiple of {cfg.n_gpus}"
         )
-    gpu = gpu_of(cfg.gpu)
+    gpu = gpu_of(str(cfg.gpu))
     return Gpu(gpu.memory, gpu.peak if cfg.peak is None else cfg.peak)
 
 
@@ -142,13 +143,19 @@ def planned(cfg: DictConfig) -> Planned:
     with tempfile.TemporaryDirectory() as folder:
         cfg = cfg.copy()
         cfg.model.path = str(model_configuration(cfg, Path(folder) / "model"))
-        task: Distiller = build(cfg, "task")
+        task: Any = build(cfg, "task")
+        if not isinstance(task, Distiller):
+            raise UserError(f"task={type(task).__name__}, but a plan is of a distillation; leave out task=")
         model, terms, updates = task.model, dict(task.terms.items()), max(task.critic_updates, 1)
-        plain, recomputed = (iteration_costs(model, task.schedule, terms, updates, each) for each in (False, True))
+        # One of several experts trains only the steps at its own levels.
+        plain, recomputed = (
+            [costs[step] for step in task.steps]
+            for costs in (iteration_costs(model, task.schedule, terms, updates, each) for each in (False, True))
+        )
         return Planned(
             memory_parts(task, cfg.n_gpus, cfg.divided),
             encoder_bytes(model),
-            tuple(task.schedule.sizes),
+            tuple(task.schedule.sizes[step] for step in task.steps),
             plain,
             recomputed,
             cache_bytes(model, task.schedule.sizes, BYTES[cfg.precision]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -243,8 +244,16 @@ def check_machine(cfg: DictConfig) -> None:
     how = f"compile={str(cfg.compile).lower()}"
     if cfg.compile and cfg.offload == "sequential":
         raise UserError(f"{how} with offload=sequential: what is compiled needs its weights at hand; drop one")
-    if cfg.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "gcc", "clang"))):
-        raise UserError(f"{how} needs a C compiler, and this machine has none; install g++, or leave it out")
+    if cfg.compile and not any(map(shutil.which, compilers(gpu))):
+        names = " or ".join(compilers(gpu))
+        raise UserError(f"{how} needs a C compiler, and this machine has no {names}; install g++, or leave it out")
+
+
+def compilers(gpu: bool) -> tuple[str, ...]:
+    """Programs of which `torch.compile` runs one: Triton a C compiler for the GPU, Inductor a C++ one for the CPU."""
+    if gpu:
+        return (os.environ["CC"],) if os.environ.get("CC") else ("gcc", "clang")
+    return (os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"),)
 
 
 def check_tiny_vae(path: str, model: Pretrained) -> None:

@@ -86,6 +86,7 @@ RANGES: Mapping[str, Range] = {
     "memory": COUNT,
     "max_steps": COUNT,
     "num_nodes": Range(1, 100_000),
+    "memory_gb": Range(0, 1e6, above=True),
 }
 """Ranges of arguments of this project's constructors and of the Trainer, by name; a name means the same everywhere."""
 

@@ -84,7 +84,8 @@ class FlowMatching(WatchedTask):
         sigma_shift, sigma_spread: see `draw_sigma`.
         reuse: a step trains on `reuse` times as many pictures as its batch brings; the others come from a memory of
             pictures already encoded (at every size). 1: every picture is used once and encoded at one size only.
-        memory: how many encoded pictures are kept.
+        memory: how many encoded pictures are kept. Checkpoints hold none: with `reuse` above 1 a run that goes on
+            fills its memory again, and does not draw the pictures that the run before it would have drawn.
         compile: compile the network's blocks.
         save_every: steps between writes.
         save_dtype: of the weights written.

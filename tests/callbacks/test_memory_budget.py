@@ -53,6 +53,22 @@ def test_sizes_that_do_not_fit_are_recomputed(capsys: pytest.CaptureFixture[str]
     assert "at every size" in capsys.readouterr().err
 
 
+def test_one_of_several_experts_counts_the_steps_that_it_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    task = a_task()
+    terms = dict(task.terms.items())
+    peaks = [8 * cost.peak for cost in iteration_costs(task.model, task.schedule, terms, 0, False)]
+    task.steps = (1, 2)
+    task.networks = cast(Any, SimpleNamespace(recompute=None))
+    budget = MemoryBudget((permanent_bytes(TRAINER, task, CACHE) + peaks[1] + 1) / 0.9e9)
+    budget.on_fit_start(TRAINER, task)
+    assert "recomputed at 16x16: 8 samples" in capsys.readouterr().err
+    found = []
+    for step in range(3):
+        budget.on_train_batch_start(TRAINER, cast(Any, SimpleNamespace(networks=task.networks, global_step=step)))
+        found.append(task.networks.recompute)
+    assert found == [False, True, False]
+
+
 def test_encoders_count_where_pictures_are_encoded() -> None:
     task = a_task()
     with_cache, without = (permanent_bytes(TRAINER, task, data) for data in (CACHE, None))
@@ -64,6 +80,8 @@ def test_encoders_count_where_pictures_are_encoded() -> None:
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(UserError, match=r"trainer\.memory_gb=0; give the GB"):
         MemoryBudget(0)
+    with pytest.raises(UserError, match=r"trainer\.memory_gb=nan; give the GB"):
+        MemoryBudget(float("nan"))
     with pytest.raises(UserError, match=r"task\.checkpointing=false recomputes none; leave one of them out"):
         MemoryBudget(80).check_fit(a_task(checkpointing=False), CACHE)
     MemoryBudget(80).check_fit(a_task(), CACHE)

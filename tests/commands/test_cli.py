@@ -129,6 +129,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "critic updates": (["task.critic_updates=0"], ["task.critic_updates=0"]),
     "accelerator": (["trainer.accelerator=nope"], ["trainer", "nope"]),
     "strategy": (["trainer.strategy=nope"], ["trainer", "nope"]),
+    "no memory": (["trainer.memory_gb=0"], ["trainer.memory_gb=0", "number above 0"]),
     "devices": (["trainer.devices=0"], ["trainer", "devices=0"]),
     "checkpoints": (["callbacks.checkpoint.every=0"], ["every=0"]),
     "no number": (["loss.mmd.weight=inf"], ["loss.mmd.weight=inf", "finite"]),

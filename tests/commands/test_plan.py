@@ -12,6 +12,7 @@ from tiny import CONF, composed
 
 from swd.commands import plan
 from swd.commands.plan import GPUS, Gpu, Planned
+from swd.config import check
 from swd.modules import hub
 from swd.modules.dry_run import UpdateCost
 from swd.modules.iteration_cost import IterationCost
@@ -65,6 +66,10 @@ def test_a_gpu_by_name_and_by_memory() -> None:
     assert plan.gpu_of("H100") == GPUS["h100"] and plan.gpu_of("24") == plan.gpu_of("24 GB") == Gpu(24e9, 312)
     assert plan.checked_gpu(settings("gpu=40GB", "peak=500")) == Gpu(40e9, 500)
     assert plan.checked_gpu(settings("gpu=l40s")).peak == 362
+    for number in ("24", "24.0"):  # what the configuration reads as a number
+        cfg = settings(f"gpu={number}")
+        check(cfg, plan.ROOT)
+        assert plan.checked_gpu(cfg) == Gpu(24e9, 312)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +109,11 @@ def test_a_plan_of_the_embedded_model(capsys: pytest.CaptureFixture[str]) -> Non
     plan.run(composed(["gpu=1GB", "n_gpus=2", "schedule.sizes=[6,16]", "schedule.sigmas=[1.0,0.6]"], "plan"))
     printed = capsys.readouterr().out
     assert "16x16" in printed and "it fits" in printed and "buffers of gradients between GPUs" in printed
+
+
+def test_another_task_has_no_plan() -> None:
+    with pytest.raises(UserError, match=r"^task=FlowMatching, but a plan is of a distillation; leave out task=$"):
+        plan.planned(composed(["task=flow"], "plan"))
 
 
 @pytest.mark.slow

@@ -313,6 +313,11 @@ def test_compiling_needs_a_compiler_and_weights_in_place(made, tmp_path: Path, m
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="compile=true needs a C compiler"):
         sample.prepare(cfg)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/gcc" if name == "gcc" else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"and this machine has no (g|clang)\+\+; install"):  # gcc alone compiles no C++
+        sample.prepare(cfg)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     cfg.offload = "sequential"
     with pytest.raises(UserError, match="compile=true with offload=sequential"):

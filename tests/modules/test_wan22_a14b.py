@@ -19,6 +19,7 @@ from torch.testing import assert_close
 
 from swd.callbacks.sample_sheets import Samples
 from swd.commands import generate, sample
+from swd.commands.plan import planned
 from swd.data import identity
 from swd.data.iterations import Iterations
 from swd.data.webdataset import DueBatches
@@ -277,6 +278,22 @@ def test_dmds_guided_prediction_is_the_stock_pipelines(experts: dict[str, Pretra
         with torch.no_grad():
             ours = task.networks.guided_x0(x_t, sigma, text, task.empty, 4.0 if family == "wan_high_noise" else 3.0)
         assert_close(ours, process.to_x0(x_t, prediction, sigma), rtol=1e-3, atol=1e-3)
+
+
+def test_a_plan_counts_the_steps_that_an_expert_trains(folder: Path) -> None:
+    given = [
+        f"model.path={folder}",
+        "model.size=[3,8,8]",
+        "model.feature_blocks=[0]",
+        "model.max_text_tokens=24",
+        "loss=mmd",
+    ]
+    given += [f"schedule.sizes={[list(size) for size in SIZES]}", f"schedule.sigmas={SIGMAS}"]
+    found = {name: planned(composed([f"model=wan22_a14b_{name}", *given], "plan")) for name in ("high", "low")}
+    sizes = [tuple(size) for size in SIZES]
+    assert [list(found[name].sizes) for name in ("high", "low")] == [sizes[:2], sizes[2:]]
+    assert found["high"].plain[-1].flop < found["low"].plain[0].flop
+    assert found["high"].cached == found["low"].cached, "a cache holds every size"
 
 
 def test_commands_take_the_models_as_they_ship(

@@ -10,10 +10,16 @@ import pytest
 from swd.shapes.pace import JUDGED, TRAINED, Pace
 
 
-def run(seconds: float, capsys: pytest.CaptureFixture[str], iterations: int = 20, rank: int = 0) -> tuple[Pace, str]:
+def run(
+    seconds: float,
+    capsys: pytest.CaptureFixture[str],
+    iterations: int = 20,
+    rank: int = 0,
+    shortest: bool = False,
+) -> tuple[Pace, str]:
     """Iterations by a clock of our own: the first four take 10 s, the others `seconds`; 100 s went by before."""
     now = [100.0]
-    pace = Pace(10, [(536, 2.0), (32, 56.0)], lambda: now[0])
+    pace = Pace(10, [(536, 2.0), (32, 56.0)], lambda: now[0], shortest)
     task: Any = SimpleNamespace(schedule=[1, 2, 3, 4], batches_per_iteration=3)
     trainer: Any = SimpleNamespace(datamodule=SimpleNamespace(batch_size=16), max_steps=150, is_global_zero=rank == 0)
     for done in range(1, iterations + 1):
@@ -31,6 +37,11 @@ def test_a_slow_machine_is_named_once_with_what_the_demo_will_take(capsys: pytes
         f"this machine takes 4 s an iteration, so that the demo will take about {-int(-seconds // 60)} minutes rather "
         "than 10; a shorter one: swd demo experiment=demo_ci\n"
     )
+
+
+def test_the_shortest_demo_names_no_shorter_one(capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(4.0, capsys, shortest=True)[1]
+    assert text.startswith("this machine takes 4 s an iteration") and text.endswith("minutes rather than 10\n")
 
 
 def test_it_is_said_after_two_cycles_of_the_schedule(capsys: pytest.CaptureFixture[str]) -> None:
