@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
+from torch.torch_version import TorchVersion
 
 from swd.io import limits
 from swd.modules.backbones.base import Backbone
@@ -230,6 +231,7 @@ def shard(task: Shardable, mesh: DeviceMesh) -> None:
     on one mesh, without which clipping and AdamW could not take them together.
     """
     networks = task.networks
+    check_dtypes(networks)
     copies = list(networks.copies.values()) if isinstance(networks, SeparateCopies) else []
     for backbone in (networks.backbone, *copies):
         shard_backbone(cast(Backbone, backbone), mesh)
@@ -237,6 +239,16 @@ def shard(task: Shardable, mesh: DeviceMesh) -> None:
         shard_heads(f"loss.{name}", term, mesh)
     if task.average is not None:
         divide_average(task.average, networks)
+
+
+def check_dtypes(networks: nn.Module, version: str = torch.__version__) -> None:
+    """Raise UserError where FSDP2 would not take a base of another dtype than its adapters: before torch 2.8."""
+    dtypes = {parameter.dtype for parameter in networks.parameters()}
+    if len(dtypes) > 1 and TorchVersion(version) < "2.8":
+        raise UserError(
+            f"a base in bf16 and adapters in float32 cannot be sharded with torch {version}; use torch 2.8 or newer, "
+            "trainer=ddp, or model.precision=fp32"
+        )
 
 
 def shard_backbone(backbone: Backbone, mesh: DeviceMesh) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear
 from tiny import build_conditioning, build_latents, build_networks, in_float64
 from torch import Tensor, nn
@@ -28,10 +28,11 @@ def a_layer(bias: bool = True, alpha: float = 6.0, kind: torch.dtype = torch.flo
     """peft's layer `[7 -> 5]` with two adapters of rank 3 whose weights are not zero."""
     torch.manual_seed(1)
     base = nn.Linear(7, 5, bias).requires_grad_(False)
-    config = LoraConfig(r=3, lora_alpha=alpha, init_lora_weights=False, **options)
-    layer = Linear(base, "student", config, r=3, lora_alpha=alpha)
-    layer.update_layer("fake", 3, lora_alpha=alpha, config=config)
-    return layer.to(kind).requires_grad_(False)
+    config = LoraConfig(r=3, lora_alpha=alpha, init_lora_weights=False, target_modules=["0"], **options)
+    network: Any = nn.Sequential(base)
+    for role in ("student", "fake"):
+        inject_adapter_in_model(config, network, role)
+    return network[0].to(kind).requires_grad_(False)
 
 
 def trained(layer: Linear, role: str) -> list[nn.Parameter]:
@@ -72,7 +73,8 @@ def test_one_node_stands_for_the_layer_and_none_where_nothing_is_trained() -> No
     install(layer, PlayedRole("student"))
     trained(layer, "student")
     assert layer(random(2, 7)).grad_fn.name() == "_LoraLinearBackward"
-    assert not layer(random(2, 7)).grad_fn.next_functions[0][0], "the input needs no gradient"
+    output = layer(random(2, 7))  # kept, since torch 2.7 frees its node with it
+    assert not output.grad_fn.next_functions[0][0], "the input needs no gradient"
     with torch.no_grad():
         assert layer(random(2, 7)).grad_fn is None
 

@@ -20,7 +20,15 @@ from swd.losses import MMD
 from swd.modules.accumulation import BatchPart
 from swd.modules.inputs import InputBuilder, Inputs
 from swd.modules.layouts import divided_like, gathered, is_sharded, local_part, swap, whole_tensor
-from swd.modules.sharding import DDP, Sharded, check_strategy, shard_heads, strategy_for, weights_fingerprint
+from swd.modules.sharding import (
+    DDP,
+    Sharded,
+    check_dtypes,
+    check_strategy,
+    shard_heads,
+    strategy_for,
+    weights_fingerprint,
+)
 from swd.types import SeededDraws, UserError
 
 
@@ -200,3 +208,15 @@ def test_parts_that_cannot_be_are_refused(model: dict[str, Any]) -> None:
     ):
         set_wise.check_processes(1)
     MMD(reduce="batch").check_accumulate("loss.mmd", 1)
+
+
+def test_two_dtypes_are_sharded_from_torch_2_8_on() -> None:
+    mixed = nn.ModuleList([nn.Linear(2, 2).bfloat16(), nn.Linear(2, 2)])
+    message = (
+        "a base in bf16 and adapters in float32 cannot be sharded with torch 2.7.1+cu126; use torch 2.8 or newer, "
+        "trainer=ddp, or model.precision=fp32"
+    )
+    with says(message):
+        check_dtypes(mixed, "2.7.1+cu126")
+    check_dtypes(mixed, "2.8.0")
+    check_dtypes(mixed[0], "2.7.0")
