@@ -135,7 +135,11 @@ class Sharded(ModelParallelStrategy):
         task._device_mesh = mesh
 
     def check_task(self, task: nn.Module) -> None:
-        """Raise UserError if a task is no distillation, or its state larger than the first process may gather."""
+        """Raise UserError if a task is no distillation, or its state larger than the first process may gather.
+
+        So it is on a torch whose FSDP2 takes one dtype for base and adapters, and averages with NCCL alone.
+        """
+        check_version(torch.__version__)
         if not hasattr(task, "state_bytes"):
             raise UserError(
                 f"this trainer shards a distillation; {type(task).__name__} trains one network of moderate size: use "
@@ -205,6 +209,12 @@ class Sharded(ModelParallelStrategy):
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
 
 
+def check_version(version: str) -> None:
+    """Raise UserError for a torch that cannot divide a distillation."""
+    if TorchVersion(version) < "2.8":
+        raise UserError(f"weights are divided from torch 2.8 on, and this is {version}; upgrade it, or use trainer=ddp")
+
+
 def divided_state(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
     """A whole state of an optimizer with its moments divided as the parameters are, which it numbers in order."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -231,7 +241,6 @@ def shard(task: Shardable, mesh: DeviceMesh) -> None:
     on one mesh, without which clipping and AdamW could not take them together.
     """
     networks = task.networks
-    check_dtypes(networks)
     copies = list(networks.copies.values()) if isinstance(networks, SeparateCopies) else []
     for backbone in (networks.backbone, *copies):
         shard_backbone(cast(Backbone, backbone), mesh)
@@ -239,16 +248,6 @@ def shard(task: Shardable, mesh: DeviceMesh) -> None:
         shard_heads(f"loss.{name}", term, mesh)
     if task.average is not None:
         divide_average(task.average, networks)
-
-
-def check_dtypes(networks: nn.Module, version: str = torch.__version__) -> None:
-    """Raise UserError where FSDP2 would not take a base of another dtype than its adapters: before torch 2.8."""
-    dtypes = {parameter.dtype for parameter in networks.parameters()}
-    if len(dtypes) > 1 and TorchVersion(version) < "2.8":
-        raise UserError(
-            f"a base in bf16 and adapters in float32 cannot be sharded with torch {version}; use torch 2.8 or newer, "
-            "trainer=ddp, or model.precision=fp32"
-        )
 
 
 def shard_backbone(backbone: Backbone, mesh: DeviceMesh) -> None:

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
+pytestmark = pytest.mark.skipif(TorchVersion(torch.__version__) < "2.8", reason="weights are divided from 2.8 on")
+
 Alone = Callable[[Case], Result]
 
 FULL: dict[str, Any] = {"model": {"tuning": "full"}, "task": {"checkpointing": True, "ema": 0.5}}
@@ -75,15 +77,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("layouts")
 
 
-def can_run(case: Case) -> bool:
-    """Whether this version of torch shards the dtypes of a case."""
-    return case.layout == "ddp" or "precision" not in case.model or TorchVersion(torch.__version__) >= "2.8"
-
-
 @pytest.fixture(scope="module")
 def two(folder: Path) -> Path:
     """The folder with the results of all cases on two processes, which are started once."""
-    train_all([prepared(case, folder) for case in SAME_ON_TWO + OTHERS_ON_TWO if can_run(case)], 2, folder)
+    train_all([prepared(case, folder) for case in SAME_ON_TWO + OTHERS_ON_TWO], 2, folder)
     return folder
 
 
@@ -171,15 +168,12 @@ def test_processes_that_start_from_other_weights_all_end(two: Path) -> None:
     assert len(errors) == 2 and all(each.startswith("processes start from different trained w") for each in errors)
 
 
-@pytest.mark.skipif(TorchVersion(torch.__version__) < "2.8", reason="FSDP2 takes one dtype before torch 2.8")
 def test_gradients_are_float32_on_a_bf16_base_whatever_role_came_first(two: Path) -> None:
     assert [each["gradients"] for each in result(two, "fsdp-bf16").seen] == [["torch.float32"]] * 2
 
 
 @pytest.mark.parametrize("case", QUANTIZED, ids=lambda case: case.name)
 def test_a_base_in_8_bits_is_trained_on(case: Case, two: Path, alone: Alone) -> None:
-    if not can_run(case):
-        pytest.skip("FSDP2 takes one dtype before torch 2.8")
     # In bf16 kernels round by the size of their batch.
     assert_same(result(two, case.name), alone(case), weights=5e-4, losses=2e-2)
 

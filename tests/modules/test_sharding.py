@@ -23,8 +23,8 @@ from swd.modules.layouts import divided_like, gathered, is_sharded, local_part, 
 from swd.modules.sharding import (
     DDP,
     Sharded,
-    check_dtypes,
     check_strategy,
+    check_version,
     shard_heads,
     strategy_for,
     weights_fingerprint,
@@ -210,13 +210,8 @@ def test_parts_that_cannot_be_are_refused(model: dict[str, Any]) -> None:
     MMD(reduce="batch").check_accumulate("loss.mmd", 1)
 
 
-def test_two_dtypes_are_sharded_from_torch_2_8_on() -> None:
-    mixed = nn.ModuleList([nn.Linear(2, 2).bfloat16(), nn.Linear(2, 2)])
-    message = (
-        "a base in bf16 and adapters in float32 cannot be sharded with torch 2.7.1+cu126; use torch 2.8 or newer, "
-        "trainer=ddp, or model.precision=fp32"
-    )
-    with says(message):
-        check_dtypes(mixed, "2.7.1+cu126")
-    check_dtypes(mixed, "2.8.0")
-    check_dtypes(mixed[0], "2.7.0")
+def test_an_old_torch_is_refused() -> None:
+    with says("weights are divided from torch 2.8 on, and this is 2.7.1+cu126; upgrade it, or use trainer=ddp"):
+        check_version("2.7.1+cu126")
+    for version in ("2.8.0", "2.13.0+cpu", "2.10.0"):
+        check_version(version)
