@@ -100,27 +100,35 @@ def choices(model: str) -> dict[str, list[str]]:
     return {group: list(fitting.get(group, options(group))) for group in FREE}
 
 
-def combinations() -> list[dict[str, str]]:
-    """With every model each pair of options of two groups, and each option of `callbacks`.
+def combinations(with_every_model: bool) -> list[dict[str, str]]:
+    """Each option of a group with every model, and each pair of options of two groups once, with any model.
 
-    Callbacks know no model: their pairs with the options of the other groups are there once, with any model.
+    Args:
+        with_every_model: whether these pairs come with every model, but for those of `callbacks`, which know no model.
     """
     rows = []
-    of_callbacks = {
-        pair for model in options("model") for pair in pairs(choices(model)) if any(g == "callbacks" for g, _ in pair)
+    once = {
+        pair
+        for model in options("model")
+        for pair in pairs(choices(model))
+        if not with_every_model or any(group == "callbacks" for group, _ in pair)
     }
     for last in (False, True):
         for model in options("model"):
             groups = choices(model)
             others = {group: found for group, found in groups.items() if group != "callbacks"}
-            alone = {frozenset({("callbacks", option)}) for option in groups["callbacks"]}
-            missing = of_callbacks & pairs(groups) if last else pairs(others) | alone
-            rows += [{"model": model} | row for row in rows_with(missing, groups, of_callbacks)]
-    assert not of_callbacks
+            single = {frozenset({(group, option)}) for group, found in groups.items() for option in found}
+            wanted = single | pairs(others) if with_every_model else single
+            missing = once & pairs(groups) if last else wanted
+            rows += [{"model": model} | row for row in rows_with(missing, groups, once)]
+    assert not once
     return rows
 
 
-COMBINATIONS = combinations()
+COMBINATIONS: list[Any] = combinations(with_every_model=False)
+COMBINATIONS += [
+    pytest.param(row, marks=pytest.mark.slow) for row in combinations(with_every_model=True) if row not in COMBINATIONS
+]
 
 
 @pytest.fixture(autouse=True)
