@@ -44,8 +44,7 @@ class WatchedTask(L.LightningModule):
         raise NotImplementedError
 
     def update_average(self) -> None:
-        """Take the weights, after a step of the optimizer, into their average."""
-        raise NotImplementedError
+        """Take the weights, after a step of the optimizer, into their average. By default there is none."""
 
     def older_than(self, checkpoint: Path) -> bool:
         """Whether the files that `export` writes are missing or older than `checkpoint`."""
