@@ -139,7 +139,7 @@ class Sharded(ModelParallelStrategy):
 
         So it is on a torch whose FSDP2 takes one dtype for base and adapters, and averages with NCCL alone.
         """
-        check_version(torch.__version__)
+        check_torch(torch.__version__)
         if not hasattr(task, "state_bytes"):
             raise UserError(
                 f"this trainer shards a distillation; {type(task).__name__} trains one network of moderate size: use "
@@ -209,7 +209,7 @@ class Sharded(ModelParallelStrategy):
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
 
 
-def check_version(version: str) -> None:
+def check_torch(version: str) -> None:
     """Raise UserError for a torch that cannot divide a distillation."""
     if TorchVersion(version) < "2.8":
         raise UserError(f"weights are divided from torch 2.8 on, and this is {version}; upgrade it, or use trainer=ddp")

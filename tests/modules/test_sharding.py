@@ -24,7 +24,7 @@ from swd.modules.sharding import (
     DDP,
     Sharded,
     check_strategy,
-    check_version,
+    check_torch,
     shard_heads,
     strategy_for,
     weights_fingerprint,
@@ -212,6 +212,6 @@ def test_parts_that_cannot_be_are_refused(model: dict[str, Any]) -> None:
 
 def test_an_old_torch_is_refused() -> None:
     with says("weights are divided from torch 2.8 on, and this is 2.7.1+cu126; upgrade it, or use trainer=ddp"):
-        check_version("2.7.1+cu126")
+        check_torch("2.7.1+cu126")
     for version in ("2.8.0", "2.13.0+cpu", "2.10.0"):
-        check_version(version)
+        check_torch(version)
