@@ -52,7 +52,7 @@ from swd.modules.backbones import load_family
 from swd.modules.backbones.base import Backbone
 from swd.modules.device_memory import kept
 from swd.modules.distiller import Distiller
-from swd.modules.dry_run import networks_on_meta, roles_of, terms_on_meta
+from swd.modules.dry_run import trained_on_meta
 from swd.modules.iteration_cost import IterationCost, iteration_costs
 from swd.modules.pretrained import Pretrained
 from swd.modules.published import published, published_folder
@@ -558,8 +558,7 @@ def settled(model: Pretrained, names: Sequence[str]) -> dict[str, LossTerm]:
 
 def kept_bytes(model: Pretrained, losses: Sequence[str]) -> int:
     """Bytes of weights, gradients and moments."""
-    terms = settled(model, losses)
-    return kept(networks_on_meta(model, roles_of(terms)), terms_on_meta(terms, model.limits.width)).total
+    return kept(*trained_on_meta(model, settled(model, losses))).total
 
 
 # Sampling

@@ -536,7 +536,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         if not self._started:
             if bool(ids[..., 0].any()):
                 raise ValueError("image= was given, but this model was distilled for text alone as input; leave it out")
-            first = tuple(2 * (int(ids[..., axis].max()) + 1) for axis in (1, 2))
+            first = _size_of_ids(ids)
             self._seeds = [_latent_seed(row) for row in unpack(self._first_signs(tokens), first)]
             self.sizes = self._start(first)
             self._started = True
@@ -559,8 +559,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
             return args, kwargs
         ids = kwargs["img_ids"]
         if self._step_index == 0:
-            final = tuple(2 * (int(ids[..., axis].max()) + 1) for axis in (1, 2))
-            self._start_from_tokens(kwargs["hidden_states"], final)
+            self._start_from_tokens(kwargs["hidden_states"], _size_of_ids(ids))
         size = self._token_size(kwargs["hidden_states"])
         return args, kwargs | {"img_ids": position_ids(size, ids.device, ids.dtype)}
 
@@ -822,6 +821,11 @@ def _class_names(network: Any) -> list[str]:
     if hasattr(network, "get_base_model"):
         network = network.get_base_model()
     return [base.__name__ for base in type(network).__mro__]
+
+
+def _size_of_ids(ids: Tensor) -> tuple[int, ...]:
+    """Latent size for which a pipeline made position ids `[..., (index, row, column, ..)]`, one for each 2x2 patch."""
+    return tuple(2 * (int(ids[..., axis].max()) + 1) for axis in (1, 2))
 
 
 def _mark(final: tuple[int, ...], count: int) -> Tensor:

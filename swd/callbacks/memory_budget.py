@@ -12,7 +12,7 @@ from swd.io.job_log import print_line
 from swd.io.ranks import is_first
 from swd.modules.device_memory import encoder_bytes, kept, kept_divided
 from swd.modules.distiller import Distiller
-from swd.modules.dry_run import networks_on_meta, roles_of, terms_on_meta
+from swd.modules.dry_run import trained_on_meta
 from swd.modules.iteration_cost import iteration_costs
 from swd.modules.sharding import Sharded
 from swd.types import UserError
@@ -80,9 +80,7 @@ class MemoryBudget(Callback):
 
 def permanent_bytes(trainer: Trainer, task: Distiller, data: Any) -> int:
     """Bytes on a device for as long as the training runs: weights, gradients, moments, encoders where they are used."""
-    terms = dict(task.terms.items())
-    networks = networks_on_meta(task.model, roles_of(terms))
-    heads = terms_on_meta(terms, task.model.limits.width)
+    networks, heads = trained_on_meta(task.model, dict(task.terms.items()))
     encoders = 0 if getattr(data, "is_cache", False) else sum(encoder_bytes(task.model).values())
     if isinstance(trainer.strategy, Sharded):
         return encoders + kept_divided(networks, trainer.strategy.device_mesh.size(-1), heads)[0]

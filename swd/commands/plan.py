@@ -19,7 +19,7 @@ from swd.config import build, check
 from swd.io import limits
 from swd.modules.device_memory import cache_bytes, encoder_bytes, kept, kept_divided
 from swd.modules.distiller import Distiller
-from swd.modules.dry_run import networks_on_meta, roles_of, terms_on_meta
+from swd.modules.dry_run import trained_on_meta
 from swd.modules.family_folder import resolve_asset
 from swd.modules.hub import is_hub_id
 from swd.modules.iteration_cost import IterationCost, iteration_costs
@@ -184,9 +184,7 @@ def model_configuration(cfg: DictConfig, folder: Path) -> Path:
 def memory_parts(task: Distiller, n_gpus: int, divided: bool) -> dict[str, int]:
     """Bytes on each GPU for as long as a training runs, by what they are for."""
     model = task.model
-    terms = dict(task.terms.items())
-    networks = networks_on_meta(model, roles_of(terms))
-    heads = terms_on_meta(terms, model.limits.width)
+    networks, heads = trained_on_meta(model, dict(task.terms.items()))
     if divided and n_gpus > 1:
         total, whole = kept_divided(networks, n_gpus, heads)
         return {f"a share of 1/{n_gpus} of all weights, gradients, moments": total - whole, "whole at a time": whole}

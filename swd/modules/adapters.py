@@ -131,9 +131,9 @@ class Adapter:
         """Whether it adapts a module."""
         return f"{module}.lora_A.weight" in self.state
 
-    def update(self, module: str) -> Tensor:
-        """Its update of a module's weight, `[out, in]` or `[out, in, *kernel]`, float32."""
-        down, up = (self.state[f"{module}.lora_{kind}.weight"] for kind in "AB")
+    def update(self, module: str, device: torch.device | None = None) -> Tensor:
+        """Its update of a module's weight, `[out, in]` or `[out, in, *kernel]`, float32; computed on `device`."""
+        down, up = (self.state[f"{module}.lora_{kind}.weight"].to(device) for kind in "AB")
         return (up.flatten(1) @ down.flatten(1)).view(len(up), *down.shape[1:])
 
     @property
@@ -184,12 +184,24 @@ class Adapter:
         Args:
             network: the base, whose layers hold plain weights (no 8-bit ones).
         """
-        layers = dict(network.named_modules())
-        for module in self.modules:
-            weight: Tensor = layers[module].weight  # type: ignore[assignment]
-            down, up = (self.state[f"{module}.lora_{part}.weight"].to(weight.device) for part in "AB")
-            update = (up.flatten(1) @ down.flatten(1)).view(weight.shape)  # a convolution's kernel lies in lora_A
-            weight.copy_(weight.float() + update)
+        add_updates(network, [(self, 1.0)])
+
+
+@torch.no_grad()
+def add_updates(network: nn.Module, adapters: Sequence[tuple[Adapter, float]]) -> None:
+    """Add adapters to a network: `W + sum(weight * B A)` of each layer, in float32, rounded once to the layer's dtype.
+
+    Args:
+        network: the diffusers model, which is changed; its layers hold plain weights.
+        adapters: each with its weight; their scales are folded in.
+    """
+    for module in sorted({module for adapter, _ in adapters for module in adapter.modules}):
+        layer: Any = network.get_submodule(module)
+        changed = layer.weight.float()
+        for adapter, weight in adapters:
+            if module in adapter:
+                changed = changed + weight * adapter.update(module, changed.device)
+        layer.weight.copy_(changed)
 
 
 def locate(path: str, outputs: Path, key: str = "adapter", ema: bool | None = None) -> Path:

@@ -11,9 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from swd.io import limits
 from swd.modules.adapters import Adapter, Baked, check_model, load, locate
 from swd.modules.hub import is_hub_id
@@ -93,23 +90,6 @@ def read_entries(given: Sequence[str | Mapping[str, Any]] | None) -> tuple[BaseA
         limits.number(f"model.adapters: weight of {entry['path']}", weight, -LARGEST_WEIGHT, LARGEST_WEIGHT)
         entries.append(BaseAdapter(entry["path"], float(weight), entry.get("hash")))
     return tuple(entries)
-
-
-@torch.no_grad()
-def bake(network: nn.Module, adapters: Sequence[tuple[Adapter, float]]) -> None:
-    """Add adapters to a network: `W + sum(weight * B A)` of each layer, in float32, rounded once to the layer's dtype.
-
-    Args:
-        network: the diffusers model, which is changed.
-        adapters: each with its weight; their scales are folded in.
-    """
-    for module in sorted({module for adapter, _ in adapters for module in adapter.modules}):
-        layer: Any = network.get_submodule(module)
-        changed = layer.weight.float()
-        for adapter, weight in adapters:
-            if module in adapter:
-                changed = changed + weight * adapter.update(module).to(changed)
-        layer.weight.copy_(changed)
 
 
 def content_hash(adapter: Adapter) -> str:

@@ -137,6 +137,11 @@ def terms_on_meta(terms: Mapping[str, LossTerm], width: int) -> Any:
     return built.to("meta")
 
 
+def trained_on_meta(model: Pretrained, terms: Mapping[str, LossTerm]) -> tuple[Networks, Any]:
+    """The networks that a loss trains, and the modules that it owns, without weights."""
+    return networks_on_meta(model, roles_of(terms)), terms_on_meta(terms, model.limits.width)
+
+
 class _Shapes:
     """`Draws` without numbers."""
 

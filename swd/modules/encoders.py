@@ -176,6 +176,13 @@ class Encoders(nn.Module):
         return pixel_size(size, self.factors(self.vae.config))
 
 
+def chat_lengths(tokenizer: Any, prompts: Sequence[str], thinking: bool) -> list[int]:
+    """Number of tokens of each prompt in a template for chats, with or without room for thinking."""
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    options = {"add_generation_prompt": True, "enable_thinking": thinking, "return_dict": False}
+    return [len(tokens) for tokens in tokenizer.apply_chat_template(chats, **options)]
+
+
 def channels_last(vae: Any) -> None:
     """Lay out the weights of a VAE of pictures so that its convolutions run faster, in place; results are rounded in
     another way. Measured on a CPU: a quarter of the time of the embedded VAE. VAEs of videos are left alone.

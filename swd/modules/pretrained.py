@@ -15,9 +15,10 @@ from torch import Tensor
 
 from swd.io import limits
 from swd.modules import hub
+from swd.modules.adapters import add_updates
 from swd.modules.backbones import load_family
 from swd.modules.backbones.base import Backbone
-from swd.modules.base_adapters import bake, read_entries
+from swd.modules.base_adapters import read_entries
 from swd.modules.encoders import Encoders
 from swd.modules.family_folder import FamilyFolder
 from swd.modules.guidance import guidance_scales
@@ -276,7 +277,7 @@ class Pretrained(FamilyFolder):
 
     def add_adapters(self, network: torch.nn.Module) -> None:
         """Add `adapters` to the weights of a network that was just loaded."""
-        bake(network, [(adapter.read(self), adapter.weight) for adapter in self.adapters])
+        add_updates(network, [(adapter.read(self), adapter.weight) for adapter in self.adapters])
 
     def networks(self, roles: Sequence[Role], seed: int = 0, device: torch.device | str = "cpu") -> Networks:
         """Load the base and give it its trainable roles: adapters, or copies of it."""

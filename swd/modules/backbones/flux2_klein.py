@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from swd.diffusion import Process, RectifiedFlow
 from swd.modules.backbones.base import Backbone, NetworkLimits
-from swd.modules.encoders import Encoders
+from swd.modules.encoders import Encoders, chat_lengths
 from swd.scheduler import pack, position_ids, unpack
 from swd.types import Conditioning, Size
 
@@ -32,9 +32,7 @@ class Flux2KleinEncoders(Encoders):
     @classmethod
     def count_tokens(cls, tokenizer: Any, prompts: Sequence[str]) -> list[int]:
         """Each prompt stands in a template for chats, without a part for thinking."""
-        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        options = {"add_generation_prompt": True, "enable_thinking": False, "return_dict": False}
-        return [len(tokens) for tokens in tokenizer.apply_chat_template(chats, **options)]
+        return chat_lengths(tokenizer, prompts, thinking=False)
 
 
 class Flux2KleinBackbone(Backbone):

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from swd.diffusion import Process, RectifiedFlow
 from swd.modules.backbones.base import Backbone, NetworkLimits
-from swd.modules.encoders import Encoders
+from swd.modules.encoders import Encoders, chat_lengths
 from swd.types import Conditioning
 
 
@@ -37,9 +37,7 @@ class ZImageEncoders(Encoders):
     @classmethod
     def count_tokens(cls, tokenizer: Any, prompts: Sequence[str]) -> list[int]:
         """Each prompt stands in a template for chats, which leaves room for thinking."""
-        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        options = {"add_generation_prompt": True, "enable_thinking": True, "return_dict": False}
-        return [len(tokens) for tokens in tokenizer.apply_chat_template(chats, **options)]
+        return chat_lengths(tokenizer, prompts, thinking=True)
 
 
 class ZImageBackbone(Backbone):
