@@ -373,6 +373,8 @@ def build_task_and_data(cfg: DictConfig) -> tuple[LightningModule, Any]:
         raise UserError(f"seed={cfg.seed}; use a number below 2^31")
     for key, least in (("seed", 0), ("trainer.max_steps", 1)):
         value = OmegaConf.select(cfg, key)
+        if value is None:  # taken out by `~KEY`
+            raise UserError(f"{key} has no value; give {key}={least} or more")
         if value < least:
             raise UserError(f"{key}={value}; use {least} or more")
 

@@ -14,7 +14,7 @@ import pytest
 import tiny
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import HealthCheck, Phase, example, given, seed, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
@@ -23,6 +23,8 @@ from swd.config import check
 
 COUNT = int(os.environ.get("SWD_FUZZ", "10000"))
 """Examples of the long test."""
+PARTS = 10
+"""Each draws its share of them from a seed of its own."""
 BOUNDED = settings(deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
@@ -123,20 +125,19 @@ def ends_well(model: Path, place: Path, line: list[str]) -> str:
 @given(lines)
 @example(["allow.more={}"])
 @example(["schedule.sigmas.foo=1"])
+@example(["~trainer.max_steps"])
 def test_any_override_gives_a_plan_or_one_line(tiny_model: Path, place: Path, line: list[str]) -> None:
     ends_well(tiny_model, place, line)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_ten_thousand_overrides_give_a_plan_or_one_line(tiny_model: Path, place: Path) -> None:
-    ends: list[str] = []
-
-    @settings(BOUNDED, max_examples=COUNT, phases=[Phase.generate])  # to make a failure small takes long
+@pytest.mark.parametrize("part", range(PARTS))
+def test_ten_thousand_overrides_give_a_plan_or_one_line(tiny_model: Path, place: Path, part: int) -> None:
+    @seed(part)
+    @settings(BOUNDED, derandomize=False, max_examples=COUNT // PARTS, phases=[Phase.generate])  # no shrinking: slow
     @given(lines)
     def many(line: list[str]) -> None:
-        ends.append(ends_well(tiny_model, place, line))
+        ends_well(tiny_model, place, line)
 
     many()
-    assert {"planned", "refused"} <= set(ends)
-    print(f"{len(ends)} command lines: {ends.count('planned')} planned, {ends.count('refused')} refused")
