@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import families
 import pytest
 import torch
@@ -207,6 +208,10 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {
     "Z-Image Omni": ("z_image", INDEX, {"_class_name": "ZImageOmniPipeline"}, ["ZImageOmniPipeline"]),
     "no class": ("sana", INDEX, {"_class_name": None}, ["SanaPipeline"]),
 }
+
+
+if not hasattr(diffusers, "QwenImage21Transformer2DModel"):  # older diffusers refuse it as a class they do not have
+    del VARIANTS["Qwen-Image-2.1"]
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))
