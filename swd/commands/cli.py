@@ -382,26 +382,37 @@ def message_for_user(error: BaseException, where: str | None = None) -> str | No
         return _quoting(error.override, one_line(error))
     if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
         wrong = [
-            a for a in sys.argv[1:] if re.fullmatch(r"\+*(\w+)=([\d.+-]+|true|false|null|.*null.*|\{.*\})", a, re.I)
+            a for a in sys.argv[1:] if re.fullmatch(r"\+*([\w@]+)=([\d.+-]+|true|false|null|.*null.*|\{.*\})", a, re.I)
         ]
         return f"{' '.join(wrong) or 'an argument'}: options of a group are names, as in loss=mmd; see --help"
     if (argument := _unapplied(error)) is not None:
-        return f"{argument} cannot be used here ({one_line(error)}); a list is set as a whole, as in [A, B]"
+        return _unusable(argument, one_line(error))
     if isinstance(error, HydraException | OmegaConfBaseException | YAMLError):
         reason = "" if error.__cause__ is None else f" ({one_line(error.__cause__)})"
         return _hydra_message(unresolved(error), reason)
     return None
 
 
+def _unusable(argument: str, reason: str) -> str:
+    """Message on an argument that made Hydra raise an error that is not written for users."""
+    if "@" in argument.partition("=")[0]:
+        return f"{argument} does not name a group in front of the @; write GROUP@PACKAGE=NAME, or leave out the @"
+    if argument.startswith("~"):
+        return f"{argument} does not say what to take out; write ~KEY, ~GROUP or ~GROUP=NAME"
+    return f"{argument} cannot be used here ({reason}); a list is set as a whole, as in [A, B]"
+
+
 def _unapplied(error: BaseException) -> str | None:
-    """The argument that Hydra was putting into the configuration when an error arose that is none of Hydra's own."""
+    """The argument that Hydra was reading or applying when an error arose that is none of Hydra's own."""
+    from hydra.core.override_parser.types import Override
     from hydra.errors import HydraException
 
     if isinstance(error, HydraException):
         return None
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        if frame.f_code.co_name == "_apply_overrides_to_config":
-            return getattr(frame.f_locals.get("override"), "input_line", None)
+        override = frame.f_locals.get("override")
+        if isinstance(override, Override) and frame.f_globals.get("__name__", "").startswith("hydra."):
+            return override.input_line
     return None
 
 

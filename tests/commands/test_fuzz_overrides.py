@@ -126,6 +126,8 @@ def ends_well(model: Path, place: Path, line: list[str]) -> str:
 @example(["allow.more={}"])
 @example(["schedule.sigmas.foo=1"])
 @example(["~trainer.max_steps"])
+@example(["+@=[]"])
+@example(["~model=3"])
 def test_any_override_gives_a_plan_or_one_line(tiny_model: Path, place: Path, line: list[str]) -> None:
     ends_well(tiny_model, place, line)
 
