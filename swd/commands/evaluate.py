@@ -565,7 +565,7 @@ def student_candidate(entry: Mapping[str, Any], cfg: DictConfig) -> DrawingModel
         cfg = on_base(cfg, base_of(entry))
         node = node_of(cfg, "model")
     model = build_pictures_model(node, name, cfg)
-    found.check_model(model)
+    found = found.fitted(model)
     schedule = own_schedule(entry["schedule"], model, cfg) if "schedule" in entry else schedule_of(source, cfg, model)
     size = final_size(cfg, model, schedule.base_sizes[-1])
     return DrawingModel(name, entry["model"], model, found, schedule, size, len(schedule.config.sigmas))

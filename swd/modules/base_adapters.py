@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from swd.io import limits
-from swd.modules.adapters import Adapter, Baked, check_model, load, locate
+from swd.modules.adapters import Adapter, Baked, check_model, load, locate, with_model_names
 from swd.modules.hub import is_hub_id
 from swd.types import UserError
 
@@ -44,7 +44,7 @@ class BaseAdapter:
         Raises:
             UserError: if there is none, it does not fit the network, or its content is not that of `hash`.
         """
-        adapter = load(locate(self.path, Path("outputs"), "model.adapters"))
+        adapter = with_model_names(load(locate(self.path, Path("outputs"), "model.adapters")), model)
         check_model(adapter, model)
         found = content_hash(adapter)
         if self.hash not in (None, found):

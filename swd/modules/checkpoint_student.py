@@ -41,7 +41,12 @@ class CheckpointNetwork:
     def hash(self) -> str:
         return file_hash(self.source)[:16]
 
+    def fitted(self, model: Pretrained) -> CheckpointNetwork:
+        self.check_model(model)
+        return self
+
     def check_model(self, model: Pretrained) -> None:
+        """Raise UserError, with both names, if it was made for another network."""
         shapes = {name: tuple(parameter.shape) for name, parameter in model.meta_network.named_parameters()}
         for name in sorted({*shapes, *self.state}):
             found = tuple(self.state[name].shape) if name in self.state else None

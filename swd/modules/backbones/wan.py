@@ -14,6 +14,24 @@ from swd.modules.backbones.base import Backbone, NetworkLimits
 from swd.modules.encoders import Encoders
 from swd.types import Conditioning
 
+ORIGINAL_NAMES = {
+    "attn1": "self_attn",
+    "attn2": "cross_attn",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "o",
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "proj_out": "head.head",
+}
+"""Parts of the paths of linear layers, as diffusers has them, and those of the vendor's own checkpoints."""
+
 
 def is_5b(config: Mapping[str, Any]) -> bool:
     """Whether a network's `config.json` is that of Wan2.2 TI2V-5B, the only one on latents of 48 channels."""
@@ -79,9 +97,7 @@ class WanBackbone(Backbone):
     @staticmethod
     def comfy_key(module: str) -> str:
         """ComfyUI keeps the original checkpoint's names."""
-        names = {"attn1": "self_attn", "attn2": "cross_attn", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
-        names |= {"ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2"}
-        for ours, theirs in names.items():
+        for ours, theirs in ORIGINAL_NAMES.items():
             module = module.replace(ours, theirs)
         return f"diffusion_model.{module}"
 
