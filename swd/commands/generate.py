@@ -220,7 +220,7 @@ def settings_of(cfg: DictConfig, model: Pretrained, requests: Requests, size: Si
 
 def adapters_of(model: Pretrained) -> dict[str, Any]:
     """Entry of the manifest about what was added to the teacher; empty if nothing was."""
-    return {"adapters": [asdict(adapter.baked) for adapter in model.adapters]} if model.adapters else {}
+    return {"adapters": [asdict(entry.baked) | entry.of_expert for entry in model.adapters]} if model.adapters else {}
 
 
 def refiner_settings(cfg: DictConfig, refiner: Pretrained | None) -> dict[str, Any]:

@@ -161,7 +161,7 @@ class Adapter:
     def check_model(self, model: Pretrained) -> None:
         """Raise UserError, with both names, if it was made for another network, or on a base with other adapters."""
         check_model(self, model)
-        given = [entry.baked for entry in model.adapters]
+        given = [entry.baked for entry in model.own_adapters]
         if self.baked and [(b.hash, b.weight) for b in self.baked] != [(b.hash, b.weight) for b in given]:
             needed, here = (f"[{','.join(map(str, baked))}]" for baked in (self.baked, given))
             raise UserError(
@@ -578,14 +578,30 @@ def adaptable(model: Pretrained) -> dict[str, nn.Module]:
     return {name: layer for name, layer in model.meta_network.named_modules() if isinstance(layer, _LAYERS)}
 
 
+def check_expert(where: str, expert: str | None, model: Pretrained) -> None:
+    """Raise UserError for what was made for another expert of a pipeline than the model's network.
+
+    Args:
+        where: beginning of the message.
+        expert: the network's name in its pipeline; None where no record says it.
+        model: the model.
+    """
+    part = model.backbone_class.subfolder
+    if expert not in (None, part):
+        raise UserError(
+            f"{where} is of the expert {expert}, but model.family={model.family} is {part} of {model.name}; give one "
+            "of that expert, or the model of the other"
+        )
+
+
 def check_model(adapter: Adapter, model: Pretrained) -> None:
     """Raise UserError, with both names, if the adapter was made for another network."""
-    part = model.backbone_class.subfolder
-    if adapter.expert not in (None, part):
-        raise UserError(
-            f"adapter {adapter.source.parent} is of the expert {adapter.expert}, but model.family={model.family} is "
-            f"{part} of {model.name}; give one of that expert, or the model of the other"
-        )
+    check_expert(f"adapter {adapter.source.parent}", adapter.expert, model)
+    check_layers(adapter, model)
+
+
+def check_layers(adapter: Adapter, model: Pretrained) -> None:
+    """Raise UserError, with both names, if the network has not all layers that the adapter changes."""
     layers: dict[str, Any] = adaptable(model)
     for module in adapter.modules:
         layer = layers.get(module)
@@ -709,9 +725,20 @@ def save_student(folder: Path, network: Any, scheduler: ScaleWiseScheduler) -> P
     return write_aside(folder, lambda new: fill_student(new, network, scheduler))
 
 
-def fill_student(new: Path, network: Any, scheduler: ScaleWiseScheduler) -> None:
-    """Write a student that was trained whole: a diffusers model, for a pipeline's `transformer=`, and its schedule."""
+def fill_student(
+    new: Path, network: Any, scheduler: ScaleWiseScheduler, base: str = "", expert: str | None = None
+) -> None:
+    """Write a student that was trained whole: a diffusers model, for a pipeline's `transformer=`, and its schedule.
+
+    Args:
+        new: the folder, which is made.
+        network: the diffusers model.
+        scheduler: the sampler, saved as the schedule.
+        base: name of the model that it started from, for the record where there are several experts.
+        expert: the network's name where the pipeline has several, see `Backbone.expert`.
+    """
     network.save_pretrained(new)
+    write_base(new, base, (), expert)
     scheduler.save_pretrained(new)
     write_checksums(new)
 

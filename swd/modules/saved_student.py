@@ -76,6 +76,7 @@ class FullStudent:
 
     def check_model(self, model: Pretrained) -> None:
         """Raise UserError, with both names, if it was made for another network."""
+        adapters.check_expert(f"student {self.folder}", adapters.read_expert(self.folder), model)
         where = f"student {self.folder} does not fit model {model.name}"
         kind = read_json(self.folder / NETWORK_CONFIG).get("_class_name")
         expected = model.backbone_class.network_type
