@@ -86,6 +86,11 @@ def whole_fingerprint(model: Pretrained) -> str:
     return _hash([base.encode(), *added]) if added else base
 
 
+def quantized_layers(model: Pretrained) -> dict[str, Any]:
+    """Entry of records about the layers that are stored in 8 bits beside those of the blocks; empty without."""
+    return {"targets": list(model.targets)} if model.quantization else {}
+
+
 def _hash(parts: Iterable[bytes]) -> str:
     return joint_hash(parts)[:16]
 
