@@ -369,6 +369,9 @@ def final_size(cfg: DictConfig, model: Pretrained, native: Size | None = None) -
         limits.whole("frames", cfg.frames, 1, limits.FRAMES, "ten times what models are trained on")
         frames = [(cfg.frames - 1) // model.frame_factor + 1]
 
+    if cfg.get("fps") is not None and not frames:
+        raise UserError(f"fps={cfg.fps}, but {model.family} draws pictures; leave it out")
+
     # The whole.
     size = (*frames, height, width)
     model.limits.check_size(size)

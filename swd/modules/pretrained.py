@@ -55,8 +55,8 @@ class Pretrained(FamilyFolder):
             it natively. "fp16" draws alone, on devices that do not.
         vae_precision: dtype of the VAE, "fp32" or "bf16"; None: the base's, or float32 where the model needs that.
         quantization: stores the frozen base's linear layers in 8 bits, "int8" or "fp8".
-        dmd_guidance_scale: classifier-free guidance of the teacher in DMD; 1 for none. The default is that of the
-            released script for Stable Diffusion 3.5 Medium.
+        dmd_guidance_scale: classifier-free guidance of the teacher in DMD; 1 for none, and DMD takes no less. The
+            default is that of the released script for Stable Diffusion 3.5 Medium.
         drawing_guidance_scale: classifier-free guidance of the teacher when it draws: its training set, samples, the
             rows of an evaluation; 1 for none. The default is the paper's for Stable Diffusion 3.5 (appendix A).
         embedded_guidance: guidance scale that a guidance-distilled network (FLUX.1-dev) takes as input, in all roles.
@@ -160,6 +160,16 @@ class Pretrained(FamilyFolder):
     def _check_fit(self) -> None:
         """Check settings that depend on the network."""
         self.tuned.check_width(self.limits.width)
+        if self.revision is not None and not hub.is_hub_id(self.path):
+            raise UserError(
+                f"model.revision={self.revision} is of a repository on the hub, but model.path={self.path} is a "
+                "folder; make it null"
+            )
+        if self.embedded_guidance is not None and not self.network_config.get("guidance_embeds"):
+            raise UserError(
+                f"model.embedded_guidance={self.embedded_guidance} has no effect: this network is fed no guidance "
+                f"scale (guidance_embeds in {self.backbone_class.subfolder}/config.json); make it null"
+            )
         if self.network_config.get("guidance_embeds") and self.embedded_guidance is None:
             raise UserError(
                 "model.embedded_guidance is null, but this network is fed a guidance scale; give "
@@ -230,6 +240,25 @@ class Pretrained(FamilyFolder):
         if self.precision == "auto":
             return torch.bfloat16 if native_bf16(torch.device(device)) else torch.float32
         return DTYPES[self.precision]
+
+    def draw_with(self, steps: int | None, guidance: float | None) -> None:
+        """Let the teacher draw with other steps and another guidance scale than those that it was built with.
+
+        Args:
+            steps: of its own sampler; None: as before.
+            guidance: of classifier-free guidance, or the scale that a guidance-distilled network is fed; None: as
+                before.
+
+        Raises:
+            UserError: if the stock pipeline would ignore the guidance, or the negative prompt.
+        """
+        if steps is not None:
+            self.teacher_steps = steps
+        if guidance is not None and self.network_config.get("guidance_embeds"):
+            self.embedded_guidance = float(guidance)
+        elif guidance is not None:
+            self.drawing_guidance_scale = float(guidance)
+            self._check_drawing(self.backbone_class)
 
     def check_trainable(self) -> None:
         """Raise UserError for a precision that only drawing can do with."""
