@@ -1,8 +1,8 @@
-"""Wan2.1, and Wan2.2 TI2V-5B: text to video."""
+"""Wan2.1: text to video."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -33,13 +33,8 @@ ORIGINAL_NAMES = {
 """Parts of the paths of linear layers, as diffusers has them, and those of the vendor's own checkpoints."""
 
 
-def is_5b(config: Mapping[str, Any]) -> bool:
-    """Whether a network's `config.json` is that of Wan2.2 TI2V-5B, the only one on latents of 48 channels."""
-    return bool(config["in_channels"] == 48)
-
-
 class WanEncoders(Encoders):
-    """UMT5; causal video VAE, 8x (TI2V-5B: 16x) in space and 4x in time, its first frame by itself."""
+    """UMT5; causal video VAE, 8x (of Wan2.2 TI2V-5B 16x) in space and 4x in time, its first frame by itself."""
 
     vae_dtype: ClassVar[torch.dtype | None] = torch.float32  # as diffusers recommends
 
@@ -59,18 +54,14 @@ class WanEncoders(Encoders):
 
 
 class WanBackbone(Backbone):
-    """`WanTransformer3DModel`: velocity prediction on latents `[B, C, F, H, W]`, timestep 0..1000.
-
-    TI2V-5B has the latents of another VAE, with 48 channels. Its pipeline (`expand_timesteps`) feeds one timestep a
-    token, for pictures to start from; in text to video all are equal, and one a sample gives the same.
-    """
+    """`WanTransformer3DModel`: velocity prediction on latents `[B, C, F, H, W]`, timestep 0..1000."""
 
     process: ClassVar[Process] = RectifiedFlow()
     network_type: ClassVar[str] = "WanTransformer3DModel"
     pipeline_type: ClassVar[str] = "WanPipeline"
     pipeline_aliases: ClassVar[tuple[str, ...]] = ("WanVideoToVideoPipeline",)
     encoders_type: ClassVar[type[Encoders]] = WanEncoders
-    unknown_settings: ClassVar[tuple[str, ...]] = ("boundary_ratio",)  # of two experts, as in Wan2.2 A14B
+    unknown_settings: ClassVar[tuple[str, ...]] = ("boundary_ratio", "expand_timesteps")  # of Wan2.2
     comfyui: ClassVar[bool] = True
     video: ClassVar[bool] = True
     float_latents: ClassVar[bool] = True
@@ -86,13 +77,9 @@ class WanBackbone(Backbone):
             blocks=config["num_layers"],
             width=config["num_attention_heads"] * config["attention_head_dim"],
             channels=config["in_channels"],
-            native=(31, 44, 80) if is_5b(config) else (21, 60, 104),
+            native=(21, 60, 104),
             max_frames=config["rope_max_seq_len"],
         )
-
-    @staticmethod
-    def frame_rate(config: dict[str, Any]) -> int:
-        return 24 if is_5b(config) else 16  # the vendor's configurations
 
     @staticmethod
     def comfy_key(module: str) -> str:
