@@ -135,7 +135,7 @@ def prepare(cfg: DictConfig) -> DrawingPlan:
         video.check_available()
     size = final_size(cfg, model)
     ending = "mp4" if model.backbone_class.video else cfg.format
-    check_read(cfg, model, ending)
+    check_of_use(cfg, model, ending)
     refiner = refiner_of(cfg, model)
     settings = settings_of(cfg, model, requests, size, ending) | refiner_settings(cfg, refiner)
     kind, unit = ("videos", "video") if model.backbone_class.video else ("pictures", "picture")
@@ -175,7 +175,7 @@ def model_of(cfg: DictConfig) -> Pretrained:
     return model
 
 
-def check_read(cfg: DictConfig, model: Pretrained, ending: str) -> None:
+def check_of_use(cfg: DictConfig, model: Pretrained, ending: str) -> None:
     """Raise UserError for a setting on the command line that is of other files than those that are drawn."""
     given = set(given_keys())
     what = "videos" if model.backbone_class.video else "pictures"

@@ -19,7 +19,7 @@ from swd.modules.backbones import known_families, load_family
 from swd.modules.backbones.base import NetworkLimits
 from swd.modules.encoders import pixel_size
 from swd.modules.model_folders import LARGEST_WIDTH, MOST_LAYERS, check_scaling, check_shift
-from swd.modules.model_options import fitting
+from swd.modules.model_options import options_that_fit
 from swd.modules.pipeline_folder import PipelineFolder, reason_of
 from swd.types import Conditioning, Size, UserError
 
@@ -72,7 +72,7 @@ class FamilyFolder:
         if not found:
             return []
         network = next(iter(found.values())).network_config
-        return fitting(found, network, resolve_asset("swd://assets/published/networks"))
+        return options_that_fit(found, network, resolve_asset("swd://assets/published/networks"))
 
     @property
     def folder(self) -> Path:

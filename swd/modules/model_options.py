@@ -23,7 +23,7 @@ def families_of_options() -> dict[str, str]:
     return {name: node["family"] for name, node in found.items() if not str(node["path"]).startswith(EMBEDDED)}
 
 
-def fitting(families: Collection[str], network: Mapping[str, Any], published: Path) -> list[str]:
+def options_that_fit(families: Collection[str], network: Mapping[str, Any], published: Path) -> list[str]:
     """What to write for a folder: `model=OPTION` for each option of these families, `model.family=` for others.
 
     Options whose published network has the folder's configuration stand for all of their family.
