@@ -211,7 +211,7 @@ def fill(folder: Path, task: Distiller, weights: Weights) -> None:
         with torch.device("meta"):
             network: Any = model.network_class.from_config(config)
         network.load_state_dict(weights, assign=True)
-        fill_student(folder, network, task.scheduler())
+        fill_student(folder, network, task.scheduler(), model.name, model.backbone_class.expert())
         return
     fill_adapter(
         folder,
@@ -221,6 +221,6 @@ def fill(folder: Path, task: Distiller, weights: Weights) -> None:
         task.scheduler(),
         base=model.name,
         part=model.backbone_class.lora_prefix(),
-        baked=[adapter.baked for adapter in model.adapters],
+        baked=[adapter.baked for adapter in model.own_adapters],
         expert=model.backbone_class.expert(),
     )

@@ -32,7 +32,7 @@ from swd.data.job import MOST_IN_A_SHARD, Job, Sample, in_shared_memory, say
 from swd.data.shard_writer import is_done, shard_name
 from swd.data.shards import CorruptSample
 from swd.io import limits
-from swd.io.files import file_hash, write_aside, write_json
+from swd.io.files import file_hash, joint_hash, write_aside, write_json
 from swd.io.job_log import JobLog
 from swd.io.ranks import is_first, share
 from swd.modules.encoders import draw_latents
@@ -270,11 +270,16 @@ def source_of(dataset: Any) -> dict[str, Any]:
     if isinstance(dataset, IndexedShards):
         shards = [str(entry["sha256"]) for entry in dataset.shards.manifest["shards"]]
         size = list(picture_decoder(dataset).pixels)
-        return {"path": dataset.shards.root, "size": size, "samples": len(dataset), "shards": shards}
+        limit = picture_decoder(dataset).max_pixels
+        source = {"path": dataset.shards.root, "size": size, "samples": len(dataset), "max_pixels": limit}
+        return source | {"shards": shards}
     source: dict[str, Any] = {"kind": type(dataset).__name__, "samples": len(dataset)}
     if hasattr(dataset, "folder"):
-        return source | {"path": str(dataset.folder), "size": list(dataset.size)}
-    return source | {name: getattr(dataset, name, None) for name in ("seed", "split")}
+        pairs = dataset.pairs
+        listed = joint_hash(f"{file}\n{caption}\n".encode(errors="surrogateescape") for file, caption in pairs)
+        source |= {"path": str(dataset.folder), "size": list(dataset.size), "max_pixels": dataset.max_pixels}
+        return source | {"pairs": listed}
+    return source | {name: getattr(dataset, name, None) for name in ("seed", "split", "resolution")}
 
 
 # Encoding

@@ -545,12 +545,7 @@ def teacher_candidate(entry: Mapping[str, Any], node: Any, cfg: DictConfig) -> D
     steps = len(sigmas) if sigmas is not None else entry.get("steps", model.teacher_steps)
     limits.whole(f"models: steps of {name}", steps, 1, limits.STEPS)
     limits.number(f"models: guidance_scale of {name}", entry.get("guidance_scale"), 1, limits.GUIDANCE, "1 for none")
-    model.teacher_steps = steps
-    if "guidance_scale" in entry:
-        if model.network_config.get("guidance_embeds"):
-            model.embedded_guidance = float(entry["guidance_scale"])
-        else:
-            model.drawing_guidance_scale = float(entry["guidance_scale"])
+    model.draw_with(steps, entry.get("guidance_scale"))
     levels = None if sigmas is None else tuple(map(float, sigmas))
     return DrawingModel(name, TEACHER, model, None, None, final_size(cfg, model), steps, levels)
 
@@ -565,7 +560,7 @@ def student_candidate(entry: Mapping[str, Any], cfg: DictConfig) -> DrawingModel
         cfg = on_base(cfg, base_of(entry))
         node = node_of(cfg, "model")
     model = build_pictures_model(node, name, cfg)
-    found.check_model(model)
+    found = found.fitted(model)
     schedule = own_schedule(entry["schedule"], model, cfg) if "schedule" in entry else schedule_of(source, cfg, model)
     size = final_size(cfg, model, schedule.base_sizes[-1])
     return DrawingModel(name, entry["model"], model, found, schedule, size, len(schedule.config.sigmas))

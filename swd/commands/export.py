@@ -28,7 +28,7 @@ def run(cfg: DictConfig) -> None:
     source = locate(cfg.run, Path(cfg.output), "run", cfg.ema)
     student = load_student(source, cfg.ema)
     model = build_model(recorded_model(source, cfg), cfg)
-    student.check_model(model)
+    student = student.fitted(model)
     schedule = schedule_of(source, cfg, model)
     task = f"exporting {source} of {model.name} to {target}" + (", and loading it back" if cfg.verify else "")
     with JobLog(task, 1, "student") as progress:

@@ -22,8 +22,8 @@ from torch import Tensor
 from swd import __version__
 from swd.commands import keys, shared
 from swd.commands.sample import final_size
-from swd.config import build, check, to_plain
-from swd.data.identity import whole_fingerprint
+from swd.config import build, check, given_keys, to_plain
+from swd.data.identity import quantized_layers, whole_fingerprint
 from swd.data.job import MOST_IN_A_SHARD, PARTIAL, Job, Sample, say
 from swd.data.shard_writer import is_done, shard_name
 from swd.io import limits, video
@@ -42,11 +42,10 @@ ROOT = keys.GENERATE
 BYTES = {"png": 1.6, "jpg": 0.6, "webp": 0.4, "mp4": 0.03}
 """Bytes that a pixel of a photograph takes, about, by format."""
 PACKAGES = ("torch", "diffusers", "transformers", "pillow")
-LATER = ("vae_precision", "negative_prompt")
+LATER = ("vae_precision", "negative_prompt", "quantization")
 """Arguments of models that manifests of earlier versions do not have; null is left out, so that their jobs go on."""
 NOT_DRAWN_WITH = {"_target_", "path", "tuning", "rank", "alpha", "targets", "feature_blocks", "init_adapter"} | {
     "adapters",
-    "quantization",
     "precision",
     "size",
     "teacher_steps",
@@ -136,6 +135,7 @@ def prepare(cfg: DictConfig) -> DrawingPlan:
         video.check_available()
     size = final_size(cfg, model)
     ending = "mp4" if model.backbone_class.video else cfg.format
+    check_of_use(cfg, model, ending)
     refiner = refiner_of(cfg, model)
     settings = settings_of(cfg, model, requests, size, ending) | refiner_settings(cfg, refiner)
     kind, unit = ("videos", "video") if model.backbone_class.video else ("pictures", "picture")
@@ -171,14 +171,20 @@ def model_of(cfg: DictConfig) -> Pretrained:
         UserError: for a guidance scale that a pipeline would ignore.
     """
     model: Pretrained = build(cfg, "model")
-    if cfg.steps is not None:
-        model.teacher_steps = cfg.steps
-    if cfg.guidance_scale is not None:
-        if model.network_config.get("guidance_embeds"):
-            model.embedded_guidance = float(cfg.guidance_scale)
-        else:
-            model.drawing_guidance_scale = float(cfg.guidance_scale)
+    model.draw_with(cfg.steps, cfg.guidance_scale)
     return model
+
+
+def check_of_use(cfg: DictConfig, model: Pretrained, ending: str) -> None:
+    """Raise UserError for a setting on the command line that is of other files than those that are drawn."""
+    given = set(given_keys())
+    what = "videos" if model.backbone_class.video else "pictures"
+    if "format" in given and model.backbone_class.video:
+        raise UserError(f"format={cfg.format} is of pictures, and {model.family} draws videos, as mp4; leave it out")
+    if "quality" in given and ending not in ("jpg", "webp"):
+        raise UserError(f"quality={cfg.quality} is of jpg and webp, and these {what} are {ending}; leave it out")
+    if "refiner_start" in given and cfg.refiner is None:
+        raise UserError(f"refiner_start={cfg.refiner_start}, but there is no refiner; give refiner=, or leave it out")
 
 
 def refiner_of(cfg: DictConfig, model: Pretrained) -> Pretrained | None:
@@ -205,6 +211,7 @@ def settings_of(cfg: DictConfig, model: Pretrained, requests: Requests, size: Si
     lossy = {"png": {}, "mp4": {"fps": cfg.fps or model.frame_rate}}.get(ending, {"quality": cfg.quality})
     config = {key: value for key, value in to_plain(cfg.model).items() if key not in NOT_DRAWN_WITH}
     config = {key: value for key, value in config.items() if key not in LATER or value is not None}
+    config |= quantized_layers(model)
     return {
         "model": {"name": model.name, "fingerprint": whole_fingerprint(model), **config} | adapters_of(model),
         "steps": model.teacher_steps,
@@ -220,7 +227,7 @@ def settings_of(cfg: DictConfig, model: Pretrained, requests: Requests, size: Si
 
 def adapters_of(model: Pretrained) -> dict[str, Any]:
     """Entry of the manifest about what was added to the teacher; empty if nothing was."""
-    return {"adapters": [asdict(adapter.baked) for adapter in model.adapters]} if model.adapters else {}
+    return {"adapters": [asdict(entry.baked) | entry.of_expert for entry in model.adapters]} if model.adapters else {}
 
 
 def refiner_settings(cfg: DictConfig, refiner: Pretrained | None) -> dict[str, Any]:

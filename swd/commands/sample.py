@@ -158,8 +158,7 @@ def prepare(cfg: DictConfig) -> SamplingPlan:
     model = build_model(node, cfg)
     student = schedule = None
     if source is not None:
-        student = load_student(source, cfg.ema)
-        student.check_model(model)
+        student = load_student(source, cfg.ema).fitted(model)
         schedule = schedule_of(source, cfg, model)
     if model.backbone_class.video:
         video.check_available()
@@ -202,8 +201,7 @@ def other_expert(
         raise UserError(f"other_adapter={cfg.other_adapter} is of a second expert, but {reason}; leave it out")
     source = locate(cfg.other_adapter, Path(cfg.output), "other_adapter", ema=cfg.ema)
     other = other_model(cfg, node, source, families[0])
-    student = load_student(source, cfg.ema)
-    student.check_model(other)
+    student = load_student(source, cfg.ema).fitted(other)
     found = schedule_of(source, cfg, other)
     if (found.config.sigmas, found.base_sizes) != (schedule.config.sigmas, schedule.base_sizes):
         raise UserError(
@@ -370,6 +368,9 @@ def final_size(cfg: DictConfig, model: Pretrained, native: Size | None = None) -
             raise UserError(f"frames={cfg.frames}; use 1 more than a multiple of {model.frame_factor}, e.g. 81")
         limits.whole("frames", cfg.frames, 1, limits.FRAMES, "ten times what models are trained on")
         frames = [(cfg.frames - 1) // model.frame_factor + 1]
+
+    if cfg.get("fps") is not None and not frames:
+        raise UserError(f"fps={cfg.fps}, but {model.family} draws pictures; leave it out")
 
     # The whole.
     size = (*frames, height, width)

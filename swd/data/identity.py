@@ -82,8 +82,13 @@ def whole_fingerprint(model: Pretrained) -> str:
     else:
         parts = {part: fingerprint(model.folder / part) for part in sorted(model.parts)}
         base = _hash([json.dumps(parts, sort_keys=True).encode()])
-    added = [f"{adapter.hash} {adapter.weight}".encode() for adapter in model.adapters]
+    added = [f"{entry.hash} {entry.weight} {entry.expert or ''}".strip().encode() for entry in model.adapters]
     return _hash([base.encode(), *added]) if added else base
+
+
+def quantized_layers(model: Pretrained) -> dict[str, Any]:
+    """Entry of records about the layers that are stored in 8 bits beside those of the blocks; empty without."""
+    return {"targets": list(model.targets)} if model.quantization else {}
 
 
 def _hash(parts: Iterable[bytes]) -> str:

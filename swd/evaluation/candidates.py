@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from swd.data.identity import whole_fingerprint
+from swd.data.identity import quantized_layers, whole_fingerprint
 from swd.data.picture_files import PICTURES
 from swd.io.tables import read_table
 from swd.metrics.features import picture_files
@@ -72,6 +72,9 @@ class DrawingModel:
         """Everything beside prompts and seeds that a picture depends on, as plain values."""
         model = self.model
         teacher = {"guidance_scale": model.drawing_guidance_scale, "sigmas": self.sigmas and list(self.sigmas)}
+        # Earlier versions did not record these; null is left out, so that their evaluations go on.
+        later = {"vae_precision": model.vae_precision}
+        later |= {} if self.student else {"negative_prompt": model.negative_prompt}
         return {
             "model": {"name": model.name, "fingerprint": whole_fingerprint(model)},
             "student": self.student.hash if self.student else None,
@@ -82,6 +85,8 @@ class DrawingModel:
             "precision": model.precision,
             "quantization": model.quantization,
             "size": list(model.pixel_size(self.size)),
+            **quantized_layers(model),
+            **{key: value for key, value in later.items() if value is not None},
         } | ({} if self.student else teacher)
 
 

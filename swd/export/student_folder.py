@@ -325,7 +325,7 @@ class AdapterContent:
 
     def write(self, folder: Path) -> None:
         model = self.model
-        baked = [adapter.baked for adapter in model.adapters]
+        baked = [adapter.baked for adapter in model.own_adapters]
         write_layouts(folder, self.adapter.state, model.name, model.backbone_class.lora_prefix())
         write_base(folder, model.name, baked, model.backbone_class.expert())
         renamed = self._renamed()
@@ -365,6 +365,7 @@ class NetworkContent:
 
     def write(self, folder: Path) -> None:
         self.student.write(folder, self.model)
+        write_base(folder, self.model.name, (), self.model.backbone_class.expert())
 
     def check(self, folder: Path, size: Size) -> None:
         check_network(folder, self.student, self.model, size)
@@ -409,10 +410,11 @@ def adding(model: Pretrained) -> list[str]:
     """Lines that add to the pipeline's network what was added to the base before the student was trained."""
     lines = []
     backbone = model.backbone_class
-    more = _more(backbone.lora_arguments)
-    # Where the pipeline has one network, it is the one that is changed.
-    parts = f"components=[{backbone.subfolder!r}], " if backbone.other_experts else ""
+    families = {name: load_family(family) for name, family in backbone.other_experts.items()}
     for number, adapter in enumerate(model.adapters, 1):
+        more = _more(families.get(adapter.expert or "", backbone).lora_arguments)
+        # Where the pipeline has one network, it is the one that is changed.
+        parts = f"components=[{adapter.expert!r}], " if adapter.expert else ""
         path = adapter.path if is_hub_id(adapter.path) else f"ADAPTER_{number}"
         lines += [
             f'pipe.load_lora_weights("{path}"{more})',
@@ -427,8 +429,9 @@ def about_adapters(model: Pretrained) -> str:
     if not model.adapters:
         return ""
     entries = "; ".join(
-        f"`ADAPTER_{number}` is `{entry.name}` at weight {entry.weight:g} (hash {entry.hash})"
-        for number, entry in enumerate((adapter.baked for adapter in model.adapters), 1)
+        f"`ADAPTER_{number}` is `{entry.baked.name}` at weight {entry.weight:g} (hash {entry.hash})"
+        + (f", for `{entry.expert}`" if entry.expert else "")
+        for number, entry in enumerate(model.adapters, 1)
     )
     return (
         "The student was trained on that base with adapters added to it, and belongs on top of these: "

@@ -9,6 +9,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from swd.config import one_line
-from swd.modules.adapters import DIFFUSERS_WEIGHTS, MERGE, PEFT_WEIGHTS, Adapter, Lora, is_checkpoint, read_lora
+from swd.modules.adapters import (
+    DIFFUSERS_WEIGHTS,
+    MERGE,
+    PEFT_WEIGHTS,
+    Adapter,
+    Lora,
+    adaptable,
+    is_checkpoint,
+    read_lora,
+)
 from swd.modules.checkpoint_student import CheckpointNetwork
+from swd.modules.lora_names import table
 from swd.modules.pretrained import Pretrained
 from swd.modules.saved_student import FullStudent
 from swd.types import Size, UserError
@@ -165,7 +176,11 @@ def as_published(network: Any, adapter: Adapter, model: Pretrained, gain: float)
     if not file.is_file() or is_checkpoint(file):
         add_update(network, adapter.state, gain)
         return "", network
-    reader, load = _reader_of(file, network, model)
+    found = _reader_of(file, network, adapter, model)
+    if found is None:
+        add_update(network, adapter.state, gain)
+        return "", network
+    reader, load = found
 
     # Errors become one line, and the libraries' own messages are silenced.
     before = diffusers_logging.get_verbosity()
@@ -181,16 +196,31 @@ def as_published(network: Any, adapter: Adapter, model: Pretrained, gain: float)
     return f"{reader} makes of {file}", scaled(loaded, gain)
 
 
-def _reader_of(file: Path, network: Any, model: Pretrained) -> tuple[str, Callable[[], Any]]:
-    """Name of the library that reads an adapter's file, which depends on its layout, and a call that loads it."""
+def _reader_of(file: Path, network: Any, adapter: Adapter, model: Pretrained) -> tuple[str, Callable[[], Any]] | None:
+    """Name of the library that reads an adapter's file, which depends on its layout, and a call that loads it.
+
+    None where the file has names of its own for the layers and its scale is not beside its weights.
+    """
+    lora = read_lora(file)
+    foreign = not lora.down.keys() <= set(adapter.modules)
+    if foreign and (file.name == PEFT_WEIGHTS or not lora.alphas or len(lora.down) != len(adapter.modules)):
+        return None
+    if foreign:
+        return "peft", partial(_with_alphas, network, _renamed(lora, model))
     if file.name == PEFT_WEIGHTS:
         return "peft", partial(_with_peft, network, file.parent)
-    lora = read_lora(file)
     if lora.as_diffusers and lora.prefix == model.backbone_class.lora_prefix():
         return "diffusers", partial(_with_diffusers, network, file, model)
     if lora.as_diffusers and not lora.prefix:
         return "diffusers", partial(_with_bare_names, network, file)
     return "peft", partial(_with_alphas, network, lora)
+
+
+def _renamed(lora: Lora, model: Pretrained) -> Lora:
+    """The weights of a file, not scaled, under the names that the model has for its layers."""
+    names = table(adaptable(model), model.backbone_class)
+    down, up = ({names.get(module, module): value for module, value in each.items()} for each in (lora.down, lora.up))
+    return replace(lora, down=down, up=up, alphas={names.get(key, key): value for key, value in lora.alphas.items()})
 
 
 def _with_peft(network: Any, folder: Path) -> Any:

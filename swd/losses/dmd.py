@@ -21,8 +21,8 @@ class DMD(LossTerm):
 
     Args:
         weight: factor of the generator's loss in the total.
-        guidance_scale: classifier-free guidance of the teacher; 1 turns it off. The default is that of the released
-            script for Stable Diffusion 3.5 Medium.
+        guidance_scale: classifier-free guidance of the teacher, at least 1, which turns it off. The default is that of
+            the released script for Stable Diffusion 3.5 Medium.
         indices: noise-level indices of the generator's draw, both ends included; None: the process' own (12..27).
         critic_indices: noise-level indices of the critic's draw; None: the whole table.
         critic_max_snr: the critic's squared error of x0 is weighed by the signal-to-noise ratio, up to this; for SDXL
@@ -53,6 +53,11 @@ class DMD(LossTerm):
         self.critic_max_snr = critic_max_snr
 
     def check(self, key: str, model: ModelFacts, schedule: ScaleSchedule) -> None:
+        if self.guidance_scale < 1:
+            raise UserError(
+                f"{key}.guidance_scale={self.guidance_scale:g} leads the teacher away from the prompt, to what it "
+                "draws without one; use 1 for no guidance, or more"
+            )
         model.check_indices(f"{key}.indices", self.indices)
         model.check_indices(f"{key}.critic_indices", self.critic_indices)
         if self.critic_max_snr is not None and model.process.prediction_type != "epsilon":

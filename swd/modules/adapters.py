@@ -19,6 +19,7 @@ from swd.config import one_line
 from swd.io.files import check_checksums, file_hash, write_aside, write_checksums, write_json
 from swd.modules import hub
 from swd.modules.adapter_settings import Settings, read_settings, shown
+from swd.modules.lora_names import with_own_names
 from swd.modules.model_folders import read_json
 from swd.modules.targets import is_target, targets_of
 from swd.scheduler import ScaleWiseScheduler
@@ -151,10 +152,16 @@ class Adapter:
         """First 16 digits of the SHA-256 of its file, for records."""
         return file_hash(self.source)[:16]
 
+    def fitted(self, model: Pretrained) -> Adapter:
+        """The same under the names that the model has for its layers; raises as `check_model`."""
+        own = with_model_names(self, model)
+        own.check_model(model)
+        return own
+
     def check_model(self, model: Pretrained) -> None:
         """Raise UserError, with both names, if it was made for another network, or on a base with other adapters."""
         check_model(self, model)
-        given = [entry.baked for entry in model.adapters]
+        given = [entry.baked for entry in model.own_adapters]
         if self.baked and [(b.hash, b.weight) for b in self.baked] != [(b.hash, b.weight) for b in given]:
             needed, here = (f"[{','.join(map(str, baked))}]" for baked in (self.baked, given))
             raise UserError(
@@ -557,15 +564,45 @@ def _fold(
     return Adapter(state, file, base, baked)
 
 
+def with_model_names(adapter: Adapter, model: Pretrained) -> Adapter:
+    """The adapter under the names that the model has for its layers, where those of its file stand for them.
+
+    Raises:
+        UserError: if two modules are names of one layer.
+    """
+    return replace(adapter, state=with_own_names(adapter.state, adaptable(model), model))
+
+
+def adaptable(model: Pretrained) -> dict[str, nn.Module]:
+    """Layers of the model's network that a LoRA can adapt, by their paths."""
+    return {name: layer for name, layer in model.meta_network.named_modules() if isinstance(layer, _LAYERS)}
+
+
+def check_expert(where: str, expert: str | None, model: Pretrained) -> None:
+    """Raise UserError for what was made for another expert of a pipeline than the model's network.
+
+    Args:
+        where: beginning of the message.
+        expert: the network's name in its pipeline; None where no record says it.
+        model: the model.
+    """
+    part = model.backbone_class.subfolder
+    if expert not in (None, part):
+        raise UserError(
+            f"{where} is of the expert {expert}, but model.family={model.family} is {part} of {model.name}; give one "
+            "of that expert, or the model of the other"
+        )
+
+
 def check_model(adapter: Adapter, model: Pretrained) -> None:
     """Raise UserError, with both names, if the adapter was made for another network."""
-    part = model.backbone_class.subfolder
-    if adapter.expert not in (None, part):
-        raise UserError(
-            f"adapter {adapter.source.parent} is of the expert {adapter.expert}, but model.family={model.family} is "
-            f"{part} of {model.name}; give one of that expert, or the model of the other"
-        )
-    layers = {name: layer for name, layer in model.meta_network.named_modules() if isinstance(layer, _LAYERS)}
+    check_expert(f"adapter {adapter.source.parent}", adapter.expert, model)
+    check_layers(adapter, model)
+
+
+def check_layers(adapter: Adapter, model: Pretrained) -> None:
+    """Raise UserError, with both names, if the network has not all layers that the adapter changes."""
+    layers: dict[str, Any] = adaptable(model)
     for module in adapter.modules:
         layer = layers.get(module)
         inner = adapter.state[f"{module}.lora_A.weight"].shape[1:]
@@ -574,8 +611,6 @@ def check_model(adapter: Adapter, model: Pretrained) -> None:
         if (outer, *inner) != shape:
             made_for = f"made for {adapter.base}" if adapter.base else "made for a model that it does not name"
             found = "which this model does not have" if shape is None else f"{(outer, *inner)} against {shape}"
-            if shape is None and module in {model.backbone_class.comfy_key(n).partition(".")[2] for n in layers}:
-                found = f"the name of a layer in ComfyUI; give a file with diffusers' names, or {MERGE}"
             raise UserError(
                 f"adapter {adapter.source.parent} ({made_for}) does not fit model {model.name}: {module}, {found}"
             )
@@ -588,7 +623,7 @@ def check_start(model: Pretrained) -> None:
         UserError: if it is for another network, or has other modules or another rank.
     """
     assert model.init_adapter is not None
-    adapter = load(locate(model.init_adapter, Path("outputs"), "model.init_adapter"))
+    adapter = with_model_names(load(locate(model.init_adapter, Path("outputs"), "model.init_adapter")), model)
     check_model(adapter, model)
     where = f"model.init_adapter={model.init_adapter}"
     ranks = sorted(adapter.ranks)
@@ -620,7 +655,7 @@ def read_adapter(model: Pretrained) -> dict[str, Tensor]:
 
 def check_modules(adapter: Adapter, model: Pretrained) -> None:
     """Raise UserError unless an adapter has weights for the layers that `model.targets` names, and for no others."""
-    layers = [name for name, layer in model.meta_network.named_modules() if isinstance(layer, _LAYERS)]
+    layers = list(adaptable(model))
     ours = {name for name in layers if is_target(name, model.targets)}
     theirs = set(adapter.modules)
     if ours == theirs:
@@ -690,9 +725,20 @@ def save_student(folder: Path, network: Any, scheduler: ScaleWiseScheduler) -> P
     return write_aside(folder, lambda new: fill_student(new, network, scheduler))
 
 
-def fill_student(new: Path, network: Any, scheduler: ScaleWiseScheduler) -> None:
-    """Write a student that was trained whole: a diffusers model, for a pipeline's `transformer=`, and its schedule."""
+def fill_student(
+    new: Path, network: Any, scheduler: ScaleWiseScheduler, base: str = "", expert: str | None = None
+) -> None:
+    """Write a student that was trained whole: a diffusers model, for a pipeline's `transformer=`, and its schedule.
+
+    Args:
+        new: the folder, which is made.
+        network: the diffusers model.
+        scheduler: the sampler, saved as the schedule.
+        base: name of the model that it started from, for the record where there are several experts.
+        expert: the network's name where the pipeline has several, see `Backbone.expert`.
+    """
     network.save_pretrained(new)
+    write_base(new, base, (), expert)
     scheduler.save_pretrained(new)
     write_checksums(new)
 

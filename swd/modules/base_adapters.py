@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from swd.io import limits
-from swd.modules.adapters import Adapter, Baked, check_model, load, locate
+from swd.modules.adapters import Adapter, Baked, check_expert, check_layers, load, locate, with_model_names
 from swd.modules.hub import is_hub_id
 from swd.types import UserError
 
 LARGEST_WEIGHT = 10.0
 """Weights of adapters lie within this of 0; ours: above 2 pictures of most styles fall apart."""
-KEYS = {"path", "weight", "hash"}
+KEYS = {"path", "weight", "hash", "expert"}
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,14 @@ class BaseAdapter:
         path: a run, a folder, a `.safetensors` file or a repository on the hub, as `swd sample adapter=` takes it.
         weight: factor of its update of the weights, not 0.
         hash: of its content, see `content_hash`; None until it was read.
+        expert: the network that it is added to, by its name in a pipeline of several experts; None where there is one
+            network, and until the adapter's own record was read.
     """
 
     path: str
     weight: float = 1.0
     hash: str | None = None
+    expert: str | None = None
 
     def read(self, model: Any) -> Adapter:
         """Its weights.
@@ -44,8 +47,8 @@ class BaseAdapter:
         Raises:
             UserError: if there is none, it does not fit the network, or its content is not that of `hash`.
         """
-        adapter = load(locate(self.path, Path("outputs"), "model.adapters"))
-        check_model(adapter, model)
+        adapter = with_model_names(load(self._located()), model)
+        check_layers(adapter, model)
         found = content_hash(adapter)
         if self.hash not in (None, found):
             raise UserError(
@@ -55,13 +58,49 @@ class BaseAdapter:
         return adapter
 
     def checked(self, model: Any) -> BaseAdapter:
-        """The same with its hash; raises as `read`."""
-        return replace(self, hash=content_hash(self.read(model)))
+        """The same with its hash and its expert; raises as `read`, and where it is not clear which expert it is for."""
+        named = replace(self, expert=self._expert_of(model))
+        return replace(named, hash=content_hash(named.read(model)))
+
+    def _expert_of(self, model: Any) -> str | None:
+        """The network that it is added to, in a pipeline of several experts."""
+        experts = model.experts
+        where = f"model.adapters: {self.path}"
+        if not experts:
+            if self.expert is not None:
+                raise UserError(
+                    f"{where} has expert={self.expert}, but model.family={model.family} is one network alone; leave "
+                    "expert out"
+                )
+            return None
+        recorded = load(self._located()).expert
+        names = " and ".join(experts)
+        if self.expert is None and recorded is None:
+            raise UserError(
+                f"{where} does not say which of {names} it is for; give {{path: {self.path}, expert: {experts[0]}}}, "
+                "and one that is for both twice"
+            )
+        if self.expert is None:
+            check_expert(f"adapter {self.path}", recorded, model)
+            return recorded
+        if self.expert not in experts:
+            raise UserError(f"{where} has expert={self.expert}, but {model.name} has {names}; give one of these")
+        if recorded not in (None, self.expert):
+            raise UserError(f"{where} has expert={self.expert}, but is of the expert {recorded}; leave expert out")
+        return self.expert
+
+    def _located(self) -> Path:
+        return locate(self.path, Path("outputs"), "model.adapters")
 
     @property
     def record(self) -> dict[str, Any]:
         """The entry for configurations, with its hash."""
-        return {"path": self.path, "weight": self.weight, "hash": self.hash}
+        return {"path": self.path, "weight": self.weight, "hash": self.hash} | self.of_expert
+
+    @property
+    def of_expert(self) -> dict[str, str]:
+        """Entry of records about the expert; empty where there is one network."""
+        return {"expert": self.expert} if self.expert else {}
 
     @property
     def baked(self) -> Baked:
@@ -71,7 +110,7 @@ class BaseAdapter:
 
 
 def read_entries(given: Sequence[str | Mapping[str, Any]] | None) -> tuple[BaseAdapter, ...]:
-    """The entries of `model.adapters`: paths, or mappings with `path` and, if it is not 1, `weight`.
+    """The entries of `model.adapters`: paths, or mappings with `path` and, as needed, `weight` and `expert`.
 
     Raises:
         UserError: for an entry that is neither, or a weight that is no number or out of range.
@@ -88,7 +127,10 @@ def read_entries(given: Sequence[str | Mapping[str, Any]] | None) -> tuple[BaseA
         if isinstance(weight, bool) or not isinstance(weight, int | float) or weight == 0:
             raise UserError(f"model.adapters: {entry['path']} has weight {weight!r}; use a number other than 0")
         limits.number(f"model.adapters: weight of {entry['path']}", weight, -LARGEST_WEIGHT, LARGEST_WEIGHT)
-        entries.append(BaseAdapter(entry["path"], float(weight), entry.get("hash")))
+        expert = entry.get("expert")
+        if not isinstance(expert, str | None):
+            raise UserError(f"model.adapters: {entry['path']} has expert {expert!r}; give the network's name as a text")
+        entries.append(BaseAdapter(entry["path"], float(weight), entry.get("hash"), expert))
     return tuple(entries)
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from swd.config import read_recorded
 from swd.io.files import file_hash
-from swd.modules.adapters import Adapter, Baked, baked_of, fold_alpha
+from swd.modules.adapters import Adapter, Baked, baked_of, check_expert, fold_alpha
+from swd.modules.backbones import known_families, load_family
 from swd.modules.checkpoint_files import read_resumable
 from swd.modules.pretrained import Pretrained
 from swd.modules.tuning import ALPHAS
@@ -32,16 +33,24 @@ class CheckpointNetwork:
     Attributes:
         source: the checkpoint.
         state: its parameters, float32, by name in the diffusers model.
+        expert: the network's name in a pipeline of several experts, if its run recorded a family of such.
     """
 
     source: Path
     state: dict[str, Tensor]
+    expert: str | None = None
 
     @property
     def hash(self) -> str:
         return file_hash(self.source)[:16]
 
+    def fitted(self, model: Pretrained) -> CheckpointNetwork:
+        self.check_model(model)
+        return self
+
     def check_model(self, model: Pretrained) -> None:
+        """Raise UserError, with both names, if it was made for another network."""
+        check_expert(f"checkpoint {self.source}", self.expert, model)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.meta_network.named_parameters()}
         for name in sorted({*shapes, *self.state}):
             found = tuple(self.state[name].shape) if name in self.state else None
@@ -90,21 +99,35 @@ def from_checkpoint(path: Path, ema: bool | None = None) -> Adapter | Checkpoint
 
 def _student(state: dict[str, Tensor], path: Path) -> Adapter | CheckpointNetwork:
     """The student among the weights of a checkpoint."""
+    file = path.parent.parent / "config.yaml"
     whole = {key.removeprefix(WHOLE): value.float() for key, value in state.items() if key.startswith(WHOLE)}
     if whole:
-        return CheckpointNetwork(path, whole)
+        return CheckpointNetwork(path, whole, _recorded_expert(file))
     mine = {key: value for key, value in state.items() if key.startswith(ADAPTER) and ".student." in key}
     lora = {key.removeprefix(ADAPTER).replace(".student.", "."): value.float() for key, value in mine.items()}
     if not lora:
         raise UserError(f"checkpoint {path} holds no student; give one of a distillation")
     rank = max(value.shape[0] for key, value in lora.items() if ".lora_A." in key)
-    file = path.parent.parent / "config.yaml"
-    return Adapter(fold_alpha(lora, rank, _recorded_alpha(file, rank)), path, baked=_recorded_adapters(file))
+    expert = _recorded_expert(file)
+    folded = fold_alpha(lora, rank, _recorded_alpha(file, rank))
+    return Adapter(folded, path, baked=_recorded_adapters(file, expert), expert=expert)
 
 
-def _recorded_adapters(file: Path) -> tuple[Baked, ...]:
-    """The adapters that were added to the base of a run, from the configuration that it recorded."""
+def _recorded_expert(file: Path) -> str | None:
+    """The expert that a run trained, by its name in the pipeline; None for one network alone, or without a record."""
+    if not file.is_file():
+        return None
+    node = read_recorded(file).get("model")
+    family = node.get("family") if isinstance(node, dict) else None
+    return load_family(family).expert() if family in known_families() else None
+
+
+def _recorded_adapters(file: Path, expert: str | None) -> tuple[Baked, ...]:
+    """The adapters that were added to a run's own network, from the configuration that it recorded."""
     entries = read_recorded(file)["model"].get("adapters") or []
+    if isinstance(entries, list):
+        others = [entry for entry in entries if isinstance(entry, dict) and entry.get("expert") not in (None, expert)]
+        entries = [entry for entry in entries if entry not in others]
     named = [entry | {"name": entry.get("path")} if isinstance(entry, dict) else entry for entry in entries]
     return baked_of(named, file)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,11 @@ from torch import nn
 
 from swd.io.limits import LARGEST_SIDE, STEPS
 from swd.modules import hub, latents
-from swd.modules.backbones import load_family
+from swd.modules.backbones import known_families, load_family
 from swd.modules.backbones.base import NetworkLimits
 from swd.modules.encoders import pixel_size
 from swd.modules.model_folders import LARGEST_WIDTH, MOST_LAYERS, check_scaling, check_shift
+from swd.modules.model_options import options_that_fit
 from swd.modules.pipeline_folder import PipelineFolder, reason_of
 from swd.types import Conditioning, Size, UserError
 
@@ -43,10 +46,33 @@ class FamilyFolder:
         self.revision = revision
         on_hub = hub.is_hub_id(path)
         self.files = PipelineFolder(hub.configuration(path, revision) if on_hub else resolve_asset(path), not on_hub)
+        try:
+            self._check()
+        except UserError as error:
+            fits = self._options_that_fit()
+            raise UserError(f"{error}; {' or '.join(fits)} fits this folder" if fits else str(error)) from None
+
+    def _check(self) -> None:
+        """Raise UserError unless the folder is one of the family."""
         self._check_family()
         self._check_numbers()
         self._check_channels()
         self._check_process()
+
+    def _options_that_fit(self) -> list[str]:
+        """Options of the command line that take the folder, where the family does not; empty if none does."""
+        found = {}
+        for family in known_families():
+            other = copy.copy(self)
+            other.family = family
+            other.backbone_class = load_family(family)
+            with suppress(UserError):
+                other._check()
+                found[family] = other
+        if not found:
+            return []
+        network = next(iter(found.values())).network_config
+        return options_that_fit(found, network, resolve_asset("swd://assets/published/networks"))
 
     @property
     def folder(self) -> Path:

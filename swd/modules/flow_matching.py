@@ -344,7 +344,7 @@ class FlowMatching(WatchedTask):
             for parameter, own in zip(self.adapter, trained, strict=True):
                 parameter.copy_(own)
         state = fold_alpha(state, model.rank, model.rank if model.alpha is None else model.alpha)
-        baked = [adapter.baked for adapter in model.adapters]
+        baked = [adapter.baked for adapter in model.own_adapters]
         write_layouts(folder, state, model.name, model.backbone_class.lora_prefix())
         write_base(folder, model.name, baked, model.backbone_class.expert())
 

@@ -18,7 +18,7 @@ from swd.modules import hub
 from swd.modules.adapters import add_updates
 from swd.modules.backbones import load_family
 from swd.modules.backbones.base import Backbone
-from swd.modules.base_adapters import read_entries
+from swd.modules.base_adapters import BaseAdapter, read_entries
 from swd.modules.encoders import Encoders
 from swd.modules.family_folder import FamilyFolder
 from swd.modules.guidance import guidance_scales
@@ -55,8 +55,8 @@ class Pretrained(FamilyFolder):
             it natively. "fp16" draws alone, on devices that do not.
         vae_precision: dtype of the VAE, "fp32" or "bf16"; None: the base's, or float32 where the model needs that.
         quantization: stores the frozen base's linear layers in 8 bits, "int8" or "fp8".
-        dmd_guidance_scale: classifier-free guidance of the teacher in DMD; 1 for none. The default is that of the
-            released script for Stable Diffusion 3.5 Medium.
+        dmd_guidance_scale: classifier-free guidance of the teacher in DMD; 1 for none, and DMD takes no less. The
+            default is that of the released script for Stable Diffusion 3.5 Medium.
         drawing_guidance_scale: classifier-free guidance of the teacher when it draws: its training set, samples, the
             rows of an evaluation; 1 for none. The default is the paper's for Stable Diffusion 3.5 (appendix A).
         embedded_guidance: guidance scale that a guidance-distilled network (FLUX.1-dev) takes as input, in all roles.
@@ -68,7 +68,8 @@ class Pretrained(FamilyFolder):
             example for Wan has a long one; which the paper's pictures and videos were drawn with is not published.
         adapters: LoRAs that are added to the base's weights when it is loaded, in this order, for all that uses it:
             teacher, fake score and student, drawing and sampling. Each is a path as `swd sample adapter=` takes it,
-            or `{path, weight}`; a run records the `hash` of their weights.
+            or `{path, weight}`; a run records the `hash` of their weights. In a pipeline of several experts an entry
+            has the `expert` that it is for, by its name there.
         guidance_scale: single scale in runs of earlier versions, for both of the scales above unless they are given.
 
     Attributes:
@@ -159,6 +160,16 @@ class Pretrained(FamilyFolder):
     def _check_fit(self) -> None:
         """Check settings that depend on the network."""
         self.tuned.check_width(self.limits.width)
+        if self.revision is not None and not hub.is_hub_id(self.path):
+            raise UserError(
+                f"model.revision={self.revision} is of a repository on the hub, but model.path={self.path} is a "
+                "folder; make it null"
+            )
+        if self.embedded_guidance is not None and not self.network_config.get("guidance_embeds"):
+            raise UserError(
+                f"model.embedded_guidance={self.embedded_guidance} has no effect: this network is fed no guidance "
+                f"scale (guidance_embeds in {self.backbone_class.subfolder}/config.json); make it null"
+            )
         if self.network_config.get("guidance_embeds") and self.embedded_guidance is None:
             raise UserError(
                 "model.embedded_guidance is null, but this network is fed a guidance scale; give "
@@ -230,6 +241,25 @@ class Pretrained(FamilyFolder):
             return torch.bfloat16 if native_bf16(torch.device(device)) else torch.float32
         return DTYPES[self.precision]
 
+    def draw_with(self, steps: int | None, guidance: float | None) -> None:
+        """Let the teacher draw with other steps and another guidance scale than those that it was built with.
+
+        Args:
+            steps: of its own sampler; None: as before.
+            guidance: of classifier-free guidance, or the scale that a guidance-distilled network is fed; None: as
+                before.
+
+        Raises:
+            UserError: if the stock pipeline would ignore the guidance, or the negative prompt.
+        """
+        if steps is not None:
+            self.teacher_steps = steps
+        if guidance is not None and self.network_config.get("guidance_embeds"):
+            self.embedded_guidance = float(guidance)
+        elif guidance is not None:
+            self.drawing_guidance_scale = float(guidance)
+            self._check_drawing(self.backbone_class)
+
     def check_trainable(self) -> None:
         """Raise UserError for a precision that only drawing can do with."""
         if self.precision == "fp16":
@@ -275,9 +305,25 @@ class Pretrained(FamilyFolder):
         self.add_adapters(network)
         return self.backbone_class(network, self.embedded_guidance)
 
-    def add_adapters(self, network: torch.nn.Module) -> None:
-        """Add `adapters` to the weights of a network that was just loaded."""
-        add_updates(network, [(adapter.read(self), adapter.weight) for adapter in self.adapters])
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names of the denoising networks in a pipeline of several, in its order; empty where there is one."""
+        others = self.backbone_class.other_experts
+        return tuple(sorted((self.backbone_class.subfolder, *others))) if others else ()
+
+    @property
+    def own_adapters(self) -> list[BaseAdapter]:
+        """Those of `adapters` that are added to this network, and not to another expert."""
+        return self.adapters_of(self.backbone_class.subfolder)
+
+    def adapters_of(self, part: str) -> list[BaseAdapter]:
+        """Those of `adapters` that are added to a denoising network of the pipeline."""
+        return [adapter for adapter in self.adapters if adapter.expert in (None, part)]
+
+    def add_adapters(self, network: torch.nn.Module, part: str | None = None) -> None:
+        """Add `adapters` to the weights of a network that was just loaded: this one, or the expert called `part`."""
+        chosen = self.adapters_of(part or self.backbone_class.subfolder)
+        add_updates(network, [(adapter.read(self), adapter.weight) for adapter in chosen])
 
     def networks(self, roles: Sequence[Role], seed: int = 0, device: torch.device | str = "cpu") -> Networks:
         """Load the base and give it its trainable roles: adapters, or copies of it."""
@@ -305,6 +351,10 @@ class Pretrained(FamilyFolder):
             # A `variant` for the pipeline would also replace plain weights, so parts without those are loaded here.
             if name not in overrides and files.has_variant(name):
                 parts[name] = files.load(name, vae_dtype if name == "vae" else dtype)
+        for name in self.backbone_class.other_experts:
+            if name not in overrides and self.adapters_of(name):
+                parts[name] = files.load(name, dtype)
+                self.add_adapters(parts[name], name)
         # Text alone is read: a processor's tokenizer takes its place, which the class would refuse as an argument.
         names = [name for name in self.files.parts if "tokenizer" in name and files.is_processor(name)]
         tokenizers = {name: files.tokenizer(name) for name in names if name not in overrides}

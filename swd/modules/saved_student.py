@@ -32,8 +32,12 @@ class Student(Protocol):
     def hash(self) -> str:
         """Hash of its weights for records: 16 hexadecimal digits."""
 
-    def check_model(self, model: Pretrained) -> None:
-        """Raise UserError, with the names of student and model, if it was made for another network."""
+    def fitted(self, model: Pretrained) -> Student:
+        """The same for a model, under that one's names of layers.
+
+        Raises:
+            UserError: with the names of student and model, if it was made for another network.
+        """
 
     def network(self, model: Pretrained, device: torch.device | str = "cpu") -> Any:
         """The denoising network for a pipeline, on the CPU, in the dtype that the model uses on `device`."""
@@ -66,7 +70,13 @@ class FullStudent:
         joined = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
         return joined[:16]
 
+    def fitted(self, model: Pretrained) -> FullStudent:
+        self.check_model(model)
+        return self
+
     def check_model(self, model: Pretrained) -> None:
+        """Raise UserError, with both names, if it was made for another network."""
+        adapters.check_expert(f"student {self.folder}", adapters.read_expert(self.folder), model)
         where = f"student {self.folder} does not fit model {model.name}"
         kind = read_json(self.folder / NETWORK_CONFIG).get("_class_name")
         expected = model.backbone_class.network_type

@@ -92,6 +92,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "lengths": (["schedule.sigmas=[1.0,0.5]"], ["2 sigmas but 3 sizes"]),
     "one guidance": (["model.guidance_scale=3.0"], ["two keys now", "dmd_guidance_scale", "drawing_guidance_scale"]),
     "guidance below 1": (["model.drawing_guidance_scale=0.5"], ["drawing_guidance_scale=0.5", "1 for none"]),
+    "guidance of DMD below 1": (["model.dmd_guidance_scale=0.5"], ["dmd.guidance_scale=0.5", "use 1 for no guidance"]),
     "nothing": (["schedule.sigmas=[]", "schedule.sizes=[]"], ["schedule.sigmas is empty"]),
     "sizes shrink": (["schedule.sizes=[6,4,8]"], ["must not shrink", "(4, 4) follows (6, 6)"]),
     "size not divisible": (["schedule.sizes=[4,7,8]"], ["7 is not divisible by 2", "use 6 or 8"]),

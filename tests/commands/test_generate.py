@@ -225,6 +225,41 @@ def test_a_guidance_that_pipelines_ignore_is_refused(saved: Any, prompts: Path, 
         generate.prepare(config("sd3", saved("sd3"), prompts, tmp_path / "out", guidance_scale=scale))
 
 
+@pytest.mark.parametrize(
+    ("name", "more", "message"),
+    [
+        (
+            "wan",
+            {"guidance_scale": 1, "model__negative_prompt": "dull"},
+            r"negative_prompt has no effect where model\.drawing_guidance_scale is 1",
+        ),
+        ("wan", {"format": "jpg"}, "format=jpg is of pictures, and wan draws videos"),
+        ("wan", {"quality": 50}, "quality=50 is of jpg and webp, and these videos are mp4"),
+        ("sd3", {"quality": 50}, "quality=50 is of jpg and webp, and these pictures are png"),
+        ("sd3", {"fps": 8}, "fps=8, but sd3 draws pictures"),
+        ("sd3", {"refiner_start": 0.5}, "refiner_start=0.5, but there is no refiner"),
+        (
+            "sd3",
+            {"model__embedded_guidance": 3.5},
+            "embedded_guidance=3.5 has no effect: this network is fed no guidance",
+        ),
+        (
+            "sd3",
+            {"model__revision": "main"},
+            "revision=main is of a repository on the hub, but model.path=.* is a folder",
+        ),
+    ],
+)
+def test_a_value_without_effect_is_refused(
+    saved: Any, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, more: Any, message: str
+) -> None:
+    cfg = config(name, saved(name), prompts, tmp_path / "out", **more)
+    monkeypatch.setattr(generate, "given_keys", lambda: list(more))
+    with pytest.raises(UserError, match=message) as caught:
+        generate.prepare(cfg)
+    assert "\n" not in str(caught.value)
+
+
 def build_refiner(base: Any) -> StableDiffusionXLImg2ImgPipeline:
     torch.manual_seed(7)
     unet = UNet2DConditionModel(

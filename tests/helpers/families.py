@@ -61,7 +61,11 @@ FAMILIES = (
     "z_image",
     "chroma",
 )
-FAMILY = {name: name for name in FAMILIES} | {"sd35_medium": "sd3", "wan22_5b": "wan", "wan22_a14b": "wan_high_noise"}
+FAMILY = {name: name for name in FAMILIES} | {
+    "sd35_medium": "sd3",
+    "wan22_5b": "wan_5b",
+    "wan22_a14b": "wan_high_noise",
+}
 """`sd3` is as SD3.5 Large, `sd35_medium` has dual attention; `wan22_5b` and `wan22_a14b` have tests of their own."""
 SIZES: dict[str, list[Any]] = {
     "sd3": [4, 6, 8],

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from swd.modules.adapters import Adapter, check_model
+from swd.modules.adapters import Adapter, check_model, with_model_names
 from swd.modules.backbones import load_family
 from swd.types import UserError
 
@@ -58,12 +58,13 @@ def test_an_adapter_of_another_network_is_refused_with_both_names(made: Adapter,
         check_model(made, MODEL)
 
 
-def test_a_file_with_comfyuis_names_says_so() -> None:
+def test_a_file_with_comfyuis_names_fits_under_the_network_s_own() -> None:
     """Most LoRAs of Wan have the names of its original weights, of which diffusers has others."""
     layer = nn.ModuleDict({"attn1": nn.ModuleDict({"to_q": nn.Linear(6, 6)})})
     wan: Any = SimpleNamespace(
         name="tiny", backbone_class=load_family("wan"), meta_network=nn.ModuleDict({"blocks": nn.ModuleList([layer])})
     )
     check_model(adapter("blocks.0.attn1.to_q", (6,), 6), wan)
-    with pytest.raises(UserError, match=r"blocks\.0\.self_attn\.q, the name of a layer in ComfyUI; give a file with"):
-        check_model(adapter("blocks.0.self_attn.q", (6,), 6), wan)
+    found = with_model_names(adapter("blocks.0.self_attn.q", (6,), 6), wan)
+    assert found.modules == ["blocks.0.attn1.to_q"]
+    check_model(found, wan)

@@ -71,7 +71,10 @@ def test_sizes_are_those_of_its_vae(model: Pretrained) -> None:
     assert model.limits.native == (31, 44, 80) and model.frame_rate == 24
     with pytest.raises(UserError, match="3 is not divisible by 2"):
         model.limits.check_size((3, 3, 4))
-    assert families.pretrained("wan", model.folder).family == "wan"
+    with pytest.raises(
+        UserError, match=r"expand_timesteps, which model\.family=wan .*; model=wan22_5b fits this folder"
+    ):
+        families.pretrained("wan", model.folder)
 
 
 def test_latents_have_the_statistics_of_its_vae(model: Pretrained) -> None:
@@ -283,4 +286,4 @@ def test_a_distilled_model_is_no_teacher(model: Pretrained, tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"was distilled to few steps already \(is_distilled in its model_index.json\)"):
         families.pretrained(NAME, copy)
     (copy / "model_index.json").write_text(json.dumps(index | {"is_distilled": False}))
-    assert families.pretrained(NAME, copy).family == "wan"
+    assert families.pretrained(NAME, copy).family == "wan_5b"

@@ -13,10 +13,12 @@ import families
 import pytest
 import torch
 from lightning import Trainer
+from safetensors.torch import save_file
 from tiny import composed
 from torch import Tensor
 from torch.testing import assert_close
 
+from swd.callbacks import students as students_callback
 from swd.callbacks.sample_sheets import Samples
 from swd.commands import generate, sample
 from swd.commands.plan import planned
@@ -28,10 +30,12 @@ from swd.export import student_folder, verification
 from swd.losses import DMD, GAN, MMD
 from swd.modules.adapters import Adapter, load
 from swd.modules.backbones import load_family
+from swd.modules.checkpoint_files import NEEDED
 from swd.modules.distiller import Distiller
 from swd.modules.drawing import OtherExpert
 from swd.modules.networks import SharedBase
 from swd.modules.pretrained import Pretrained
+from swd.modules.saved_student import load_student
 from swd.schedule import ScaleSchedule
 from swd.types import PictureBatch, UserError
 
@@ -342,3 +346,111 @@ def test_commands_take_the_models_as_they_ship(
     (made["wan_low_noise"] / "checksums.json").unlink()
     with pytest.raises(UserError, match="was trained for another schedule than the adapter"):
         sample.prepare(composed([*drawing, f"other_adapter={made['wan_low_noise']}"], "sample"))
+
+
+# LoRAs of the base, and students that say which expert they are of
+
+
+def style(folder: Path, model: Pretrained, seed: int, original: bool) -> str:
+    """A LoRA file as it is published: with the vendor's names, or with those of diffusers; without a record."""
+    state = families.random_state(model, seed)
+    name = model.backbone_class.comfy_key if original else lambda module: f"transformer.{module}"
+    tensors = {}
+    for key, value in state.items():
+        module, _, kind = key.partition(".lora_")
+        tensors[f"{name(module)}.lora_{kind}"] = value
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / f"style{seed}.safetensors")
+    return str(folder / f"style{seed}.safetensors")
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_each_expert_gets_the_adapters_that_name_it(
+    experts: dict[str, Pretrained], folder: Path, family: str, tmp_path: Path
+) -> None:
+    """In training its own ones, in drawing both, whichever of the two models is asked."""
+    files = [style(tmp_path, experts["wan_high_noise"], seed, original=bool(seed)) for seed in range(2)]
+    entries = [
+        {"path": files[0], "expert": "transformer"},
+        {"path": files[1], "weight": 0.5, "expert": "transformer_2"},
+    ]
+    model = families.pretrained(NAME, folder, family=family, adapters=entries)
+    plain, key = sample.build_pipeline(experts[family]), "blocks.1.attn2.to_out.0"
+    pipe = sample.build_pipeline(model)
+    for part, file, weight in (("transformer", files[0], 1.0), ("transformer_2", files[1], 0.5)):
+        before, after = (getattr(each, part).get_submodule(key).weight for each in (plain, pipe))
+        update = load(Path(file)).fitted(experts[family]).update(key)
+        assert_close(after, before + weight * update, rtol=1e-5, atol=1e-6)
+    own = model.network().network.get_submodule(key).weight
+    assert torch.equal(own, getattr(pipe, model.backbone_class.subfolder).get_submodule(key).weight)
+    # Records.
+    assert [entry.record["expert"] for entry in model.adapters] == ["transformer", "transformer_2"]
+    swapped = [entries[0] | {"expert": "transformer_2"}, entries[1] | {"expert": "transformer"}]
+    others = [
+        families.pretrained(NAME, folder, family=family, adapters=each) for each in (entries, entries[:1], swapped)
+    ]
+    assert len({identity.whole_fingerprint(each) for each in others}) == 3
+    student = Adapter(families.random_state(model, 7), tmp_path / "student")
+    made = student_folder.export(student, model, scheduler(), tmp_path / "made", verify=False)
+    own_file = files[EXPERTS.index(family)]
+    assert [entry.name for entry in load(made).baked] == [Path(own_file).name]
+    assert load(made).fitted(model).state.keys() == student.state.keys()
+    text = (made / "README.md").read_text()
+    assert "for `transformer_2`" in text and "\n".join(student_folder.adding(model)) in text
+    code = "\n".join(student_folder.adding(model)).replace("ADAPTER_1", files[0]).replace("ADAPTER_2", files[1])
+    exec(code, {"pipe": plain})
+    for part in ("transformer", "transformer_2"):
+        theirs, ours = (getattr(each, part).get_submodule(key).weight for each in (plain, pipe))
+        assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_for_an_expert_that_is_not_clear_is_one_line(
+    experts: dict[str, Pretrained], folder: Path, tmp_path: Path
+) -> None:
+    file = style(tmp_path, experts["wan_high_noise"], 0, original=True)
+    made = student_folder.export(
+        Adapter(families.random_state(experts["wan_low_noise"], 1), tmp_path / "x"),
+        experts["wan_low_noise"],
+        scheduler(),
+        tmp_path / "low",
+        verify=False,
+    )
+    for entry, message in (
+        (file, "does not say which of transformer and transformer_2 it is for; give {path: .*, expert: transformer}"),
+        ({"path": file, "expert": "high"}, "expert=high, but pipeline has transformer and transformer_2"),
+        ({"path": file, "expert": 2}, "give the network's name as a text"),
+        ({"path": str(made), "expert": "transformer"}, "expert=transformer, but is of the expert transformer_2"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            families.pretrained(NAME, folder, adapters=[entry])
+        assert "\n" not in str(caught.value)
+    # One that says it itself needs no more.
+    low = families.pretrained(NAME, folder, family="wan_low_noise", adapters=[str(made)])
+    assert low.adapters[0].expert == "transformer_2"
+    both = families.pretrained(NAME, folder, adapters=[{"path": str(made), "expert": "transformer_2"}])
+    assert not both.own_adapters and len(both.adapters_of("transformer_2")) == 1
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_students_and_checkpoints_say_their_expert_and_are_refused_for_the_other(
+    folder: Path, tuning: str, tmp_path: Path
+) -> None:
+    for family, other in (EXPERTS, EXPERTS[::-1]):
+        run = tmp_path / family
+        model = families.pretrained(NAME, folder, family=family, tuning=tuning)
+        task = Distiller(model, ScaleSchedule(SIGMAS, SIZES), {"mmd": MMD(blocks=[0])})
+        task.configure_model()
+        written = students_callback.save(run / "student", task)
+        (run / "checkpoints").mkdir()
+        content = dict.fromkeys(NEEDED, 0) | {"state_dict": task.state_dict(), "optimizer_states": []}
+        torch.save(content, run / "checkpoints" / "last.ckpt")
+        (run / "config.yaml").write_text(f"model: {{family: {family}, alpha: null, adapters: null}}")
+        checkpoint = load_student(run / "checkpoints" / "last.ckpt")
+        exported = student_folder.export(checkpoint.fitted(model), model, scheduler(), run / "made", verify=False)
+        for path in (written, run / "checkpoints" / "last.ckpt", exported):
+            load_student(path).fitted(model)
+            wrong = families.pretrained(NAME, folder, family=other)
+            expected = f"is of the expert {model.backbone_class.subfolder}, but model.family={other} is"
+            with pytest.raises(UserError, match=expected) as caught:
+                load_student(path).fitted(wrong)
+            assert "\n" not in str(caught.value)

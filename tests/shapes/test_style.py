@@ -50,7 +50,7 @@ class Sepia(Dataset[Item]):
     """The shapes in that palette."""
 
     def __init__(self) -> None:
-        self.shapes = ShapesDataset("train", 0, 1000)
+        self.shapes = ShapesDataset("train", 0, 2400)
 
     def __len__(self) -> int:
         return len(self.shapes)

@@ -1,8 +1,8 @@
-"""Wan2.1, and Wan2.2 TI2V-5B: text to video."""
+"""Wan2.1: text to video."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,14 +14,27 @@ from swd.modules.backbones.base import Backbone, NetworkLimits
 from swd.modules.encoders import Encoders
 from swd.types import Conditioning
 
-
-def is_5b(config: Mapping[str, Any]) -> bool:
-    """Whether a network's `config.json` is that of Wan2.2 TI2V-5B, the only one on latents of 48 channels."""
-    return bool(config["in_channels"] == 48)
+ORIGINAL_NAMES = {
+    "attn1": "self_attn",
+    "attn2": "cross_attn",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "o",
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "proj_out": "head.head",
+}
+"""Parts of the paths of linear layers, as diffusers has them, and those of the vendor's own checkpoints."""
 
 
 class WanEncoders(Encoders):
-    """UMT5; causal video VAE, 8x (TI2V-5B: 16x) in space and 4x in time, its first frame by itself."""
+    """UMT5; causal video VAE, 8x (of Wan2.2 TI2V-5B 16x) in space and 4x in time, its first frame by itself."""
 
     vae_dtype: ClassVar[torch.dtype | None] = torch.float32  # as diffusers recommends
 
@@ -41,18 +54,14 @@ class WanEncoders(Encoders):
 
 
 class WanBackbone(Backbone):
-    """`WanTransformer3DModel`: velocity prediction on latents `[B, C, F, H, W]`, timestep 0..1000.
-
-    TI2V-5B has the latents of another VAE, with 48 channels. Its pipeline (`expand_timesteps`) feeds one timestep a
-    token, for pictures to start from; in text to video all are equal, and one a sample gives the same.
-    """
+    """`WanTransformer3DModel`: velocity prediction on latents `[B, C, F, H, W]`, timestep 0..1000."""
 
     process: ClassVar[Process] = RectifiedFlow()
     network_type: ClassVar[str] = "WanTransformer3DModel"
     pipeline_type: ClassVar[str] = "WanPipeline"
     pipeline_aliases: ClassVar[tuple[str, ...]] = ("WanVideoToVideoPipeline",)
     encoders_type: ClassVar[type[Encoders]] = WanEncoders
-    unknown_settings: ClassVar[tuple[str, ...]] = ("boundary_ratio",)  # of two experts, as in Wan2.2 A14B
+    unknown_settings: ClassVar[tuple[str, ...]] = ("boundary_ratio", "expand_timesteps")  # of Wan2.2
     comfyui: ClassVar[bool] = True
     video: ClassVar[bool] = True
     float_latents: ClassVar[bool] = True
@@ -68,20 +77,14 @@ class WanBackbone(Backbone):
             blocks=config["num_layers"],
             width=config["num_attention_heads"] * config["attention_head_dim"],
             channels=config["in_channels"],
-            native=(31, 44, 80) if is_5b(config) else (21, 60, 104),
+            native=(21, 60, 104),
             max_frames=config["rope_max_seq_len"],
         )
 
     @staticmethod
-    def frame_rate(config: dict[str, Any]) -> int:
-        return 24 if is_5b(config) else 16  # the vendor's configurations
-
-    @staticmethod
     def comfy_key(module: str) -> str:
         """ComfyUI keeps the original checkpoint's names."""
-        names = {"attn1": "self_attn", "attn2": "cross_attn", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
-        names |= {"ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2"}
-        for ours, theirs in names.items():
+        for ours, theirs in ORIGINAL_NAMES.items():
             module = module.replace(ours, theirs)
         return f"diffusion_model.{module}"
 
