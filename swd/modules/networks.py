@@ -16,7 +16,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from swd.modules import rms_norm
+from swd.modules import joint_attention, rms_norm
 from swd.modules.autocast import autocast_on_meta
 from swd.modules.backbones.base import TARGETS, Backbone
 from swd.modules.layouts import whole_tensor
@@ -41,6 +41,7 @@ class Networks(nn.Module, ABC):
         super().__init__()
         self.backbone = backbone.requires_grad_(False)
         rms_norm.install_norms(backbone.network)
+        joint_attention.install_attention(backbone.network)
         self.process = backbone.process
         self.roles = tuple(roles)
         self.played = PlayedRole()
