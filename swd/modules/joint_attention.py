@@ -57,7 +57,7 @@ class JointAttention(Attention):
 
     def _heads(self, projected: Tensor) -> Tensor:
         """`[B, L, heads D]` as `[B, L, heads, D]`."""
-        return projected.unflatten(2, (self.heads, -1))
+        return projected.view(*projected.shape[:2], self.heads, -1)
 
     def _image_output(self, tokens: Tensor) -> Tensor:
         output: Tensor = self.to_out[1](self.to_out[0](tokens))
