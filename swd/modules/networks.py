@@ -16,7 +16,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from swd.modules import rms_norm
+from swd.modules import joint_attention, rms_norm
 from swd.modules.autocast import autocast_on_meta
 from swd.modules.backbones.base import TARGETS, Backbone
 from swd.modules.layouts import whole_tensor
@@ -41,6 +41,7 @@ class Networks(nn.Module, ABC):
         super().__init__()
         self.backbone = backbone.requires_grad_(False)
         rms_norm.install_norms(backbone.network)
+        joint_attention.install_attention(backbone.network)
         self.process = backbone.process
         self.roles = tuple(roles)
         self.played = PlayedRole()
@@ -72,6 +73,29 @@ class Networks(nn.Module, ABC):
 
         It is done as long as `recompute` is True. States of generators are not kept: nothing in a block is random.
         """
+
+    def _checkpoint(self, backbone: Backbone) -> None:
+        """Do so in one network."""
+
+        def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if not self.recompute:
+                return module(*args, **kwargs)
+            role = self._current
+            last = backbone.last
+
+            @contextmanager
+            def as_before() -> Iterator[None]:
+                with self.role(role), backbone.without_text_mlp(last):
+                    yield
+
+            def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+                return nullcontext(), as_before()
+
+            args, kwargs = backbone.narrow(module, args, kwargs)
+            options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": contexts}
+            return checkpoint(module.__call__, *args, **options, **kwargs)
+
+        backbone.diffusers_model.enable_gradient_checkpointing(run)
 
     def _set(self, role: Role) -> None:
         """Make `role` the current one."""
@@ -240,19 +264,7 @@ class SharedBase(Networks):
             follow(layer, role)
 
     def enable_checkpointing(self) -> None:
-        def in_role(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            role = self._current
-
-            def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-                return nullcontext(), self.role(role)
-
-            if not self.recompute:
-                return module(*args, **kwargs)
-            args, kwargs = self.backbone.narrow(module, args, kwargs)
-            options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": contexts}
-            return checkpoint(module.__call__, *args, **options, **kwargs)
-
-        self.backbone.diffusers_model.enable_gradient_checkpointing(in_role)
+        self._checkpoint(self.backbone)
 
     # Weights
 
@@ -316,12 +328,3 @@ class SeparateCopies(Networks):
         roles: tuple[Role, ...] = ("teacher", *self.roles)
         for role in roles:
             self._checkpoint(self.backbone_of(role))
-
-    def _checkpoint(self, backbone: Backbone) -> None:
-        def narrowed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if not self.recompute:
-                return module(*args, **kwargs)
-            args, kwargs = backbone.narrow(module, args, kwargs)
-            return checkpoint(module.__call__, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-        backbone.diffusers_model.enable_gradient_checkpointing(narrowed)

@@ -158,8 +158,8 @@ def test_work_at_real_size_against_the_released_code(
     every = ("dmd", "mmd", "gan")
     released = RELEASED[name][1]
     whole = iteration_tflop(name, tmp_path / "a", *every)
-    assert round(whole / released, 2) <= plain
-    assert round(iteration_tflop(name, tmp_path / "b", *every, checkpointing=True) / released, 2) <= recomputed
+    assert whole / released <= plain
+    assert iteration_tflop(name, tmp_path / "b", *every, checkpointing=True) / released <= recomputed
     assert iteration_tflop(name, tmp_path / "c", "mmd") <= whole / 7
 
 

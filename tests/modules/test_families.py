@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ import pytest
 import torch
 from lightning import Trainer
 from PIL import Image
-from tiny import CONF, composed
+from tiny import CONF, composed, in_float64
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from swd.data.iterations import Iterations
-from swd.losses import DMD, GAN, MMD, GeneratorStep
-from swd.losses.update import generator_gradient, settle, wanted
+from swd.losses import DMD, GAN, MMD, CriticStep, GeneratorStep, LossTerm
+from swd.losses.base import Step
+from swd.losses.update import critic_loss, generator_gradient, settle, wanted
 from swd.modules.distiller import Distiller
 from swd.modules.networks import Networks, SharedBase
 from swd.modules.pretrained import Pretrained
@@ -261,6 +263,62 @@ def test_checkpointing_changes_no_number(name: str, model: Pretrained) -> None:
     assert len(found[0]) == len(found[1]) > 8
     for plain, checkpointed in zip(*found, strict=True):
         assert torch.equal(plain, checkpointed)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_noised_fake_and_real_share_a_critics_pass(
+    name: str, model: Pretrained, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64 loss and gradients are those of two passes, and blocks behind the features run for the fake alone."""
+    networks = in_float64(randomised(families.pretrained(name, model.folder).networks(("student", "fake"))))
+    if checkpointing:
+        networks.enable_checkpointing()
+    networks.train()
+    terms: dict[str, LossTerm] = {"dmd": DMD(), "gan": GAN(blocks=(0,), discriminator_weight=0.5)}
+    torch.manual_seed(0)
+    terms["gan"].build(model.limits.width)
+    text = partly_masked(model).map(lambda tensor: tensor.double())
+    runs = SampleCounts([*networks.backbone.block_list, *networks.backbone.behind(0)])
+    found = []
+    for joined in (True, False):
+        if not joined:
+            monkeypatch.setattr(Step, "_joins", lambda step: False)
+        networks.zero_grad()
+        asked = wanted(terms, "critic_pass")
+        step = CriticStep(networks, text, text, latents(name), latents(name, seed=1), SeededDraws(0), asked)
+        loss = critic_loss(terms, step)[0]
+        first, last = runs.taken()
+        assert first == ({4} if joined else {2}) and last == {2}
+        loss.backward()
+        runs.taken()
+        gradients = [p.grad for p in networks.role_parameters("fake")]
+        found.append([loss, *(g for g in gradients if g is not None)])
+    assert len(found[0]) == len(found[1]) > 8
+    for together, apart in zip(*found, strict=True):
+        assert (together - apart).norm() <= EXACT.get(name, 1e-10) * apart.norm().clamp(min=1e-3)
+
+
+EXACT = {"wan": 1e-5}
+"""Relative tolerance in float64 of networks that compute a part of themselves in float32."""
+
+
+class SampleCounts:
+    """Numbers of samples that the first of some modules is run with, and the last."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.seen: tuple[set[int], set[int]] = (set(), set())
+        for number, module in ((0, modules[0]), (1, modules[-1])):
+            module.register_forward_hook(partial(self._note, number))
+
+    def _note(self, number: int, module: nn.Module, args: Any, output: Any) -> None:
+        tensors = output if isinstance(output, tuple) else (output,)
+        self.seen[number].update(len(tensor) for tensor in tensors if tensor is not None)
+
+    def taken(self) -> tuple[set[int], set[int]]:
+        """What was seen since the last call."""
+        seen = self.seen
+        self.seen = (set(), set())
+        return seen
 
 
 def test_masked_tokens_are_not_seen(name: str, model: Pretrained) -> None:

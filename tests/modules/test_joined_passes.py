@@ -101,6 +101,34 @@ def test_noised_fake_and_real_share_a_pass(
         assert_close(a, b, **EXACT)
 
 
+@pytest.mark.parametrize("build", [shared, checkpointed, copies, checkpointed_copies])
+def test_text_goes_no_further_than_it_is_read(build: Callable[[], Networks]) -> None:
+    """Behind the last features a block's text MLP runs for the samples that go on, and features stay as they are."""
+    networks = build()
+    backbone = networks.backbone_of("fake")
+    seen: list[tuple[int, int]] = []
+    for number in range(2):  # the last of three blocks makes no text
+        mlp = backbone.block_list[number].get_submodule("ff_context.net")[2]
+        mlp.register_forward_hook(lambda module, args, output, number=number: seen.append((number, len(output))))
+    x, sigma, text = noise(8, 0, batch=4).double(), torch.full((4,), 0.5), build_conditioning(4)
+    whole = networks.x0("fake", x, sigma, text, (0, 1))
+    assert seen == [(0, 4), (1, 4)]
+    seen.clear()
+    exits = networks.features("fake", x, sigma, text, (0, 1))
+    assert seen == [(0, 4), (1, 0)]
+    seen.clear()
+    some = networks.x0("fake", x, sigma, text, (1,), rows=3)
+    assert seen == [(0, 4), (1, 3)] and len(some[0]) == 3
+    assert_close(some[0], whole[0][:3], **EXACT)
+    weights = networks.role_parameters("fake")
+    found = []
+    for features in (whole[1], exits):
+        loss = torch.stack([feature.square().mean() for feature in features]).sum()
+        found.append(torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True, materialize_grads=True))
+    for a, b in zip([*whole[1], *found[0]], [*exits, *found[1]], strict=True):
+        assert_close(a, b, **EXACT)
+
+
 def updates() -> list[Inputs]:
     """Four updates of which one has another size, and one another length of text."""
     found = []

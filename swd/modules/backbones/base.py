@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 import diffusers
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from swd.diffusion import Process, expand
 from swd.io.limits import LARGEST_SIDE
@@ -100,6 +101,20 @@ class DiffusersModel(Protocol):
         """Recompute activations in the backward pass, block by block, with the given function or PyTorch's own."""
 
 
+class LastFeatures(NamedTuple):
+    """Where a pass has its last features, and how much of it goes on behind them.
+
+    Attributes:
+        block: number of the block.
+        rows: number of samples that go on.
+        samples: number of samples in all.
+    """
+
+    block: int
+    rows: int
+    samples: int
+
+
 class _Done(Exception):
     """Ends a forward pass early, once the last block asked for has run."""
 
@@ -139,7 +154,11 @@ class Backbone(nn.Module, ABC):
         targets: linear layers that get LoRA unless a configuration names others.
         comfyui: whether ComfyUI supports this family and loads its LoRA under the names of `comfy_key`.
         poor_at_low_resolution: whether the teacher draws poorly at sizes below its native one.
-        narrows: whether a pass may go on with some of its samples behind a block; then `behind` is implemented.
+        narrows: whether a pass may go on with some of its samples behind a block: where `behind` names all that runs
+            there but for the network's last layers, and `rows_of` cuts its inputs.
+        text_mlp: name of a block's submodule that only its text tokens go through, once the image tokens have done with
+            them; None where blocks have none. In the block of the last features it runs for the samples that go on.
+        last: the last features of the forward pass that runs, where not all its samples go on behind them.
     """
 
     process: ClassVar[Process]
@@ -163,6 +182,7 @@ class Backbone(nn.Module, ABC):
     comfyui: ClassVar[bool] = False
     poor_at_low_resolution: ClassVar[bool] = False
     narrows: ClassVar[bool] = False
+    text_mlp: ClassVar[str | None] = None
 
     def __init__(self, network: nn.Module, guidance: float | None = None) -> None:
         super().__init__()
@@ -171,6 +191,7 @@ class Backbone(nn.Module, ABC):
         self._dtype: torch.dtype | None = None
         self._found: dict[int, Tensor] = {}  # features of the forward pass that runs
         self._narrow: dict[nn.Module, int] = {}  # number of samples that a module takes of those it is given
+        self.last: LastFeatures | None = None
 
     @staticmethod
     @abstractmethod
@@ -313,8 +334,13 @@ class Backbone(nn.Module, ABC):
         """The network's prediction `[B, C, *size]`, in the network's own dtype."""
 
     def behind(self, block: int) -> Sequence[nn.Module]:
-        """The modules that run behind a block; only where `narrows`, and of all that is theirs rows are samples."""
-        raise NotImplementedError("this family's passes are not narrowed")
+        """The modules that run behind a block one after the other, up to the last of `repeated_blocks`."""
+        order = list(self.repeated_blocks)
+        return order[order.index(self.block_list[block]) + 1 :]
+
+    def rows_of(self, value: Any, rows: int) -> Any:
+        """The first samples of what a module `behind` a block is given: of a tensor, its rows; else as it is."""
+        return value[:rows] if isinstance(value, Tensor) else value
 
     def timestep(self, x_t: Tensor, sigma: Tensor) -> Tensor:
         """The network's timestep input for `sigma`, one value a sample `[B]`, on a scale of 0 to 1000."""
@@ -383,10 +409,10 @@ class Backbone(nn.Module, ABC):
             if grad_to_features_only and block == max(blocks):
                 torch.set_grad_enabled(False)
 
-        narrowed = self._narrowed(max(blocks, default=-1), rows)
+        narrowed = nullcontext() if rows is None else self._narrowed(LastFeatures(max(blocks), rows, len(x_t)))
         with self._hooks(blocks, after) as found, narrowed, torch.set_grad_enabled(torch.is_grad_enabled()):
             prediction = self.call(x_t, sigma, conditioning)
-        return prediction, [found[block] for block in blocks]
+        return prediction[:rows], [found[block] for block in blocks]
 
     def features(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning, blocks: Sequence[int]) -> list[Tensor]:
         """Features `[B, L, D]` per block asked for; stops at the last of them."""
@@ -395,7 +421,8 @@ class Backbone(nn.Module, ABC):
             if block == max(blocks):
                 raise _Done
 
-        with self._hooks(blocks, after) as found, suppress(_Done):
+        last = LastFeatures(max(blocks), 0, len(x_t))
+        with self._hooks(blocks, after) as found, self.without_text_mlp(last), suppress(_Done):
             self.call(x_t, sigma, conditioning)
         return [found[block] for block in blocks]
 
@@ -446,24 +473,46 @@ class Backbone(nn.Module, ABC):
                 handle.remove()
 
     @contextmanager
-    def _narrowed(self, block: int, rows: int | None) -> Iterator[None]:
-        """Context in which what runs behind a block takes the first `rows` samples of all that it is given."""
-        if rows is None:
-            yield
-            return
+    def _narrowed(self, last: LastFeatures) -> Iterator[None]:
+        """Context in which what runs behind a block takes the first samples, and makes zeros of the others."""
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        def cut(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             return self.narrow(module, args, kwargs)
 
-        modules = self.behind(block)
-        self._narrow = dict.fromkeys(modules, rows)
-        handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
+        modules = self.behind(last.block)
+        self._narrow = dict.fromkeys(modules, last.rows)
+        handles = [module.register_forward_pre_hook(cut, with_kwargs=True) for module in modules]
+        # The network's last layers find as many samples as it was given.
+        handles += [module.register_forward_hook(_filled(last.samples)) for module in modules[-1:]]
         try:
-            yield
+            with self.without_text_mlp(last):
+                yield
         finally:
             self._narrow = {}
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def without_text_mlp(self, last: LastFeatures | None) -> Iterator[None]:
+        """Context in which a block's `text_mlp` runs for the samples alone that go on behind it; None: for all.
+
+        Checkpointing enters it again, with the `last` of the forward pass.
+        """
+        name = self.text_mlp
+        module = getattr(self.block_list[last.block], name, None) if last and name else None
+        if last is None or module is None:
+            yield
+            return
+        rows = last.rows
+        cut = module.register_forward_pre_hook(lambda module, args: tuple(self.rows_of(value, rows) for value in args))
+        fill = module.register_forward_hook(_filled(last.samples))
+        self.last = last
+        try:
+            yield
+        finally:
+            self.last = None
+            cut.remove()
+            fill.remove()
 
     def narrow(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -475,10 +524,14 @@ class Backbone(nn.Module, ABC):
         rows = self._narrow.get(module)
         if rows is None:
             return args, kwargs
-        cut = {name: _first_rows(value, rows) for name, value in kwargs.items()}
-        return tuple(_first_rows(value, rows) for value in args), cut
+        cut = {name: self.rows_of(value, rows) for name, value in kwargs.items()}
+        return tuple(self.rows_of(value, rows) for value in args), cut
 
 
-def _first_rows(value: Any, rows: int) -> Any:
-    """The first rows of a tensor; anything else as it is."""
-    return value[:rows] if isinstance(value, Tensor) else value
+def _filled(samples: int) -> Callable[..., Any]:
+    """A hook that puts zeros behind the rows of a module's output, up to `samples`."""
+
+    def fill(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor, tensor.new_zeros(samples - len(tensor), *tensor.shape[1:])])
+
+    return lambda module, args, output: tree_map_only(Tensor, fill, output)

@@ -49,6 +49,8 @@ class ChromaBackbone(Backbone):
     masked_text: ClassVar[bool] = True
     comfyui: ClassVar[bool] = True
     layout: ClassVar[str] = "tokens"
+    narrows: ClassVar[bool] = True
+    text_mlp: ClassVar[str | None] = "ff_context"
 
     _image_tokens = 0  # in the forward pass that runs
 

@@ -38,6 +38,8 @@ class FluxBackbone(Backbone):
     encoders_type: ClassVar[type[Encoders]] = FluxEncoders
     comfyui: ClassVar[bool] = True
     layout: ClassVar[str] = "tokens"
+    narrows: ClassVar[bool] = True
+    text_mlp: ClassVar[str | None] = "ff_context"
 
     @staticmethod
     def limits_of(config: dict[str, Any]) -> NetworkLimits:

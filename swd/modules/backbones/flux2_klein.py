@@ -46,6 +46,8 @@ class Flux2KleinBackbone(Backbone):
     encoders_type: ClassVar[type[Encoders]] = Flux2KleinEncoders
     comfyui: ClassVar[bool] = True
     layout: ClassVar[str] = "patches"
+    narrows: ClassVar[bool] = True
+    text_mlp: ClassVar[str | None] = "ff_context"
     targets: ClassVar[tuple[str, ...]] = (
         *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
         *("linear_in", "linear_out", "to_qkv_mlp_proj", "to_out"),  # the last two are a whole single-stream block's

@@ -56,6 +56,8 @@ class QwenImageBackbone(Backbone):
     masked_text: ClassVar[bool] = True
     comfyui: ClassVar[bool] = True
     layout: ClassVar[str] = "tokens"
+    narrows: ClassVar[bool] = True
+    text_mlp: ClassVar[str | None] = "txt_mlp"
     # Of models that edit pictures, draw layers, or are fed a guidance scale.
     unknown_settings: ClassVar[tuple[str, ...]] = (
         "zero_cond_t",

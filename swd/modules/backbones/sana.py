@@ -41,6 +41,7 @@ class SanaBackbone(Backbone):
     encoders_type: ClassVar[type[Encoders]] = SanaEncoders
     masked_text: ClassVar[bool] = True
     float_latents: ClassVar[bool] = True
+    narrows: ClassVar[bool] = True
     targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")  # its MLP is made of convolutions
 
     @staticmethod

@@ -49,6 +49,7 @@ class SD3Backbone(Backbone):
     trains_from_scratch: ClassVar[bool] = True  # the embedded teacher
     comfyui: ClassVar[bool] = True
     narrows: ClassVar[bool] = True
+    text_mlp: ClassVar[str | None] = "ff_context"
 
     @staticmethod
     def limits_of(config: dict[str, Any]) -> NetworkLimits:
@@ -85,9 +86,6 @@ class SD3Backbone(Backbone):
     @property
     def block_list(self) -> Sequence[nn.Module]:
         return self.module_list("transformer_blocks")
-
-    def behind(self, block: int) -> Sequence[nn.Module]:
-        return [*self.block_list[block + 1 :], self.network.get_submodule("norm_out")]
 
     def image_stream(self, output: Any) -> Tensor:
         tensor: Tensor = output[1]  # (text tokens, image tokens)

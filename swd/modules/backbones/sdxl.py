@@ -47,6 +47,7 @@ class SDXLBackbone(Backbone):
     encoders_type: ClassVar[type[Encoders]] = SDXLEncoders
     comfyui: ClassVar[bool] = True
     has_refiner: ClassVar[bool] = True
+    narrows: ClassVar[bool] = True
     poor_at_low_resolution: ClassVar[bool] = True  # SwD paper, appendix B
 
     @staticmethod
@@ -116,6 +117,15 @@ class SDXLBackbone(Backbone):
                 for stage in pair:
                     found += [] if stage is None else list(getattr(stage, "transformer_blocks", [stage]))
         return found
+
+    def behind(self, block: int) -> Sequence[nn.Module]:
+        return self.module_list("up_blocks")
+
+    def rows_of(self, value: Any, rows: int) -> Any:
+        """What a block on the way up is given: tensors, and a tuple of maps from the way down."""
+        if isinstance(value, tuple):
+            return tuple(tensor[:rows] for tensor in value)
+        return super().rows_of(value, rows)
 
     def image_stream(self, output: Any) -> Tensor:
         tokens: Tensor = output.flatten(2).transpose(1, 2)  # [B, D, H, W] to [B, H * W, D]

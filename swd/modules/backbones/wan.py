@@ -65,6 +65,7 @@ class WanBackbone(Backbone):
     comfyui: ClassVar[bool] = True
     video: ClassVar[bool] = True
     float_latents: ClassVar[bool] = True
+    narrows: ClassVar[bool] = True
     poor_at_low_resolution: ClassVar[bool] = True  # SwD paper, appendix B
 
     @staticmethod

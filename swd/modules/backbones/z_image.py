@@ -57,6 +57,7 @@ class ZImageBackbone(Backbone):
     called_with_first_size: ClassVar[bool] = True
     targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
     comfyui: ClassVar[bool] = True
+    narrows: ClassVar[bool] = True
 
     _image_tokens = 0  # in the forward pass that runs
 
