@@ -10,7 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from swd.io.job_log import print_line
 from swd.io.ranks import is_first
-from swd.modules.device_memory import encoder_bytes, kept, kept_divided
+from swd.modules.device_memory import encoder_bytes, permanent_parts, usable
 from swd.modules.distiller import Distiller
 from swd.modules.dry_run import trained_on_meta
 from swd.modules.iteration_cost import iteration_costs
@@ -18,8 +18,6 @@ from swd.modules.sharding import Sharded
 from swd.types import UserError
 
 GB = 1e9
-SPARE = 0.1
-"""Share of the memory that is left to CUDA itself and to gaps between tensors; ours, since nothing was measured."""
 
 
 class MemoryBudget(Callback):
@@ -53,7 +51,7 @@ class MemoryBudget(Callback):
         """Count what a step needs at each size, and choose."""
         assert isinstance(pl_module, Distiller)  # `check_fit`
         data: Any = cast(Any, trainer).datamodule
-        free = self.memory * GB * (1 - SPARE) - permanent_bytes(trainer, pl_module, data)
+        free = usable(self.memory * GB) - permanent_bytes(trainer, pl_module, data)
         part = data.batch_size // trainer.world_size // pl_module.accumulate
         terms = dict(pl_module.terms.items())
         costs = [
@@ -82,10 +80,9 @@ def permanent_bytes(trainer: Trainer, task: Distiller, data: Any) -> int:
     """Bytes on a device for as long as the training runs: weights, gradients, moments, encoders where they are used."""
     networks, heads = trained_on_meta(task.model, dict(task.terms.items()))
     encoders = 0 if getattr(data, "is_cache", False) else sum(encoder_bytes(task.model).values())
-    if isinstance(trainer.strategy, Sharded):
-        return encoders + kept_divided(networks, trainer.strategy.device_mesh.size(-1), heads)[0]
-    found = kept(networks, heads)
-    return encoders + found.total + (found.gradients if trainer.world_size > 1 else 0)
+    shards = trainer.strategy.device_mesh.size(-1) if isinstance(trainer.strategy, Sharded) else None
+    parts = permanent_parts(networks, heads, trainer.world_size, shards, average=task.ema is not None)
+    return encoders + sum(parts.values())
 
 
 def choice_text(task: Distiller, recomputed: list[bool], part: int, memory: float) -> str:
