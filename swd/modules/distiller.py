@@ -32,6 +32,7 @@ from swd.modules.finite import all_finite, step_or_stop
 from swd.modules.inputs import InputBuilder, Inputs
 from swd.modules.layouts import swap, whole_tensor
 from swd.modules.networks import Networks, SharedBase
+from swd.modules.noise_ahead import NoiseAhead
 from swd.modules.pretrained import Pretrained
 from swd.modules.run_values import log_values
 from swd.modules.sampling import initial_latents, sample_latents
@@ -153,6 +154,7 @@ class Distiller(LightningModule):
         self.seconds: dict[str, float] = {}
         self.observers: list[Observer] = []
         self.last_metrics: Metrics = {}
+        self._noise_ahead: NoiseAhead | None = None  # on a GPU, which computes meanwhile
         self._seen: Inputs | None = None  # of the last update, one sample: what is tried before weights are saved
         self.networks: Networks
         self.inputs = InputBuilder(model, schedule, Resizing(downscale, frames))
@@ -263,6 +265,13 @@ class Distiller(LightningModule):
         batch_size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
         if batch_size is not None:
             self.check_batch(batch_size, processes)
+        if self._root_device.type == "cuda":
+            self._noise_ahead = NoiseAhead(self._root_device)
+
+    def on_fit_end(self) -> None:
+        if self._noise_ahead is not None:
+            self._noise_ahead.close()
+            self._noise_ahead = None
 
     @property
     def draws_alone(self) -> bool:
@@ -272,6 +281,13 @@ class Distiller(LightningModule):
     # One iteration
 
     def training_step(self, batches: Iterator[PictureBatch | CachedBatch], batch_idx: int) -> None:
+        if self._noise_ahead is None:
+            self._iteration(batches)
+            return
+        with self._noise_ahead.iteration(SeededDraws(self.seed, self.global_step), self.steps):
+            self._iteration(batches)
+
+    def _iteration(self, batches: Iterator[PictureBatch | CachedBatch]) -> None:
         critic: list[Metrics] = []
         ahead = [self._next_inputs(batches, update) for update in range(self.critic_updates)]
         for update in range(self.critic_updates):
@@ -317,7 +333,8 @@ class Distiller(LightningModule):
                 f"{self.batches_per_iteration}, as those of swd.data.iterations.Iterations"
             )
         with self.phase("inputs"):
-            draws = SeededDraws(self.seed, iteration, update, first=self.global_rank * len(batch))
+            first = self.global_rank * len(batch)
+            draws = SeededDraws(self.seed, iteration, update, first, self._noise_ahead)
             return self.inputs.build(batch, step, draws, place)
 
     def _place(self, iteration: int, step: int, update: int) -> str:
