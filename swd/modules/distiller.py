@@ -28,7 +28,7 @@ from swd.modules.ahead import with_predictions
 from swd.modules.bad_steps import Action, BadStepRule, BadSteps, owner_of
 from swd.modules.checkpoint_files import optimizer_misfit, progress_in_iterations
 from swd.modules.encoders import Encoders
-from swd.modules.finite import all_finite, step_or_stop
+from swd.modules.finite import Stepped, all_finite, failed_checks, stepped
 from swd.modules.inputs import InputBuilder, Inputs
 from swd.modules.layouts import swap, whole_tensor
 from swd.modules.networks import Networks, SharedBase
@@ -154,6 +154,7 @@ class Distiller(LightningModule):
         self.seconds: dict[str, float] = {}
         self.observers: list[Observer] = []
         self.last_metrics: Metrics = {}
+        self._stepped: Stepped | None = None  # looked at with the next update's checks, and at an iteration's end
         self._noise_ahead: NoiseAhead | None = None  # on a GPU, which computes meanwhile
         self._seen: Inputs | None = None  # of the last update, one sample: what is tried before weights are saved
         self.networks: Networks
@@ -298,6 +299,9 @@ class Distiller(LightningModule):
         inputs = self._next_inputs(batches, self.critic_updates)
         with self.phase("generator"):
             generator = self._generator_update(inputs)
+            if self._stepped is not None:
+                self._stepped.stop_if(self.trainer, failed_checks(self.trainer, self._stepped.checks))
+                self._stepped = None
         self._report(generator | mean_metrics([row for row in critic if row]), inputs)
         if generator:
             if self.average is not None:
@@ -421,9 +425,10 @@ class Distiller(LightningModule):
         norm = whole_tensor(clip_grad_norm_(parameters, self.clip, foreach=True))
         owner = owner_of(role)
         checks = done.checks | {f"gradient norm of {owner}": norm.isfinite()}
-        good = self.bad_steps.good(self.trainer, role, norm, checks, inputs.place)
+        good = self.bad_steps.good(self.trainer, role, norm, checks, inputs.place, self._stepped)
+        self._stepped = None
         if good:
-            step_or_stop(partial(self._step, role), self.trainer, parameters, f"weights of {owner}", inputs.place)
+            self._stepped = stepped(partial(self._step, role), parameters, f"weights of {owner}", inputs.place)
             return done, norm.detach()
         optimizer.zero_grad()
         if role == "student":
