@@ -52,20 +52,24 @@ class MemoryBudget(Callback):
         assert isinstance(pl_module, Distiller)  # `check_fit`
         data: Any = cast(Any, trainer).datamodule
         free = usable(self.memory * GB) - permanent_bytes(trainer, pl_module, data)
-        part = data.batch_size // trainer.world_size // pl_module.accumulate
+        share = data.batch_size // trainer.world_size
+        samples = [share // pl_module.parts_of(step) for step in pl_module.steps]
         terms = dict(pl_module.terms.items())
         costs = [
             iteration_costs(pl_module.model, pl_module.schedule, terms, pl_module.critic_updates, each)
             for each in (False, True)
         ]
-        peaks = [[part * each[step].peak for step in pl_module.steps] for each in costs]
+        peaks = [
+            [count * each[step].peak for count, step in zip(samples, pl_module.steps, strict=True)] for each in costs
+        ]
         self.recomputed = [peak > free for peak in peaks[0]]
         if not is_first():
             return
-        print_line(choice_text(pl_module, self.recomputed, part, self.memory))
+        print_line(choice_text(pl_module, self.recomputed, samples, self.memory))
         if max(peaks[1]) > free:
+            count = samples[peaks[1].index(max(peaks[1]))]
             warnings.warn(
-                f"{part} samples at a time take about {(max(peaks[1]) - free) / GB:.3g} GB more than "
+                f"{count} samples at a time take about {(max(peaks[1]) - free) / GB:.3g} GB more than "
                 f"trainer.memory_gb={self.memory:g} even where activations are recomputed; see swd plan, or give a "
                 "larger task.accumulate",
                 stacklevel=2,
@@ -85,9 +89,11 @@ def permanent_bytes(trainer: Trainer, task: Distiller, data: Any) -> int:
     return encoders + sum(parts.values())
 
 
-def choice_text(task: Distiller, recomputed: list[bool], part: int, memory: float) -> str:
+def choice_text(task: Distiller, recomputed: list[bool], samples: list[int], memory: float) -> str:
     """A line that says what was chosen."""
     sizes = ["x".join(map(str, task.schedule.sizes[step])) for step in task.steps]
     again = [size for size, each in zip(sizes, recomputed, strict=True) if each]
     chosen = "at no size" if not again else "at every size" if len(again) == len(sizes) else f"at {', '.join(again)}"
+    least, most = min(samples), max(samples)
+    part = f"{least}" if least == most else f"{least} to {most}"
     return f"activations are recomputed {chosen}: {part} samples at a time, trainer.memory_gb={memory:g}"
