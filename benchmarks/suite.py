@@ -3,21 +3,27 @@
     make bench                                     all, most valuable first; each result is written as it is made
     make bench ARGS='--only sd35_medium'           one model; several with commas
     make bench ARGS='--out FOLDER --minutes 10'    start nothing more after ten minutes
+    make bench ARGS='--counts FILE'                count operations and memory once, and read them from FILE afterwards
+    make bench ARGS='--counts FILE --count-only'    only count at real size, ahead: no GPU is needed
 
 On a GPU networks have their published sizes, on the CPU a few narrow blocks. Nothing is downloaded: configurations ship
 with the package (`assets/published/`), weights are random, data are encoded already and the same again and again.
 
-FOLDER gets results.csv, results.md and results.svg. Operations are counted without weights (`swd/modules/dry_run.py`):
-those that are executed, recomputation included, and no gradients of frozen weights. Utilisation is their number by time
-and by the dense bf16 peak of the card.
+FOLDER gets results.csv, results.md and results.svg, all three again after every result. A result that fails is named in
+results.md and at the end, the others are still made, and the exit status is 1. Operations are counted without weights
+(`swd/modules/dry_run.py`): those that are executed, recomputation included, and no gradients of frozen weights.
+Utilisation is their number by time and by the dense bf16 peak of the card.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import gc
+import hashlib
 import html
 import json
+import math
 import os
 import platform
 import statistics
@@ -30,10 +36,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where swd is not installed
 
 import torch
 import yaml
@@ -50,9 +59,9 @@ from swd.losses.update import settle
 from swd.metrics.flops import forward_gflop
 from swd.modules.backbones import load_family
 from swd.modules.backbones.base import Backbone
-from swd.modules.device_memory import kept
+from swd.modules.device_memory import permanent_parts, usable
 from swd.modules.distiller import Distiller
-from swd.modules.dry_run import trained_on_meta
+from swd.modules.dry_run import UpdateCost, trained_on_meta
 from swd.modules.iteration_cost import IterationCost, iteration_costs
 from swd.modules.pretrained import Pretrained
 from swd.modules.published import published, published_folder
@@ -136,6 +145,23 @@ class Row:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Missing:
+    """A result that there is not.
+
+    Attributes:
+        label: which one.
+        reason: the error's first line, or that it does not fit the card.
+        failed: False where it is no error: the card is too small by the count.
+        out_of_memory: whether the card's memory was at its end.
+    """
+
+    label: str
+    reason: str
+    failed: bool = True
+    out_of_memory: bool = False
+
+
 PHASES = ("data", "inputs", "critic", "generator", "optimizer")
 COLUMNS = ("what", "model", "setting", "size", "batch", "seconds", *PHASES, "gigabytes", "tflop", "utilisation", "note")
 
@@ -152,6 +178,7 @@ class Results:
         self.folder = folder
         self.machine = machine
         self.rows: list[Row] = []
+        self.missing: list[Missing] = []
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, row: Row) -> None:
@@ -159,9 +186,24 @@ class Results:
         self.rows.append(row)
         cells = cells_of(row)
         print("  ".join(str(cells[key]) for key in COLUMNS if cells[key] not in ("", "0")), flush=True)
+        self._write()
+
+    def lack(self, missing: Missing) -> None:
+        """Keep what there is no row of, print it, and write all files again."""
+        self.missing.append(missing)
+        print(f"{missing.label}: {missing.reason}", flush=True)
+        self._write()
+
+    @property
+    def failed(self) -> list[Missing]:
+        """Results that an error prevented."""
+        return [each for each in self.missing if each.failed]
+
+    def _write(self) -> None:
         self._replace("results.csv", csv_text(self.rows))
-        self._replace("results.md", markdown(self.rows, self.machine))
-        self._replace("results.svg", plot(self.rows))
+        self._replace("results.md", markdown(self.rows, self.machine, self.missing))
+        if self.rows:
+            self._replace("results.svg", plot(self.rows))
 
     def _replace(self, name: str, text: str) -> None:
         new = self.folder / f".{name}"
@@ -193,14 +235,40 @@ def csv_text(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def markdown(rows: Sequence[Row], machine: Machine) -> str:
-    """Machine, versions, command, and a table of all rows."""
+RULE = (
+    "`tflop` is what is executed: recomputation counts, a multiply-add is two, and no gradient of a frozen weight is "
+    "computed or counted; `utilisation` is tflop by seconds and by the dense bf16 peak."
+)
+
+
+def markdown(rows: Sequence[Row], machine: Machine, missing: Sequence[Missing] = ()) -> str:
+    """Machine, versions, command, a table of all rows, means over sizes, and what is missing."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "diffusers", "peft"))
     peak = f"; dense bf16 peak {machine.peak:g} TFLOP/s" if machine.peak else ""
     command = " ".join(["python", "benchmarks/suite.py", *sys.argv[1:]])
-    head = [f"{machine.name}{peak}; Python {platform.python_version()}, {packages}; `{command}`", ""]
-    head += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    return "\n".join([*head, *("| " + " | ".join(cells_of(row).values()) + " |" for row in rows), ""])
+    lines = [f"{machine.name}{peak}; Python {platform.python_version()}, {packages}; `{command}`", "", RULE, ""]
+    lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines += ["| " + " | ".join(cells_of(row).values()) + " |" for row in rows]
+    means = means_over_sizes(rows, machine.peak)
+    lines += ["", *means] if means else []
+    lines += ["", "Missing:", "", *(f"* {each.label}: {each.reason}" for each in missing)] if missing else []
+    return "\n".join([*lines, ""])
+
+
+def means_over_sizes(rows: Sequence[Row], peak: float | None) -> list[str]:
+    """For each model and loss, the utilisation of iterations at all sizes that were measured together."""
+    if peak is None:
+        return []
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.what == "training":
+            groups.setdefault((row.model, row.setting.split(",")[0]), []).append(row)
+    lines = []
+    for (model, losses), found in groups.items():
+        tflop, seconds = sum(row.tflop for row in found), sum(row.seconds for row in found)
+        sizes = ", ".join(row.size for row in found)
+        lines.append(f"* {model}, {losses}, over {sizes}: {tflop / seconds / peak:.1%} of the peak")
+    return lines
 
 
 def plot(rows: Sequence[Row]) -> str:
@@ -237,6 +305,11 @@ class Job:
     what: str
     model: str
     losses: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The job in words."""
+        return " ".join([self.what, self.model, *(["+".join(self.losses)] if self.losses else [])])
 
 
 def jobs(models: Iterable[str]) -> list[Job]:
@@ -300,7 +373,7 @@ def choice(
         memory: bytes of the card.
         batches: in the order of preference.
     """
-    free = 0.95 * memory - weights  # the rest is CUDA's, and gaps between tensors
+    free = usable(memory) - weights
     for batch in batches:
         for checkpointing, cost in ((False, plain), (True, recomputed)):
             if batch * cost.peak <= free:
@@ -489,27 +562,73 @@ def train(
     return watch.iterations[1:]
 
 
-def training_rows(job: Job, machine: Machine, folder: Path) -> Iterator[Row]:
+def training_rows(job: Job, machine: Machine, folder: Path, counts: Counts) -> Iterator[Row | Missing]:
     """A row for each size of the model's schedule, the largest first; on the CPU for the largest and the smallest."""
     small = machine.device == "cpu"
     model = random_model(job.model, folder, small)
-    given = schedule_of(job.model)
-    sizes = small_sizes(given["sizes"], model.limits.divisor) if small else given["sizes"]
-    whole = ScaleSchedule(given["sigmas"], sizes, given.get("process"))
-    costs = [iteration_costs(model, whole, settled(model, job.losses), CRITIC_UPDATES, each) for each in (False, True)]
-    weights = kept_bytes(model, job.losses)
+    whole = schedule_with(model, job.model, small)
+    counted = counts.training(job, model, whole)
     batches = [b for b in (8, 4, 2, 1) if b <= BATCH.get(job.model, 8)]
     steps = whole.steps_of(model.backbone_class.process)[::-1]  # one of several experts trains its own alone
     for step in dict.fromkeys((steps[0], steps[-1])) if small else steps:
-        interval = whole.interval(step)
-        how = Choice(2, False)
+        size = "x".join(map(str, whole.interval(step).target))
+        how: Choice | None = Choice(2, False)
         if not small:
-            found = choice(weights, costs[0][step], costs[1][step], machine.memory, batches)
-            if found is None:
-                print(f"{job.model} at {interval.target}: more than {machine.memory / 1e9:.0f} GB", flush=True)
-                continue
-            how = found
-        yield one_size(job, model, Single(whole, step), how, costs[how.checkpointing][step], machine)
+            costs = counted.plain[step], counted.recomputed[step]
+            how = choice(counted.weights, *costs, machine.memory, batches)
+        if how is None:
+            yield Missing(f"{job.label} {size}", f"more than {machine.memory / 1e9:.0f} GB by the count", failed=False)
+            continue
+        yield first_that_fits(job, model, Single(whole, step), how, counted, step, machine)
+
+
+def schedule_with(model: Pretrained, name: str, small: bool) -> ScaleSchedule:
+    """The schedule that a model's students have, or one of its kind with small sizes."""
+    given = schedule_of(name)
+    sizes = small_sizes(given["sizes"], model.limits.divisor) if small else given["sizes"]
+    return ScaleSchedule(given["sigmas"], sizes, given.get("process"))
+
+
+def first_that_fits(
+    job: Job, model: Pretrained, schedule: ScaleSchedule, how: Choice, counted: Counted, step: int, machine: Machine
+) -> Row | Missing:
+    """A row as chosen by the count; where memory ends all the same, recomputed, and then with fewer samples."""
+    found: Row | Missing
+    tries = [how, *(Choice(batch, True) for batch in (how.batch, how.batch // 2) if batch)]
+    for number, each in enumerate(dict.fromkeys(tries)):
+        cost = (counted.recomputed if each.checkpointing else counted.plain)[step]
+        label = f"{job.label} {'x'.join(map(str, schedule.interval(0).target))}, batch {each.batch}"
+        found = attempt(label, partial(one_size, job, model, schedule, each, cost, machine))
+        if isinstance(found, Row):
+            return replace(found, note="by the count more would fit") if number else found
+        if not found.out_of_memory:
+            break
+    return found
+
+
+def attempt(label: str, work: Callable[[], Row]) -> Row | Missing:
+    """A row, or why there is none: of any error, since the other results are worth having."""
+    try:
+        return work()
+    except torch.OutOfMemoryError as error:
+        return Missing(label, reason_of(error), out_of_memory=True)
+    except UserError as error:
+        return Missing(label, reason_of(error))
+    except Exception as error:
+        traceback.print_exc()
+        return Missing(label, reason_of(error))
+
+
+def reason_of(error: Exception) -> str:
+    """Kind of an error and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def release(device: str) -> None:
+    """Give back the memory of what is no longer used; trainers and their tasks refer to each other in circles."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 class Single(ScaleSchedule):
@@ -528,8 +647,8 @@ def one_size(
     job: Job, model: Pretrained, schedule: ScaleSchedule, how: Choice, cost: IterationCost, machine: Machine
 ) -> Row:
     """Train for a few iterations at one size."""
+    release(machine.device)
     if machine.device == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     found = train(model, terms_of(model, job.losses), schedule, how, 3, machine.device)
     middle = {key: statistics.median(row.get(key, 0.0) for row in found) for key in found[0]}
@@ -556,58 +675,173 @@ def settled(model: Pretrained, names: Sequence[str]) -> dict[str, LossTerm]:
     return terms
 
 
-def kept_bytes(model: Pretrained, losses: Sequence[str]) -> int:
-    """Bytes of weights, gradients and moments."""
-    return kept(*trained_on_meta(model, settled(model, losses))).total
+# What is counted without weights
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Costs of a training, for a sample.
+
+    Attributes:
+        plain: of an iteration at each step of the schedule, with all activations kept.
+        recomputed: the same with checkpointing.
+        weights: bytes of weights, gradients and moments.
+    """
+
+    plain: list[IterationCost]
+    recomputed: list[IterationCost]
+    weights: int
+
+
+class Counts:
+    """What was counted already, in a file: it takes up to a minute a model, in which a lent GPU would idle.
+
+    Args:
+        file: it is read if it is there and of this source code, and written after every count; None: nothing is kept.
+
+    Raises:
+        UserError: if the file holds something else.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
+        self.file = file
+        self._source = source_digest()
+        self._known: dict[str, Any] = {}
+        if file is not None and file.is_file():
+            self._known = self._read(file)
+
+    def _read(self, file: Path) -> dict[str, Any]:
+        """Counts of this source code in a file; none where they are of another."""
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            return dict(stored["counts"]) if stored["source"] == self._source else {}
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"--counts {file} is no file of counts; name another, which is made") from None
+
+    def training(self, job: Job, model: Pretrained, schedule: ScaleSchedule) -> Counted:
+        """Costs of a training at each step."""
+
+        def count() -> dict[str, Any]:
+            terms = settled(model, job.losses)
+            plain, again = (iteration_costs(model, schedule, terms, CRITIC_UPDATES, each) for each in (False, True))
+            parts = permanent_parts(*trained_on_meta(model, terms))
+            return asdict(Counted(plain, again, sum(parts.values())))
+
+        found = self._get(job, schedule, count)
+        return Counted(*(list(map(cost_of, found[key])) for key in ("plain", "recomputed")), found["weights"])
+
+    def sampling(self, job: Job, model: Pretrained, schedule: ScaleSchedule) -> dict[Size, float]:
+        """TFLOP of one pass at each size, of one sample."""
+
+        def count() -> list[float]:
+            text = model.backbone_class.random_conditioning(model.network_config, 1, model.text_tokens)
+            return [forward_gflop(model, size, text) / 1000 for size in schedule.sizes]
+
+        return dict(zip(schedule.sizes, self._get(job, schedule, count), strict=True))
+
+    def _get(self, job: Job, schedule: ScaleSchedule, count: Callable[[], Any]) -> Any:
+        key = f"{job.label} {schedule.sizes}"
+        if key not in self._known:
+            self._known[key] = count()
+            if self.file is not None:
+                new = self.file.with_name(f".{self.file.name}")
+                new.write_text(json.dumps({"source": self._source, "counts": self._known}), encoding="utf-8")
+                new.replace(self.file)
+        return self._known[key]
+
+
+def cost_of(stored: Mapping[str, Any]) -> IterationCost:
+    """A cost from its plain values."""
+    critic = stored["critic"]
+    return IterationCost(
+        UpdateCost(**stored["generator"]), None if critic is None else UpdateCost(**critic), stored["critic_updates"]
+    )
+
+
+def source_digest() -> str:
+    """A hash of the package, its configurations and this file: counts of other ones are not used."""
+    files = [Path(__file__), *(HERE / "swd").rglob("*.py"), *config_folder().rglob("*.yaml")]
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def count_all(chosen: Iterable[Job], counts: Counts) -> list[Missing]:
+    """Count the jobs at their real size; returns those that failed."""
+    missing = []
+    for job in chosen:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                model = random_model(job.model, Path(folder) / "model", small=False)
+                schedule = schedule_with(model, job.model, small=False)
+                (counts.training if job.what == "training" else counts.sampling)(job, model, schedule)
+                print(f"counted {job.label}", flush=True)
+        except Exception as error:  # of any kind; the other counts are worth having
+            missing.append(Missing(job.label, reason_of(error)))
+            print(f"{job.label}: {missing[-1].reason}", flush=True)
+    return missing
 
 
 # Sampling
 
 
-def sampling_rows(job: Job, machine: Machine, folder: Path) -> Iterator[Row]:
+def sampling_rows(job: Job, machine: Machine, folder: Path, counts: Counts) -> Iterator[Row | Missing]:
     """Time of one picture or video: scale by scale, and at full size in as many, four and two steps."""
     small = machine.device == "cpu"
     model = random_model(job.model, folder, small)
-    given = schedule_of(job.model)
-    sizes = small_sizes(given["sizes"], model.limits.divisor) if small else given["sizes"]
+    own = schedule_with(model, job.model, small)
+    known = counts.sampling(job, model, own)
     networks = model.networks(("student",), 0, machine.device).to(machine.device).eval()
-    text = model.backbone_class.random_conditioning(model.network_config, 1, model.text_tokens).to(machine.device)
-    full = [sizes[-1]]
-    own = given["sigmas"]
+    full = [own.sizes[-1]]
+    four = own.sigmas if len(own) == 4 else (1.0, 0.9, 0.74, 0.6)
     first: Row | None = None
-    four = own if len(own) == 4 else [1.0, 0.9, 0.74, 0.6]
-    for setting, sigmas, at in (
-        ("scale by scale", own, sizes),
+    for setting, sigmas, sizes in (
+        ("scale by scale", own.sigmas, own.sizes),
         ("full size, 4 steps", four, full * 4),
-        ("full size, 2 steps", [four[0], four[2]], full * 2),
+        ("full size, 2 steps", (four[0], four[2]), full * 2),
     ):
-        schedule = ScaleSchedule(sigmas, at, given.get("process"))
-        kind = model.backbone_class.process.prediction_type
-        start = initial_latents([0], model.channels, schedule.sizes[0]).to(machine.device)
+        schedule = ScaleSchedule(sigmas, sizes, own.process)
+        label = f"{job.label} {setting} ({len(sigmas)})"
+        work = sum(known[size] for size in schedule.sizes)
+        found = attempt(label, partial(drawn, job, model, networks, schedule, setting, work, machine))
+        if isinstance(found, Row):
+            first = first or found
+            if found is not first and first.setting.startswith("scale by scale"):
+                speed, ideal = found.seconds / first.seconds, found.tflop / first.tflop
+                note = f"scale by scale is {speed:.2f} times as fast, by the work {ideal:.2f} times"
+                found = replace(found, note=note)
+        yield found
 
-        def draw(schedule: ScaleSchedule = schedule, start: torch.Tensor = start, kind: Any = kind) -> None:
-            # The base plays the student: once LoRA is folded into the weights, it costs the same.
-            sample_latents(networks, schedule.scheduler(model.limits.divisor, kind), start, text, role="teacher")
 
-        if not small:
-            torch.cuda.reset_peak_memory_stats()
-        seconds = timed(draw, 3 if small else 10, machine.device)
-        row = Row(
-            "sampling",
-            job.model,
-            f"{setting} ({len(sigmas)})",
-            "x".join(map(str, schedule.sizes[-1])),
-            1,
-            seconds,
-            gigabytes=0.0 if small else torch.cuda.max_memory_allocated() / 1e9,
-            tflop=forward_tflop(model, schedule.sizes),
-        )
-        row = replace(row, utilisation=None if machine.peak is None else row.tflop / seconds / machine.peak)
-        first = first or row
-        if row is not first:
-            speed, ideal = row.seconds / first.seconds, row.tflop / first.tflop
-            row = replace(row, note=f"scale by scale is {speed:.2f} times as fast, by the work {ideal:.2f} times")
-        yield row
+def drawn(
+    job: Job, model: Pretrained, networks: Any, schedule: ScaleSchedule, setting: str, tflop: float, machine: Machine
+) -> Row:
+    """Time of one picture by a schedule; `tflop` is its work."""
+    text = model.backbone_class.random_conditioning(model.network_config, 1, model.text_tokens).to(machine.device)
+    start = initial_latents([0], model.channels, schedule.sizes[0]).to(machine.device)
+    kind = model.backbone_class.process.prediction_type
+
+    def draw() -> None:
+        # The base plays the student: once LoRA is folded into the weights, it costs the same.
+        sample_latents(networks, schedule.scheduler(model.limits.divisor, kind), start, text, role="teacher")
+
+    on_gpu = machine.device == "cuda"
+    release(machine.device)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = timed(draw, 10 if on_gpu else 3, machine.device)
+    return Row(
+        "sampling",
+        job.model,
+        f"{setting} ({len(schedule)})",
+        "x".join(map(str, schedule.sizes[-1])),
+        1,
+        seconds,
+        gigabytes=torch.cuda.max_memory_allocated() / 1e9 if on_gpu else 0.0,
+        tflop=tflop,
+        utilisation=None if machine.peak is None else tflop / seconds / machine.peak,
+    )
 
 
 def timed(work: Callable[[], None], repeats: int, device: str) -> float:
@@ -629,62 +863,91 @@ def timed(work: Callable[[], None], repeats: int, device: str) -> float:
     return statistics.median(found)
 
 
-def forward_tflop(model: Pretrained, sizes: Sequence[Size]) -> float:
-    """Operations of one pass at each size, of one sample."""
-    text = model.backbone_class.random_conditioning(model.network_config, 1, model.text_tokens)
-    known = {size: forward_gflop(model, size, text) / 1000 for size in set(sizes)}
-    return sum(known[size] for size in sizes)
-
-
 # The command
 
 
-def run(chosen: Sequence[Job], machine: Machine, results: Results, minutes: float) -> None:
-    """Do the jobs one after the other; one that fails is reported and the next one begins."""
+def run(chosen: Sequence[Job], machine: Machine, results: Results, minutes: float, counts: Counts) -> None:
+    """Do the jobs one after the other; what fails is reported and the next one begins."""
     end = time.monotonic() + 60 * minutes
     for job in chosen:
         if time.monotonic() > end:
-            print(f"{minutes:g} minutes are over: {job.what} of {job.model} and what follows is left out", flush=True)
+            print(f"{minutes:g} minutes are over: {job.label} and what follows is left out", flush=True)
             return
-        print(f"-- {job.what} {job.model} {'+'.join(job.losses)}", flush=True)
+        print(f"-- {job.label}", flush=True)
         measure = training_rows if job.what == "training" else sampling_rows
         try:
             with tempfile.TemporaryDirectory() as folder:
-                for row in measure(job, machine, Path(folder) / "model"):
-                    results.add(row)
+                for found in measure(job, machine, Path(folder) / "model", counts):
+                    results.add(found) if isinstance(found, Row) else results.lack(found)
+                    if time.monotonic() > end:
+                        break
         except Exception as error:  # of any kind; the results of the other jobs are worth having
             if not isinstance(error, UserError | torch.OutOfMemoryError):
                 traceback.print_exc()
-            print(f"{job.what} {job.model}: {type(error).__name__}: {str(error).splitlines()[0][:200]}", flush=True)
-        if machine.device == "cuda":
-            torch.cuda.empty_cache()
+            results.lack(Missing(job.label, reason_of(error)))
+        release(machine.device)
 
 
-def main() -> None:
-    """Measure as the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="models, with commas")
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with an argument in one line."""
+
+    def error(self, message: str) -> Any:
+        print(f"error: {message}; see --help", file=sys.stderr)
+        sys.exit(2)
+
+
+def arguments(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The command line, checked, and what of it is for the tiny iteration."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--only", help="models, with commas")
     parser.add_argument("--out", type=Path, default=HERE / "outputs" / "bench", help="folder of the results")
-    parser.add_argument("--minutes", type=float, default=30, help="no job begins after this")
+    parser.add_argument("--minutes", type=float, default=30, help="nothing begins after this")
+    parser.add_argument("--counts", type=Path, help="file that keeps counted operations and memory")
+    parser.add_argument("--count-only", action="store_true", help="measure nothing: only count at real size")
     parser.add_argument("--against", type=Path, help="another checkout: only the tiny iteration, in alternation")
-    given, more = parser.parse_known_args()
+    given, more = parser.parse_known_args(words)
+    known = published()
+    given.only = known if given.only is None else given.only.split(",")
+    wrong = [name for name in given.only if name not in known]
+    if wrong:
+        parser.error(f"--only names {wrong[0]!r}; models are {', '.join(known)}")
+    if not 0 < given.minutes < math.inf:
+        parser.error(f"--minutes {given.minutes:g} is no number above 0")
+    if given.out.exists() and not given.out.is_dir():
+        parser.error(f"--out {given.out} is no folder")
+    if given.count_only and given.counts is None:
+        parser.error("--count-only needs --counts FILE, which keeps what is counted")
+    if given.counts is not None and (given.counts.is_dir() or not given.counts.absolute().parent.is_dir()):
+        parser.error(f"--counts {given.counts} is no file in a folder that there is")
+    return given, more
+
+
+def main() -> int:
+    """Measure as the command line says; returns the exit status."""
+    given, more = arguments(sys.argv[1:])
     tiny = [sys.executable, str(HERE / "benchmarks" / "tiny_step.py"), *more]
     if given.against or more:
-        sys.exit(subprocess.call([*tiny, *(["--against", str(given.against)] if given.against else [])]))
-    known = published()
-    wanted = given.only.split(",") if given.only else known
-    wrong = sorted(set(wanted) - set(known))
-    if wrong:
-        sys.exit(f"error: --only {wrong[0]} is unknown; models are {', '.join(known)}")
+        return subprocess.call([*tiny, *(["--against", str(given.against)] if given.against else [])])
     warnings.filterwarnings("ignore")
     quiet()
+    chosen = jobs(given.only)
+    try:
+        counts = Counts(given.counts)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if given.count_only:
+        return int(bool(count_all(chosen, counts)))
     machine = machine_here()
     results = Results(given.out, machine)
     print(f"{machine.name}; results go to {given.out}", flush=True)
-    run(jobs(wanted), machine, results, given.minutes)
+    run(chosen, machine, results, given.minutes, counts)
     print("-- the tiny iteration, on one thread of the CPU", flush=True)
-    sys.exit(subprocess.call(tiny))
+    status = subprocess.call(tiny)
+    for each in results.failed:
+        print(f"failed: {each.label}: {each.reason}", file=sys.stderr)
+    return 1 if results.failed or not results.rows else status
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -169,14 +169,26 @@ def measure(roots: list[Path], rounds: int, checkpointing: bool) -> list[list[fl
     return [list(column) for column in zip(*rows[WARM_UP:], strict=True)]
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with an argument in one line."""
+
+    def error(self, message: str) -> Any:
+        print(f"error: {message}; see --help", file=sys.stderr)
+        sys.exit(2)
+
+
 def main() -> None:
     """Measure as the command line says, and print the times and the ratio."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--against", type=Path, help="another checkout, or a folder that holds its swd/")
     parser.add_argument("--rounds", type=int, default=12, help="iterations of each; a multiple of 4 takes sizes alike")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.rounds < 2:
+        parser.error(f"--rounds {given.rounds}; give 2 or more")
+    if given.against and not (given.against / "swd" / "__init__.py").is_file():
+        parser.error(f"--against {given.against} holds no swd/__init__.py")
     if given.work:
         warnings.filterwarnings("ignore")
         work(given.work.resolve(), given.checkpointing)

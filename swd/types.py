@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, cast
 
 # torch takes over a second to import; help and messages about wrong keys need this module and not torch.
@@ -267,6 +267,14 @@ class Draws(Protocol):
         ...
 
 
+class NoiseStore(Protocol):
+    """Noise that was drawn before it is asked for."""
+
+    def take(self, draws: SeededDraws, purpose: str, shape: tuple[int, ...]) -> Tensor | None:
+        """Noise on the CPU, which is then no longer here; None if it is not."""
+        ...
+
+
 @dataclass(frozen=True)
 class SeededDraws:
     """Draws that depend only on (seed, iteration, update, purpose, position in the global batch).
@@ -279,20 +287,29 @@ class SeededDraws:
         iteration: generator update counter k, from 0.
         update: 0..n_fake - 1 for critic updates, n_fake for the generator update.
         first: position of this process's first sample in the global batch.
+        ahead: holds noise that was drawn before it is asked for; None: none was.
     """
 
     seed: int
     iteration: int = 0
     update: int = 0
     first: int = 0
+    ahead: NoiseStore | None = field(default=None, compare=False, repr=False)
 
     def noise(self, purpose: str, like: Tensor) -> Tensor:
+        shape = tuple(like.shape)
+        found = None if self.ahead is None else self.ahead.take(self, purpose, shape)
+        found = self.drawn(purpose, shape, like.is_cuda) if found is None else found
+        return found.to(like.device, non_blocking=True)
+
+    def drawn(self, purpose: str, shape: tuple[int, ...], pinned: bool = False) -> Tensor:
+        """The noise of `noise`, on the CPU; `pinned` memory is copied to a GPU without waiting."""
         import torch
 
-        drawn = torch.empty(like.shape, dtype=torch.float32, device="cpu", pin_memory=like.is_cuda)
-        for row, generator in zip(drawn, self._generators(purpose, len(like)), strict=True):
+        drawn = torch.empty(shape, dtype=torch.float32, device="cpu", pin_memory=pinned)
+        for row, generator in zip(drawn, self._generators(purpose, shape[0]), strict=True):
             torch.randn(row.shape, generator=generator, out=row)
-        return drawn.to(like.device, non_blocking=True)
+        return drawn
 
     def index(self, purpose: str, low: int, high: int, batch: int) -> Tensor:
         import torch

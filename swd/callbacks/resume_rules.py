@@ -41,7 +41,11 @@ RULES = (
         "a run that stopped for too many unreadable samples may go on with more",
     ),
     Rule(("task.checkpointing",), "free", "activations are computed again instead of kept: the numbers are the same"),
-    Rule(("task.accumulate",), "free", "the parts of a batch add up to the same gradient, but for rounding"),
+    Rule(
+        ("task.accumulate", "task.even_parts"),
+        "free",
+        "the parts of a batch add up to the same gradient, but for rounding",
+    ),
     Rule(
         ("task.on_bad_step", "task.skips_in_a_row", "task.skips_in_all", "task.exploding"),
         "free",

@@ -145,7 +145,7 @@ PLAN: dict[str, Any] = MODEL | {
     "divided": bool,
     "peak": float | None,
     "utilisation": float,
-    "spare": float,
+    "spare": float | None,
     "batch_size": int,
     "samples": int,
     "precision": Literal["fp32", "bf16", "int8"],

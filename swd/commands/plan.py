@@ -17,7 +17,7 @@ from swd.commands.cli import config_folder, nearest
 from swd.commands.encode import BYTES
 from swd.config import build, check
 from swd.io import limits
-from swd.modules.device_memory import cache_bytes, encoder_bytes, kept, kept_divided
+from swd.modules.device_memory import cache_bytes, encoder_bytes, permanent_parts, usable
 from swd.modules.distiller import Distiller
 from swd.modules.dry_run import trained_on_meta
 from swd.modules.family_folder import resolve_asset
@@ -183,18 +183,9 @@ def model_configuration(cfg: DictConfig, folder: Path) -> Path:
 
 def memory_parts(task: Distiller, n_gpus: int, divided: bool) -> dict[str, int]:
     """Bytes on each GPU for as long as a training runs, by what they are for."""
-    model = task.model
-    networks, heads = trained_on_meta(model, dict(task.terms.items()))
-    if divided and n_gpus > 1:
-        total, whole = kept_divided(networks, n_gpus, heads)
-        return {f"a share of 1/{n_gpus} of all weights, gradients, moments": total - whole, "whole at a time": whole}
-    found = kept(networks, heads)
-    what = "LoRA" if model.tuning == "lora" else "copy"
-    named: dict[str, str] = {"heads": "heads of the loss"}
-    named |= {role: f"{role}: {what}" for role in networks.roles}
-    parts = {"base, one for all roles": found.base}
-    parts |= {f"{named[part]}, gradients, moments": count for part, count in found.trained.items()}
-    return parts | ({"buffers of gradients between GPUs": found.gradients} if n_gpus > 1 else {})
+    networks, heads = trained_on_meta(task.model, dict(task.terms.items()))
+    shards = n_gpus if divided and n_gpus > 1 else None
+    return permanent_parts(networks, heads, n_gpus, shards, average=task.ema is not None)
 
 
 # Printing
@@ -202,7 +193,7 @@ def memory_parts(task: Distiller, n_gpus: int, divided: bool) -> dict[str, int]:
 
 def described(plan: Planned, cfg: DictConfig, gpu: Gpu) -> Iterator[str]:
     """The plan in lines of text."""
-    memory = gpu.memory * (1 - cfg.spare)
+    memory = usable(gpu.memory, cfg.spare)
     share = cfg.batch_size // cfg.n_gpus
     yield f"{cfg.model.path} on {cfg.n_gpus} x {gpu.memory / GB:g} GB; counted from shapes, nothing was measured"
     yield ""

@@ -12,7 +12,7 @@ from lightning import Trainer
 from torch import Tensor
 
 from swd.io import limits
-from swd.modules.finite import failed_checks, last_checkpoint, stop_text
+from swd.modules.finite import Stepped, failed_checks, last_checkpoint, stop_text
 from swd.types import Checks, UserError
 
 Action = Literal["skip", "stop"]
@@ -81,7 +81,9 @@ class BadSteps:
         self.total = 0
         self._roles: dict[str, _Role] = {}
 
-    def good(self, trainer: Trainer, role: str, norm: Tensor, checks: Checks, place: str) -> bool:
+    def good(
+        self, trainer: Trainer, role: str, norm: Tensor, checks: Checks, place: str, before: Stepped | None = None
+    ) -> bool:
         """Whether an update may be made; if not, it is counted.
 
         Args:
@@ -90,14 +92,17 @@ class BadSteps:
             norm: norm of its gradient before clipping, the same on all processes.
             checks: by name whether a value of the update is finite; the same names on all processes.
             place: iteration, step of the schedule and update, for messages.
+            before: the last step, if its weights were not looked at; they are, together with the checks.
 
         Raises:
-            UserError: if the rule says that the run ends here.
+            UserError: if the rule says that the run ends here, or if the weights of the last step are not finite.
         """
         record = self._roles.setdefault(role, _Role())
         record.norms = record.norms.to(norm.device)
         explosion = self._explosion(record, role, norm)
-        failed = failed_checks(trainer, checks | explosion)
+        failed = failed_checks(trainer, checks | explosion | (before.checks if before else {}))
+        if before:
+            before.stop_if(trainer, failed)
         if not failed:
             record.norms[record.good % HISTORY] = norm.detach()
             record.good += 1

@@ -15,6 +15,10 @@ from swd.modules.pretrained import Pretrained
 
 PER_TRAINED = 16
 """Bytes of a trained parameter: float32 weight, gradient and AdamW's two moments."""
+SPARE = 0.1
+"""Share of a device's memory that no count fills: CUDA's context and its libraries' work space take 1 to 2 GB, and the
+allocator leaves gaps between tensors whose sizes change with the step of the schedule. A tenth is ours, nothing was
+measured: with too much, activations are recomputed that would have fit; with too little, the run ends."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,41 @@ def kept_divided(networks: Networks, shards: int, heads: nn.Module | None = None
     copies = sum(size_of(backbone.buffers()) for backbone in backbones[1:])
     divided = (whole.total - buffers + copies) // shards
     return divided + buffers + pair + rest, buffers + pair + rest
+
+
+def permanent_parts(
+    networks: Networks,
+    heads: nn.Module | None = None,
+    processes: int = 1,
+    shards: int | None = None,
+    average: bool = False,
+) -> dict[str, int]:
+    """Bytes on each device for as long as a training runs, without encoders, by what they are for.
+
+    Args:
+        networks: with or without weights; their dtypes count.
+        heads: modules of the losses.
+        processes: of the training; several exchange gradients, through buffers of their own.
+        shards: devices that weights, gradients and moments are divided over; None: each has all of them.
+        average: whether there is an average of the student's weights.
+    """
+    found = kept(networks, heads)
+    averaged = found.trained["student"] * 4 // PER_TRAINED if average else 0  # float32, without gradient and moments
+    extra = {"average of the student's weights": averaged // (shards or 1)} if average else {}
+    if shards is not None:
+        total, whole = kept_divided(networks, shards, heads)
+        divided = f"a share of 1/{shards} of all weights, gradients, moments"
+        return {divided: total - whole, "whole at a time": whole} | extra
+    what = "copy" if isinstance(networks, SeparateCopies) else "LoRA"
+    named = {"heads": "heads of the loss"} | {str(role): f"{role}: {what}" for role in networks.roles}
+    parts = {"base, one for all roles": found.base}
+    parts |= {f"{named[part]}, gradients, moments": count for part, count in found.trained.items()}
+    return parts | extra | ({"buffers of gradients between GPUs": found.gradients} if processes > 1 else {})
+
+
+def usable(memory: float, spare: float | None = None) -> float:
+    """Bytes of a device with `memory` that may be filled; `spare` is the share that may not, None: `SPARE`."""
+    return memory * (1 - (SPARE if spare is None else spare))
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:

@@ -22,16 +22,17 @@ from torch.optim.swa_utils import AveragedModel
 from swd.io import limits
 from swd.losses.base import CriticStep, GeneratorStep, LossTerm, Metrics, ModelFacts
 from swd.losses.update import critic_loss, generator_gradient, settle, student_x0, trainers, wanted
-from swd.modules.accumulation import BatchPart, accumulate
+from swd.modules.accumulation import BatchPart, accumulate, parts_at
 from swd.modules.adapters import check_start, read_adapter
 from swd.modules.ahead import with_predictions
 from swd.modules.bad_steps import Action, BadStepRule, BadSteps, owner_of
 from swd.modules.checkpoint_files import optimizer_misfit, progress_in_iterations
 from swd.modules.encoders import Encoders
-from swd.modules.finite import all_finite, step_or_stop
+from swd.modules.finite import Stepped, all_finite, failed_checks, stepped
 from swd.modules.inputs import InputBuilder, Inputs
 from swd.modules.layouts import swap, whole_tensor
 from swd.modules.networks import Networks, SharedBase
+from swd.modules.noise_ahead import NoiseAhead
 from swd.modules.pretrained import Pretrained
 from swd.modules.run_values import log_values
 from swd.modules.sampling import initial_latents, sample_latents
@@ -64,6 +65,8 @@ class Distiller(LightningModule):
         accumulate: parts that each process's share of a batch is worked on in, one after the other: the same update
             with less memory. 1: the released scripts. A pass with a graph takes a part, and in a critic update the data
             to compare with; one without a graph the part of each critic update.
+        even_parts: fewer parts at smaller sizes, none of which takes more memory than at the largest size. False: as
+            many at each size.
         lr: student's learning rate.
         critic_lr: fake network's and head's learning rate; None: the student's.
         betas: of AdamW.
@@ -109,6 +112,7 @@ class Distiller(LightningModule):
         seed: int = 0,
         critic_updates: int = 5,
         accumulate: int = 1,
+        even_parts: bool = True,
         lr: float = 5e-6,
         critic_lr: float | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -139,6 +143,7 @@ class Distiller(LightningModule):
             raise UserError(f"task.critic_updates={critic_updates}; use 1 or more, since there is a critic for {names}")
         limits.number("task.accumulate", accumulate, least=1)
         self.accumulate = accumulate
+        self.even_parts = even_parts
         self.lr = lr
         self.critic_lr = lr if critic_lr is None else critic_lr
         check_optimizer(lr=lr, critic_lr=self.critic_lr, clip=clip, betas=betas, weight_decay=weight_decay)
@@ -153,6 +158,8 @@ class Distiller(LightningModule):
         self.seconds: dict[str, float] = {}
         self.observers: list[Observer] = []
         self.last_metrics: Metrics = {}
+        self._stepped: Stepped | None = None  # looked at with the next update's checks, and at an iteration's end
+        self._noise_ahead: NoiseAhead | None = None  # on a GPU, which computes meanwhile
         self._seen: Inputs | None = None  # of the last update, one sample: what is tried before weights are saved
         self.networks: Networks
         self.inputs = InputBuilder(model, schedule, Resizing(downscale, frames))
@@ -263,6 +270,13 @@ class Distiller(LightningModule):
         batch_size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
         if batch_size is not None:
             self.check_batch(batch_size, processes)
+        if self._root_device.type == "cuda":
+            self._noise_ahead = NoiseAhead(self._root_device)
+
+    def on_fit_end(self) -> None:
+        if self._noise_ahead is not None:
+            self._noise_ahead.close()
+            self._noise_ahead = None
 
     @property
     def draws_alone(self) -> bool:
@@ -272,6 +286,13 @@ class Distiller(LightningModule):
     # One iteration
 
     def training_step(self, batches: Iterator[PictureBatch | CachedBatch], batch_idx: int) -> None:
+        if self._noise_ahead is None:
+            self._iteration(batches)
+            return
+        with self._noise_ahead.iteration(SeededDraws(self.seed, self.global_step), self.steps):
+            self._iteration(batches)
+
+    def _iteration(self, batches: Iterator[PictureBatch | CachedBatch]) -> None:
         critic: list[Metrics] = []
         ahead = [self._next_inputs(batches, update) for update in range(self.critic_updates)]
         for update in range(self.critic_updates):
@@ -282,6 +303,9 @@ class Distiller(LightningModule):
         inputs = self._next_inputs(batches, self.critic_updates)
         with self.phase("generator"):
             generator = self._generator_update(inputs)
+            if self._stepped is not None:
+                self._stepped.stop_if(self.trainer, failed_checks(self.trainer, self._stepped.checks))
+                self._stepped = None
         self._report(generator | mean_metrics([row for row in critic if row]), inputs)
         if generator:
             if self.average is not None:
@@ -317,7 +341,8 @@ class Distiller(LightningModule):
                 f"{self.batches_per_iteration}, as those of swd.data.iterations.Iterations"
             )
         with self.phase("inputs"):
-            draws = SeededDraws(self.seed, iteration, update, first=self.global_rank * len(batch))
+            first = self.global_rank * len(batch)
+            draws = SeededDraws(self.seed, iteration, update, first, self._noise_ahead)
             return self.inputs.build(batch, step, draws, place)
 
     def _place(self, iteration: int, step: int, update: int) -> str:
@@ -329,12 +354,26 @@ class Distiller(LightningModule):
     @torch.no_grad()
     def _with_predictions(self, inputs: list[Inputs]) -> list[Inputs]:
         """The inputs of an iteration's critic updates with the student's predictions; it changes after them only."""
-        return with_predictions(self.networks, inputs, self.accumulate)
+        return with_predictions(self.networks, inputs, self.parts_of(inputs[0].interval.index))
 
     def _critic_update(self, inputs: Inputs) -> Metrics:
         """The critic's metrics; none if the update was skipped."""
         done, norm = self._descend("fake", self._critic_part, inputs)
         return {} if norm is None else done.metrics | {"monitor/gradient_norm_critic": norm}
+
+    def parts_of(self, step: int) -> int:
+        """Number of parts that each process's share of a batch is worked on in, at a step of the schedule.
+
+        The same on all processes, whatever the aspect ratios of their pictures: sharded networks run equally often.
+        """
+        if self.accumulate == 1 or not self.even_parts:
+            return self.accumulate
+        sizes = self.schedule.sizes
+        return parts_at(sizes[step], sizes[-1], self.model.text_tokens, self.accumulate)
+
+    def _shares(self, inputs: Inputs) -> int:
+        """Number of parts that the global batch is worked on in."""
+        return self.trainer.world_size * self.parts_of(inputs.interval.index)
 
     def _critic_part(self, inputs: Inputs) -> BatchPart:
         """The critic's loss on a batch, or on a part of it."""
@@ -348,7 +387,7 @@ class Distiller(LightningModule):
             inputs.target,
             inputs.draws,
             wanted(trainers(self.terms), "critic_pass"),
-            self._shares,
+            self._shares(inputs),
         )
         checks = inputs.finite() | {"the student's prediction": all_finite([x0_hat])}
         loss, metrics = critic_loss(self.terms, step, checks)
@@ -377,16 +416,11 @@ class Distiller(LightningModule):
             inputs.target,
             inputs.draws,
             wanted(self.terms, "generator_pass"),
-            self._shares,
+            self._shares(inputs),
         )
         checks = inputs.finite() | {"the student's prediction": all_finite([leaf])}
         loss, gradient, metrics = generator_gradient(self.terms, step, checks)
         return BatchPart((x0_hat * gradient).sum(), leaf.detach(), {"loss": loss} | metrics, checks)
-
-    @property
-    def _shares(self) -> int:
-        """Number of parts that the global batch is worked on in."""
-        return self.trainer.world_size * self.accumulate
 
     def _descend(
         self, role: Literal["student", "fake"], work: Callable[[Inputs], BatchPart], inputs: Inputs
@@ -399,14 +433,16 @@ class Distiller(LightningModule):
         optimizer = self._optimizer(role)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         optimizer.zero_grad()
-        done = accumulate(inputs, self.accumulate, work, self.manual_backward, self.trainer.strategy)
+        parts = self.parts_of(inputs.interval.index)
+        done = accumulate(inputs, parts, work, self.manual_backward, self.trainer.strategy)
         # Not `self.clip_gradients`, which does not tell the norm.
         norm = whole_tensor(clip_grad_norm_(parameters, self.clip, foreach=True))
         owner = owner_of(role)
         checks = done.checks | {f"gradient norm of {owner}": norm.isfinite()}
-        good = self.bad_steps.good(self.trainer, role, norm, checks, inputs.place)
+        good = self.bad_steps.good(self.trainer, role, norm, checks, inputs.place, self._stepped)
+        self._stepped = None
         if good:
-            step_or_stop(partial(self._step, role), self.trainer, parameters, f"weights of {owner}", inputs.place)
+            self._stepped = stepped(partial(self._step, role), parameters, f"weights of {owner}", inputs.place)
             return done, norm.detach()
         optimizer.zero_grad()
         if role == "student":

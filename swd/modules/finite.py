@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,20 +74,35 @@ def stop_text(trainer: Trainer, place: str, reason: str, state: str) -> str:
     return f"training stopped at {place}: {reason}; {state}; {kept}; try a lower task.lr, or look for broken data"
 
 
-def step_or_stop(
-    step: Callable[[], Any], trainer: Trainer, parameters: Iterable[Tensor], name: str, place: str
-) -> None:
-    """One optimizer step, after which the weights must still be finite.
+@dataclass(frozen=True)
+class Stepped:
+    """An optimizer step whose weights are not looked at yet: reading a value of a GPU waits for all that it has to do.
+
+    Attributes:
+        place: see `stop_unless_finite`.
+        checks: by the name of the weights whether they are finite.
+    """
+
+    place: str
+    checks: Checks
+
+    def stop_if(self, trainer: Trainer, failed: Iterable[str]) -> None:
+        """Raise UserError, as `stop_unless_finite` does, if the weights are among the checks that failed."""
+        names = [name for name in failed if name in self.checks]
+        if names:
+            raise UserError(
+                stop_text(trainer, self.place, f"not finite: {', '.join(names)}", "nothing was saved since")
+            )
+
+
+def stepped(step: Callable[[], Any], parameters: Iterable[Tensor], name: str, place: str) -> Stepped:
+    """One optimizer step; nothing may be saved before its weights are looked at.
 
     Args:
         step: a call that makes the step.
-        trainer: of the run.
         parameters: the weights that the step changes.
         name: name of the weights, for the message.
         place: see `stop_unless_finite`.
-
-    Raises:
-        UserError: as `stop_unless_finite`.
     """
     overflow = False
     try:
@@ -95,8 +111,19 @@ def step_or_stop(
         if "without overflow" not in str(error):
             raise
         overflow = True
-    finite = all_finite(parameters) & torch.tensor(not overflow)
-    stop_unless_finite(trainer, {name: finite}, place, "nothing was saved since")
+    return Stepped(place, {name: all_finite(parameters) & torch.tensor(not overflow)})
+
+
+def step_or_stop(
+    step: Callable[[], Any], trainer: Trainer, parameters: Iterable[Tensor], name: str, place: str
+) -> None:
+    """One optimizer step, after which the weights must still be finite; the arguments are those of `stepped`.
+
+    Raises:
+        UserError: as `stop_unless_finite`.
+    """
+    done = stepped(step, parameters, name, place)
+    done.stop_if(trainer, failed_checks(trainer, done.checks))
 
 
 def last_checkpoint(trainer: Trainer) -> str | None:

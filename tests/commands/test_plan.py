@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import skeletons
@@ -10,11 +13,13 @@ import torch
 from omegaconf import DictConfig
 from tiny import CONF, composed
 
+from swd.callbacks.memory_budget import permanent_bytes
 from swd.commands import plan
 from swd.commands.plan import GPUS, Gpu, Planned
-from swd.config import check
+from swd.config import build, check
 from swd.modules import hub
-from swd.modules.dry_run import UpdateCost
+from swd.modules.device_memory import permanent_parts, usable
+from swd.modules.dry_run import UpdateCost, trained_on_meta
 from swd.modules.iteration_cost import IterationCost
 from swd.modules.published import published
 from swd.types import UserError
@@ -47,7 +52,7 @@ def test_what_fits_beside_the_weights() -> None:
 
 
 def test_what_is_printed() -> None:
-    cfg = settings("gpu=h100", "n_gpus=8", "batch_size=64", "samples=1000", "recipe.iterations=3600")
+    cfg = settings("gpu=h100", "n_gpus=8", "batch_size=64", "samples=1000", "recipe.iterations=3600", "spare=0.05")
     lines = list(plan.described(PLANNED, cfg, plan.checked_gpu(cfg)))
     text = "\n".join(lines)
     assert "8 x 80 GB" in lines[0]
@@ -59,6 +64,10 @@ def test_what_is_printed() -> None:
     kept, recomputed = (line for line in lines if line.startswith("batch 64"))
     assert "task.accumulate=4; 6.07 s" in kept and "6.07 h for 3600" in kept
     assert "it fits; 7.89 s" in recomputed
+    # Unless it is given, a tenth is spare: 72 GB less 24.
+    cfg = settings("gpu=h100", "n_gpus=8", "batch_size=64")
+    row = next(line for line in plan.described(PLANNED, cfg, plan.checked_gpu(cfg)) if line.split()[:1] == ["128x128"])
+    assert row.split()[7:10] == ["2", "/", "24"] and usable(80e9) == 72e9
     assert lines[-1] == "cache of 1000 samples in bf16: 1.0 GB (1.00 MB each)"
 
 
@@ -109,6 +118,21 @@ def test_a_plan_of_the_embedded_model(capsys: pytest.CaptureFixture[str]) -> Non
     plan.run(composed(["gpu=1GB", "n_gpus=2", "schedule.sizes=[6,16]", "schedule.sigmas=[1.0,0.6]"], "plan"))
     printed = capsys.readouterr().out
     assert "16x16" in printed and "it fits" in printed and "buffers of gradients between GPUs" in printed
+
+
+def test_a_plan_and_a_training_add_up_the_same_bytes() -> None:
+    for more in ([], ["task.ema=0.99"]):
+        cfg = composed(["n_gpus=2", *more], "plan")
+        task = build(cfg, "task")
+        trainer = cast(Any, SimpleNamespace(world_size=2, strategy=None))
+        parts = plan.memory_parts(task, 2, divided=False)
+        student = sum(math.prod(shape) for shape in task._shapes()[0].values())
+        assert sum(parts.values()) == permanent_bytes(trainer, task, SimpleNamespace(is_cache=True))
+        assert parts.get("average of the student's weights", 0) == (4 * student if more else 0)
+        divided = plan.memory_parts(task, 2, divided=True)
+        assert sum(divided.values()) == sum(
+            permanent_parts(*trained_on_meta(task.model, dict(task.terms.items())), 2, 2, bool(more)).values()
+        )
 
 
 def test_another_task_has_no_plan() -> None:

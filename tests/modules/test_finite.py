@@ -23,9 +23,10 @@ from swd.losses import functional
 from swd.losses.dmd import DMD
 from swd.losses.gan import GAN
 from swd.losses.mmd import MMD
+from swd.modules import bad_steps, distiller
 from swd.modules.checkpoint_files import damage
 from swd.modules.distiller import Distiller, check_optimizer
-from swd.modules.finite import all_finite
+from swd.modules.finite import all_finite, failed_checks
 from swd.modules.inputs import InputBuilder
 from swd.modules.training_task import WatchedTask, check_finite
 from swd.types import Conditioning, UserError
@@ -143,6 +144,34 @@ def test_weights_that_explode_replace_no_checkpoint_and_no_student(
     with pytest.raises(UserError, match=message):
         fit(composed([*arguments, "callbacks=[checkpoint,adapter]"]))
     assert not list(tmp_path.glob("checkpoints/*.ckpt")) and not (tmp_path / "adapter").exists()
+
+
+def test_weights_are_looked_at_with_the_next_update_which_does_not_count_as_skipped(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look waits for the GPU: one an update, and one at an iteration's end. The message names the broken step."""
+    looks: list[str] = []
+
+    def noted(trainer: Any, checks: Any) -> list[str]:
+        looks.append("+".join(name for name in checks if name.startswith("weights")))
+        return failed_checks(trainer, checks)
+
+    monkeypatch.setattr(bad_steps, "failed_checks", noted)
+    monkeypatch.setattr(distiller, "failed_checks", noted)
+    arguments = {"loss": "dmd_mmd", "task__on_bad_step": "skip"}
+    train(tiny_model, tmp_path / "a", **arguments, trainer__max_steps=2)
+    critic, student = "weights of the critic", "weights of the student"
+    assert looks == ["", critic, critic, student] * 2
+
+    looks.clear()
+    spoil(
+        monkeypatch, Distiller, "configure_optimizers", 1, lambda both: both[1].param_groups[0].update(lr=1e38) or both
+    )
+    with pytest.raises(
+        UserError, match=f"iteration 1, .*critic update 1 of 2: not finite: {critic}; nothing was saved"
+    ):
+        train(tiny_model, tmp_path / "b", **arguments)
+    assert looks == ["", critic]
 
 
 def test_numbers_that_are_not_finite_are_refused_from_the_start() -> None:

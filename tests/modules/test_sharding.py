@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from swd.losses import MMD
-from swd.modules.accumulation import BatchPart
+from swd.modules import accumulation
+from swd.modules.accumulation import BatchPart, parts_at
+from swd.modules.distiller import Distiller
 from swd.modules.inputs import InputBuilder, Inputs
 from swd.modules.layouts import divided_like, gathered, is_sharded, local_part, swap, whole_tensor
 from swd.modules.sharding import (
@@ -156,6 +158,39 @@ def test_parts_of_a_batch_make_the_update_of_the_batch(model: dict[str, Any], tm
             assert row.keys() == other.keys() and "monitor/x0_spread" in row
             for name, number in other.items():
                 assert row[name] == pytest.approx(number, rel=1e-4, abs=1e-6), name
+
+
+def test_smaller_sizes_take_more_samples_at_once_and_make_the_same_update(
+    model: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accumulation, "PIXELS_OF_TEXT", 0)  # tiny pictures have fewer pixels than text
+    case = Case("whole", model=model, loss="mmd", terms={"mmd": {"distance": "squared"}})
+    expected = train(case, tmp_path)
+    seen: list[int] = []
+    part = Distiller._generator_part
+
+    def noted(self: Distiller, inputs: Inputs) -> BatchPart:
+        seen.append(len(inputs.target))
+        return part(self, inputs)
+
+    monkeypatch.setattr(Distiller, "_generator_part", noted)
+    found = train(replace(case, name="even", task={"accumulate": 4}), tmp_path)
+    # Sizes 4, 6 and 8: 16 pixels of 4 samples are as many as 64 of one, 36 of two are more.
+    assert seen == [4, 1, 1, 1, 1, 1, 1, 1, 1]
+    for key, value in expected.weights.items():
+        assert_close(found.weights[key], value, rtol=0, atol=2e-6)
+    for row, other in zip(found.metrics, expected.metrics, strict=True):
+        assert all(row[name] == pytest.approx(number, rel=1e-4, abs=1e-6) for name, number in other.items())
+    seen.clear()
+    train(replace(case, name="uneven", iterations=1, task={"accumulate": 4, "even_parts": False}), tmp_path)
+    assert seen == [1, 1, 1, 1]
+
+
+def test_parts_at_a_size_are_the_fewest_in_the_memory_of_the_largest() -> None:
+    # With 64 tokens of text, 512 pixels: 768, 1,536 and 4,608.
+    parts = [[parts_at((side, side), (64, 64), 64, count) for side in (16, 32, 64)] for count in (1, 2, 4, 6, 12)]
+    assert parts == [[1, 1, 1], [1, 1, 2], [1, 2, 4], [1, 2, 6], [2, 4, 12]]
+    assert parts_at((1, 16, 16), (4, 16, 16), 0, 4) == 1 and parts_at((2, 16, 16), (4, 16, 16), 0, 4) == 2
 
 
 def test_a_part_draws_what_its_rows_draw_in_the_batch(model: dict[str, Any]) -> None:
