@@ -35,6 +35,8 @@ COLLECTIONS = ("loss", "callbacks")
 """Groups whose option is a dictionary of constructors, each under a name of its own."""
 OPTIONAL = ("callbacks", "logger")
 """Groups that may be left out: `callbacks=null`."""
+OPTIONAL_TABLES = ("timing",)
+"""Tables of plain values that may be left out: `timing=null`."""
 GIVEN: Mapping[str, Sequence[str]] = {"task": ("model", "schedule", "loss")}
 """Groups that are built once and passed to the constructor of another group, if it has an argument of that name."""
 REFERRED = ("recipe", "sample_prompts")
@@ -336,6 +338,8 @@ def _check_values(plain: Any, known: Mapping[str, Any], path: str) -> None:
         if key not in known:
             raise UserError(_unknown_key(where, key, list(known)))
         if isinstance(hint, Mapping):
+            if value is None and where in OPTIONAL_TABLES:
+                continue
             if not isinstance(value, dict):
                 raise UserError(f"{where}={value!r} is not valid; it has the keys {', '.join(hint)}")
             _check_values(value, hint, f"{where}.")

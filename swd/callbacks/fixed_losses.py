@@ -39,7 +39,8 @@ class FixedLosses(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Distiller)
-        self.losses = {"mmd": [self.measure(pl_module, self.batches(trainer, pl_module))["mmd"]]}
+        values = self.measure(pl_module, self.batches(trainer, pl_module), scores=False)
+        self.losses = {"mmd": [values["mmd"]]}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Distiller)
@@ -54,8 +55,10 @@ class FixedLosses(Callback):
         return [data.last(self.pictures, step) for step in range(len(task.schedule))]
 
     @torch.no_grad()
-    def measure(self, task: Distiller, batches: list[PictureBatch | CachedBatch]) -> dict[str, float]:
-        """`mmd`, and the squared errors of teacher and fake network by role."""
+    def measure(
+        self, task: Distiller, batches: list[PictureBatch | CachedBatch], scores: bool = True
+    ) -> dict[str, float]:
+        """`mmd`, and with `scores` the squared errors of teacher and fake network by role."""
         networks = task.networks
         mmd = MMD(blocks=task.model.feature_blocks, features="teacher")
         totals: dict[str, list[Tensor]] = {}
@@ -66,8 +69,8 @@ class FixedLosses(Callback):
             step = GeneratorStep(networks, conditioning, inputs.empty, x0_hat, inputs.target, inputs.draws)
             totals.setdefault("mmd", []).append(mmd.generator(step)[1]["mmd"])
             noised = step.noise_fake("critic", networks.process.ranges.whole)
-            scores: tuple[Role, ...] = ("teacher", "fake") if "fake" in networks.roles else ()
-            for role in scores:
+            scored: tuple[Role, ...] = ("teacher", "fake") if scores and "fake" in networks.roles else ()
+            for role in scored:
                 x0 = networks.x0(role, noised.x_t, noised.sigma, conditioning)[0]
                 totals.setdefault(role, []).append((x0 - x0_hat).square().mean())
         return {name: torch.stack(values).mean().item() for name, values in totals.items()}

@@ -38,7 +38,8 @@ def run(cfg: DictConfig) -> None:
         a, b = study.alone
         print_line(f"left out, without a partner: {a} of {paths[0]}, {b} of {paths[1]}")
     layout = pairs.Layout(cfg.title, cfg.seed, cfg.side, cfg.quality, cfg.megabytes)
-    print_line(f"{len(study.pairs)} pairs, {len(study.criteria)} votes on each")
+    counts = [(len(study.pairs), "pair"), (len(study.criteria), "vote")]
+    print_line("{}, {} on each".format(*(f"{count} {word}{'s' * (count > 1)}" for count, word in counts)))
     print(write_page(Path(cfg.out or "compare.html"), pairs.render_pairs(study, layout)))
 
 

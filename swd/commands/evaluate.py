@@ -22,7 +22,7 @@ from rich.table import Table
 from swd import __version__
 from swd.commands import keys, shared
 from swd.commands.cli import config_path
-from swd.commands.sample import final_size
+from swd.commands.sample import check_machine, check_tiny_vae, final_size
 from swd.config import allowed_here, build_node, check, fits, given_keys, node_of, overrides, to_plain
 from swd.data.job import MOST_IN_A_SHARD
 from swd.evaluation import result_files
@@ -38,7 +38,7 @@ from swd.evaluation.candidates import (
 )
 from swd.evaluation.plan import Plan, chunks_of, mine
 from swd.evaluation.score import Bootstrap, Real, Scoring
-from swd.evaluation.timing import Costs, Timing
+from swd.evaluation.timing import Costs, Timing, warn_of_slow_precision
 from swd.export.student_folder import build_model, recorded_model, schedule_of
 from swd.io import limits
 from swd.io.files import only_one
@@ -47,6 +47,7 @@ from swd.io.masking import mask_text
 from swd.io.ranks import is_first
 from swd.metrics.base import PictureMetric
 from swd.modules.adapters import locate
+from swd.modules.drawing import DrawingOptions
 from swd.modules.hub import is_hub_id
 from swd.modules.model_folders import read_json
 from swd.modules.pretrained import Pretrained
@@ -238,6 +239,8 @@ def prepare(cfg: DictConfig) -> Evaluation:
     requests = evaluated_requests(cfg)
     metrics, settings = metrics_of(cfg)
     candidates = candidates_of(cfg, requests)
+    if timing is not None:
+        check_timing(timing, candidates)
     plan = Plan(Path(cfg.folder), Path(cfg.prompts).name, requests, candidates, cfg.batch_size, cfg.chunk_size)
     bootstrap = Bootstrap(cfg.bootstrap.draws, cfg.bootstrap.level, cfg.bootstrap.seed)
     scoring = Scoring(plan, metrics, real_of(cfg, requests), bootstrap, settings)
@@ -287,20 +290,26 @@ def timing_of(cfg: DictConfig) -> Timing | None:
     """How latency is measured; None: not at all.
 
     Raises:
-        UserError: for an unknown key, or a number out of range.
+        UserError: for a number out of range, or an option that this machine lacks something for.
     """
     if cfg.timing is None:
         return None
     given = to_plain(cfg.timing)
-    known = ("batch", "runs", "warmup")
-    for key in given:
-        if key not in known:
-            raise UserError(f"unknown key timing.{key}; known keys are {', '.join(known)}")
-    timing = Timing(**given)
+    settings = {key: given.pop(key) for key in ("tiny_vae", "compile", "compile_coders") if key in given}
+    timing = Timing(**given, options=DrawingOptions(**settings))
     limits.whole("timing.batch", timing.batch, 1, limits.AT_ONCE, "no device draws more at once")
     limits.whole("timing.runs", timing.runs, 1, 10**6)
     limits.whole("timing.warmup", timing.warmup, 0, 10**6)
+    check_machine(timing.options, "timing.")
     return timing
+
+
+def check_timing(timing: Timing, candidates: Sequence[Candidate]) -> None:
+    """Raise UserError for a tiny VAE that does not fit one of the models; warn of a precision that is slow here."""
+    warn_of_slow_precision(timing.precision)
+    for candidate in candidates:
+        if timing.options.tiny_vae is not None and isinstance(candidate, DrawingModel):
+            check_tiny_vae(timing.options.tiny_vae, candidate.model, "timing.tiny_vae")
 
 
 def evaluated_requests(cfg: DictConfig) -> Requests:

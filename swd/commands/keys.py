@@ -66,6 +66,16 @@ SAMPLE: dict[str, Any] = MODEL | {
     "fps": int | None,
     **STARTING_PICTURES,
 }
+TIMING: dict[str, Any] = {
+    "batch": int,
+    "runs": int,
+    "warmup": int,
+    "precision": Literal["fp32", "bf16", "fp16"] | None,
+    "compile": bool | Literal["blocks", "whole"],
+    "compile_coders": bool,
+    "tiny_vae": str | None,
+}
+"""How `swd evaluate` measures latency."""
 EVALUATE: dict[str, Any] = MODEL | {
     "models": list[str | dict[str, Any]],
     "prompts": str,
@@ -80,7 +90,7 @@ EVALUATE: dict[str, Any] = MODEL | {
     "width": int | None,
     "aspect": str | None,
     "bootstrap": {"draws": int, "level": float, "seed": int},
-    "timing": dict[str, int] | None,
+    "timing": TIMING,
     "published": bool | str,
     "name": str,
     "output": str,

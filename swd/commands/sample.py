@@ -34,7 +34,7 @@ from swd.io.pictures import to_pil
 from swd.io.tables import NoText, text_of
 from swd.modules import hub
 from swd.modules.adapters import locate, run_folder
-from swd.modules.drawing import OtherExpert, build_pipeline, draw
+from swd.modules.drawing import DrawingOptions, OtherExpert, build_pipeline, draw
 from swd.modules.model_folders import check_model_folder, read_json
 from swd.modules.pretrained import Pretrained
 from swd.modules.requests import Request, read_prompts
@@ -230,16 +230,24 @@ def other_model(cfg: DictConfig, node: dict[str, Any], source: Path, family: str
     return build_model(node | {"family": family}, cfg)
 
 
-def check_machine(cfg: DictConfig) -> None:
-    """Raise UserError for `offload` or `compile` where this machine lacks what they need."""
+def check_machine(cfg: DictConfig | DrawingOptions, table: str = "") -> None:
+    """Raise UserError for `offload` or `compile` where this machine lacks what they need.
+
+    Args:
+        cfg: the configuration.
+        table: the table that holds `compile`, for messages: "timing." or none.
+    """
     gpu = torch.cuda.is_available()
     if cfg.offload != "none" and not gpu:
         raise UserError(
             f"offload={cfg.offload} moves weights to a GPU and back, and this machine has none; leave it out"
         )
     if cfg.compile_coders and not cfg.compile:
-        raise UserError("compile_coders=true compiles more than the network; give compile=blocks or compile=whole too")
-    how = f"compile={str(cfg.compile).lower()}"
+        raise UserError(
+            f"{table}compile_coders=true compiles more than the network; give {table}compile=blocks or "
+            f"{table}compile=whole too"
+        )
+    how = f"{table}compile={str(cfg.compile).lower()}"
     if cfg.compile and cfg.offload == "sequential":
         raise UserError(f"{how} with offload=sequential: what is compiled needs its weights at hand; drop one")
     if cfg.compile and not any(map(shutil.which, compilers(gpu))):
@@ -254,15 +262,21 @@ def compilers(gpu: bool) -> tuple[str, ...]:
     return (os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"),)
 
 
-def check_tiny_vae(path: str, model: Pretrained) -> None:
-    """Raise UserError unless a distilled decoder fits the model's latents; reads its configuration only."""
-    where = f"tiny_vae={path}"
+def check_tiny_vae(path: str, model: Pretrained, key: str = "tiny_vae") -> None:
+    """Raise UserError unless a distilled decoder fits the model's latents; reads its configuration only.
+
+    Args:
+        path: folder or hub id.
+        model: the model.
+        key: what the user calls the setting.
+    """
+    where = f"{key}={path}"
     if model.backbone_class.video:
         raise UserError(
             f"{where} decodes pictures, and {model.family} draws videos; diffusers has no class for the small decoders "
             "of videos (TAEHV), so leave it out"
         )
-    folder = hub.configuration(path, key="tiny_vae") if hub.is_hub_id(path) else Path(path)
+    folder = hub.configuration(path, key=key) if hub.is_hub_id(path) else Path(path)
     if not (folder / "config.json").is_file():
         reason = "has no config.json" if folder.is_dir() else "does not exist"
         raise UserError(f"{where} {reason}; give a folder or hub id of an AutoencoderTiny, e.g. madebyollin/taesd3")

@@ -24,7 +24,7 @@ from swd.evaluation.plan import Plan, mine
 from swd.io.files import clear_leftovers, write_aside
 from swd.io.job_log import JobLog
 from swd.io.pictures import png
-from swd.modules.drawing import build_pipeline, draw
+from swd.modules.drawing import DrawingOptions, build_pipeline, draw
 from swd.modules.pretrained import Pretrained
 from swd.types import UserError
 
@@ -47,13 +47,8 @@ class CandidatePainter:
 
     @cached_property
     def pipe(self) -> Any:
-        """The stock pipeline with the student in it, its LoRA folded into the weights."""
-        candidate = self.candidate
-        say(f"loading {candidate.name} ({candidate.model.name})")
-        pipe = build_pipeline(candidate.model, candidate.student, candidate.schedule, fold=True)
-        if candidate.sigmas is not None:
-            pipe.scheduler = FixedLevels(candidate.sigmas)
-        return pipe
+        """The pipeline that draws the pictures."""
+        return load_pipeline(self.candidate)
 
     def left(self, rows: range) -> list[range]:
         """Batches of a chunk of which a picture is missing."""
@@ -98,6 +93,15 @@ class CandidatePainter:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def load_pipeline(candidate: DrawingModel, options: DrawingOptions | None = None) -> Any:
+    """The stock pipeline with the student in it, its LoRA folded into the weights."""
+    say(f"loading {candidate.name} ({candidate.model.name})")
+    pipe = build_pipeline(candidate.model, candidate.student, candidate.schedule, options, fold=True)
+    if candidate.sigmas is not None:
+        pipe.scheduler = FixedLevels(candidate.sigmas)
+    return pipe
 
 
 def check_levels(name: str, sigmas: Sequence[float], model: Pretrained) -> None:

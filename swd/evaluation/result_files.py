@@ -77,7 +77,7 @@ def models_grid(results: Results, detailed: bool = True) -> Grid:
     names = metric_names(results)
     better = {name: metric.get("better") for row in results["models"] for name, metric in row["metrics"].items()}
     columns = ["model", *(f"{name} {ARROWS.get(better[name], '')}".strip() for name in names)]
-    columns += ["steps", "evaluations", "TFLOP", "s / picture"]
+    columns += ["steps", "evaluations", "TFLOP", f"s / picture{how_timed(results)}"]
     columns += ["text + denoising + decoding"] if detailed else []
     columns += ["memory, GB"]
     rows = []
@@ -97,6 +97,20 @@ def models_grid(results: Results, detailed: bool = True) -> Grid:
         )
     n = results["prompts"]["n"] * results.get("images_per_prompt", 1)
     return Grid(f"Models, {n:,} pictures each{doubt(results)}", columns, rows)
+
+
+def how_timed(results: Results) -> str:
+    """In brackets, what the timed pipelines had that those which drew the pictures had not; empty if nothing.
+
+    It is the same for all rows.
+    """
+    times = [row.get("latency") or {} for row in results["models"]]
+    time = next((each for each in times if each), {})
+    parts = [str(time.get("precision", ""))]
+    parts += ["compiled" + (" with coders" if time.get("compile_coders") else "") if time.get("compile") else ""]
+    parts += ["tiny VAE" if time.get("tiny_vae") else ""]
+    found = ", ".join(part for part in parts if part)
+    return f" ({found})" if found else ""
 
 
 def doubt(results: Results) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderTiny
@@ -32,11 +32,28 @@ class OtherExpert:
     student: Student
 
 
+@dataclass(frozen=True)
+class DrawingOptions:
+    """What makes drawing faster, or smaller, than the stock pipeline's; `swd sample` has the same keys.
+
+    Attributes:
+        tiny_vae: folder or hub id of a distilled decoder of pictures that takes the VAE's place.
+        compile: "blocks" (or True): the network's repeated blocks; "whole": the network as one.
+        compile_coders: text encoders and the decoder too.
+        offload: "model" or "sequential": weights wait in main memory until they are needed.
+    """
+
+    tiny_vae: str | None = None
+    compile: bool | Literal["blocks", "whole"] = False
+    compile_coders: bool = False
+    offload: Literal["none", "model", "sequential"] = "none"
+
+
 def build_pipeline(
     model: Pretrained,
     student: Student | None = None,
     schedule: ScaleWiseScheduler | None = None,
-    cfg: DictConfig | None = None,
+    cfg: DictConfig | DrawingOptions | None = None,
     fold: bool = False,
     other: OtherExpert | None = None,
 ) -> Any:
@@ -46,7 +63,7 @@ def build_pipeline(
         model: the base.
         student: the student: an adapter, or a network that was trained whole; None: the teacher.
         schedule: the student's sampler.
-        cfg: `tiny_vae`, `compile`, `compile_coders` and `offload`, as `swd sample` checked them; None: none of them.
+        cfg: `DrawingOptions`, or a configuration with these keys, as `swd sample` checked them; None: none of them.
         fold: draw faster, and round in another way than training does: a student's LoRA is added to the weights, unless
             they are in 8 bits, and the VAE's convolutions are laid out for speed.
         other: the student of the pipeline's other expert; None: that is as the folder has it.

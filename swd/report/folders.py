@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,8 +51,18 @@ def read_picture_folder(folder: Path) -> PictureFolder:
     indexed = (folder / INDEX).is_file()
     pictures = _indexed(folder) if indexed else _named(folder)
     if not pictures:
-        raise UserError(f"{folder} holds no pictures ({', '.join(ENDINGS)})")
+        below = next((file.parent for file in _below(folder) if file.suffix.lower() in ENDINGS), None)
+        hint = f"; those of {below.name} are in {below}" if below else "; give a folder of pictures"
+        raise UserError(f"{folder} holds no pictures ({', '.join(ENDINGS)}){hint}")
     return PictureFolder(folder, pictures)
+
+
+def _below(folder: Path, depth: int = 4) -> Iterator[Path]:
+    """Files in the folders below, those of an evaluation before others, and not endlessly deep."""
+    inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
+    for each in sorted(inside, key=lambda path: path.name not in ("evaluation", "pictures")) if depth else ():
+        yield from (file for file in sorted(each.iterdir()) if file.is_file())
+        yield from _below(each, depth - 1)
 
 
 def _indexed(folder: Path) -> dict[Key, Picture]:

@@ -91,13 +91,17 @@ def read_folders(folders: Sequence[Path]) -> tuple[list[Run], list[EvaluationSec
     runs, evaluations = [], []
     names_of(folders)  # none is given twice
     for folder in folders:
+        if folder.is_file():
+            raise UserError(f"{folder} is no folder; give folders alone, e.g. {folder.parent}/*/")
         if not folder.is_dir():
-            raise UserError(f"{folder} {'is no folder' if folder.exists() else 'does not exist'}; give folders of runs")
+            raise UserError(f"{folder} does not exist; give folders of runs")
         run, evaluation = is_run(folder), is_evaluation(folder)
         if not run and not evaluation:
+            inside = any(is_run(each) or is_evaluation(each) for each in folder.iterdir() if each.is_dir())
+            right = f"those inside it: {folder}/*/" if inside else "folders that swd train or swd evaluate made"
             raise UserError(
-                f"{folder} is neither a run (no config.yaml, no metrics.csv) nor an evaluation (no results.json); "
-                "give folders that swd train or swd evaluate made"
+                f"{folder} is neither a run (no config.yaml, no metrics.csv) nor an evaluation (no results.json of swd "
+                f"evaluate); give {right}"
             )
         if run:
             runs.append(folder)

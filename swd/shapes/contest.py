@@ -158,6 +158,7 @@ def draw_pictures(plan: Plan, timing: Timing | None = None) -> dict[str, Any]:
     assert isinstance(candidate, DrawingModel)
     painter, costs = CandidatePainter(plan, candidate), Costs(plan, candidate, timing)
     draw_share(painter)
+    plan.write_index(candidate)  # for `swd compare`
     costs.measure(painter)
     painter.free()
     return costs.load() or {}

@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from swd.config import stored
+from swd.evaluation.candidates import DrawingModel
 from swd.evaluation.timing import Timing
 from swd.io.files import finite, write_json, write_text
 from swd.io.job_log import JobLog, print_line
@@ -78,8 +79,6 @@ def compare(cfg: DictConfig, task: Distiller, judge: Judge, judge_folder: Path, 
         advance(n)
     prompts = prompts_of(n)
     rows, pictures, features = [], [], []
-    # Pictures of the same model were drawn just before.
-    timing = Timing(TIMED_BATCH, cfg.timing_batches, warmup=0)
     stores = contest.teacher_stores(task, judge_folder)
     contenders = contest.teachers(task) | contest.student(task, run)
     for name, candidate in contenders.items():
@@ -87,7 +86,8 @@ def compare(cfg: DictConfig, task: Distiller, judge: Judge, judge_folder: Path, 
             stored = stored_statistics(cfg, stores[name], name) if name in stores else None
             # With stored statistics only the pictures that the report shows are drawn.
             plan = contest.plan_of(run / "evaluation", candidate, n if stored is None else cfg.shown)
-            costs = contest.draw_pictures(plan, timing)
+            # Pictures of the same model were drawn just before, so nothing is to be warmed up.
+            costs = contest.draw_pictures(plan, Timing(TIMED_BATCH, timed_batches(cfg, task, candidate), warmup=0))
             judged = contest.judged_pictures(plan, str(judge_folder)) if stored is None else stored
             source = "live" if stored is None else f"stored: {STORE_COMMAND}"
             rows.append(contest.make_row(name, costs, judged, reference, source))
@@ -100,14 +100,19 @@ def compare(cfg: DictConfig, task: Distiller, judge: Judge, judge_folder: Path, 
 
 def pictures_drawn(cfg: DictConfig, task: Distiller, judge_folder: Path) -> list[tuple[int, float]]:
     """For each row the pictures that `compare` will draw, and network evaluations of each, as full-size ones."""
-    timed = TIMED_BATCH * cfg.timing_batches
     sizes = [math.prod(size) for size in task.schedule.sizes]
-    drawn = [(cfg.n_pictures + timed, sum(sizes) / sizes[-1])]
+    drawn = [(cfg.n_pictures + TIMED_BATCH * cfg.timing_batches, sum(sizes) / sizes[-1])]
     stores = contest.teacher_stores(task, judge_folder)
     for name, candidate in contest.teachers(task).items():
         stored = not cfg.recompute and stores[name].why_not(cfg.n_pictures) is None
+        timed = TIMED_BATCH * timed_batches(cfg, task, candidate)
         drawn.append(((cfg.shown if stored else cfg.n_pictures) + timed, candidate.evaluations))
     return drawn
+
+
+def timed_batches(cfg: DictConfig, task: Distiller, candidate: DrawingModel) -> int:
+    """Batches of a row that are timed: fewer of one that takes more steps than the student, at least one."""
+    return max(1, cfg.timing_batches * len(task.schedule) // candidate.steps)
 
 
 def stored_statistics(cfg: DictConfig, store: StoredStatistics, name: str) -> Judged | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -73,6 +74,8 @@ def test_wrong_input_is_one_line(
     launch(monkeypatch, "theirs", "ours", "out=other.html")
     vote_for_ours(tmp_path / "other.html", tmp_path / "w.json", "2")
     (tmp_path / "empty").mkdir()
+    shutil.copytree(tmp_path / "ours", tmp_path / "run" / "evaluation" / "pictures" / "student")
+    (tmp_path / "run" / "checkpoints").mkdir()
     (tmp_path / "mine.html").write_text("<p>")
     capfd.readouterr()
     for arguments, message in (
@@ -80,7 +83,8 @@ def test_wrong_input_is_one_line(
         (["ours"], "1 folders are given; give two"),
         (["ours", "v.json"], "both folders and files of votes"),
         (["ours", "none"], "none does not exist"),
-        (["ours", "empty"], "empty holds no pictures"),
+        (["ours", "empty"], "empty holds no pictures (.png, .jpg, .jpeg, .webp); give a folder of pictures"),
+        (["ours", "run"], "run holds no pictures (.png, .jpg, .jpeg, .webp); those of student are in run/evaluation/"),
         (["ours", "ours"], "is given twice"),
         (["ours", "theirs", "criteria=[]"], "criteria=[]; give 1 to 10"),
         (["ours", "theirs", "criteria=[a,a]"], "give each a name of its own"),

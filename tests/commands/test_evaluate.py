@@ -416,6 +416,14 @@ def test_the_released_list_of_captions_is_read_as_it_is(config: Callable[..., An
         ({"height": 100}, "height=100 is not a multiple of 16"),
         ({"timing__runs": "many"}, "timing.*runs.*many"),
         ({"timing__runs": 0}, "timing.runs=0; use at least 1"),
+        ({"timing__runs": 1, "+timing__run": 3}, r"unknown key timing\.run; did you mean 'runs'"),
+        ({"timing__precision": "fp8"}, r"timing\.precision='fp8' is not valid; expected .*fp16"),
+        ({"timing__compile": "all"}, r"timing\.compile='all' is not valid; expected .*blocks"),
+        (
+            {"timing__compile_coders": True},
+            r"^timing\.compile_coders=true compiles more .*; give timing\.compile=blocks",
+        ),
+        ({"timing__tiny_vae": "none"}, r"^timing\.tiny_vae=none does not exist; give"),
         ({"bootstrap__level": 1.5}, "bootstrap.level=1.5"),
         ({"batch_size": 0}, "batch_size=0; use at least 1"),
         (

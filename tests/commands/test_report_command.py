@@ -49,10 +49,14 @@ def test_wrong_input_is_one_line(
     write_run(tmp_path / "run", ["1,1,1,"])
     (tmp_path / "mine.html").write_text("<p>of somebody else</p>")
     (tmp_path / "nothing").mkdir()
+    write_run(tmp_path / "demo" / "2026", ["1,1,1,"])
+    (tmp_path / "demo" / "results.json").write_text('{"rows": []}')
     for arguments, message in (
         ([], "no folder is given"),
         (["none"], "none does not exist"),
         (["nothing"], "nothing is neither a run"),
+        (["demo"], "swd evaluate); give those inside it: demo/*/"),
+        (["demo/2026", "demo/results.json"], "demo/results.json is no folder; give folders alone, e.g. demo/*/"),
         (["run", "run"], "run is given twice"),
         (["run", "out=mine.html"], "out=mine.html is there already and no page of swd"),
         (["run", "out=nothing"], "out=nothing is a folder"),

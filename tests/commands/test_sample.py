@@ -247,21 +247,9 @@ def test_a_quantized_base_draws_as_it_was_trained(made, kind: Any) -> None:
     assert (sample.draw(plain, model, requests)[0][0] - drawn).abs().max() > 1e-3
 
 
-def tiny_vae(folder: Path, channels: int = 4, blocks: int = 4) -> Path:
-    torch.manual_seed(0)
-    AutoencoderTiny(
-        latent_channels=channels,
-        encoder_block_out_channels=(8,) * blocks,
-        decoder_block_out_channels=(8,) * blocks,
-        num_encoder_blocks=(1,) * blocks,
-        num_decoder_blocks=(1,) * blocks,
-    ).save_pretrained(folder)
-    return folder
-
-
 def test_the_tiny_vae_decodes(made, tmp_path: Path) -> None:
     model, _, adapter = made
-    cfg = config(model, adapter, tmp_path / "out", tiny_vae=tiny_vae(tmp_path / "vae"))
+    cfg = config(model, adapter, tmp_path / "out", tiny_vae=tiny.save_tiny_vae(tmp_path / "vae"))
     job = sample.prepare(cfg)
     requests = job.requests[:1]
     full = sample.draw(sample.build_pipeline(model, job.student, job.schedule), model, requests)[0][0]
@@ -279,15 +267,15 @@ def test_a_tiny_vae_that_does_not_fit_is_refused_before_anything_loads(made, tmp
         monkeypatch.setattr(Pretrained, part, lambda *args, **kwargs: pytest.fail("weights were loaded"))
     (tmp_path / "empty").mkdir()
     whole_vae = model.folder / "vae"
-    short = tiny_vae(tmp_path / "short")
+    short = tiny.save_tiny_vae(tmp_path / "short")
     (short / "diffusion_pytorch_model.safetensors").write_bytes(b"x")
     for folder, message in {
         tmp_path / "nowhere": "does not exist",
         tmp_path / "empty": "has no config.json",
         whole_vae: "is a AutoencoderKL; give an AutoencoderTiny",
         short: "has a damaged",
-        tiny_vae(tmp_path / "wide", channels=16): "decodes 16 channels, this model's latents have 4",
-        tiny_vae(tmp_path / "deep", blocks=5): "enlarges 16 times, this model's decoder 8 times",
+        tiny.save_tiny_vae(tmp_path / "wide", channels=16): "decodes 16 channels, this model's latents have 4",
+        tiny.save_tiny_vae(tmp_path / "deep", blocks=5): "enlarges 16 times, this model's decoder 8 times",
     }.items():
         with pytest.raises(UserError, match=f"^tiny_vae={folder} .*{message}"):
             sample.prepare(config(model, adapter, tmp_path / "out", tiny_vae=folder))

@@ -76,6 +76,21 @@ class Reader(HTMLParser):
             self.rows[-1][-1] += data
 
 
+def test_the_column_of_times_says_how_they_were_taken() -> None:
+    time = row("")["latency"]
+    for own, title in (
+        ({}, "s / picture"),
+        ({"precision": "fp16"}, "s / picture (fp16)"),
+        ({"compile": "blocks", "tiny_vae": "taesd3"}, "s / picture (compiled, tiny VAE)"),
+        (
+            {"precision": "fp16", "compile": True, "compile_coders": True, "tiny_vae": "x"},
+            "s / picture (fp16, compiled with coders, tiny VAE)",
+        ),
+    ):
+        results = build_results(models=[row("given", latency=None), row("a", latency=time | own)], pairs=[])
+        assert result_files.grids(results)[0].columns[-3] == title
+
+
 def test_rows_hold_values_with_intervals_floor_and_costs(tmp_path: Path) -> None:
     models, pairs = result_files.grids(build_results())
     assert models.title == "Models, 2,000 pictures each" and models.columns[1] == "fid ↓"

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
@@ -177,6 +183,19 @@ def save_trained_student(model_folder: Path, adapter: Path) -> tuple[Pretrained,
         parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
     save_adapter(adapter, networks.adapter_state("student"), 4, 4, build_schedule().scheduler(2), "tiny", "transformer")
     return model, networks
+
+
+def save_tiny_vae(folder: Path, channels: int = 4, blocks: int = 4) -> Path:
+    """A distilled decoder with random weights, of latents of `channels` channels; it enlarges 2^(blocks - 1) times."""
+    torch.manual_seed(0)
+    AutoencoderTiny(
+        latent_channels=channels,
+        encoder_block_out_channels=(8,) * blocks,
+        decoder_block_out_channels=(8,) * blocks,
+        num_encoder_blocks=(1,) * blocks,
+        num_decoder_blocks=(1,) * blocks,
+    ).save_pretrained(folder)
+    return folder
 
 
 def keys_of(node: Any, path: str = "") -> list[str]:

@@ -452,6 +452,11 @@ def test_the_vae_works_through_a_batch_in_parts(
     monkeypatch.setattr(encoders, "at_once", 1)
     encoders.decode(whole[:2])
     assert calls[6:] == [1, 1]
+    # On the CPU by its own limit, which is the lower one.
+    monkeypatch.setattr(encoders, "at_once", 8 * 1024**2)
+    monkeypatch.setattr(encoders, "at_once_on_cpu", 3 * math.prod(size) - 1)
+    encoders.decode(whole)
+    assert calls[8:] == [2, 2, 1]
 
 
 def check_training(name: str, model: Pretrained, terms: str, folder: Path) -> None:

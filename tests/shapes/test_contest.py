@@ -191,6 +191,10 @@ def test_costs_of_the_three_models(task: Distiller, contenders: list[DrawingMode
     assert [c["evaluations"] for c in (many, few, student)] == [10, 6, 3]
     assert 1000 * many["tflop"] == pytest.approx(10 * full) and 1000 * few["tflop"] == pytest.approx(6 * full)
     assert full < 1000 * student["tflop"] < 3 * full
+    # The pictures have their prompts beside them, for `swd compare`.
+    lists = [(tmp_path / "out" / "pictures" / each.name / "index.jsonl").read_text() for each in contenders]
+    assert [json.loads(line)["prompt"] for line in lists[0].splitlines()] == prompts_of(2)
+    assert lists == [lists[0]] * 3
 
 
 def test_teacher_at_the_students_levels_is_plain_guided_euler(
