@@ -18,6 +18,8 @@ import tiny
 import torch
 from browser import running_browser
 from composing import compose_faster
+from loading import copy_what_was_loaded
+from undrawn import draw_nothing_on_meta
 
 from swd.commands import cli
 
@@ -37,22 +39,30 @@ NOTICES = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Leave out notices of libraries that nobody here can act on."""
+    """Leave out notices of libraries that nobody here can act on, and what libraries do more than once for nothing."""
     for text in NOTICES:
         config.addinivalue_line("filterwarnings", f"ignore:{text}")
+    patch = pytest.MonkeyPatch()
+    config.add_cleanup(patch.undo)
+    compose_faster(patch)
+    copy_what_was_loaded(patch)
+    draw_nothing_on_meta(patch)
+    patch.setattr(os, "fsync", lambda file: None)  # no test cuts the power
 
 
 def pytest_collection_finish() -> None:
     """Leave what was imported out of every later search for garbage: it takes a fifth of the tests' time otherwise."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)  # rather than at every 700 new objects: a training makes a hundred times as many
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _composing() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        compose_faster(patch)
-        yield
+@pytest.fixture(scope="module", autouse=True)
+def _leave_out_of_searches() -> Iterator[None]:
+    """Leave out of them too what a file of tests keeps for later ones, such as networks and compositions."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 class Golden:

@@ -85,7 +85,8 @@ def rows_with(missing: set[Choices], groups: dict[str, list[str]], welcome: set[
         row = dict(min(missing, key=sorted))
         for group in [group for group in groups if group not in row]:
             new = {option: [frozenset({(group, option), other}) for other in row.items()] for option in groups[group]}
-            row[group] = max(new, key=lambda o: sum((pair in missing) + (pair in welcome) for pair in new[o]))
+            gains = {o: sum((pair in missing) + (pair in welcome) for pair in new[o]) for o in new}
+            row[group] = max(new, key=lambda o: (frozenset({(group, o)}) in missing, gains[o]))
         missing -= held(row)
         welcome -= held(row)
         rows.append({group: row[group] for group in groups})

@@ -12,17 +12,35 @@ import torch
 from skeletons import options
 from tiny import composed, overrides
 
+from swd.callbacks import memory_budget
 from swd.callbacks.memory_budget import MemoryBudget, permanent_bytes
 from swd.commands.train import fit
 from swd.losses import MMD
 from swd.modules.distiller import Distiller
-from swd.modules.iteration_cost import iteration_costs
+from swd.modules.iteration_cost import IterationCost, iteration_costs
 from swd.modules.pretrained import Pretrained
 from swd.schedule import ScaleSchedule
 from swd.types import UserError
 
 CACHE = SimpleNamespace(is_cache=True, batch_size=8)
 TRAINER = cast(Any, SimpleNamespace(datamodule=CACHE, world_size=1, strategy=None))
+
+
+COSTS: dict[tuple[Any, ...], list[IterationCost]] = {}
+"""Costs of iterations by what is trained: several tests ask for the same ones, and counting takes seconds."""
+
+
+def counted(model: Pretrained, schedule: ScaleSchedule, terms: Any, *numbers: Any) -> list[IterationCost]:
+    """`iteration_costs`, counted once."""
+    key = (model.path, model.tuning, schedule.sizes, schedule.sigmas, tuple(terms), *numbers)
+    if key not in COSTS:
+        COSTS[key] = iteration_costs(model, schedule, terms, *numbers)
+    return COSTS[key]
+
+
+@pytest.fixture(autouse=True)
+def _counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_budget, "iteration_costs", counted)
 
 
 def a_task(**more: Any) -> Distiller:
@@ -34,7 +52,7 @@ def a_task(**more: Any) -> Distiller:
 def test_sizes_that_do_not_fit_are_recomputed(capsys: pytest.CaptureFixture[str]) -> None:
     task = a_task(accumulate=2)
     terms = dict(task.terms.items())
-    peaks = [4 * cost.peak for cost in iteration_costs(task.model, task.schedule, terms, 0, False)]
+    peaks = [4 * cost.peak for cost in counted(task.model, task.schedule, terms, 0, False)]
     permanent = permanent_bytes(TRAINER, task, CACHE)
     task.networks = cast(Any, SimpleNamespace(recompute=None))
     # Just what the first two sizes take, with a tenth of the memory left free.
@@ -56,7 +74,7 @@ def test_sizes_that_do_not_fit_are_recomputed(capsys: pytest.CaptureFixture[str]
 def test_one_of_several_experts_counts_the_steps_that_it_trains(capsys: pytest.CaptureFixture[str]) -> None:
     task = a_task()
     terms = dict(task.terms.items())
-    peaks = [8 * cost.peak for cost in iteration_costs(task.model, task.schedule, terms, 0, False)]
+    peaks = [8 * cost.peak for cost in counted(task.model, task.schedule, terms, 0, False)]
     task.steps = (1, 2)
     task.networks = cast(Any, SimpleNamespace(recompute=None))
     budget = MemoryBudget((permanent_bytes(TRAINER, task, CACHE) + peaks[1] + 1) / 0.9e9)

@@ -96,14 +96,29 @@ def test_a_batch_with_nan_is_noticed_at_once(tiny_model: Path, tmp_path: Path, m
     assert [text[:48] for text in said] == ["iteration 3: 1 update(s) of this iteration were "]
 
 
-def test_a_collapsed_student_is_noticed_within_five_rounds_of_the_schedule(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begins = 18
-    shrink(monkeypatch, lambda iteration: 1.0 if iteration < begins else 0.4)
-    *_, said = run(tiny(tiny_model, tmp_path, begins + VISITS * STEPS, loss="mmd"))
-    assert len(said) == 1 and "collapses to one picture" in said[0]
-    assert begins < int(said[0].split(":")[0].removeprefix("iteration ")) <= begins + VISITS * STEPS
+BEGINS = 18
+"""Iterations before the student collapses."""
+NOTICED = BEGINS + VISITS * STEPS
+"""The iteration by which it is noticed: the schedule has been gone through five times."""
+
+
+def collapse(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch, lambda iteration: 1.0 if iteration < BEGINS else 0.4)
+
+
+@pytest.fixture(scope="module")
+def collapsed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What is said in a training whose student collapses."""
+    with pytest.MonkeyPatch.context() as patch:
+        collapse(patch)
+        *_, said = run(tiny(tiny_model, tmp_path_factory.mktemp("collapsed") / "run", NOTICED, loss="mmd"))
+    return said
+
+
+def test_a_collapsed_student_is_noticed_within_five_rounds_of_the_schedule(collapsed: list[str]) -> None:
+    (said,) = collapsed
+    assert "collapses to one picture" in said
+    assert BEGINS < int(said.split(":")[0].removeprefix("iteration ")) <= NOTICED
 
 
 def test_it_goes_back_to_a_checkpoint_before_the_fault_with_a_lower_rate(
@@ -135,7 +150,7 @@ def test_it_goes_back_to_a_checkpoint_before_the_fault_with_a_lower_rate(
 def test_a_run_that_cannot_go_back_ends_in_one_line(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, words: str
 ) -> None:
-    shrink(monkeypatch, lambda iteration: 1.0 if iteration < 18 else 0.4)
+    collapse(monkeypatch)
     options = [
         "callbacks.sentinel.rollback=true",
         "callbacks.sentinel.rollbacks=1",
@@ -148,13 +163,12 @@ def test_a_run_that_cannot_go_back_ends_in_one_line(
 
 
 def test_a_resumed_run_notices_what_the_straight_one_does(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, collapsed: list[str]
 ) -> None:
-    shrink(monkeypatch, lambda iteration: 1.0 if iteration < 18 else 0.4)
-    *_, straight = run(tiny(tiny_model, tmp_path / "straight", 33, loss="mmd"))
-    run(tiny(tiny_model, tmp_path / "half", 20, loss="mmd"))
-    *_, rest = run(tiny(tiny_model, tmp_path / "rest", 33, loss="mmd", resume=tmp_path / "half"))
-    assert rest == straight and len(rest) == 1
+    collapse(monkeypatch)
+    run(tiny(tiny_model, tmp_path / "half", BEGINS + 2, loss="mmd"))
+    *_, rest = run(tiny(tiny_model, tmp_path / "rest", NOTICED, loss="mmd", resume=tmp_path / "half"))
+    assert rest == collapsed and len(rest) == 1
 
 
 @pytest.mark.parametrize(

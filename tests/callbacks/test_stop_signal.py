@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from launches import Launch, start
 from lightning import Callback
+from processes import Fork, environment, torchrun
 from tiny import composed, overrides
 
 from swd.commands.train import fit
@@ -196,19 +198,15 @@ def test_a_whole_group_is_signalled_and_the_command_ends_in_one_line(tiny_model:
     """As a terminal does on Ctrl-C and SLURM at the end of a job: loader processes get the signal too."""
     run = tmp_path / "run"
     arguments = overrides(tiny_model, run, loss="mmd", trainer__max_steps=10_000, data__workers=2)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "train.py"), *arguments, CALLBACKS]
-    with subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        assert process.stderr is not None
-        while not (run / "config.yaml").is_file() or not (run / "config.yaml").stat().st_size:
-            assert process.poll() is None
-            time.sleep(0.05)
-        time.sleep(3)
-        os.killpg(process.pid, signal.SIGTERM)
-        told = process.stderr.read().splitlines()
-        assert process.wait(60) == 143, told
+    program = "import os\nos.setsid()\nfrom swd.commands.cli import launch\nlaunch('train')"
+    command = [sys.executable, "-c", program, *arguments, CALLBACKS]
+    process = Fork(command, environment(), tmp_path, tmp_path / "out.txt", tmp_path / "err.txt")
+    while not (run / "metrics.csv").is_file() or len((run / "metrics.csv").read_text().splitlines()) < 3:
+        assert process.poll() is None, process.err.read_text()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 143
+    told = process.err.read_text().splitlines()
     (file,) = (run / "checkpoints").iterdir()
     iteration = int(file.stem.split("-")[1])
     assert told[-1] == (
@@ -218,9 +216,8 @@ def test_a_whole_group_is_signalled_and_the_command_ends_in_one_line(tiny_model:
     assert not any("Traceback" in line or "rror" in line for line in told), told
 
 
-TWO = """
+SECOND = """
 import os, signal
-from swd.commands import cli
 from swd.modules.distiller import Distiller
 
 step = Distiller.training_step
@@ -231,31 +228,47 @@ def stopped(self, batches, number):
     return step(self, batches, number)
 
 Distiller.training_step = stopped
-cli.launch("train")
 """
 
 
-def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_iteration(tiny_model: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    arguments = overrides(tiny_model, run, loss="mmd", trainer__max_steps=50, trainer="ddp_cpu", output=tmp_path)
-    program = tmp_path / "program.py"
-    program.write_text(TWO)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, str(program), *arguments, CALLBACKS],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert result.returncode == 143, result.stderr
-    told = [line for line in result.stderr.splitlines() if line.startswith("stopped by")]
+def arguments_of_two(model: Path, run: Path) -> list[str]:
+    given = overrides(model, run, loss="mmd", trainer__max_steps=50, trainer="ddp_cpu", output=run.parent)
+    return [*given, CALLBACKS]
+
+
+def check_stopped(errors: str, run: Path) -> None:
+    """Both processes stopped after the second iteration, and one of them says so and has saved everything."""
+    told = [line for line in errors.splitlines() if line.startswith("stopped by")]
     assert told == [
         "stopped by SIGTERM after iteration 2 of 50; the same command with resume=auto goes on from "
         f"{run / 'checkpoints' / 'iteration-2.ckpt'}"
     ]
     assert [file.name for file in (run / "checkpoints").iterdir()] == ["iteration-2.ckpt"]
     assert (run / "adapter" / "adapter_model.safetensors").is_file() and not (run / ".running.json").exists()
-    assert "Traceback" not in result.stderr
+    assert "Traceback" not in errors
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_iteration(tiny_model: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    launch = Launch("stopped", arguments_of_two(tiny_model, run), torchrun(2), SECOND)
+    outcome = start([launch], tmp_path)["stopped"]
+    assert outcome.codes == [143, 143], outcome.errors
+    check_stopped("".join(outcome.errors), run)
+
+
+@pytest.mark.slow
+def test_a_signal_to_a_process_that_the_command_started_stops_both(tiny_model: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    program = tmp_path / "program.py"
+    program.write_text(f'{SECOND}\nfrom swd.commands import cli\ncli.launch("train")\n')
+    result = subprocess.run(
+        [sys.executable, str(program), *arguments_of_two(tiny_model, run)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        check=False,
+    )
+    assert result.returncode == 143, result.stderr
+    check_stopped(result.stderr, run)

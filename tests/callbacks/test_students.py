@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,23 @@ def train(model: Path, folder: Path, *arguments: str, more: Callback | None = No
     task, _ = fit(composed([*overrides(model, folder, **{"loss": "mmd"} | options), ALL, *arguments]), *callbacks)
     assert isinstance(task, Distiller)
     return task
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training of two iterations with all settings as they are; whoever changes its files takes a copy."""
+
+    folder: Path
+    task: Distiller
+
+    def copied(self, to: Path) -> Path:
+        return shutil.copytree(self.folder, to / "run")
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return Trained(folder, train(tiny_model, folder))
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -97,9 +116,8 @@ def test_a_checkpoint_is_drawn_and_exported_like_the_student_of_its_iteration(
     assert differ(weights(run / last), weights(tmp_path / "exported")) == 0
 
 
-def test_a_checkpoint_that_is_damaged_or_of_nothing_is_one_line(tiny_model: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    train(tiny_model, run)
+def test_a_checkpoint_that_is_damaged_or_of_nothing_is_one_line(whole: Trained, tmp_path: Path) -> None:
+    run = whole.copied(tmp_path)
     checkpoint = run / "checkpoints" / "iteration-2.ckpt"
     with pytest.raises(UserError, match=r"no average: task\.ema was off"):
         from_checkpoint(checkpoint, ema=True)
@@ -109,7 +127,7 @@ def test_a_checkpoint_that_is_damaged_or_of_nothing_is_one_line(tiny_model: Path
         from_checkpoint(checkpoint)
     (run / "config.yaml").write_text(recorded.replace(SCHEDULE, "os.system"))
     with pytest.raises(UserError, match=r"schedule\._target_=os\.system is not taken from a file"):
-        recorded_schedule(run / "config.yaml", train(tiny_model, tmp_path / "other").model)
+        recorded_schedule(run / "config.yaml", whole.task.model)
     data = bytearray(checkpoint.read_bytes())
     data[len(data) // 2] ^= 1
     checkpoint.write_bytes(data)
@@ -157,7 +175,7 @@ def raising(error: BaseException) -> Callable[[Any], None]:
 
 @pytest.mark.parametrize("error", [RuntimeError("the GPU is gone"), KeyboardInterrupt(), UserError("NaN")], ids=repr)
 def test_a_run_that_an_exception_ends_leaves_its_student(
-    tiny_model: Path, tmp_path: Path, error: BaseException, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path, whole: Trained, tmp_path: Path, error: BaseException, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(signal.SIGINT)
     try:
@@ -166,11 +184,12 @@ def test_a_run_that_an_exception_ends_leaves_its_student(
     finally:
         signal.signal(signal.SIGINT, before)
     assert f"the student of iteration 2 is in {tmp_path / 'run' / 'adapter'}" in capsys.readouterr().err
-    train(tiny_model, tmp_path / "whole", trainer__max_steps=2)
-    assert differ(weights(tmp_path / "run" / "adapter"), weights(tmp_path / "whole" / "adapter")) == 0
+    assert differ(weights(tmp_path / "run" / "adapter"), weights(whole.folder / "adapter")) == 0
 
 
-def test_an_exception_leaves_no_student_that_is_not_finite_or_not_of_this_run(tiny_model: Path, tmp_path: Path) -> None:
+def test_an_exception_leaves_no_student_that_is_not_finite_or_not_of_this_run(
+    tiny_model: Path, whole: Trained, tmp_path: Path
+) -> None:
     def spoil(trainer: Any) -> None:
         next(iter(trainer.lightning_module.networks.role_parameters("student"))).data.fill_(float("nan"))
         raise RuntimeError("spoilt")
@@ -179,10 +198,9 @@ def test_an_exception_leaves_no_student_that_is_not_finite_or_not_of_this_run(ti
         with pytest.raises(RuntimeError):
             train(tiny_model, tmp_path / name, more=Stop(after, how), trainer__max_steps=9)
         assert not (tmp_path / name / "adapter").exists()
-    train(tiny_model, tmp_path / "one", trainer__max_steps=2)
     with pytest.raises(RuntimeError):
         how = raising(RuntimeError("before its first iteration"))
-        train(tiny_model, tmp_path / "two", f"resume={tmp_path / 'one'}", more=Stop(2, how), trainer__max_steps=3)
+        train(tiny_model, tmp_path / "two", f"resume={whole.folder}", more=Stop(2, how), trainer__max_steps=3)
     assert not (tmp_path / "two" / "adapter").exists()
 
 
@@ -202,13 +220,13 @@ def test_a_disk_without_room_is_told_but_does_not_hide_what_ended_the_run(
         train(tiny_model, tmp_path / "other", "callbacks.students.every=1")
 
 
-def test_a_run_that_lightning_ends_early_leaves_its_student(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_run_that_lightning_ends_early_leaves_its_student(tiny_model: Path, whole: Trained, tmp_path: Path) -> None:
     def end(trainer: Any) -> None:
         trainer.should_stop = True
 
     train(tiny_model, tmp_path / "run", more=Stop(1, end), trainer__max_steps=50)
-    train(tiny_model, tmp_path / "whole", trainer__max_steps=2)  # the iteration that was begun is ended
-    assert differ(weights(tmp_path / "run" / "adapter"), weights(tmp_path / "whole" / "adapter")) == 0
+    # The iteration that was begun is ended.
+    assert differ(weights(tmp_path / "run" / "adapter"), weights(whole.folder / "adapter")) == 0
 
 
 @pytest.mark.slow
@@ -337,8 +355,8 @@ def test_a_decay_that_is_none_is_refused(tiny_model: Path, tmp_path: Path, ema: 
         train(tiny_model, tmp_path, f"task.ema={ema}")
 
 
-def test_a_student_without_an_average_says_so(tiny_model: Path, tmp_path: Path) -> None:
-    train(tiny_model, tmp_path / "run")
+def test_a_student_without_an_average_says_so(whole: Trained, tmp_path: Path) -> None:
+    whole.copied(tmp_path)
     with pytest.raises(UserError, match=r"holds no average of its weights: task\.ema was off"):
         locate(str(tmp_path / "run"), tmp_path, ema=True)
     with pytest.raises(UserError, match="is one file, so there is no average"):
@@ -347,4 +365,4 @@ def test_a_student_without_an_average_says_so(tiny_model: Path, tmp_path: Path) 
     (tmp_path / "run" / "adapter" / "ema" / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="is an average; for the trained weights give"):
         locate(str(tmp_path / "run" / "adapter" / "ema"), tmp_path, ema=False)
-    assert SaveAdapter().missing(tmp_path / "run", train(tiny_model, tmp_path / "other"), 2) is None
+    assert SaveAdapter().missing(tmp_path / "run", whole.task, 2) is None

@@ -21,12 +21,14 @@ from PIL import Image
 from processes import HELPERS, Fork
 
 from swd.commands import evaluate, sample
+from swd.evaluation import timing
 from swd.evaluation.candidate_pictures import CandidatePainter
 from swd.evaluation.feature_files import FeatureFiles
 from swd.evaluation.plan import Plan
 from swd.io.files import only_one
+from swd.metrics.flops import forward_gflop
 from swd.modules.pretrained import Pretrained
-from swd.types import UserError
+from swd.types import Conditioning, Size, UserError
 
 PROMPTS = ["a red star above a blue ring", "a green circle", "a small cross", "two rings", "a heart, left of a ring"]
 SEEDS = [7, 8, 3, 10, 11]
@@ -40,6 +42,21 @@ OURS = ("fid.Frechet", "kid.Kid", "precision_recall.Recall")
 ALLOWED = f"[{','.join([*(f'toy_metrics.{toy}' for toy in TOYS), *(f'swd.metrics.{ours}' for ours in OURS)])}]"
 
 Arguments = Callable[..., list[str]]
+
+
+KNOWN: dict[tuple[Any, ...], float] = {}
+"""GFLOP by model, size and text, counted once for all tests; `test_timing.py` compares such counts."""
+
+
+@pytest.fixture(autouse=True)
+def _counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def once(model: Any, size: Size, row: Conditioning) -> float:
+        key = (model.folder, size, row.embeds.shape)
+        if key not in KNOWN:
+            KNOWN[key] = forward_gflop(model, size, row)
+        return KNOWN[key]
+
+    monkeypatch.setattr(timing, "forward_gflop", once)
 
 
 @pytest.fixture(scope="module")

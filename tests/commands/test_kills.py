@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import HELPERS, ROOT, Fork, environment
 
-HELPERS = Path(__file__).parents[1] / "helpers"
 FEW = {"train": 1, "student": 1, "generate": 1, "import": 1}
 MANY = {"train": 16, "student": 8, "generate": 6, "encode": 5, "import": 5}
 
 
 def kill(model: Path, folder: Path, seed: int, counts: dict[str, int]) -> list[dict[str, Any]]:
     """The cases of `helpers/killing.py`, in one process whose imports all of them share."""
-    environment = {key: value for key, value in os.environ.items() if key != "SWD_COMMAND"}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HELPERS}:{HELPERS.parents[1]}"}
     command = [sys.executable, str(HELPERS / "killing.py"), str(model), str(folder), str(seed)]
     command += [f"{kind}={count}" for kind, count in counts.items()]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    own = environment() | {"PYTHONPATH": f"{HELPERS}:{ROOT}"}
+    process = Fork(command, own, folder.parent, folder.parent / "out.txt", folder.parent / "err.txt")
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    return [json.loads(line) for line in out.splitlines()]
 
 
 def assert_whole(found: list[dict[str, Any]], counts: dict[str, int]) -> None:

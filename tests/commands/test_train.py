@@ -273,6 +273,14 @@ def test_resume_auto_takes_the_newest_run_of_the_same_configuration(tiny_model: 
     assert task.updates == 2
 
 
+@pytest.fixture(scope="module")
+def one_iteration(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that others are to go on from."""
+    folder = tmp_path_factory.mktemp("one") / "run"
+    train(tiny_model, folder, loss="mmd", task__lr=0.001, trainer__max_steps=1)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
@@ -285,12 +293,11 @@ def test_resume_auto_takes_the_newest_run_of_the_same_configuration(tiny_model: 
     ],
 )
 def test_resuming_another_configuration_is_refused_with_the_difference(
-    tiny_model: Path, tmp_path: Path, change: dict[str, Any], difference: str
+    tiny_model: Path, one_iteration: Path, tmp_path: Path, change: dict[str, Any], difference: str
 ) -> None:
     options: dict[str, Any] = {"loss": "mmd", "task__lr": 0.001}
-    train(tiny_model, tmp_path / "a", **options, trainer__max_steps=1)
     with pytest.raises(UserError, match=difference) as caught:
-        train(tiny_model, tmp_path / "b", **options | change, resume=tmp_path / "a")
+        train(tiny_model, tmp_path / "b", **options | change, resume=one_iteration)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "b" / "config.yaml").exists()
 

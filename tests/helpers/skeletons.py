@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,12 +52,17 @@ def skeleton(name: str, folder: Path) -> Path:
     return folder
 
 
+@functools.cache
+def _shipped() -> dict[str, str]:
+    """Names of the shipped models by their repositories."""
+    return {options(name)["path"]: name for name in MODELS}
+
+
 def hub(root: Path) -> Any:
     """A stand-in for `snapshot_download` that knows the shipped models."""
-    known = {options(name)["path"]: name for name in MODELS}
 
     def snapshot(repository: str, **kwargs: Any) -> str:
-        name = known[repository]
+        name = _shipped()[repository]
         folder = root / name
         return str(folder if folder.exists() else skeleton(name, folder))
 
@@ -72,6 +79,8 @@ def build_once(patch: pytest.MonkeyPatch) -> None:
     def once(key: str, build: Callable[[], nn.Module]) -> nn.Module:
         if key not in _built:
             _built[key] = build()
+            gc.collect()  # and no more: 100,000 objects each, through which every search for garbage would go
+            gc.freeze()
         return _built[key]
 
     def meta_network(self: FamilyFolder) -> nn.Module:

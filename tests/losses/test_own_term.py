@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import ast
 import csv
-import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from processes import Fork, environment
 from tiny import overrides
 
 from swd.commands import cli
@@ -90,16 +89,10 @@ def swd(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 def test_it_joins_dmd_and_gan(tiny_model: Path, tmp_path: Path, modules: Path) -> None:
     (modules / "my_terms.py").write_text(MY_TERMS)
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *overrides(tiny_model, tmp_path / "run", loss="dmd_gan"), *MINE],
-        cwd=tmp_path,
-        env={k: v for k, v in os.environ.items() if k != "SWD_COMMAND"} | {"PYTHONPATH": str(modules)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    command = [sys.executable, str(ROOT / "train.py"), *overrides(tiny_model, tmp_path / "run", loss="dmd_gan"), *MINE]
+    own = environment() | {"PYTHONPATH": str(modules)}
+    process = Fork(command, own, tmp_path, tmp_path / "out.txt", tmp_path / "err.txt")
+    assert process.wait(300) == 0, process.err.read_text()
     found = rows(tmp_path / "run")
     assert len(found) == 2
     for row in found:

@@ -117,13 +117,13 @@ def test_a_run_that_skips_resumes_bit_for_bit(
     spoil(monkeypatch, MMD, "generator", {0, 2, 4}, NAN)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        straight = train(tiny_model, tmp_path / "straight", *EVERY, loss="dmd_mmd", trainer__max_steps=6)
+        straight = train(tiny_model, tmp_path / "straight", loss="dmd_mmd", trainer__max_steps=6)
         for half in (1, 3):  # in the first the student has no moments yet
             folder = tmp_path / f"half-{half}"
-            train(tiny_model, folder, *EVERY, loss="dmd_mmd", trainer__max_steps=half)
+            train(tiny_model, folder, loss="dmd_mmd", trainer__max_steps=half)
             assert damage(folder / "checkpoints" / f"iteration-{half}.ckpt", straight[0]) is None
             rest = tmp_path / f"rest-{half}"
-            task, _ = train(tiny_model, rest, *EVERY, loss="dmd_mmd", trainer__max_steps=6, resume=folder)
+            task, _ = train(tiny_model, rest, loss="dmd_mmd", trainer__max_steps=6, resume=folder)
             assert task.bad_steps.total == 3
             for role in ("student", "fake"):
                 pairs = zip(tensors(rest, 6, role), tensors(tmp_path / "straight", 6, role), strict=True)
