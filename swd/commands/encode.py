@@ -271,8 +271,8 @@ def source_of(dataset: Any) -> dict[str, Any]:
         shards = [str(entry["sha256"]) for entry in dataset.shards.manifest["shards"]]
         size = list(picture_decoder(dataset).pixels)
         limit = picture_decoder(dataset).max_pixels
-        source = {"path": dataset.shards.root, "size": size, "samples": len(dataset), "max_pixels": limit}
-        return source | {"shards": shards}
+        found = {"path": dataset.shards.root, "size": size, "samples": len(dataset), "max_pixels": limit}
+        return found | {"shards": shards}
     source: dict[str, Any] = {"kind": type(dataset).__name__, "samples": len(dataset)}
     if hasattr(dataset, "folder"):
         pairs = dataset.pairs
