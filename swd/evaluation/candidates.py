@@ -73,7 +73,7 @@ class DrawingModel:
         model = self.model
         teacher = {"guidance_scale": model.drawing_guidance_scale, "sigmas": self.sigmas and list(self.sigmas)}
         # Earlier versions did not record these; null is left out, so that their evaluations go on.
-        later: dict[str, Any] = {"vae_precision": model.vae_precision}
+        later: dict[str, str | None] = {"vae_precision": model.vae_precision}
         later |= {} if self.student else {"negative_prompt": model.negative_prompt}
         return {
             "model": {"name": model.name, "fingerprint": whole_fingerprint(model)},

@@ -64,6 +64,7 @@ class BaseAdapter:
 
     def _expert_of(self, model: Any) -> str | None:
         """The network that it is added to, in a pipeline of several experts."""
+        # One network, or what the adapter's own record says.
         experts = model.experts
         where = f"model.adapters: {self.path}"
         if not experts:
@@ -74,6 +75,8 @@ class BaseAdapter:
                 )
             return None
         recorded = load(self._located()).expert
+
+        # The entry and the record together name one of the experts.
         names = " and ".join(experts)
         if self.expert is None and recorded is None:
             raise UserError(

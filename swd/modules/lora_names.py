@@ -84,6 +84,7 @@ def _by_diffusers(state: Mapping[str, Tensor], model: Pretrained) -> dict[str, T
     Its converters may leave out what they do not know. So numbers that tell every row from all others are converted
     too, and each must come out again.
     """
+    # The weights, and numbers of the same shapes in their place: of modules, and of rows.
     modules = sorted({key.rpartition(".lora_")[0] for key in state})
     downs = {module: state[f"{module}.lora_A.weight"] for module in modules}
     ups = {module: state[f"{module}.lora_B.weight"] for module in modules}
@@ -97,6 +98,8 @@ def _by_diffusers(state: Mapping[str, Tensor], model: Pretrained) -> dict[str, T
         module: part.view(-1, *[1] * (up.ndim - 1)).expand_as(up).clone()
         for (module, up), part in zip(ups.items(), parts, strict=True)
     }
+
+    # Both converted; every number must come out again.
     try:
         numbered = _converted(numbered_downs, numbered_ups, model)
         found = _converted(downs, ups, model)

@@ -166,10 +166,12 @@ class Pretrained(FamilyFolder):
                 "folder; make it null"
             )
         if self.embedded_guidance is not None and not self.network_config.get("guidance_embeds"):
-            raise UserError(
-                f"model.embedded_guidance={self.embedded_guidance} has no effect: this network is fed no guidance "
-                f"scale (guidance_embeds in {self.backbone_class.subfolder}/config.json); make it null"
+            text = (
+                f"model.embedded_guidance={self.embedded_guidance} has no effect: this network is fed no guidance scale"
             )
+            if "guidance_embeds" not in self.network_config:
+                raise UserError(f"{text}; make it null")
+            warnings.warn(f"{text} (guidance_embeds in its config.json is false)", stacklevel=2)
         if self.network_config.get("guidance_embeds") and self.embedded_guidance is None:
             raise UserError(
                 "model.embedded_guidance is null, but this network is fed a guidance scale; give "

@@ -11,7 +11,7 @@ import families
 import pytest
 import torch
 from layouts import LOSSES, OWN_SEED, Case, Result, result, train, train_all
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
@@ -22,6 +22,8 @@ Alone = Callable[[Case], Result]
 FULL: dict[str, Any] = {"model": {"tuning": "full"}, "task": {"checkpointing": True, "ema": 0.5}}
 SAVING = ["checkpoint", "students", "monitor", "sentinel"]
 BF16 = {"precision": "bf16"}
+STYLE = "style.safetensors"
+"""A LoRA that is added to the base, beside its pipeline."""
 SPOILT = 4
 """Number of a critic's batch in the second iteration."""
 
@@ -33,6 +35,8 @@ SAME_ON_TWO = [
     Case("fsdp-readers", layout="fsdp", loss="gan", iterations=2, terms={"gan_2": {"weight": 0.01}}),
     Case("fsdp-full", layout="fsdp", **FULL),
     Case("fsdp-skip", layout="fsdp", loss="dmd_mmd", spoilt=SPOILT),
+    Case("fsdp-style", layout="fsdp", loss="dmd", iterations=2, model={"adapters": [STYLE]}),
+    Case("fsdp-style-full", layout="fsdp", loss="mmd", iterations=2, model={"tuning": "full", "adapters": [STYLE]}),
 ]
 """Trainings whose weights and losses are those of one process."""
 SAVED = Case("saved", layout="fsdp", iterations=2, task={"ema": 0.5}, callbacks=SAVING)
@@ -68,7 +72,11 @@ def prepared(case: Case, folder: Path) -> Case:
     pipeline = folder / case.family
     if not pipeline.is_dir():
         families.save(case.family, pipeline)
-    model = families.settings(case.family, pipeline, **case.model)
+    if "adapters" in case.model and not (folder / STYLE).is_file():
+        state = families.random_state(families.pretrained(case.family, pipeline))
+        save_file({f"transformer.{key}": value for key, value in state.items()}, folder / STYLE)
+    more = case.model | ({"adapters": [str(folder / STYLE)]} if "adapters" in case.model else {})
+    model = families.settings(case.family, pipeline, **more)
     return replace(case, model=model, sizes=families.SIZES[case.family])
 
 

@@ -262,6 +262,15 @@ def test_flux_without_embedded_guidance_needs_no_scale(pipelines: dict[str, Path
         assert families.pretrained("flux", folder, embedded_guidance=scale).limits.channels == 4
 
 
+def test_a_scale_that_is_not_fed_is_said(pipelines: dict[str, Path]) -> None:
+    """A network that could be fed one says in its configuration that it is not; others never are."""
+    with pytest.warns(UserWarning, match=r"model\.embedded_guidance=4\.0 has no effect: .*guidance_embeds"):
+        families.pretrained("flux2_klein", pipelines["flux2_klein"], embedded_guidance=4.0)
+    with pytest.raises(UserError, match=r"model\.embedded_guidance=4\.0 has no effect: .*; make it null") as caught:
+        families.pretrained("sd3", pipelines["sd3"], embedded_guidance=4.0)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_negative_prompt_is_refused_where_the_pipeline_takes_none(pipelines: dict[str, Path]) -> None:
     with pytest.raises(
         UserError, match="Flux2KleinPipeline takes none, and guides away from the empty prompt"
