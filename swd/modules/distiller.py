@@ -35,6 +35,7 @@ from swd.modules.networks import Networks, SharedBase
 from swd.modules.pretrained import Pretrained
 from swd.modules.run_values import log_values
 from swd.modules.sampling import initial_latents, sample_latents
+from swd.modules.sharding import DDP
 from swd.modules.statistics import prediction_statistics
 from swd.modules.training_task import average_name, averaged
 from swd.schedule import Frames, Resizing, ScaleSchedule
@@ -399,6 +400,8 @@ class Distiller(LightningModule):
         optimizer = self._optimizer(role)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         optimizer.zero_grad()
+        if isinstance(self.trainer.strategy, DDP):
+            self.trainer.strategy.step_only(parameters)
         done = accumulate(inputs, self.accumulate, work, self.manual_backward, self.trainer.strategy)
         # Not `self.clip_gradients`, which does not tell the norm.
         norm = whole_tensor(clip_grad_norm_(parameters, self.clip, foreach=True))
