@@ -133,6 +133,27 @@ def test_text_goes_no_further_than_it_is_read(build: Callable[[], Networks]) -> 
         assert_close(ways[2], ways[0], **EXACT)
 
 
+def test_a_compiled_block_is_left_whole() -> None:
+    """Its code is made for the hooks in it: for new ones in each pass it would be made again and again."""
+    networks = shared()
+    block: Any = networks.backbone.block_list[0]
+    graphs: list[object] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    block.forward = torch.compile(block.forward, backend=backend)
+    x, sigma, text = noise(8, 0).double(), torch.full((2,), 0.5), build_conditioning()
+    expected = shared().x0("fake", x, sigma, text, (0,))
+    with torch.no_grad():
+        networks.features("fake", x, sigma, text, (0,))
+        made = len(graphs)
+        assert_close(networks.x0("fake", x, sigma, text, (0,))[0], expected[0], **EXACT)
+        networks.features("fake", x, sigma, text, (0,))
+    assert len(graphs) == made > 0
+
+
 def updates() -> list[Inputs]:
     """Four updates of which one has another size, and one another length of text."""
     found = []

@@ -504,8 +504,7 @@ class Backbone(nn.Module, ABC):
 
         Checkpointing enters it again, with the `last` of the forward pass.
         """
-        name = self.text_mlp
-        module = getattr(self.block_list[last.block], name, None) if last and name else None
+        module = None if last is None else self._text_mlp_of(self.block_list[last.block])
         if last is None or module is None:
             yield
             return
@@ -524,6 +523,11 @@ class Backbone(nn.Module, ABC):
             self.last = None
             cut.remove()
             fill.remove()
+
+    def _text_mlp_of(self, block: nn.Module) -> nn.Module | None:
+        """The block's `text_mlp`; None also where the block was compiled, whose code does not see new hooks in it."""
+        compiled = hasattr(block.forward, "_torchdynamo_orig_callable") or block._compiled_call_impl is not None
+        return None if compiled or not self.text_mlp else getattr(block, self.text_mlp, None)
 
     def narrow(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
