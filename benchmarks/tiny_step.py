@@ -5,7 +5,8 @@
 
 The network is an SD3 transformer of 4 blocks with 4 heads of 16 channels; latents have 16 channels and sides 8, 10, 12
 and 16, batches 8 samples of 24 text tokens; LoRA of rank 8, features of block 1, 5 critic updates, data encoded before.
-At this size an iteration is mostly overhead: it tells how many operations are started, not how fast large ones are.
+At this size nearly half of an iteration is overhead: it tells how many operations are started, not how fast large ones
+are.
 
 Both checkouts run in processes of their own, with the packages of the interpreter that runs this file. The ratio is the
 median over pairs of neighbouring iterations of the same size, in CPU time, so that it depends little on other load.

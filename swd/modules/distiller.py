@@ -36,6 +36,7 @@ from swd.modules.noise_ahead import NoiseAhead
 from swd.modules.pretrained import Pretrained
 from swd.modules.run_values import log_values
 from swd.modules.sampling import initial_latents, sample_latents
+from swd.modules.sharding import DDP
 from swd.modules.statistics import prediction_statistics
 from swd.modules.training_task import average_name, averaged
 from swd.schedule import Frames, Resizing, ScaleSchedule
@@ -433,6 +434,8 @@ class Distiller(LightningModule):
         optimizer = self._optimizer(role)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         optimizer.zero_grad()
+        if isinstance(self.trainer.strategy, DDP):
+            self.trainer.strategy.step_only(parameters)
         parts = self.parts_of(inputs.interval.index)
         done = accumulate(inputs, parts, work, self.manual_backward, self.trainer.strategy)
         # Not `self.clip_gradients`, which does not tell the norm.

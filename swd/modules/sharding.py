@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any, Literal, Protocol, cast
 
@@ -12,9 +12,11 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.strategy import Strategy
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed import GradBucket
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
@@ -51,22 +53,62 @@ class DDP(DDPStrategy):
 
     Student and fake network step in turn, so that some parameters have no gradient in an update. A distillation's
     frozen weights and buffers are left alone: every process has read them from the same files, they never change, and
-    some of their types cannot be sent (fp8). Gradients lie in the memory that is exchanged, without a copy.
+    some of their types cannot be sent (fp8). An update sends the gradients of what it steps, and no others.
+
+    Attributes:
+        stepped: what the running update of a distillation steps.
     """
 
     layout = "a whole copy each"
 
     def __init__(self) -> None:
         super().__init__(find_unused_parameters=True, broadcast_buffers=False, gradient_as_bucket_view=True)
+        self.stepped: set[nn.Parameter] = set()
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
-        if isinstance(getattr(model, "networks", None), Networks):
+        is_distillation = isinstance(getattr(model, "networks", None), Networks)
+        if is_distillation:
             frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
             buffers = [name for name, _ in model.named_buffers()]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*frozen, *buffers])
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*broadcast_buffers.*deprecated")  # torch 2.7 has no other name for it
-            return super()._setup_model(model)
+            wrapped = super()._setup_model(model)
+        if is_distillation:
+            # Without the annotations of `average_stepped`, which are strings, and torch refuses those.
+            wrapped.register_comm_hook(self.stepped, lambda stepped, bucket: average_stepped(stepped, bucket))
+        return wrapped
+
+    def step_only(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Say what the next update steps."""
+        self.stepped.clear()
+        self.stepped.update(parameters)
+
+
+def average_stepped(stepped: set[nn.Parameter], bucket: GradBucket) -> Future[Tensor]:
+    """Average gradients over the processes, those of `stepped` alone; a hook that DDP calls for each bucket of them.
+
+    Buckets hold gradients of both sides, since the layers of both adapters lie side by side. The others are not read:
+    DDP leaves a parameter alone that was used on no process.
+    """
+    buffer = bucket.buffer()
+    pairs = zip(bucket.parameters(), bucket.gradients(), strict=True)
+    own = [gradient for parameter, gradient in pairs if parameter in stepped]
+    if not own:
+        nothing: Future[Tensor] = Future(devices=[buffer.device] if buffer.is_cuda else [])
+        nothing.set_result(buffer)
+        return nothing
+    joined = torch.cat([gradient.flatten() for gradient in own]).div_(distributed.get_world_size())
+
+    def put_back(sent: Future[list[Tensor]]) -> Tensor:
+        parts = sent.value()[0].split([gradient.numel() for gradient in own])
+        for gradient, part in zip(own, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+        return buffer
+
+    work = distributed.all_reduce(joined, async_op=True)
+    assert work is not None  # it is where an operation does not block
+    return work.get_future().then(put_back)
 
 
 class Sharded(ModelParallelStrategy):

@@ -120,13 +120,38 @@ def test_text_goes_no_further_than_it_is_read(build: Callable[[], Networks]) -> 
     some = networks.x0("fake", x, sigma, text, (1,), rows=3)
     assert seen == [(0, 4), (1, 3)] and len(some[0]) == 3
     assert_close(some[0], whole[0][:3], **EXACT)
+    detached = networks.x0("fake", x, sigma, text, (0, 1), grad_to_features_only=True)
+    assert_close(detached[0], whole[0], **EXACT)
     weights = networks.role_parameters("fake")
     found = []
-    for features in (whole[1], exits):
+    for features in (whole[1], exits, detached[1]):
         loss = torch.stack([feature.square().mean() for feature in features]).sum()
-        found.append(torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True, materialize_grads=True))
-    for a, b in zip([*whole[1], *found[0]], [*exits, *found[1]], strict=True):
-        assert_close(a, b, **EXACT)
+        gradients = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True, materialize_grads=True)
+        found.append([*features, *gradients])
+    for ways in zip(*found, strict=True):
+        assert_close(ways[1], ways[0], **EXACT)
+        assert_close(ways[2], ways[0], **EXACT)
+
+
+def test_a_compiled_block_is_left_whole() -> None:
+    """Its code is made for the hooks in it: for new ones in each pass it would be made again and again."""
+    networks = shared()
+    block: Any = networks.backbone.block_list[0]
+    graphs: list[object] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    block.forward = torch.compile(block.forward, backend=backend)
+    x, sigma, text = noise(8, 0).double(), torch.full((2,), 0.5), build_conditioning()
+    expected = shared().x0("fake", x, sigma, text, (0,))
+    with torch.no_grad():
+        networks.features("fake", x, sigma, text, (0,))
+        made = len(graphs)
+        assert_close(networks.x0("fake", x, sigma, text, (0,))[0], expected[0], **EXACT)
+        networks.features("fake", x, sigma, text, (0,))
+    assert len(graphs) == made > 0
 
 
 def updates() -> list[Inputs]:

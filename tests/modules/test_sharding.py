@@ -13,7 +13,8 @@ import pytest
 import torch
 from layouts import Case, Encoded, a_task, train
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.futures import Future
 from torch.testing import assert_close
 
 from swd.losses import MMD
@@ -25,6 +26,7 @@ from swd.modules.layouts import divided_like, gathered, is_sharded, local_part, 
 from swd.modules.sharding import (
     DDP,
     Sharded,
+    average_stepped,
     check_strategy,
     check_torch,
     shard_heads,
@@ -52,6 +54,51 @@ def test_several_processes_have_whole_copies_unless_told_otherwise() -> None:
     assert [type(strategy_for(*given)) for given in (("auto", 2), ("ddp", 2))] == [DDP] * 2
     own = Sharded()
     assert strategy_for("auto", 1) == strategy_for("ddp", 1) == "auto" and strategy_for(own, 2) is own
+
+
+class Bucket:
+    """DDP's bucket of the gradients of two adapters in turn, one buffer of all of them."""
+
+    def __init__(self) -> None:
+        self.weights = [nn.Parameter(torch.zeros(2, 3)) for _ in range(4)]
+        self.memory = torch.arange(24.0)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return self.weights
+
+    def gradients(self) -> list[Tensor]:
+        return [part.view(2, 3) for part in self.memory.split(6)]
+
+    def buffer(self) -> Tensor:
+        return self.memory
+
+
+def test_an_update_sends_the_gradients_of_what_it_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+
+    class Sum:
+        """Of this process's part and that of another one, whose values are ten times as large."""
+
+        def __init__(self, tensor: Tensor, async_op: bool) -> None:
+            assert async_op
+            sent.append(tensor.numel())
+            self.tensor = tensor.add_(10 * tensor)
+
+        def get_future(self) -> Future[list[Tensor]]:
+            done: Future[list[Tensor]] = Future()
+            done.set_result([self.tensor])
+            return done
+
+    monkeypatch.setattr(distributed, "all_reduce", Sum)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    strategy = DDP()
+    bucket: Any = Bucket()
+    strategy.step_only(bucket.weights[::2])
+    found = average_stepped(strategy.stepped, bucket).wait()
+    scale = torch.tensor([5.5, 1.0, 5.5, 1.0]).repeat_interleave(6)
+    assert torch.equal(found, torch.arange(24.0) * scale) and found is bucket.memory and sent == [12]
+    strategy.step_only([nn.Parameter(torch.zeros(1))])
+    assert average_stepped(strategy.stepped, bucket).wait() is bucket.memory and sent == [12]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
@@ -108,11 +108,13 @@ class LastFeatures(NamedTuple):
         block: number of the block.
         rows: number of samples that go on.
         samples: number of samples in all.
+        graph: whether what goes on is differentiated.
     """
 
     block: int
     rows: int
     samples: int
+    graph: bool = True
 
 
 class _Done(Exception):
@@ -409,8 +411,12 @@ class Backbone(nn.Module, ABC):
             if grad_to_features_only and block == max(blocks):
                 torch.set_grad_enabled(False)
 
-        narrowed = nullcontext() if rows is None else self._narrowed(LastFeatures(max(blocks), rows, len(x_t)))
-        with self._hooks(blocks, after) as found, narrowed, torch.set_grad_enabled(torch.is_grad_enabled()):
+        behind: AbstractContextManager[None] = nullcontext()
+        if rows is not None:
+            behind = self._narrowed(LastFeatures(max(blocks), rows, len(x_t)))
+        elif grad_to_features_only:
+            behind = self.without_text_mlp(LastFeatures(max(blocks), len(x_t), len(x_t), graph=False))
+        with self._hooks(blocks, after) as found, behind, torch.set_grad_enabled(torch.is_grad_enabled()):
             prediction = self.call(x_t, sigma, conditioning)
         return prediction[:rows], [found[block] for block in blocks]
 
@@ -494,17 +500,21 @@ class Backbone(nn.Module, ABC):
 
     @contextmanager
     def without_text_mlp(self, last: LastFeatures | None) -> Iterator[None]:
-        """Context in which a block's `text_mlp` runs for the samples alone that go on behind it; None: for all.
+        """Context in which a block's `text_mlp` runs as far as the pass goes on behind it; None: as it is.
 
         Checkpointing enters it again, with the `last` of the forward pass.
         """
-        name = self.text_mlp
-        module = getattr(self.block_list[last.block], name, None) if last and name else None
+        module = None if last is None else self._text_mlp_of(self.block_list[last.block])
         if last is None or module is None:
             yield
             return
-        rows = last.rows
-        cut = module.register_forward_pre_hook(lambda module, args: tuple(self.rows_of(value, rows) for value in args))
+
+        def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            if not last.graph:  # nor for anything else that runs from here on
+                torch.set_grad_enabled(False)
+            return tuple(self.rows_of(value, last.rows) for value in args)
+
+        cut = module.register_forward_pre_hook(before)
         fill = module.register_forward_hook(_filled(last.samples))
         self.last = last
         try:
@@ -513,6 +523,11 @@ class Backbone(nn.Module, ABC):
             self.last = None
             cut.remove()
             fill.remove()
+
+    def _text_mlp_of(self, block: nn.Module) -> nn.Module | None:
+        """The block's `text_mlp`; None also where the block was compiled, whose code does not see new hooks in it."""
+        compiled = hasattr(block.forward, "_torchdynamo_orig_callable") or block._compiled_call_impl is not None
+        return None if compiled or not self.text_mlp else getattr(block, self.text_mlp, None)
 
     def narrow(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -532,6 +547,7 @@ def _filled(samples: int) -> Callable[..., Any]:
     """A hook that puts zeros behind the rows of a module's output, up to `samples`."""
 
     def fill(tensor: Tensor) -> Tensor:
-        return torch.cat([tensor, tensor.new_zeros(samples - len(tensor), *tensor.shape[1:])])
+        missing = samples - len(tensor)
+        return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
 
     return lambda module, args, output: tree_map_only(Tensor, fill, output)
