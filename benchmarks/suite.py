@@ -302,12 +302,14 @@ class Job:
         model: an option of `model/` with a published configuration.
         losses: names of the terms; none for sampling.
         attention: kernel, as `model.attention`.
+        compiled: whether a training compiles its networks' blocks, as `task.compiled`.
     """
 
     what: str
     model: str
     losses: tuple[str, ...] = ()
     attention: str | None = None
+    compiled: bool = False
 
     @property
     def label(self) -> str:
@@ -316,8 +318,9 @@ class Job:
 
     @property
     def kernel(self) -> str:
-        """The kernel of attention, for the setting of a row."""
-        return f", {self.attention}" if self.attention else ""
+        """The kernel of attention, and whether it is compiled, for the setting of a row."""
+        compiled = ", compiled" if self.compiled and self.what == "training" else ""
+        return (f", {self.attention}" if self.attention else "") + compiled
 
 
 def jobs(models: Iterable[str]) -> list[Job]:
@@ -556,10 +559,17 @@ class Stopwatch(Callback):
 
 
 def train(
-    model: Pretrained, terms: Mapping[str, LossTerm], schedule: ScaleSchedule, how: Choice, iterations: int, device: str
+    model: Pretrained,
+    terms: Mapping[str, LossTerm],
+    schedule: ScaleSchedule,
+    how: Choice,
+    iterations: int,
+    device: str,
+    compiled: bool,
 ) -> list[dict[str, float]]:
     """Seconds of each iteration after the first, through Lightning; the schedule has one step."""
-    task = TimedDistiller(model, schedule, terms, critic_updates=CRITIC_UPDATES, checkpointing=how.checkpointing)
+    options = {"critic_updates": CRITIC_UPDATES, "checkpointing": how.checkpointing, "compiled": compiled}
+    task = TimedDistiller(model, schedule, terms, **options)
     watch = Stopwatch()
     off: dict[str, Any] = dict.fromkeys(
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
@@ -659,7 +669,7 @@ def one_size(
     release(machine.device)
     if machine.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    found = train(model, terms_of(model, job.losses), schedule, how, 3, machine.device)
+    found = train(model, terms_of(model, job.losses), schedule, how, 3, machine.device, job.compiled)
     middle = {key: statistics.median(row.get(key, 0.0) for row in found) for key in found[0]}
     seconds = middle.pop("whole")
     tflop = how.batch * cost.flop / 1e12
@@ -914,6 +924,7 @@ def arguments(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--counts", type=Path, help="file that keeps counted operations and memory")
     parser.add_argument("--count-only", action="store_true", help="measure nothing: only count at real size")
     parser.add_argument("--attention", choices=get_args(Attention), help="kernel, as model.attention")
+    parser.add_argument("--compiled", action="store_true", help="trainings compile their networks' blocks")
     parser.add_argument("--against", type=Path, help="another checkout: only the tiny iteration, in alternation")
     given, more = parser.parse_known_args(words)
     known = published()
@@ -940,7 +951,7 @@ def main() -> int:
         return subprocess.call([*tiny, *(["--against", str(given.against)] if given.against else [])])
     warnings.filterwarnings("ignore")
     quiet()
-    chosen = [replace(job, attention=given.attention) for job in jobs(given.only)]
+    chosen = [replace(job, attention=given.attention, compiled=given.compiled) for job in jobs(given.only)]
     try:
         counts = Counts(given.counts)
     except UserError as error:
