@@ -55,6 +55,8 @@ class Pretrained(FamilyFolder):
         precision: dtype of the frozen base; LoRA and losses are always float32. "auto": bf16 where the machine computes
             it natively. "fp16" draws alone, on devices that do not.
         vae_precision: dtype of the VAE, "fp32" or "bf16"; None: the base's, or float32 where the model needs that.
+        attention: kernel that computes attention, see `swd.modules.attention`; None: PyTorch's choice. "sage" draws
+            alone.
         quantization: stores the frozen base's linear layers in 8 bits, "int8" or "fp8".
         dmd_guidance_scale: classifier-free guidance of the teacher in DMD; 1 for none. The default is that of the
             released script for Stable Diffusion 3.5 Medium.
@@ -70,8 +72,6 @@ class Pretrained(FamilyFolder):
         adapters: LoRAs that are added to the base's weights when it is loaded, in this order, for all that uses it:
             teacher, fake score and student, drawing and sampling. Each is a path as `swd sample adapter=` takes it,
             or `{path, weight}`; a run records the `hash` of their weights.
-        attention: kernel that computes attention, see `swd.modules.attention`; None: PyTorch's choice. "sage" draws
-            alone.
         guidance_scale: single scale in runs of earlier versions, for both of the scales above unless they are given.
 
     Attributes:
