@@ -40,7 +40,7 @@ from functools import partial
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where swd is not installed
 
@@ -50,13 +50,14 @@ from lightning import Callback, LightningDataModule, Trainer
 from torch import nn
 
 from swd.commands.cli import config_folder
-from swd.commands.plan import GPUS
+from swd.commands.gpus import GPUS
 from swd.commands.shared import quiet
 from swd.data.iterations import Iterations
 from swd.losses import DMD, GAN, MMD
 from swd.losses.base import LossTerm
 from swd.losses.update import settle
 from swd.metrics.flops import forward_gflop
+from swd.modules.attention import Attention, use_attention
 from swd.modules.backbones import load_family
 from swd.modules.backbones.base import Backbone
 from swd.modules.device_memory import permanent_parts, usable
@@ -300,16 +301,26 @@ class Job:
         what: "training" or "sampling".
         model: an option of `model/` with a published configuration.
         losses: names of the terms; none for sampling.
+        attention: kernel, as `model.attention`.
+        compiled: whether a training compiles its networks' blocks, as `task.compiled`.
     """
 
     what: str
     model: str
     losses: tuple[str, ...] = ()
+    attention: str | None = None
+    compiled: bool = False
 
     @property
     def label(self) -> str:
         """The job in words."""
         return " ".join([self.what, self.model, *(["+".join(self.losses)] if self.losses else [])])
+
+    @property
+    def kernel(self) -> str:
+        """The kernel of attention, and whether it is compiled, for the setting of a row."""
+        compiled = ", compiled" if self.compiled and self.what == "training" else ""
+        return (f", {self.attention}" if self.attention else "") + compiled
 
 
 def jobs(models: Iterable[str]) -> list[Job]:
@@ -416,10 +427,11 @@ class RandomWeights(Pretrained):
                 network = self.network_class.from_config(self.network_config)
         finally:
             torch.set_default_dtype(before)
+        use_attention(network, self.attention, torch.device(device))
         return self.backbone_class(nn.Module.to(network, self.dtype(device)), self.embedded_guidance)
 
 
-def random_model(name: str, folder: Path, small: bool) -> RandomWeights:
+def random_model(name: str, folder: Path, small: bool, attention: str | None = None) -> RandomWeights:
     """A model by its published configuration, or a small one of its family."""
     given = yaml.safe_load((config_folder() / "model" / f"{name}.yaml").read_text(encoding="utf-8"))
     base = yaml.safe_load((config_folder() / "model_base.yaml").read_text(encoding="utf-8"))
@@ -429,7 +441,7 @@ def random_model(name: str, folder: Path, small: bool) -> RandomWeights:
         shrink(path / load_family(options["family"]).subfolder / "config.json")
         options |= {"rank": 4, "feature_blocks": [0], "max_text_tokens": min(16, options["max_text_tokens"])}
         options["precision"] = "fp32"
-    return RandomWeights(**options | {"path": str(path)})
+    return RandomWeights(**options | {"path": str(path), "attention": attention})
 
 
 def shrink(file: Path) -> None:
@@ -547,10 +559,17 @@ class Stopwatch(Callback):
 
 
 def train(
-    model: Pretrained, terms: Mapping[str, LossTerm], schedule: ScaleSchedule, how: Choice, iterations: int, device: str
+    model: Pretrained,
+    terms: Mapping[str, LossTerm],
+    schedule: ScaleSchedule,
+    how: Choice,
+    iterations: int,
+    device: str,
+    compiled: bool,
 ) -> list[dict[str, float]]:
     """Seconds of each iteration after the first, through Lightning; the schedule has one step."""
-    task = TimedDistiller(model, schedule, terms, critic_updates=CRITIC_UPDATES, checkpointing=how.checkpointing)
+    options = {"critic_updates": CRITIC_UPDATES, "checkpointing": how.checkpointing, "compiled": compiled}
+    task = TimedDistiller(model, schedule, terms, **options)
     watch = Stopwatch()
     off: dict[str, Any] = dict.fromkeys(
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
@@ -565,7 +584,7 @@ def train(
 def training_rows(job: Job, machine: Machine, folder: Path, counts: Counts) -> Iterator[Row | Missing]:
     """A row for each size of the model's schedule, the largest first; on the CPU for the largest and the smallest."""
     small = machine.device == "cpu"
-    model = random_model(job.model, folder, small)
+    model = random_model(job.model, folder, small, job.attention)
     whole = schedule_with(model, job.model, small)
     counted = counts.training(job, model, whole)
     batches = [b for b in (8, 4, 2, 1) if b <= BATCH.get(job.model, 8)]
@@ -650,14 +669,14 @@ def one_size(
     release(machine.device)
     if machine.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    found = train(model, terms_of(model, job.losses), schedule, how, 3, machine.device)
+    found = train(model, terms_of(model, job.losses), schedule, how, 3, machine.device, job.compiled)
     middle = {key: statistics.median(row.get(key, 0.0) for row in found) for key in found[0]}
     seconds = middle.pop("whole")
     tflop = how.batch * cost.flop / 1e12
     return Row(
         "training",
         job.model,
-        "+".join(job.losses) + (", recomputed" if how.checkpointing else ", kept"),
+        "+".join(job.losses) + (", recomputed" if how.checkpointing else ", kept") + job.kernel,
         "x".join(map(str, schedule.interval(0).target)),
         how.batch,
         seconds,
@@ -789,7 +808,7 @@ def count_all(chosen: Iterable[Job], counts: Counts) -> list[Missing]:
 def sampling_rows(job: Job, machine: Machine, folder: Path, counts: Counts) -> Iterator[Row | Missing]:
     """Time of one picture or video: scale by scale, and at full size in as many, four and two steps."""
     small = machine.device == "cpu"
-    model = random_model(job.model, folder, small)
+    model = random_model(job.model, folder, small, job.attention)
     own = schedule_with(model, job.model, small)
     known = counts.sampling(job, model, own)
     networks = model.networks(("student",), 0, machine.device).to(machine.device).eval()
@@ -834,7 +853,7 @@ def drawn(
     return Row(
         "sampling",
         job.model,
-        f"{setting} ({len(schedule)})",
+        f"{setting} ({len(schedule)}){job.kernel}",
         "x".join(map(str, schedule.sizes[-1])),
         1,
         seconds,
@@ -904,6 +923,8 @@ def arguments(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--minutes", type=float, default=30, help="nothing begins after this")
     parser.add_argument("--counts", type=Path, help="file that keeps counted operations and memory")
     parser.add_argument("--count-only", action="store_true", help="measure nothing: only count at real size")
+    parser.add_argument("--attention", choices=get_args(Attention), help="kernel, as model.attention")
+    parser.add_argument("--compiled", action="store_true", help="trainings compile their networks' blocks")
     parser.add_argument("--against", type=Path, help="another checkout: only the tiny iteration, in alternation")
     given, more = parser.parse_known_args(words)
     known = published()
@@ -930,7 +951,7 @@ def main() -> int:
         return subprocess.call([*tiny, *(["--against", str(given.against)] if given.against else [])])
     warnings.filterwarnings("ignore")
     quiet()
-    chosen = jobs(given.only)
+    chosen = [replace(job, attention=given.attention, compiled=given.compiled) for job in jobs(given.only)]
     try:
         counts = Counts(given.counts)
     except UserError as error:
@@ -939,6 +960,9 @@ def main() -> int:
     if given.count_only:
         return int(bool(count_all(chosen, counts)))
     machine = machine_here()
+    if given.attention and machine.device == "cpu":
+        print(f"error: --attention {given.attention} needs an NVIDIA GPU, and this machine has none", file=sys.stderr)
+        return 2
     results = Results(given.out, machine)
     print(f"{machine.name}; results go to {given.out}", flush=True)
     run(chosen, machine, results, given.minutes, counts)

@@ -519,18 +519,21 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
             if name in refresh:
                 for handle in getattr(network, "_scale_wise_hooks", []):
                     handle.remove()  # the hook of an earlier schedule
-                network._scale_wise_hooks = [network.register_forward_pre_hook(refresh[name], with_kwargs=True)]
+                hook = partial(self._while_sampling, refresh[name])
+                network._scale_wise_hooks = [network.register_forward_pre_hook(hook, with_kwargs=True)]
         unpacking = getattr(type(pipe), "_unpack_latents_with_ids", None)
         if unpacking is not None:
             pipe._unpack_latents_with_ids = partial(self._unpack_final, unpacking)  # in place of an earlier schedule's
         return pipe
 
+    def _while_sampling(self, refresh: Any, network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A network's inputs as `refresh` changes them while a pipeline samples; other calls are left alone."""
+        return refresh(network, args, kwargs) if self._in_call else (args, kwargs)
+
     def _refresh_ids_of_flux2(
         self, network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         """Give FLUX.2's transformer the position ids of the current step's size; its pipelines make the first one's."""
-        if not self._in_call:
-            return args, kwargs
         tokens = kwargs["hidden_states"]
         ids = kwargs["img_ids"]
         if not self._started:
@@ -555,8 +558,6 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
 
     def _refresh_ids(self, network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Give FLUX's transformer the position ids of the current step's size."""
-        if not self._in_call:
-            return args, kwargs
         ids = kwargs["img_ids"]
         if self._step_index == 0:
             self._start_from_tokens(kwargs["hidden_states"], _size_of_ids(ids))
@@ -570,7 +571,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         """
         args, kwargs = self._refresh_ids(network, args, kwargs)
         mask = kwargs.get("attention_mask")
-        if not self._in_call or mask is None:
+        if mask is None:
             return args, kwargs
         text = mask[:, : kwargs["encoder_hidden_states"].shape[1]].bool()
         image = text.new_ones(kwargs["hidden_states"].shape[:2])
@@ -585,7 +586,7 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         where they differ, as with a first frame that is given, they are left alone.
         """
         time = kwargs.get("timestep")
-        if not self._in_call or time is None or time.ndim != 2 or bool((time != time[:, :1]).any()):
+        if time is None or time.ndim != 2 or bool((time != time[:, :1]).any()):
             return args, kwargs
         return args, kwargs | {"timestep": time[:, 0]}
 
@@ -593,8 +594,6 @@ class ScaleWiseScheduler(SchedulerMixin, ConfigMixin):
         self, network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         """Give Qwen-Image's transformer the numbers of rows and columns of the current step's size."""
-        if not self._in_call:
-            return args, kwargs
         tokens = kwargs["hidden_states"]
         shapes = kwargs["img_shapes"]
         if self._step_index == 0:

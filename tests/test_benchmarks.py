@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import suite
 from benchmarks.suite import Choice, Job, Machine, Results, Row
-from swd.commands.plan import GPUS
+from swd.commands.gpus import GPUS
 from swd.modules.dry_run import UpdateCost
 from swd.modules.iteration_cost import IterationCost
 from swd.modules.published import published

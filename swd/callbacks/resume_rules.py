@@ -46,6 +46,8 @@ RULES = (
         "free",
         "the parts of a batch add up to the same gradient, but for rounding",
     ),
+    Rule(("task.compiled",), "free", "compiled code computes the same, but for rounding"),
+    Rule(("model.attention",), "free", "another kernel computes the same attention, but for rounding"),
     Rule(
         ("task.on_bad_step", "task.skips_in_a_row", "task.skips_in_all", "task.exploding"),
         "free",

@@ -175,6 +175,7 @@ def check_before_importing(cfg: Any, command: str) -> None:
     """
     from omegaconf import OmegaConf
 
+    from swd.commands.early import check_named_values
     from swd.commands.keys import ROOTS
     from swd.config import check
     from swd.source_parameters import parameters_in_source
@@ -182,6 +183,7 @@ def check_before_importing(cfg: Any, command: str) -> None:
     root = ROOTS.get(command)
     if root is not None and not any(OmegaConf.is_missing(cfg, key) for key in cfg):
         check(cfg, root, allow=(), look=parameters_in_source)
+        check_named_values(command, cfg)
 
 
 def help_text(command: str) -> str:

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir, initialize_config_module
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -22,6 +19,7 @@ from rich.table import Table
 from swd import __version__
 from swd.commands import keys, shared
 from swd.commands.cli import config_path
+from swd.commands.group_options import composed, metric_node, option, options
 from swd.commands.sample import check_machine, check_tiny_vae, final_size
 from swd.config import allowed_here, build_node, check, fits, given_keys, node_of, overrides, to_plain
 from swd.data.job import MOST_IN_A_SHARD
@@ -374,72 +372,6 @@ def metrics_of(cfg: DictConfig) -> tuple[dict[str, PictureMetric], dict[str, Any
     if not metrics:
         raise UserError(f"metrics is empty; choose some of {', '.join(options('metric'))}")
     return metrics, settings
-
-
-def metric_node(entry: Any) -> tuple[str | None, dict[str, Any]]:
-    """Name and constructor of an entry of `metrics`: a name, or a mapping that changes some of its options.
-
-    The name is None for a constructor (`_target_`), whose metric names itself.
-    """
-    if isinstance(entry, str):
-        return entry, option("metric", entry, "metrics")
-    if isinstance(entry, dict) and "_target_" in entry:
-        return None, entry
-    if not isinstance(entry, dict) or not isinstance(entry.get("metric"), str):
-        raise UserError(f"metrics: {entry!r} is no metric; give a name, or {{metric: NAME, OPTION: VALUE}}")
-    name = entry.get("name", entry["metric"])
-    if not isinstance(name, str):
-        raise UserError(f"metrics: name={name!r} is no name; use letters and digits")
-    more = {key: value for key, value in entry.items() if key not in ("metric", "name")}
-    merged: Any = OmegaConf.to_container(OmegaConf.merge(option("metric", entry["metric"], "metrics"), more))
-    return name, merged
-
-
-# Options of groups by name
-
-
-@contextmanager
-def hydra_ready() -> Iterator[None]:
-    """Hydra's composition, where no command line has started it."""
-    if GlobalHydra.instance().is_initialized():
-        yield
-        return
-    folder = config_path()
-    start: Any = initialize_config_module if folder.startswith("pkg://") else initialize_config_dir
-    with start(folder.removeprefix("pkg://"), version_base="1.3"):
-        yield
-
-
-def options(group: str) -> list[str]:
-    """Names of the options of a group of the configuration."""
-    with hydra_ready():
-        found: list[str] = GlobalHydra.instance().config_loader().get_group_options(group)
-    return [name for name in found if not name.startswith("_")]
-
-
-def option(group: str, name: Any, key: str) -> dict[str, Any]:
-    """An option of a group as plain values.
-
-    Args:
-        group: a folder of the configuration.
-        name: the option's.
-        key: what the user calls the setting.
-
-    Raises:
-        UserError: if there is no such option.
-    """
-    node: dict[str, Any] = composed(group, name, key)[group]
-    return node
-
-
-def composed(group: str, name: Any, key: str) -> dict[str, Any]:
-    """An option of a group, as `option`, under the group's name, and beside it what its file sets in other groups."""
-    known = options(group)
-    if name not in known:
-        raise UserError(f"{key}: there is no {group} {name!r}; choose from {', '.join(known)}")
-    with hydra_ready():
-        found: dict[str, Any] = to_plain(compose(f"{group}/{name}"))
-    return found
 
 
 # Models

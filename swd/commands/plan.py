@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,10 +12,10 @@ import yaml
 from omegaconf import DictConfig
 
 from swd.commands import keys, shared
-from swd.commands.cli import config_folder, nearest
+from swd.commands.cli import config_folder
 from swd.commands.encode import BYTES
+from swd.commands.gpus import GB, Gpu, checked_gpu
 from swd.config import build, check
-from swd.io import limits
 from swd.modules.device_memory import cache_bytes, encoder_bytes, permanent_parts, usable
 from swd.modules.distiller import Distiller
 from swd.modules.dry_run import trained_on_meta
@@ -27,30 +26,6 @@ from swd.modules.published import copied_folder, published, published_folder
 from swd.types import Size, UserError
 
 ROOT = keys.PLAN
-GB = 1e9
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A kind of GPU.
-
-    Attributes:
-        memory: bytes.
-        peak: TFLOP/s of dense bf16 matrix products.
-    """
-
-    memory: float
-    peak: float
-
-
-GPUS = {
-    "a100": Gpu(80 * GB, 312),
-    "h100": Gpu(80 * GB, 989),
-    "h200": Gpu(141 * GB, 989),
-    "l40s": Gpu(48 * GB, 362),
-    "rtx4090": Gpu(24 * GB, 165),
-}
-"""Kinds that can be named; from their makers' data sheets, the figures without sparsity."""
 
 
 @dataclass(frozen=True)
@@ -90,45 +65,6 @@ def run(cfg: DictConfig) -> None:
     gpu = checked_gpu(cfg)
     for line in described(planned(cfg), cfg, gpu):
         print(line)
-
-
-# Checks
-
-
-def checked_gpu(cfg: DictConfig) -> Gpu:
-    """The GPU that the configuration names; checks the other numbers too.
-
-    Raises:
-        UserError: naming the value and the fix.
-    """
-    for key in ("n_gpus", "batch_size", "samples"):
-        limits.whole(key, cfg[key], 1)
-    limits.number("utilisation", cfg.utilisation, above=0, most=1)
-    limits.number("spare", cfg.spare, 0, 0.9)
-    limits.number("peak", cfg.peak, above=0)
-    if cfg.batch_size % cfg.n_gpus:
-        raise UserError(
-            f"batch_size={cfg.batch_size} does not divide over {cfg.n_gpus} GPUs; use a multiple of {cfg.n_gpus}"
-        )
-    gpu = gpu_of(str(cfg.gpu))
-    return Gpu(gpu.memory, gpu.peak if cfg.peak is None else cfg.peak)
-
-
-def gpu_of(text: str) -> Gpu:
-    """A kind of GPU by its name or its memory, which then has the peak of an A100.
-
-    Raises:
-        UserError: if it is neither.
-    """
-    name = text.strip().lower()
-    if name in GPUS:
-        return GPUS[name]
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:gb)?", name)
-    if found is None or not 1 <= float(found[1]) <= 10_000:
-        close = nearest(name, GPUS)
-        hint = f" (did you mean {close}?)" if close else ""
-        raise UserError(f"gpu={text} is unknown{hint}; give its memory, as in gpu=80GB, or one of {', '.join(GPUS)}")
-    return Gpu(float(found[1]) * GB, GPUS["a100"].peak)
 
 
 # Counting

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -34,6 +31,7 @@ from swd.io.pictures import to_pil
 from swd.io.tables import NoText, text_of
 from swd.modules import hub
 from swd.modules.adapters import locate, run_folder
+from swd.modules.compiling import check_compiler
 from swd.modules.drawing import DrawingOptions, OtherExpert, build_pipeline, draw
 from swd.modules.model_folders import check_model_folder, read_json
 from swd.modules.pretrained import Pretrained
@@ -250,16 +248,8 @@ def check_machine(cfg: DictConfig | DrawingOptions, table: str = "") -> None:
     how = f"{table}compile={str(cfg.compile).lower()}"
     if cfg.compile and cfg.offload == "sequential":
         raise UserError(f"{how} with offload=sequential: what is compiled needs its weights at hand; drop one")
-    if cfg.compile and not any(map(shutil.which, compilers(gpu))):
-        names = " or ".join(compilers(gpu))
-        raise UserError(f"{how} needs a C compiler, and this machine has no {names}; install g++, or leave it out")
-
-
-def compilers(gpu: bool) -> tuple[str, ...]:
-    """Programs of which `torch.compile` runs one: Triton a C compiler for the GPU, Inductor a C++ one for the CPU."""
-    if gpu:
-        return (os.environ["CC"],) if os.environ.get("CC") else ("gcc", "clang")
-    return (os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"),)
+    if cfg.compile:
+        check_compiler(how)
 
 
 def check_tiny_vae(path: str, model: Pretrained, key: str = "tiny_vae") -> None:

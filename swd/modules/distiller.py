@@ -27,6 +27,7 @@ from swd.modules.adapters import check_start, read_adapter
 from swd.modules.ahead import with_predictions
 from swd.modules.bad_steps import Action, BadStepRule, BadSteps, owner_of
 from swd.modules.checkpoint_files import optimizer_misfit, progress_in_iterations
+from swd.modules.compiling import check_compiler, compile_blocks
 from swd.modules.encoders import Encoders
 from swd.modules.finite import Stepped, all_finite, failed_checks, stepped
 from swd.modules.inputs import InputBuilder, Inputs
@@ -74,6 +75,8 @@ class Distiller(LightningModule):
         weight_decay: of AdamW.
         clip: gradient norm is clipped to this, for each optimizer.
         checkpointing: recompute activations in the backward pass.
+        compiled: run the networks' blocks as compiled code (`swd.modules.compiling`); the numbers agree but for
+            rounding. The first iterations compile.
         ema: decay of a moving average of the student's weights, in [0, 1); None or 0: none, as in the paper.
         on_bad_step: "skip" leaves out an update whose loss, gradient or data are not finite on any process, on all of
             them; "stop" ends the run at it.
@@ -120,6 +123,7 @@ class Distiller(LightningModule):
         weight_decay: float = 0.01,
         clip: float = 10.0,
         checkpointing: bool = False,
+        compiled: bool = False,
         ema: float | None = None,
         on_bad_step: Action = "skip",
         skips_in_a_row: int = 5,
@@ -152,9 +156,12 @@ class Distiller(LightningModule):
         self.weight_decay = weight_decay
         self.clip = clip
         self.checkpointing = checkpointing
+        self.compiled = compiled
         self.ema = checked_decay(ema)
         self.average: AveragedModel | None = None
         self._plays_average = False
+        if compiled:
+            check_compiler("task.compiled=true")
         self.bad_steps = BadSteps(BadStepRule(on_bad_step, skips_in_a_row, skips_in_all, exploding))
         self.seconds: dict[str, float] = {}
         self.observers: list[Observer] = []
@@ -199,6 +206,8 @@ class Distiller(LightningModule):
                 term.build(self.model.limits.width)
         if self.checkpointing:
             self.networks.enable_checkpointing()
+        if self.compiled:
+            compile_blocks(self.networks)
         if self.ema is not None:
             self.average = averaged(self._student_weights(), self.ema)
         self.inputs.load(self._root_device)

@@ -10,6 +10,7 @@ from diffusers import AutoencoderTiny
 from omegaconf import DictConfig
 from torch import Tensor
 
+from swd.modules.attention import check_gpu
 from swd.modules.encoders import channels_last
 from swd.modules.pretrained import Pretrained
 from swd.modules.quantize import quantize
@@ -68,6 +69,7 @@ def build_pipeline(
             they are in 8 bits, and the VAE's convolutions are laid out for speed.
         other: the student of the pipeline's other expert; None: that is as the folder has it.
     """
+    check_gpu(model.attention)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, part = model.dtype(device), model.backbone_class.subfolder
     network: Any = student.network(model, device) if student else model.network(device).network

@@ -16,6 +16,7 @@ from torch import Tensor
 from swd.io import limits
 from swd.modules import hub
 from swd.modules.adapters import add_updates
+from swd.modules.attention import Attention, check_gpu, use_attention
 from swd.modules.backbones import load_family
 from swd.modules.backbones.base import Backbone
 from swd.modules.base_adapters import BaseAdapter, read_entries
@@ -54,6 +55,8 @@ class Pretrained(FamilyFolder):
         precision: dtype of the frozen base; LoRA and losses are always float32. "auto": bf16 where the machine computes
             it natively. "fp16" draws alone, on devices that do not.
         vae_precision: dtype of the VAE, "fp32" or "bf16"; None: the base's, or float32 where the model needs that.
+        attention: kernel that computes attention, see `swd.modules.attention`; None: PyTorch's choice. "sage" draws
+            alone.
         quantization: stores the frozen base's linear layers in 8 bits, "int8" or "fp8".
         dmd_guidance_scale: classifier-free guidance of the teacher in DMD; 1 for none, and DMD takes no less. The
             default is that of the released script for Stable Diffusion 3.5 Medium.
@@ -106,6 +109,7 @@ class Pretrained(FamilyFolder):
         vae_precision: Literal["fp32", "bf16"] | None = None,
         negative_prompt: str | None = None,
         adapters: Sequence[str | Mapping[str, Any]] | None = None,
+        attention: Attention | None = None,
     ) -> None:
         for key, value in (("path", path), ("revision", revision)):
             if value is not None and not value.strip():
@@ -119,6 +123,7 @@ class Pretrained(FamilyFolder):
         self.tuned = Tuning(tuning, rank, alpha, named, init_adapter, quantization)
         self.precision = precision
         self.vae_precision = vae_precision
+        self.attention: Attention = attention or "native"
         self.dmd_guidance_scale, self.drawing_guidance_scale = guidance_scales(
             dmd_guidance_scale, drawing_guidance_scale, guidance_scale
         )
@@ -263,11 +268,14 @@ class Pretrained(FamilyFolder):
             self._check_drawing(self.backbone_class)
 
     def check_trainable(self) -> None:
-        """Raise UserError for a precision that only drawing can do with."""
+        """Raise UserError for a precision or a kernel that only drawing can do with."""
         if self.precision == "fp16":
             raise UserError(
                 "model.precision=fp16 is for drawing: small gradients and distances vanish in half precision; use bf16"
             )
+        if self.attention == "sage":
+            raise UserError("model.attention=sage is for drawing: it has no gradients; use another, or leave it out")
+        check_gpu(self.attention)
 
     def vae_dtype(self, base: torch.dtype, kept: bool = False) -> torch.dtype:
         """The VAE's dtype: `vae_precision`, else by `Encoders.vae_precision`, which has the arguments."""
@@ -305,6 +313,7 @@ class Pretrained(FamilyFolder):
             raise UserError(f"model.path={files.path}: {part!r} has weights of another configuration: {misfit}")
         network = files.load(part, self.dtype(device))
         self.add_adapters(network)
+        use_attention(network, self.attention, torch.device(device))
         return self.backbone_class(network, self.embedded_guidance)
 
     @property

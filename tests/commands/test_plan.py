@@ -15,7 +15,8 @@ from tiny import CONF, composed
 
 from swd.callbacks.memory_budget import permanent_bytes
 from swd.commands import plan
-from swd.commands.plan import GPUS, Gpu, Planned
+from swd.commands.gpus import GPUS, Gpu, checked_gpu, gpu_of
+from swd.commands.plan import Planned
 from swd.config import build, check
 from swd.modules import hub
 from swd.modules.device_memory import permanent_parts, usable
@@ -53,7 +54,7 @@ def test_what_fits_beside_the_weights() -> None:
 
 def test_what_is_printed() -> None:
     cfg = settings("gpu=h100", "n_gpus=8", "batch_size=64", "samples=1000", "recipe.iterations=3600", "spare=0.05")
-    lines = list(plan.described(PLANNED, cfg, plan.checked_gpu(cfg)))
+    lines = list(plan.described(PLANNED, cfg, checked_gpu(cfg)))
     text = "\n".join(lines)
     assert "8 x 80 GB" in lines[0]
     assert [line.split()[-1] for line in lines[2:5]] == ["24.0", "20.0", "4.0"]
@@ -66,19 +67,19 @@ def test_what_is_printed() -> None:
     assert "it fits; 7.89 s" in recomputed
     # Unless it is given, a tenth is spare: 72 GB less 24.
     cfg = settings("gpu=h100", "n_gpus=8", "batch_size=64")
-    row = next(line for line in plan.described(PLANNED, cfg, plan.checked_gpu(cfg)) if line.split()[:1] == ["128x128"])
+    row = next(line for line in plan.described(PLANNED, cfg, checked_gpu(cfg)) if line.split()[:1] == ["128x128"])
     assert row.split()[7:10] == ["2", "/", "24"] and usable(80e9) == 72e9
     assert lines[-1] == "cache of 1000 samples in bf16: 1.0 GB (1.00 MB each)"
 
 
 def test_a_gpu_by_name_and_by_memory() -> None:
-    assert plan.gpu_of("H100") == GPUS["h100"] and plan.gpu_of("24") == plan.gpu_of("24 GB") == Gpu(24e9, 312)
-    assert plan.checked_gpu(settings("gpu=40GB", "peak=500")) == Gpu(40e9, 500)
-    assert plan.checked_gpu(settings("gpu=l40s")).peak == 362
+    assert gpu_of("H100") == GPUS["h100"] and gpu_of("24") == gpu_of("24 GB") == Gpu(24e9, 312)
+    assert checked_gpu(settings("gpu=40GB", "peak=500")) == Gpu(40e9, 500)
+    assert checked_gpu(settings("gpu=l40s")).peak == 362
     for number in ("24", "24.0"):  # what the configuration reads as a number
         cfg = settings(f"gpu={number}")
         check(cfg, plan.ROOT)
-        assert plan.checked_gpu(cfg) == Gpu(24e9, 312)
+        assert checked_gpu(cfg) == Gpu(24e9, 312)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ def test_a_gpu_by_name_and_by_memory() -> None:
 )
 def test_wrong_numbers_are_refused(given: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        plan.checked_gpu(settings(given))
+        checked_gpu(settings(given))
 
 
 def test_nothing_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,9 @@ CASES = {
     "value of a loss": ["train", "loss.mmd.weight=heavy"],
     "value at the root": ["sample", "batch_size=eight"],
     "value of a model": ["generate", "model.rank=[1,2]", "out=x", "prompts=y"],
+    "name of a GPU": ["plan", "gpu=h10"],
+    "name of a family": ["sample", "model.family=sd4"],
+    "name of a metric": ["evaluate", "models=[teacher]", "prompts=shapes", "metrics=[fidd]"],
 }
 WRONG = (
     "unknown command",
@@ -54,6 +57,9 @@ WRONG = (
     "value of a loss",
     "value at the root",
     "value of a model",
+    "name of a GPU",
+    "name of a family",
+    "name of a metric",
 )
 """Cases that end with one line about what is wrong."""
 WORKER = """

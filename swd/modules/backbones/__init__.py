@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import pkgutil
 import sys
 
 from swd.modules.backbones.base import Backbone
+from swd.modules.family_names import known_families, unknown_family
 from swd.types import UserError
-
-_NO_FAMILIES = ("base", "sdxl_refiner")
-"""Modules of this package that are no families: the contract, and SDXL's refiner, which only draws training sets."""
-
-
-def known_families() -> list[str]:
-    """Names of the families in this package."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _NO_FAMILIES)
 
 
 def load_family(name: str) -> type[Backbone]:
@@ -36,10 +28,7 @@ def load_family(name: str) -> type[Backbone]:
     elif "." in name and name in sys.modules:
         module = sys.modules[name]
     else:
-        raise UserError(
-            f"model.family={name} is not known; use one of {', '.join(known_families())}, or a module of your own that "
-            "the command line allows: allow='[my_package.my_family]'"
-        )
+        raise unknown_family(name)
 
     # The one backbone that it defines itself.
     found = [

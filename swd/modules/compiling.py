@@ -1,0 +1,49 @@
+"""Regional compilation: a network's repeated blocks, once for each role, gradient mode and kind of block."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+
+import torch
+
+from swd.modules.networks import Networks
+from swd.types import UserError
+
+GRAPHS = 64
+"""Graphs that the code of a block may have before torch raises: three roles, with and without gradients, for each kind
+of block in a network. Torch's own limit is 8, after which it runs the rest uncompiled without an error; SD3.5 Medium's
+three kinds of blocks need 18."""
+
+
+def compile_blocks(networks: Networks, backend: str = "inductor") -> None:
+    """Let the blocks of all roles run compiled code, in place and for any size; a graph is made when it first runs.
+
+    A block's hooks, and the checkpointing that calls it, stay outside.
+
+    Args:
+        networks: the roles.
+        backend: of `torch.compile`; "aot_eager" traces the same graphs and compiles nothing.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    backbones = [networks.backbone_of(role) for role in ("teacher", *networks.roles)]
+    for block in dict.fromkeys(block for backbone in backbones for block in backbone.repeated_blocks):
+        block.forward = torch.compile(block.forward, dynamic=True, backend=backend)  # type: ignore[method-assign]
+
+
+def check_compiler(given: str) -> None:
+    """Raise UserError for a setting, such as "compile=true", that compiles where there is no compiler."""
+    names = compilers(torch.cuda.is_available())
+    if not any(map(shutil.which, names)):
+        raise UserError(
+            f"{given} needs a C compiler, and this machine has no {' or '.join(names)}; install g++, or leave it out"
+        )
+
+
+def compilers(gpu: bool) -> tuple[str, ...]:
+    """Programs of which `torch.compile` runs one: Triton a C compiler for the GPU, Inductor a C++ one for the CPU."""
+    if gpu:
+        return (os.environ["CC"],) if os.environ.get("CC") else ("gcc", "clang")
+    return (os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"),)
