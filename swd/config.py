@@ -82,7 +82,9 @@ FOREIGN_TO: Mapping[str, Mapping[str, str]] = {
     "sample": {name: FOREIGN[name] for name in ("precision", "output_dir", "out", "prompt")}
     | {"checkpoint": "adapter=RUN", "ckpt_path": "adapter=RUN"},
     "generate": {"precision": FOREIGN["precision"], "prompt": "prompts=FILE", "output_dir": "out=FOLDER"},
-    "evaluate": {"precision": FOREIGN["precision"], "prompt": "prompts=FILE", "adapter": "models='[RUN]'"},
+    "evaluate": {"precision": FOREIGN["precision"], "prompt": "prompts=FILE", "adapter": "models='[RUN]'"}
+    | {"dtype": "model.precision=bf16, or timing.precision=fp16", "timing.dtype": "timing.precision=fp16"}
+    | {"compile": "timing.compile=whole", "tiny_vae": "timing.tiny_vae=FOLDER"},
     "encode": {"output_dir": "out=FOLDER"},
     "plan": {"gpus": "n_gpus=NUMBER", "devices": "n_gpus=NUMBER", "memory": "gpu=80GB"},
     "import": {"output_dir": "out=FOLDER"},
@@ -626,7 +628,8 @@ def _unknown_key(path: str, key: str, known: list[str]) -> str:
 
 
 def _bad_value(path: str, value: Any, hint: Any) -> str:
-    return f"{path}={value!r} is not valid; expected {type_text(hint)}"
+    listed = f": {path}='[{value}]'" if get_origin(hint) is list and isinstance(value, str) and value else ""
+    return f"{path}={value!r} is not valid; expected {type_text(hint)}{listed}"
 
 
 def type_text(hint: Any) -> str:

@@ -228,7 +228,12 @@ def prepare(cfg: DictConfig) -> Evaluation:
     Raises:
         UserError: naming what is wrong and the fix.
     """
-    for key, example in (("models", "'[teacher, RUN]'"), ("prompts", "coco.csv"), ("metrics", "'[fid, clip]'")):
+    examples = {
+        "models": "'[teacher, RUN]'",
+        "prompts": "coco.csv, or shapes with the embedded model",
+        "metrics": "'[fid, clip]', or '[shapes_accuracy]' with the embedded model",
+    }
+    for key, example in examples.items():
         if OmegaConf.is_missing(cfg, key):
             raise UserError(f"{key} is missing; give {key}={example}")
     check(cfg, ROOT)

@@ -79,8 +79,8 @@ class EncodedPairs(PairData):
 
     Args:
         dataset: items are dicts with `pixels` `[3, H, W]` in [-1, 1] and `prompt`.
-        encoded: how many of its pictures are used. The default is ours: in the demo's 150 iterations each is used seven
-            times.
+        encoded: how many of its pictures are used. The default is ours: in 150 iterations of three batches of 16 each
+            is used seven times.
         batch_size: over all processes.
         workers: threads that put batches together ahead; 0 does so when one is asked for, which takes a millisecond.
         seed: of the order.

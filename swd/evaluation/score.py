@@ -121,7 +121,10 @@ class Scoring:
         """Raise UserError, before anything is drawn, for what cannot be scored."""
         for name, metric in self.metrics.items():
             if metric.needs_reference and self.real is None:
-                raise UserError(f"metrics: {name} compares with real pictures; give reference=FOLDER or FILE.npz")
+                raise UserError(
+                    f"metrics: {name} compares with real pictures; give reference=FOLDER or FILE.npz, or shapes "
+                    "with the embedded model"
+                )
             metric.check(self._promised(metric))
             metric.check_prompts(self.prompts)
         assert self.weights.keys() == self.extractors.keys()

@@ -119,7 +119,7 @@ def latency(painter: CandidatePainter, timing: Timing) -> dict[str, Any]:
     with Stopwatch(pipe) as watch, log as progress:
         reset_peak()
         for number in range(timing.warmup + timing.runs):
-            with failing_in_one_line(timing):
+            with as_user_error(timing):
                 watch.measure(lambda: draw(pipe, model, requests, candidate.size, show_sizes=False))
             if number < timing.warmup:
                 watch.forget()
@@ -149,7 +149,7 @@ def timed_pipeline(candidate: DrawingModel, timing: Timing) -> tuple[Pretrained,
 
 
 @contextmanager
-def failing_in_one_line(timing: Timing) -> Iterator[None]:
+def as_user_error(timing: Timing) -> Iterator[None]:
     """Turn what a device cannot do, known only once it is tried, into UserError."""
     try:
         yield

@@ -112,7 +112,8 @@ def pictures_drawn(cfg: DictConfig, task: Distiller, judge_folder: Path) -> list
 
 def timed_batches(cfg: DictConfig, task: Distiller, candidate: DrawingModel) -> int:
     """Batches of a row that are timed: fewer of one that takes more steps than the student, at least one."""
-    return max(1, cfg.timing_batches * len(task.schedule) // candidate.steps)
+    few = len(task.schedule)
+    return max(1, cfg.timing_batches * few // max(few, candidate.steps))
 
 
 def stored_statistics(cfg: DictConfig, store: StoredStatistics, name: str) -> Judged | None:

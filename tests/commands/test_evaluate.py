@@ -407,6 +407,7 @@ def test_the_released_list_of_captions_is_read_as_it_is(config: Callable[..., An
     ("more", "message"),
     [
         ({"models": "[]"}, "models is empty"),
+        ({"models": "teacher"}, r"models='teacher' is not valid; expected a list of .*: models='\[teacher\]'$"),
         ({"models": "[nowhere]"}, "models=nowhere does not exist"),
         ({"models": "[{name: a}]"}, "is no model"),
         ({"models": "[{model: teacher, stepz: 4}]"}, "unknown key stepz"),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from swd.shapes import demo
 from swd.shapes.pace import JUDGED, TRAINED, Pace
 
 
@@ -57,3 +58,14 @@ def test_pictures_count_beside_iterations() -> None:
     assert few.expected(2.0, 10, 48) == pytest.approx(2 * (10 + 100 * (2 + JUDGED) / (TRAINED * 48)))
     more = 512 * (8 + JUDGED) / (TRAINED * 48)
     assert many.expected(2.0, 10, 48) - few.expected(2.0, 10, 48) == pytest.approx(2 * more)
+
+
+def test_a_row_with_more_steps_than_the_students_is_timed_in_fewer_batches() -> None:
+    task: Any = SimpleNamespace(schedule=[1, 2, 3, 4])
+    found = {
+        (asked, steps): demo.timed_batches(
+            cast(Any, SimpleNamespace(timing_batches=asked)), task, cast(Any, SimpleNamespace(steps=steps))
+        )
+        for asked, steps in ((3, 4), (3, 28), (15, 28), (15, 4), (1, 28), (3, 2))
+    }
+    assert found == {(3, 4): 3, (3, 28): 1, (15, 28): 2, (15, 4): 15, (1, 28): 1, (3, 2): 3}
