@@ -18,7 +18,6 @@ from rich.table import Table
 
 from swd import __version__
 from swd.commands import keys, shared
-from swd.commands.cli import config_path
 from swd.commands.group_options import composed, metric_node, option, options
 from swd.commands.sample import check_machine, check_tiny_vae, final_size
 from swd.config import allowed_here, build_node, check, fits, given_keys, node_of, overrides, to_plain

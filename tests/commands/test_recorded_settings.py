@@ -121,6 +121,10 @@ CHANGED: dict[str, dict[str, str]] = {
         "timing.batch": "timing.batch=2",
         "timing.runs": "timing.runs=2",
         "timing.warmup": "timing.warmup=2",
+        "timing.precision": "timing.precision=bf16",
+        "timing.compile": "",  # these three need a compiler or a decoder: tests/evaluation/test_timing.py
+        "timing.compile_coders": "",
+        "timing.tiny_vae": "",
     },
 }
 """What makes another job: overrides, of which the last one (behind `|`) does it. Empty ones are of other models, which
