@@ -42,7 +42,7 @@ ROOT = keys.GENERATE
 BYTES = {"png": 1.6, "jpg": 0.6, "webp": 0.4, "mp4": 0.03}
 """Bytes that a pixel of a photograph takes, about, by format."""
 PACKAGES = ("torch", "diffusers", "transformers", "pillow")
-LATER = ("vae_precision", "negative_prompt", "quantization")
+LATER = ("vae_precision", "negative_prompt", "quantization", "attention")
 """Arguments of models that manifests of earlier versions do not have; null is left out, so that their jobs go on."""
 NOT_DRAWN_WITH = {"_target_", "path", "tuning", "rank", "alpha", "targets", "feature_blocks", "init_adapter"} | {
     "adapters",

@@ -74,6 +74,7 @@ class DrawingModel:
         teacher = {"guidance_scale": model.drawing_guidance_scale, "sigmas": self.sigmas and list(self.sigmas)}
         # Earlier versions did not record these; null is left out, so that their evaluations go on.
         later: dict[str, str | None] = {"vae_precision": model.vae_precision}
+        later |= {"attention": None if model.attention == "native" else model.attention}
         later |= {} if self.student else {"negative_prompt": model.negative_prompt}
         return {
             "model": {"name": model.name, "fingerprint": whole_fingerprint(model)},

@@ -45,6 +45,7 @@ CHANGED: dict[str, dict[str, str]] = {
         "model.precision": "model.precision=bf16",
         "model.vae_precision": "model.vae_precision=bf16",
         "model.quantization": "model.quantization=int8",
+        "model.attention": "model.attention=cudnn",
         "model.targets": "model.quantization=int8 | model.targets=[to_q]",
         "model.embedded_guidance": "",
         "model.negative_prompt": "model.negative_prompt=blurred",
@@ -96,6 +97,7 @@ CHANGED: dict[str, dict[str, str]] = {
         "model.precision": "model.precision=bf16",
         "model.vae_precision": "model.vae_precision=bf16",
         "model.quantization": "model.quantization=int8",
+        "model.attention": "model.attention=cudnn",
         "model.targets": "model.quantization=int8 | model.targets=[to_q]",
         "model.embedded_guidance": "",
         "model.negative_prompt": "model.negative_prompt=blurred",
@@ -134,7 +136,9 @@ SAME: dict[str, dict[str, Any]] = {
         "batch_size": "documented: a job may go on with another; bits may then differ by rounding",
         "out": NAMES,
     },
-    "encode": dict.fromkeys(("quantization", "targets", "embedded_guidance"), "of the network, which is not run")
+    "encode": dict.fromkeys(
+        ("quantization", "attention", "targets", "embedded_guidance"), "of the network, which is not run"
+    )
     | dict.fromkeys(("negative_prompt", "adapters", "teacher_steps", "drawing_guidance_scale", "size"), "of drawing")
     | {
         "schedule.sigmas": "latents are stored without noise",
