@@ -165,11 +165,6 @@ class Pretrained(FamilyFolder):
     def _check_fit(self) -> None:
         """Check settings that depend on the network."""
         self.tuned.check_width(self.limits.width)
-        if self.revision is not None and not hub.is_hub_id(self.path):
-            raise UserError(
-                f"model.revision={self.revision} is of a repository on the hub, but model.path={self.path} is a "
-                "folder; make it null"
-            )
         if self.embedded_guidance is not None and not self.network_config.get("guidance_embeds"):
             text = (
                 f"model.embedded_guidance={self.embedded_guidance} has no effect: this network is fed no guidance scale"

@@ -243,11 +243,6 @@ def test_a_guidance_that_pipelines_ignore_is_refused(saved: Any, prompts: Path, 
             {"model__embedded_guidance": 3.5},
             "embedded_guidance=3.5 has no effect: this network is fed no guidance",
         ),
-        (
-            "sd3",
-            {"model__revision": "main"},
-            "revision=main is of a repository on the hub, but model.path=.* is a folder",
-        ),
     ],
 )
 def test_a_value_without_effect_is_refused(
