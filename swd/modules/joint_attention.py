@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -9,14 +12,27 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from torch import Tensor, nn
 
+_as_in_pipelines: ContextVar[bool] = ContextVar("as_in_pipelines", default=False)
+
+
+@contextmanager
+def as_in_pipelines() -> Iterator[None]:
+    """Context in which networks compute as diffusers does, bit for bit, so that stock pipelines draw the same."""
+    token = _as_in_pipelines.set(True)
+    try:
+        yield
+    finally:
+        _as_in_pipelines.reset(token)
+
 
 class JointAttention(Attention):
     """Diffusers' attention of image tokens, and of text tokens where a block has them, in the blocks of its SD3.
 
-    The values are those of `JointAttnProcessor2_0`. The last block uses of the text only keys and values: here its
-    queries are not made, and its output is None. Tokens are put together before heads change places with them, and
-    taken apart in one piece, so that whole rows of memory are copied; and diffusers inspects the processor's signature
-    at every call. Another processor, or an argument that SD3 does not give, goes through diffusers' own forward pass.
+    But for rounding, the values are those of `JointAttnProcessor2_0`. The last block uses of the text only keys and
+    values: here its queries are not made, and its output is None. Tokens are put together before heads change
+    places with them, and taken apart in one piece, so that whole rows of memory are copied; and diffusers inspects
+    the processor's signature at every call. Another processor, or an argument that SD3 does not give, goes through
+    diffusers' own forward pass.
     """
 
     def forward(
@@ -26,7 +42,8 @@ class JointAttention(Attention):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        if type(self.processor) is not JointAttnProcessor2_0 or attention_mask is not None or kwargs:
+        is_stock = _as_in_pipelines.get() or type(self.processor) is not JointAttnProcessor2_0
+        if is_stock or attention_mask is not None or kwargs:
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         query, key, value = self._image_heads(hidden_states)
         if encoder_hidden_states is None:

@@ -129,10 +129,9 @@ def _is_bare(layer: nn.Module) -> bool:
 def _product(
     x: Tensor, down: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The output `[..., out]`; and x, `A x'` `[r, N]`, A, B and W in the dtype that they were computed in.
+    """The output `[..., out]`; and x, `x A'` `[N, r]`, A, B and W in the dtype that they were computed in.
 
-    Products with the few rows of A or columns of B are written so that the short side comes first: on the CPU the
-    other order takes up to four times as long.
+    Products stand in peft's order, so that a stock pipeline draws the same bits.
     """
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
@@ -140,13 +139,13 @@ def _product(
         bias = None if bias is None else bias.to(dtype)
     x = x.contiguous()
     output = F.linear(x, weight, bias)
-    inner = down @ x.view(-1, x.shape[-1]).t()
+    inner = x.view(-1, x.shape[-1]) @ down.t()
     flat = output.view(-1, len(up))
     if output.dtype in (torch.float16, torch.bfloat16):
         # Rounded where peft rounds, so that a student predicts in a stock pipeline what it predicts in training.
-        flat += _scaled(inner.t() @ up.t(), scale)
+        flat += _scaled(inner @ up.t(), scale)
     else:
-        flat.addmm_(inner.t(), up.t(), alpha=scale)
+        flat.addmm_(inner, up.t(), alpha=scale)
     return output, (x, inner, down, up, weight)
 
 
@@ -179,6 +178,7 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, inner, down, up, weight = ctx.saved_tensors
         grad = grad.reshape(-1, len(up))
+        # The short side of a product comes first: on the CPU the other order takes up to four times as long.
         grad_inner = up.t() @ grad.t()
         grad_x = grad_down = grad_up = None
         if ctx.needs_input_grad[0]:
@@ -186,7 +186,7 @@ class _LoraLinear(torch.autograd.Function):
         if _goes_on(ctx, 1):
             grad_down = _scaled(grad_inner @ x.view(-1, x.shape[-1]), ctx.scale)
         if _goes_on(ctx, 2):
-            grad_up = _scaled((inner @ grad).t(), ctx.scale)
+            grad_up = _scaled((inner.t() @ grad).t(), ctx.scale)
         return grad_x, grad_down, grad_up, None, None, None
 
 

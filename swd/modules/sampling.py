@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swd.modules.joint_attention import as_in_pipelines
 from swd.modules.networks import Networks
 from swd.types import Conditioning, Role, Size
 
@@ -19,6 +20,7 @@ def initial_latents(seeds: Sequence[int], channels: int, size: Size) -> Tensor:
 
 
 @torch.no_grad()
+@as_in_pipelines()
 def sample_latents(
     networks: Networks,
     scheduler: Any,

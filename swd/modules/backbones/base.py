@@ -510,9 +510,11 @@ class Backbone(nn.Module, ABC):
             return
 
         def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            if not last.graph:  # nor for anything else that runs from here on
-                torch.set_grad_enabled(False)
-            return tuple(self.rows_of(value, last.rows) for value in args)
+            if last.graph:
+                return tuple(self.rows_of(value, last.rows) for value in args)
+            torch.set_grad_enabled(False)  # as for all that runs behind
+            detached: tuple[Any, ...] = tree_map_only(Tensor, torch.detach, args)
+            return detached
 
         cut = module.register_forward_pre_hook(before)
         fill = module.register_forward_hook(_filled(last.samples))
