@@ -13,8 +13,8 @@ from swd.types import UserError
 
 GRAPHS = 64
 """Graphs that the code of a block may have before torch raises: three roles, with and without gradients, for each kind
-of block in a network. Torch's own limit is 8, after which it runs the rest uncompiled without an error; SD3.5 Medium's
-three kinds of blocks need 18."""
+of block in a network, of which the first counts as one of its own. Torch's own limit is 8, after which it runs the rest
+uncompiled without an error; a tiny SD3 of three blocks has 18."""
 
 
 def compile_blocks(networks: Networks, backend: str = "inductor") -> None:

@@ -22,7 +22,7 @@ from swd.modules.networks import Networks
 from swd.schedule import ScaleSchedule
 from swd.types import Conditioning, Role, UserError
 
-SIZES = ((4, 4), (6, 6), (4, 8))
+SIZES = ((4, 4), (6, 8))
 
 
 @pytest.fixture
@@ -72,8 +72,7 @@ def test_compiled_blocks_are_traced_once_for_each_role_and_mode(recompute: bool,
         graphs = counters["stats"]["unique_graphs"]
         warm[number < len(cases) // len(SIZES)] = graphs
     # All graphs are there after one size, and no later size, role or mode adds one.
-    kinds = len({str(block) for block in networks.backbone.repeated_blocks})
-    assert warm[True] == warm[False] <= 2 * len(roles) * kinds <= GRAPHS
+    assert warm[True] == warm[False] <= GRAPHS
     assert not counters["graph_break"]
 
 
