@@ -18,6 +18,7 @@ import tiny
 import torch
 from browser import running_browser
 from composing import compose_faster
+from hydra.core.hydra_config import HydraConfig
 from loading import copy_what_was_loaded
 from undrawn import draw_nothing_on_meta
 
@@ -101,6 +102,13 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_command_line() -> Iterator[None]:
+    """Let no test find the command line that Hydra keeps of an earlier one's command."""
+    yield
+    HydraConfig.instance().cfg = None
 
 
 @pytest.fixture(scope="session")

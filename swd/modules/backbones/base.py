@@ -516,8 +516,14 @@ class Backbone(nn.Module, ABC):
             detached: tuple[Any, ...] = tree_map_only(Tensor, torch.detach, args)
             return detached
 
+        def after(module: nn.Module, args: Any, output: Any) -> Any:
+            torch.set_grad_enabled(has_graph)  # or sharding would not see that the block has a graph
+            return filled(module, args, output)
+
+        has_graph = torch.is_grad_enabled()
+        filled = _filled(last.samples)
         cut = module.register_forward_pre_hook(before)
-        fill = module.register_forward_hook(_filled(last.samples))
+        fill = module.register_forward_hook(after)
         self.last = last
         try:
             yield
