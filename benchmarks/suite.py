@@ -49,6 +49,7 @@ import yaml
 from lightning import Callback, LightningDataModule, Trainer
 from torch import nn
 
+from benchmarks.tiny_step import Parser
 from swd.commands.cli import config_folder
 from swd.commands.gpus import GPUS
 from swd.commands.shared import quiet
@@ -905,14 +906,6 @@ def run(chosen: Sequence[Job], machine: Machine, results: Results, minutes: floa
                 traceback.print_exc()
             results.lack(Missing(job.label, reason_of(error)))
         release(machine.device)
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong with an argument in one line."""
-
-    def error(self, message: str) -> Any:
-        print(f"error: {message}; see --help", file=sys.stderr)
-        sys.exit(2)
 
 
 def arguments(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -204,6 +204,15 @@ def help_text(command: str) -> str:
     return string.Template(template).substitute(APP_CONFIG_GROUPS=groups)
 
 
+def composing() -> Any:
+    """Hydra's context in which this project's configuration is composed."""
+    from hydra import initialize_config_dir, initialize_config_module
+
+    folder = config_path()
+    start = initialize_config_module if folder.startswith("pkg://") else initialize_config_dir
+    return start(folder.removeprefix("pkg://"), **hydra_options(start))
+
+
 def hydra_options(function: Callable[..., Any]) -> dict[str, Any]:
     """Arguments of a function of Hydra that differ between its versions.
 
@@ -620,15 +629,13 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 def known_keys(command: str) -> list[str]:
     """Every key of a command's configuration by default, dotted; empty where it cannot be composed."""
-    from hydra import compose, initialize_config_dir, initialize_config_module
+    from hydra import compose
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
     GlobalHydra.instance().clear()
-    folder = config_path()
-    start = initialize_config_module if folder.startswith("pkg://") else initialize_config_dir
     try:
-        with start(folder.removeprefix("pkg://"), **hydra_options(start)):
+        with composing():
             plain = OmegaConf.to_container(compose(command), resolve=False)
     except Exception:  # the message then has no hint
         return []

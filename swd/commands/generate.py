@@ -23,7 +23,7 @@ from swd import __version__
 from swd.commands import keys, shared
 from swd.commands.sample import final_size
 from swd.config import build, check, given_keys, to_plain
-from swd.data.identity import quantized_layers, whole_fingerprint
+from swd.data.identity import attention_kernel, quantized_layers, whole_fingerprint
 from swd.data.job import MOST_IN_A_SHARD, PARTIAL, Job, Sample, say
 from swd.data.shard_writer import is_done, shard_name
 from swd.io import limits, video
@@ -42,10 +42,11 @@ ROOT = keys.GENERATE
 BYTES = {"png": 1.6, "jpg": 0.6, "webp": 0.4, "mp4": 0.03}
 """Bytes that a pixel of a photograph takes, about, by format."""
 PACKAGES = ("torch", "diffusers", "transformers", "pillow")
-LATER = ("vae_precision", "negative_prompt", "quantization", "attention")
+LATER = ("vae_precision", "negative_prompt", "quantization")
 """Arguments of models that manifests of earlier versions do not have; null is left out, so that their jobs go on."""
 NOT_DRAWN_WITH = {"_target_", "path", "tuning", "rank", "alpha", "targets", "feature_blocks", "init_adapter"} | {
     "adapters",
+    "attention",
     "precision",
     "size",
     "teacher_steps",
@@ -211,7 +212,7 @@ def settings_of(cfg: DictConfig, model: Pretrained, requests: Requests, size: Si
     lossy = {"png": {}, "mp4": {"fps": cfg.fps or model.frame_rate}}.get(ending, {"quality": cfg.quality})
     config = {key: value for key, value in to_plain(cfg.model).items() if key not in NOT_DRAWN_WITH}
     config = {key: value for key, value in config.items() if key not in LATER or value is not None}
-    config |= quantized_layers(model)
+    config |= quantized_layers(model) | attention_kernel(model)
     return {
         "model": {"name": model.name, "fingerprint": whole_fingerprint(model), **config} | adapters_of(model),
         "steps": model.teacher_steps,

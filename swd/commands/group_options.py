@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from hydra import compose, initialize_config_dir, initialize_config_module
+from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from swd.commands.cli import config_path
+from swd.commands.cli import composing
 from swd.config import to_plain
 from swd.types import UserError
 
@@ -21,9 +21,7 @@ def hydra_ready() -> Iterator[None]:
     if GlobalHydra.instance().is_initialized():
         yield
         return
-    folder = config_path()
-    start: Any = initialize_config_module if folder.startswith("pkg://") else initialize_config_dir
-    with start(folder.removeprefix("pkg://"), version_base="1.3"):
+    with composing():
         yield
 
 

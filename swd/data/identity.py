@@ -91,6 +91,11 @@ def quantized_layers(model: Pretrained) -> dict[str, Any]:
     return {"targets": list(model.targets)} if model.quantization else {}
 
 
+def attention_kernel(model: Pretrained) -> dict[str, Any]:
+    """Entry of records about the kernel of attention; empty for PyTorch's choice."""
+    return {} if model.attention == "native" else {"attention": model.attention}
+
+
 def _hash(parts: Iterable[bytes]) -> str:
     return joint_hash(parts)[:16]
 

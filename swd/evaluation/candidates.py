@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from swd.data.identity import quantized_layers, whole_fingerprint
+from swd.data.identity import attention_kernel, quantized_layers, whole_fingerprint
 from swd.data.picture_files import PICTURES
 from swd.io.tables import read_table
 from swd.metrics.features import picture_files
@@ -74,7 +74,6 @@ class DrawingModel:
         teacher = {"guidance_scale": model.drawing_guidance_scale, "sigmas": self.sigmas and list(self.sigmas)}
         # Earlier versions did not record these; null is left out, so that their evaluations go on.
         later: dict[str, str | None] = {"vae_precision": model.vae_precision}
-        later |= {"attention": None if model.attention == "native" else model.attention}
         later |= {} if self.student else {"negative_prompt": model.negative_prompt}
         return {
             "model": {"name": model.name, "fingerprint": whole_fingerprint(model)},
@@ -87,6 +86,7 @@ class DrawingModel:
             "quantization": model.quantization,
             "size": list(model.pixel_size(self.size)),
             **quantized_layers(model),
+            **attention_kernel(model),
             **{key: value for key, value in later.items() if value is not None},
         } | ({} if self.student else teacher)
 
