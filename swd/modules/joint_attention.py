@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -12,17 +9,8 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from torch import Tensor, nn
 
-_as_in_pipelines: ContextVar[bool] = ContextVar("as_in_pipelines", default=False)
-
-
-@contextmanager
-def as_in_pipelines() -> Iterator[None]:
-    """Context in which networks compute as diffusers does, bit for bit, so that stock pipelines draw the same."""
-    token = _as_in_pipelines.set(True)
-    try:
-        yield
-    finally:
-        _as_in_pipelines.reset(token)
+from swd.modules.heads import heads_of
+from swd.modules.in_pipelines import computes_as_in_pipelines
 
 
 class JointAttention(Attention):
@@ -42,51 +30,31 @@ class JointAttention(Attention):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        is_stock = _as_in_pipelines.get() or type(self.processor) is not JointAttnProcessor2_0
+        is_stock = computes_as_in_pipelines() or type(self.processor) is not JointAttnProcessor2_0
         if is_stock or attention_mask is not None or kwargs:
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
-        query, key, value = self._image_heads(hidden_states)
+        image = (self.to_q, self.to_k, self.to_v)
+        query, key, value = heads_of(hidden_states, image, (self.norm_q, self.norm_k, None), self.heads)
         if encoder_hidden_states is None:
-            return self._image_output(_attention(query, key, value))
-        text_key, text_value = self._text_heads(encoder_hidden_states)
+            return self._image_output(attention(query, key, value))
+        text = [self.add_q_proj, self.add_k_proj, self.add_v_proj]
+        norms = [self.norm_added_q, self.norm_added_k, None]
+        first = int(self.context_pre_only)  # no queries there
+        *text_query, text_key, text_value = heads_of(encoder_hidden_states, text[first:], norms[first:], self.heads)
         key = torch.cat([key, text_key], 1)
         value = torch.cat([value, text_value], 1)
         if self.context_pre_only:
-            return self._image_output(_attention(query, key, value)), None
-        query = torch.cat([query, self._text_queries(encoder_hidden_states)], 1)
+            return self._image_output(attention(query, key, value)), None
         lengths = [hidden_states.shape[1], encoder_hidden_states.shape[1]]
-        image, text = _attention(query, key, value).split(lengths, 1)
-        return self._image_output(image), self.to_add_out(text.contiguous())
-
-    def _image_heads(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values `[B, L, heads, D]` of image tokens."""
-        query = self._heads(self.to_q(tokens))
-        key = self._heads(self.to_k(tokens))
-        return _normed(self.norm_q, query), _normed(self.norm_k, key), self._heads(self.to_v(tokens))
-
-    def _text_heads(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, L, heads, D]` of text tokens."""
-        key = self._heads(self.add_k_proj(tokens))
-        return _normed(self.norm_added_k, key), self._heads(self.add_v_proj(tokens))
-
-    def _text_queries(self, tokens: Tensor) -> Tensor:
-        return _normed(self.norm_added_q, self._heads(self.add_q_proj(tokens)))
-
-    def _heads(self, projected: Tensor) -> Tensor:
-        """`[B, L, heads D]` as `[B, L, heads, D]`."""
-        return projected.view(*projected.shape[:2], self.heads, -1)
+        attended, attended_text = attention(torch.cat([query, *text_query], 1), key, value).split(lengths, 1)
+        return self._image_output(attended), self.to_add_out(attended_text.contiguous())
 
     def _image_output(self, tokens: Tensor) -> Tensor:
         output: Tensor = self.to_out[1](self.to_out[0](tokens))
         return output
 
 
-def _normed(norm: nn.Module | None, heads: Tensor) -> Tensor:
-    """Heads after their norm, if the network has one."""
-    return heads if norm is None else norm(heads)
-
-
-def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention of heads `[B, L, heads, D]`: `[B, L, heads D]`."""
     output = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     return output.transpose(1, 2).flatten(2)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from swd.modules.autocast import autocast_dtype
+from swd.modules.in_pipelines import computes_as_in_pipelines
 from swd.types import Role
 
 
@@ -36,41 +37,62 @@ class RoleLinear(Linear):
 
     Attributes:
         played: the role, shared by all layers of the network.
+        known: what the layer consists of in each role in which it was found to be plain.
     """
 
     played: PlayedRole
+    known: dict[Role, PlainParts]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         role = self.played.role
-        base = self.base_layer
         output: Tensor
         if role == "teacher":
-            output = base(x, *args, **kwargs)
+            output = self.base_layer(x, *args, **kwargs)
             return output
-        if not args and not kwargs and self._is_plain(role):
-            down = self.lora_A[role].weight
-            up = self.lora_B[role].weight
-            if autocast_dtype(x.device.type) is not None or x.dtype == base.weight.dtype == down.dtype == up.dtype:
-                return lora_linear(x, base.weight, base.bias, down, up, self.scaling[role])
+        layer = None if args or kwargs else self.factors()
+        if layer is not None and (autocast_dtype(x.device.type) is not None or layer.are_of(x.dtype)):
+            assert layer.down is not None and layer.up is not None  # in this role
+            return lora_linear(x, layer.weight, layer.bias, layer.down, layer.up, layer.scale)
         follow(self, role)
         output = super().forward(x, *args, **kwargs)
         return output
 
-    def _is_plain(self, role: str) -> bool:
-        """Whether the layer is `x W' + b + scale (x A') B'` in this role, and nothing listens to its parts."""
+    def factors(self) -> Factors | None:
+        """The weights in the role that is played; None unless the layer is plain and nothing listens to its parts."""
+        role = self.played.role
+        compiling = torch.compiler.is_compiling()  # whose code would be made again when `known` changes
+        parts = None if compiling else self.known.get(role)
+        if parts is None or parts.base is not self.base_layer:
+            if not self._is_plain(role):
+                return None
+            parts = self._parts(role)
+            if not compiling:
+                self.known[role] = parts
+        return None if any(parts.empty) else parts.factors()
+
+    def _is_plain(self, role: Role) -> bool:
+        """Whether the layer is `x W' + b + scale (x A') B'` in this role, of linear layers of torch's own class."""
+        if role == "teacher":
+            return type(self.base_layer) is nn.Linear
         down = self.lora_A[role]
         up = self.lora_B[role]
         return (
-            _is_bare(self.base_layer)
-            and _is_bare(down)
-            and _is_bare(up)
+            all(type(layer) is nn.Linear for layer in (self.base_layer, down, up))
             and down.bias is None
             and up.bias is None
             and type(self.lora_dropout[role]) is nn.Identity
-            and not self.lora_variant
-            and not self.merged_adapters
-            and not self.fan_in_fan_out
+            and not (self.lora_variant or self.fan_in_fan_out)
         )
+
+    def _parts(self, role: Role) -> PlainParts:
+        """What a plain layer consists of in a role."""
+        base = self.base_layer
+        if role == "teacher":
+            return PlainParts(role, base, None, None, self.scaling, hooks_of(base))
+        down = self.lora_A[role]
+        up = self.lora_B[role]
+        empty = [*hooks_of(base), *hooks_of(down), *hooks_of(up), self.merged_adapters]
+        return PlainParts(role, base, down, up, self.scaling, empty)
 
 
 def install(network: nn.Module, played: PlayedRole) -> list[LoraLayer]:
@@ -89,6 +111,7 @@ def install(network: nn.Module, played: PlayedRole) -> list[LoraLayer]:
             layer.__class__ = RoleLinear
             assert isinstance(layer, RoleLinear)  # for the type checker
             layer.played = played
+            layer.known = {}
         elif isinstance(layer, LoraLayer):
             others.append(layer)
     return others
@@ -116,49 +139,217 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up
     """
     if torch.is_grad_enabled():
         return _node(x, down, up, weight, bias, scale)
-    return _product(x, down, up, weight, bias, scale)[0]
-
-
-def _is_bare(layer: nn.Module) -> bool:
-    """Whether a layer is a linear one of torch's own class without hooks."""
-    return type(layer) is nn.Linear and not (
-        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    )
-
-
-def _product(
-    x: Tensor, down: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, scale: float
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The output `[..., out]`; and x, `x A'` `[N, r]`, A, B and W in the dtype that they were computed in.
-
-    Products stand in peft's order, so that a stock pipeline draws the same bits.
-    """
     dtype = autocast_dtype(x.device.type)
-    if dtype is not None:
-        x, down, up, weight = (tensor.to(dtype) for tensor in (x, down, up, weight))
-        bias = None if bias is None else bias.to(dtype)
-    x = x.contiguous()
-    output = F.linear(x, weight, bias)
-    inner = x.view(-1, x.shape[-1]) @ down.t()
-    flat = output.view(-1, len(up))
-    if output.dtype in (torch.float16, torch.bfloat16):
-        # Rounded where peft rounds, so that a student predicts in a stock pipeline what it predicts in training.
-        flat += _scaled(inner @ up.t(), scale)
-    else:
-        flat.addmm_(inner, up.t(), alpha=scale)
-    return output, (x, inner, down, up, weight)
+    outputs, _ = products(as_rows(x, dtype), [Factors(weight, bias, down, up, scale).to(dtype)])
+    return outputs[0].view(*x.shape[:-1], outputs[0].shape[-1])
 
 
-class _Context(Protocol):
-    """Store between the forward and the backward pass of `_LoraLinear`."""
+def hooks_of(layer: nn.Module) -> list[dict[int, Any]]:
+    """The hooks of a module that run with its passes; empty where there are none, but for the list."""
+    return [layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks]
 
-    saved_tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-    needs_input_grad: tuple[bool, ...]
-    next_functions: tuple[tuple[Any, int], ...]
-    scale: float
 
-    def save_for_backward(self, *tensors: Tensor) -> None:
-        """Keep tensors for the backward pass."""
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether anything listens to a module."""
+    return any(hooks_of(layer))
+
+
+@dataclass(frozen=True, slots=True)
+class PlainParts:
+    """The layers that a plain LoRA layer consists of in a role; sharding exchanges their weights.
+
+    Attributes:
+        role: the role.
+        base: the frozen layer.
+        down: with A; None in the teacher's role.
+        up: with B, likewise.
+        scaling: alpha / r by role.
+        empty: what must be empty: the layers' hooks, and peft's list of adapters that are folded in.
+    """
+
+    role: Role
+    base: nn.Module
+    down: nn.Module | None
+    up: nn.Module | None
+    scaling: Mapping[str, float]
+    empty: list[Any]
+
+    def factors(self) -> Factors:
+        """The weights as they are now."""
+        weights: dict[str, Any] = self.base._parameters
+        if self.down is None or self.up is None:
+            return Factors(weights["weight"], weights["bias"])
+        down: Any = self.down._parameters["weight"]
+        up: Any = self.up._parameters["weight"]
+        return Factors(weights["weight"], weights["bias"], down, up, self.scaling[self.role])
+
+
+class Factors(NamedTuple):
+    """Weights of a linear layer in the role that is played: `x W' + b + scale (x A') B'`.
+
+    Attributes:
+        weight: W `[out, in]`, frozen.
+        bias: b `[out]`, frozen, or None.
+        down: A `[r, in]`; None where the layer has no adapter in this role.
+        up: B `[out, r]`, likewise.
+        scale: alpha / r.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    down: Tensor | None = None
+    up: Tensor | None = None
+    scale: float = 0.0
+
+    def are_of(self, dtype: torch.dtype) -> bool:
+        """Whether all weights are of a dtype."""
+        down, up = self.down, self.up
+        if down is not None and up is not None and not down.dtype == up.dtype == dtype:
+            return False
+        return self.weight.dtype == dtype
+
+    def to(self, dtype: torch.dtype | None) -> Factors:
+        """The same in another dtype; None: as they are."""
+        if dtype is None:
+            return self
+        bias, down, up = (None if each is None else each.to(dtype) for each in self[1:4])
+        return Factors(self.weight.to(dtype), bias, down, up, self.scale)
+
+
+def plain_layers(x: Tensor, layers: Sequence[nn.Module]) -> list[Factors] | None:
+    """Weights of frozen linear layers for a node that computes several, in the dtype that x is to be multiplied in.
+
+    Args:
+        x: the layers' input.
+        layers: that are computed in one node of the graph.
+
+    Returns:
+        None in compiled code, in `as_in_pipelines`, or if a layer is trained, of another class than torch's or
+        `RoleLinear`, has hooks or other dtypes, or if some have adapters and others none.
+    """
+    if torch.compiler.is_compiling() or computes_as_in_pipelines():
+        return None
+    found: list[Factors] = []
+    for layer in layers:
+        factors = None if has_hooks(layer) else _factors_of(layer)
+        if factors is None:
+            return None
+        found.append(factors)
+    if len({factors.down is None for factors in found}) > 1:
+        return None
+    dtype = autocast_dtype(x.device.type)
+    if dtype is None:
+        return found if all(factors.are_of(x.dtype) for factors in found) else None
+    return [factors.to(dtype) for factors in found]
+
+
+def _factors_of(layer: nn.Module) -> Factors | None:
+    """The weights of a plain layer, with or without LoRA."""
+    if type(layer) is RoleLinear:
+        return layer.factors()
+    if type(layer) is not nn.Linear or layer.weight.requires_grad:
+        return None
+    return Factors(layer.weight, layer.bias)
+
+
+def as_rows(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """`[..., in]` as `[N, in]`, contiguous, in a dtype; None: as it is."""
+    x = x if dtype is None else x.to(dtype)
+    return x.contiguous().view(-1, x.shape[-1])
+
+
+def products(x: Tensor, layers: Sequence[Factors]) -> tuple[list[Tensor], Tensor | None]:
+    """Outputs `[N, out]` of layers that take the same input.
+
+    In `as_in_pipelines` the products of an adapter stand in peft's order. Elsewhere their short side comes first: on
+    the CPU the other order takes twice as long.
+
+    Args:
+        x: `[N, in]`, contiguous.
+        layers: all with an adapter, or none.
+
+    Returns:
+        One output a layer; and A x' of all adapters `[sum of r, N]`, for `products_gradients`.
+    """
+    outputs = [F.linear(x, layer.weight, layer.bias) for layer in layers]
+    downs = [layer.down for layer in layers if layer.down is not None]
+    if not downs:
+        return outputs, None
+    down = downs[0] if len(downs) == 1 else torch.cat(downs)
+    inner = (x @ down.t()).t() if computes_as_in_pipelines() else down @ x.t()
+    for output, layer, part in zip(outputs, layers, _parts(inner, layers), strict=True):
+        assert layer.up is not None
+        if output.dtype in (torch.float16, torch.bfloat16):
+            # Rounded where peft rounds, so that a student predicts in a stock pipeline what it predicts in training.
+            output += _scaled(part.t() @ layer.up.t(), layer.scale)
+        else:
+            output.addmm_(part.t(), layer.up.t(), alpha=layer.scale)
+    return outputs, inner
+
+
+def products_gradients(
+    grads: Sequence[Tensor],
+    x: Tensor | None,
+    inner: Tensor | None,
+    layers: Sequence[Factors],
+    of_x: bool,
+    of_adapters: Sequence[tuple[bool, bool]],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Gradients of `products`, each where it is asked for.
+
+    Args:
+        grads: of the outputs, `[N, out]` each.
+        x: the input `[N, in]`; None where no A's gradient is asked for.
+        inner: of `products`.
+        layers: as there.
+        of_x: whether x's gradient is asked for.
+        of_adapters: of which A, and of which B of each adapter.
+
+    Returns:
+        The gradient of x; and those of A and B of each adapter in turn.
+    """
+    grad_x: Tensor | None = None
+    if of_x:
+        grad_x = grads[0] @ layers[0].weight
+        for grad, layer in zip(grads[1:], layers[1:], strict=True):
+            grad_x.addmm_(grad, layer.weight)
+    if inner is None:
+        return grad_x, []
+    grad_ups: list[Tensor | None] = []
+    grad_inners: list[Tensor] = []
+    for grad, layer, part, (_, of_up) in zip(grads, layers, _parts(inner, layers), of_adapters, strict=True):
+        assert layer.up is not None
+        grad_ups.append(_scaled((part @ grad).t(), layer.scale) if of_up else None)
+        grad_inners.append(_scaled(layer.up.t() @ grad.t(), layer.scale))
+    grad_inner = grad_inners[0] if len(grad_inners) == 1 else torch.cat(grad_inners)
+    if grad_x is not None:
+        downs = [layer.down for layer in layers if layer.down is not None]
+        grad_x.addmm_(grad_inner.t(), downs[0] if len(downs) == 1 else torch.cat(downs))
+    grad_downs: Sequence[Tensor | None] = [None] * len(layers)
+    if x is not None and any(of_down for of_down, _ in of_adapters):
+        grad_downs = _parts(grad_inner @ x, layers)
+    return grad_x, [each for pair in zip(grad_downs, grad_ups, strict=True) for each in pair]
+
+
+def kept_weights(layers: Sequence[Factors]) -> list[Tensor | None]:
+    """What a node that computes layers keeps of their weights: three for each. Only so does checkpointing let go of
+    copies in autocast's dtype.
+    """
+    return [weight for layer in layers for weight in (layer.weight, layer.down, layer.up)]
+
+
+def layers_again(kept: Sequence[Tensor], scales: Sequence[float]) -> list[Factors]:
+    """The layers, without biases, of what `kept_weights` gave, and their scales."""
+    return [Factors(kept[3 * n], None, kept[3 * n + 1], kept[3 * n + 2], scale) for n, scale in enumerate(scales)]
+
+
+def _parts(stacked: Tensor, layers: Sequence[Factors]) -> Sequence[Tensor]:
+    """The rows of each layer's adapter in `[sum of r, ...]`."""
+    return (
+        (stacked,)
+        if len(layers) == 1
+        else stacked.split([len(layer.down) for layer in layers if layer.down is not None])
+    )
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -166,28 +357,26 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: _Context, x: Tensor, down: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, scale: float
+        ctx: Any, x: Tensor, down: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, scale: float
     ) -> Tensor:
-        output, computed = _product(x, down, up, weight, bias, scale)
-        ctx.save_for_backward(*computed)
+        dtype = autocast_dtype(x.device.type)
+        factors = Factors(weight, bias, down, up, scale).to(dtype)
+        rows = as_rows(x, dtype)
+        outputs, inner = products(rows, [factors])
+        ctx.save_for_backward(rows, inner, factors.down, factors.up, factors.weight)
         ctx.scale = scale
-        return output
+        ctx.shape = x.shape
+        return outputs[0].view(*x.shape[:-1], outputs[0].shape[-1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, inner, down, up, weight = ctx.saved_tensors
-        grad = grad.reshape(-1, len(up))
-        # The short side of a product comes first: on the CPU the other order takes up to four times as long.
-        grad_inner = up.t() @ grad.t()
-        grad_x = grad_down = grad_up = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad @ weight).addmm_(grad_inner.t(), down, alpha=ctx.scale).view(x.shape)
-        if _goes_on(ctx, 1):
-            grad_down = _scaled(grad_inner @ x.view(-1, x.shape[-1]), ctx.scale)
-        if _goes_on(ctx, 2):
-            grad_up = _scaled((inner.t() @ grad).t(), ctx.scale)
-        return grad_x, grad_down, grad_up, None, None, None
+        layer = Factors(weight, None, down, up, ctx.scale)
+        asked = [(goes_on(ctx, 1), goes_on(ctx, 2))]
+        grads = [grad.reshape(-1, len(up))]
+        grad_x, others = products_gradients(grads, x, inner, [layer], ctx.needs_input_grad[0], asked)
+        return None if grad_x is None else grad_x.view(ctx.shape), *others, None, None, None
 
 
 def _scaled(tensor: Tensor, scale: float) -> Tensor:
@@ -199,7 +388,12 @@ _node: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, float], Tensor] 
 """`_LoraLinear` of its arguments."""
 
 
-def _goes_on(ctx: _Context, number: int) -> bool:
+def asked_adapters(ctx: Any, first: int, count: int) -> list[tuple[bool, bool]]:
+    """Whether the running backward pass asks for A and for B of each of `count` adapters, from input `first` on."""
+    return [(goes_on(ctx, number), goes_on(ctx, number + 1)) for number in range(first, first + 2 * count, 2)]
+
+
+def goes_on(ctx: Any, number: int) -> bool:
     """Whether the running backward pass asks for the gradient of input `number`.
 
     `torch.autograd.grad` with respect to the network's input does not ask for those of the weights, but

@@ -19,12 +19,17 @@ class FrozenRMSNorm(RMSNorm):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         weight = self.weight
-        if weight is None or weight.requires_grad or self.bias is not None:
+        if not self.is_plain:
             output: Tensor = super().forward(hidden_states)
             return output
         if hidden_states.requires_grad and torch.is_grad_enabled():
             return _node(hidden_states, weight, self.eps)
-        return _product(hidden_states, weight, self.eps)[0]
+        return product(hidden_states, weight, self.eps)[0]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is a weight, which is not trained, and no bias."""
+        return self.weight is not None and not self.weight.requires_grad and self.bias is None
 
 
 def install_norms(network: nn.Module) -> None:
@@ -34,7 +39,7 @@ def install_norms(network: nn.Module) -> None:
             module.__class__ = FrozenRMSNorm
 
 
-def _product(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def product(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`x r w` with `r = 1 / sqrt(mean(x^2) + eps)` (arXiv 1910.07467, eq. 4), in diffusers' order, and r."""
     exact = x if x.dtype == torch.float64 else x.float()
     r = torch.rsqrt(exact.square().mean(-1, keepdim=True).add_(eps))
@@ -54,22 +59,26 @@ class _Context(Protocol):
 
 
 class _FrozenRMSNorm(torch.autograd.Function):
-    """`_product`; only the input gets a gradient, and only it and r are kept."""
+    """`product`; only the input gets a gradient, and only it and r are kept."""
 
     @staticmethod
     def forward(ctx: _Context, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        output, r = _product(x, weight, eps)
+        output, r = product(x, weight, eps)
         ctx.save_for_backward(x, weight, r)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, r = ctx.saved_tensors
-        normed = x * r
-        grad = (grad * weight).to(normed.dtype)
-        along = (grad * normed).mean(-1, keepdim=True)
-        return grad.sub_(normed.mul_(along)).mul_(r).to(x.dtype), None, None
+        return gradient(grad, *ctx.saved_tensors), None, None
+
+
+def gradient(grad: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> Tensor:
+    """Gradient of x, given that of `product`'s output, and its r."""
+    normed = x * r
+    grad = (grad * weight).to(normed.dtype)
+    along = (grad * normed).mean(-1, keepdim=True)
+    return grad.sub_(normed.mul_(along)).mul_(r).to(x.dtype)
 
 
 _node: Callable[[Tensor, Tensor, float], Tensor] = _FrozenRMSNorm.apply

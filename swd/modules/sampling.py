@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swd.modules.joint_attention import as_in_pipelines
+from swd.modules.in_pipelines import as_in_pipelines
 from swd.modules.networks import Networks
 from swd.types import Conditioning, Role, Size
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from swd.losses.base import Step
 from swd.losses.update import student_x0
-from swd.modules import distiller, joint_attention, rms_norm
+from swd.modules import distiller, joint_attention, joint_block, mlp, rms_norm
 from swd.modules.inputs import Inputs
 from swd.modules.lora_linear import RoleLinear
 
@@ -32,6 +32,8 @@ def go_the_plain_way(monkeypatch: pytest.MonkeyPatch, norms: bool = True) -> Non
     if norms:
         monkeypatch.setattr(rms_norm, "install_norms", lambda network: None)
     monkeypatch.setattr(joint_attention, "install_attention", lambda network: None)
+    monkeypatch.setattr(joint_block, "install_blocks", lambda network: None)
+    monkeypatch.setattr(mlp, "install_mlps", lambda network: None)
     monkeypatch.setattr(Step, "_joins", lambda step: False)
     monkeypatch.setattr(distiller, "with_predictions", one_by_one)
     monkeypatch.setattr(distiller, "FUSED", ())

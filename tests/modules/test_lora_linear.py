@@ -191,13 +191,13 @@ def test_what_is_not_plain_goes_through_peft(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_gradients_of_a_whole_network_are_those_of_peft(monkeypatch: pytest.MonkeyPatch) -> None:
-    networks = in_float64(build_networks())
-    weights = networks.role_parameters("student")
     conditioning = build_conditioning().to(torch.float64)
     found = []
     for plain in (True, False):
         if not plain:
             monkeypatch.setattr(RoleLinear, "_is_plain", lambda layer, role: False)
+        networks = in_float64(build_networks())
+        weights = networks.role_parameters("student")
         with networks.role("student"):
             output, _ = networks.backbone.predict(build_latents().double(), torch.tensor([0.9, 0.4]), conditioning)
         gradients = torch.autograd.grad(output.square().mean(), weights, allow_unused=True)

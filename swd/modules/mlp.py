@@ -1,0 +1,163 @@
+"""A frozen feed-forward layer with GELU, with or without LoRA, as one node of the autograd graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.activations import GELU
+from diffusers.models.attention import FeedForward
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from swd.modules.in_pipelines import computes_as_in_pipelines
+from swd.modules.lora_linear import (
+    Factors,
+    as_rows,
+    asked_adapters,
+    has_hooks,
+    kept_weights,
+    layers_again,
+    plain_layers,
+    products,
+    products_gradients,
+)
+
+SLOPE = 2 * math.sqrt(2 / math.pi)
+CUBE = 0.044715
+"""GELU's tanh form is `u sigmoid(SLOPE (u + CUBE u^3))` (arXiv 1606.08415, section 2)."""
+
+
+class TanhGELU(GELU):
+    """Diffusers' layer with GELU in its tanh form, whose values it gives but for rounding."""
+
+    def gelu(self, gate: Tensor) -> Tensor:
+        if gate.device.type != "cpu" or torch.compiler.is_compiling() or computes_as_in_pipelines():
+            output: Tensor = super().gelu(gate)
+            return output
+        if torch.is_grad_enabled():
+            return _gelu_node(gate)
+        return _gelu(gate)[0]
+
+
+class GELUFeedForward(FeedForward):
+    """Diffusers' feed-forward layer with `TanhGELU`: where all is plain and frozen, one node of the graph.
+
+    Layers that are trained, of another kind or have hooks go through diffusers' own forward pass, and so does compiled
+    code.
+    """
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layers = None if args or kwargs else self._plain(hidden_states)
+        if layers is None:
+            output: Tensor = super().forward(hidden_states, *args, **kwargs)
+            return output
+        if torch.is_grad_enabled():
+            adapters = [weight for layer in layers for weight in (layer.down, layer.up) if weight is not None]
+            return _node(hidden_states, *adapters, layers)
+        return _product(hidden_states, layers)[0]
+
+    def _plain(self, x: Tensor) -> list[Factors] | None:
+        """The weights of both layers, if they are plain and nothing else happens between them."""
+        gelu, dropout, last = self.net
+        if has_hooks(gelu) or has_hooks(dropout) or (dropout.p and self.training):
+            return None
+        return plain_layers(x, (gelu.proj, last))
+
+
+def install_mlps(network: nn.Module) -> None:
+    """Turn diffusers' feed-forward layers with GELU in its tanh form in a network into ours, in place."""
+    for module in network.modules():
+        if type(module) is FeedForward:
+            layers: Any = module.net
+            if len(layers) == 3 and type(layers[0]) is GELU and layers[0].approximate == "tanh":
+                layers[0].__class__ = TanhGELU
+                module.__class__ = GELUFeedForward
+
+
+@cache
+def _slope(dtype: torch.dtype) -> Tensor:
+    """`SLOPE` as a tensor on the CPU."""
+    return torch.tensor(SLOPE, dtype=dtype)
+
+
+def _gelu(u: Tensor) -> tuple[Tensor, Tensor | None]:
+    """GELU's tanh form, and on the CPU its sigmoid, with which torch takes half the time that its own GELU takes."""
+    if u.device.type != "cpu":
+        return F.gelu(u, approximate="tanh"), None
+    gate = torch.addcmul(_slope(u.dtype), u, u, value=SLOPE * CUBE).mul_(u).sigmoid_()
+    return u * gate, gate
+
+
+def _gelu_gradient(grad: Tensor, u: Tensor, gate: Tensor | None) -> Tensor:
+    """Gradient of u."""
+    if gate is None:
+        found: Tensor = torch.ops.aten.gelu_backward(grad, u, approximate="tanh")
+        return found
+    # The derivative is g + g (1 - g) u d with the sigmoid g and the derivative d of its argument.
+    rise = torch.addcmul(_slope(u.dtype), u, u, value=3 * SLOPE * CUBE).mul_(u).mul_(gate)
+    return torch.addcmul(gate, rise, 1 - gate).mul_(grad)
+
+
+def _product(x: Tensor, layers: Sequence[Factors]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The output, and what its gradient needs; inputs of layers only where an adapter needs them."""
+    wide, narrow = layers
+    rows = as_rows(x, wide.weight.dtype)
+    (before,), inner_wide = products(rows, [wide])
+    after, gate = _gelu(before)
+    (output,), inner_narrow = products(after, [narrow])
+    kept = (None if inner_wide is None else rows, inner_wide, before, gate)
+    return output.view(*x.shape[:-1], output.shape[-1]), (*kept, None if inner_narrow is None else after, inner_narrow)
+
+
+class _GELU(torch.autograd.Function):
+    """GELU's tanh form on the CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor) -> Tensor:
+        output, gate = _gelu(u)
+        ctx.save_for_backward(u, gate)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _gelu_gradient(grad, *ctx.saved_tensors)
+
+
+class _FeedForward(torch.autograd.Function):
+    """The feed-forward layer of x, adapters, layers."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *given: Any) -> Tensor:
+        layers = given[-1]
+        output, kept = _product(x, layers)
+        ctx.save_for_backward(*kept_weights(layers), *kept)
+        ctx.scales = [layer.scale for layer in layers]
+        ctx.shape = x.shape
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        wide, narrow = layers_again(saved[:6], ctx.scales)
+        rows, inner_wide, before, gate, after, inner_narrow = saved[6:]
+        of_wide = asked_adapters(ctx, 1, int(inner_wide is not None))
+        of_narrow = asked_adapters(ctx, 1 + 2 * len(of_wide), int(inner_narrow is not None))
+        grad = grad.reshape(-1, grad.shape[-1])
+        grad_after, grads_narrow = products_gradients([grad], after, inner_narrow, [narrow], True, of_narrow)
+        assert grad_after is not None
+        grad_before = _gelu_gradient(grad_after, before, gate)
+        of_x = ctx.needs_input_grad[0]
+        grad_x, grads_wide = products_gradients([grad_before], rows, inner_wide, [wide], of_x, of_wide)
+        return None if grad_x is None else grad_x.view(ctx.shape), *grads_wide, *grads_narrow, None
+
+
+_gelu_node: Callable[[Tensor], Tensor] = _GELU.apply
+_node: Callable[..., Tensor] = _FeedForward.apply
+"""The two nodes, of their arguments."""
