@@ -62,7 +62,7 @@ class RoleLinear(Linear):
         role = self.played.role
         compiling = torch.compiler.is_compiling()  # whose code would be made again when `known` changes
         parts = None if compiling else self.known.get(role)
-        if parts is None or parts.base is not self.base_layer:
+        if parts is None or not parts.are_of(self):
             if not self._is_plain(role):
                 return None
             parts = self._parts(role)
@@ -173,6 +173,12 @@ class PlainParts:
     up: nn.Module | None
     scaling: Mapping[str, float]
     empty: list[Any]
+
+    def are_of(self, layer: RoleLinear) -> bool:
+        """Whether the layer still consists of these."""
+        if self.base is not layer.base_layer or self.down is None:
+            return self.base is layer.base_layer
+        return self.down is layer.lora_A[self.role] and self.up is layer.lora_B[self.role]
 
     def factors(self) -> Factors:
         """The weights as they are now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -188,6 +189,29 @@ def test_what_is_not_plain_goes_through_peft(monkeypatch: pytest.MonkeyPatch) ->
     install(plain, PlayedRole("student"))
     with pytest.raises(AssertionError, match="plain"):
         plain(y)
+
+
+def test_what_is_known_of_a_layer_follows_its_changes() -> None:
+    layer = a_layer()
+    install(layer, PlayedRole("student"))
+    x = random(2, 7)
+
+    def expected(of: Any) -> Tensor:
+        down, up = of.lora_A["student"].weight, of.lora_B["student"].weight
+        return of.base_layer(x) + of.scaling["student"] * x @ down.t() @ up.t()
+
+    assert_close(layer(x), expected(layer), **EXACT)
+    copied: Any = copy.deepcopy(layer)
+    copied.lora_A["student"].weight.data.mul_(3)
+    copied.base_layer.weight.data.mul_(2)
+    assert_close(copied(x), expected(copied), **EXACT)
+    assert_close(layer(x), expected(layer), **EXACT)
+    layer.scaling["student"] = 5.0
+    layer.base_layer = nn.Linear(7, 5).double()
+    assert_close(layer(x), expected(layer), **EXACT)
+    for parts, new in ((layer.lora_A, nn.Linear(7, 3, bias=False)), (layer.lora_B, nn.Linear(3, 5, bias=False))):
+        parts["student"] = new.double()
+        assert_close(layer(x), expected(layer), **EXACT)
 
 
 def test_gradients_of_a_whole_network_are_those_of_peft(monkeypatch: pytest.MonkeyPatch) -> None:
