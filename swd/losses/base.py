@@ -289,9 +289,10 @@ class CriticStep(Step):
         else:
             x0 = None
             features = self.networks.features("fake", x_t, sigma, conditioning, blocks)
-        named = dict(zip(blocks, features, strict=True))
-        own = {block: feature[:count] for block, feature in named.items()}
-        return FakeOutput(x0, own, {block: feature[count:] for block, feature in named.items()})
+        # Not two slices, each of whose gradients would be padded with zeros to the whole, and both added.
+        halves = zip(*(feature.chunk(2) for feature in features), strict=True)
+        own, of_real = (dict(zip(blocks, half, strict=True)) for half in halves)
+        return FakeOutput(x0, own, of_real)
 
 
 class LossTerm(nn.Module):

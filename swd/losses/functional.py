@@ -120,10 +120,15 @@ def _rbf_mmd(real: Tensor, fake: Tensor, bandwidth: float) -> Tensor:
     return (2 * between - within(real) - within(fake)).mean()
 
 
-def discriminator_logits(head: nn.Module, features: Sequence[Tensor]) -> Tensor:
-    """Logits `[B]`: one shared head on each block's token mean (float32), averaged over blocks."""
-    logits = [head(block.float().mean(1)) for block in features]
-    return torch.stack(logits).mean(0).squeeze(-1)
+def discriminator_logits(head: nn.Module, *features: Sequence[Tensor]) -> Tensor:
+    """Logits `[B]`: one shared head on each block's token mean (float32), averaged over blocks.
+
+    Args:
+        head: makes `[B, 1]` of token means `[B, D]`, each row by itself.
+        features: of one batch, `[B, L, D]` by block; of several batches, whose logits then follow each other.
+    """
+    means = [torch.cat([block.float().mean(1) for block in batches]) for batches in zip(*features, strict=True)]
+    return torch.stack([head(mean) for mean in means]).mean(0).squeeze(-1)
 
 
 def gan_generator_loss(fake_logits: Tensor) -> Tensor:

@@ -82,8 +82,7 @@ class GAN(LossTerm):
         indices: IndexRange = self.critic_indices or step.networks.process.ranges.whole
         features = step.fake_features("renoise", indices, self.blocks)
         real_features = step.real_features("renoise", indices, self.blocks)
-        fake_logits = discriminator_logits(self.head, features)
-        real_logits = discriminator_logits(self.head, real_features)
+        fake_logits, real_logits = discriminator_logits(self.head, features, real_features).chunk(2)
         loss = gan_discriminator_loss(fake_logits, real_logits)
         right = ((fake_logits < 0).float().mean() + (real_logits > 0).float().mean()) / 2
         return self.discriminator_weight * loss, {

@@ -56,6 +56,8 @@ class BatchPart:
     def joined(parts: Sequence[BatchPart]) -> BatchPart:
         """All parts as one: losses and metrics are means, and a check holds if it does in every part."""
         first = parts[0]
+        if len(parts) == 1:
+            return first
         return BatchPart(
             torch.stack([part.loss for part in parts]).mean(),
             torch.cat([part.x0_hat for part in parts]),

@@ -17,6 +17,7 @@ from torch.testing import assert_close
 
 from swd.losses import DMD, GAN, MMD, CriticStep, GeneratorStep, LossTerm
 from swd.losses import functional as L
+from swd.losses.gan_head import GANHead
 from swd.losses.update import critic_loss, generator_gradient, settle, student_x0, trainers, wanted
 from swd.modules.networks import SharedBase
 from swd.types import SeededDraws, UserError
@@ -513,6 +514,17 @@ def test_the_head_reads_token_means_in_float32() -> None:
     tokens = 100 + torch.randn(2, 50, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert_close(L.discriminator_logits(head, [tokens.bfloat16()]), head(tokens.bfloat16().float().mean(1))[:, 0])
+
+
+def test_logits_of_two_batches_are_those_of_each_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    fake, real = ([torch.randn(3, 5, 8, generator=generator) for _ in range(2)] for _ in range(2))
+    torch.manual_seed(0)
+    head = GANHead(8, 2)
+    together = L.discriminator_logits(head, fake, real)
+    apart = [L.discriminator_logits(head, features) for features in (fake, real)]
+    assert_close(together, torch.cat(apart))
+    assert len({round(value, 6) for value in together.tolist()}) == 6, "all samples differ"
 
 
 def test_gan_losses_are_finite_for_extreme_logits() -> None:

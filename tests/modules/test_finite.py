@@ -342,9 +342,16 @@ def test_all_processes_stop_when_one_of_them_must(tiny_model: Path, tmp_path: Pa
     assert [file.name for file in (tmp_path / "run" / "checkpoints").iterdir()] == ["iteration-1.ckpt"]
 
 
+class OfADevice(Tensor):
+    """Stands for a tensor of a GPU, where another operation looks at it."""
+
+    is_cpu = False
+
+
+@pytest.mark.parametrize("kind", [Tensor, OfADevice])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_finite_means_every_element_of_every_tensor(dtype: torch.dtype) -> None:
-    largest = torch.full((3, 5), torch.finfo(dtype).max, dtype=dtype)
+def test_finite_means_every_element_of_every_tensor(dtype: torch.dtype, kind: type[Tensor]) -> None:
+    largest = torch.full((3, 5), torch.finfo(dtype).max, dtype=dtype).as_subclass(kind)
     rest = [torch.zeros(0), torch.tensor([2**40]), torch.tensor(-1.0), largest[:, ::2], -largest]
     assert all_finite(rest) and all_finite([]) and all_finite(rest[:2]), "a sum of squares would overflow"
     for value in (NAN, INF, -INF):

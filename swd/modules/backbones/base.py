@@ -342,7 +342,8 @@ class Backbone(nn.Module, ABC):
 
     def rows_of(self, value: Any, rows: int) -> Any:
         """The first samples of what a module `behind` a block is given: of a tensor, its rows; else as it is."""
-        return value[:rows] if isinstance(value, Tensor) else value
+        # A slice of all rows would cost a copy of the gradient.
+        return value[:rows] if isinstance(value, Tensor) and len(value) > rows else value
 
     def timestep(self, x_t: Tensor, sigma: Tensor) -> Tensor:
         """The network's timestep input for `sigma`, one value a sample `[B]`, on a scale of 0 to 1000."""
