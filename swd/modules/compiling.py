@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.fx.experimental import _config as fx_config
 
 from swd.modules.networks import Networks
 from swd.types import UserError
@@ -36,6 +37,7 @@ def compile_in_place(blocks: Iterable[nn.Module], backend: str = "inductor") -> 
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    fx_config.use_duck_shape = False  # or a graph that is made for squares does not take other proportions
     for block in dict.fromkeys(blocks):
         block.forward = torch.compile(block.forward, dynamic=True, backend=backend)  # type: ignore[method-assign]
 
