@@ -109,27 +109,26 @@ def test_blocks_that_are_alike_share_a_graph_and_their_hooks_stay_outside(fresh:
 
 @pytest.mark.slow
 def test_a_compiled_training_on_a_base_with_adapters_moves_as_a_plain_one(tmp_path: Path, fresh: None) -> None:
-    """By the real compiler, with all losses."""
+    """By the real compiler."""
     folder = families.save("sd3", tmp_path / "m")
     style = tmp_path / "style"
     style.mkdir()
-    plain = families.pretrained("sd3", folder)
-    write_layouts(style, families.random_state(plain), "base", plain.backbone_class.subfolder)
-    moved: dict[str, list[dict[str, Tensor]]] = {}
-    for adapters in ("null", f"[{{path:{style},weight:0.5}}]"):
-        for compiled in (False, True):
-            run = tmp_path / f"run{len(moved)}{compiled}"
-            more = {"model__adapters": adapters, "task__compiled": str(compiled).lower(), "callbacks": "adapter"}
-            train.run(tiny.composed(tiny.overrides(folder, run, **more)))
-            assert bool(counters["stats"]["unique_graphs"]) == compiled
-            counters.clear()
-            moved.setdefault(adapters, []).append(load(run / "adapter").state)
-    for one, other in moved.values():
-        for key, value in one.items():
-            assert_close(other[key], value, rtol=1e-3, atol=1e-6)
-    # The adapter counts.
-    first, second = (one for one, _ in moved.values())
-    assert any((first[key] - value).abs().max() > 1e-4 for key, value in second.items())
+    model = families.pretrained("sd3", folder)
+    write_layouts(style, families.random_state(model), "base", model.backbone_class.subfolder)
+
+    def trained(name: str, adapters: str, compiled: str) -> dict[str, Tensor]:
+        more = {"loss": "mmd", "callbacks": "adapter", "model__adapters": adapters, "task__compiled": compiled}
+        train.run(tiny.composed(tiny.overrides(folder, tmp_path / name, **more)))
+        return load(tmp_path / name / "adapter").state
+
+    entry = f"[{{path:{style},weight:0.5}}]"
+    without, plain = trained("without", "null", "false"), trained("plain", entry, "false")
+    assert not counters["stats"]["unique_graphs"]
+    compiled = trained("compiled", entry, "true")
+    assert counters["stats"]["unique_graphs"]
+    for key, value in plain.items():
+        assert_close(compiled[key], value, rtol=1e-3, atol=1e-6)
+    assert any((without[key] - value).abs().max() > 1e-4 for key, value in plain.items())
 
 
 def test_a_task_compiles_its_networks_where_there_is_a_compiler(
