@@ -469,11 +469,16 @@ def terms_of(model: Pretrained, names: Sequence[str]) -> dict[str, LossTerm]:
     return {name: every[name]() for name in names}
 
 
-def small_sizes(sizes: Sequence[Any], divisor: int) -> list[Any]:
-    """Sizes for the CPU: the least that grow as the given ones do."""
+LEAST = {"z_image": 5}
+"""Patches along the side of the first small size, where 2 would cost what the others do: Z-Image adds tokens up to a
+multiple of 32."""
+
+
+def small_sizes(sizes: Sequence[Any], divisor: int, least: int = 2) -> list[Any]:
+    """Sizes for the CPU that grow as the given ones do, from `least` patches along a side."""
 
     def side(rank: int) -> int:
-        return divisor * (rank + 2)
+        return divisor * (rank + least)
 
     flat = [size if isinstance(size, list) else [size] for size in sizes]
     order = sorted({tuple(size) for size in flat})
@@ -605,7 +610,7 @@ def training_rows(job: Job, machine: Machine, folder: Path, counts: Counts) -> I
 def schedule_with(model: Pretrained, name: str, small: bool) -> ScaleSchedule:
     """The schedule that a model's students have, or one of its kind with small sizes."""
     given = schedule_of(name)
-    sizes = small_sizes(given["sizes"], model.limits.divisor) if small else given["sizes"]
+    sizes = small_sizes(given["sizes"], model.limits.divisor, LEAST.get(name, 2)) if small else given["sizes"]
     return ScaleSchedule(given["sigmas"], sizes, given.get("process"))
 
 

@@ -274,5 +274,13 @@ def test_sizes_on_the_cpu_grow_as_the_models_do() -> None:
     assert suite.small_sizes([[6, 20, 34], [11, 30, 52], [11, 30, 52]], 2) == [[1, 4, 4], [1, 6, 6], [1, 6, 6]]
 
 
+@pytest.mark.parametrize("name", published())
+def test_larger_sizes_on_the_cpu_are_more_work(name: str, tmp_path: Path) -> None:
+    model = suite.random_model(name, tmp_path / "model", small=True)
+    schedule = suite.schedule_with(model, name, small=True)
+    work = NO_COUNTS.sampling(Job("sampling", name), model, schedule)
+    assert work[schedule.sizes[-1]] > work[schedule.sizes[0]]
+
+
 def test_the_makefile_runs_the_suite() -> None:
     assert "benchmarks/suite.py $(ARGS)" in (Path(suite.__file__).parents[1] / "Makefile").read_text()

@@ -153,7 +153,7 @@ def test_a_command_composes(line: str, tmp_path: Path) -> None:
         return
     config.check(cfg, module.ROOT)
     if command == "evaluate":
-        evaluate.check_numbers(cfg)
+        evaluate.check_numbers(cfg, "evaluate")
         assert evaluate.metrics_of(cfg)[0] and all(evaluate.entry_of(each) for each in config.to_plain(cfg.models))
     elif "model" in cfg:
         assert config.build(cfg, "model").limits.native

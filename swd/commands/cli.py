@@ -175,12 +175,13 @@ def check_before_importing(cfg: Any, command: str) -> None:
     """
     from omegaconf import OmegaConf
 
-    from swd.commands.early import check_named_values
+    from swd.commands.early import check_named_values, check_presence
     from swd.commands.keys import ROOTS
     from swd.config import check
     from swd.source_parameters import parameters_in_source
 
     root = ROOTS.get(command)
+    check_presence(command, cfg)
     if root is not None and not any(OmegaConf.is_missing(cfg, key) for key in cfg):
         check(cfg, root, allow=(), look=parameters_in_source)
         check_named_values(command, cfg)

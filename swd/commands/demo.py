@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from swd.callbacks import SaveAdapter
 from swd.callbacks.fixed_losses import FixedLosses
 from swd.commands import keys, shared, train
+from swd.commands.numbers import check_numbers
 from swd.config import build, check, given_keys, node_of, overrides
 from swd.modules.distiller import Distiller
 from swd.modules.family_folder import resolve_asset
@@ -94,15 +95,9 @@ def check_settings(cfg: DictConfig) -> Path:
     Raises:
         UserError: naming the setting and the fix.
     """
-    for key, least in (("n_pictures", 2), ("shown", 1), ("timing_batches", 1), ("minutes", 1)):
-        if cfg[key] is not None and cfg[key] < least:
-            raise UserError(f"{key}={cfg[key]}; use at least {least}")
+    check_numbers(cfg, "demo")
     if "encoded" in given_keys() and not cfg.data._target_.endswith(".EncodedPairs"):
         raise UserError(f"encoded={cfg.encoded} is of data=shapes_encoded, and these data are others; leave it out")
-    if cfg.shown > cfg.n_pictures:
-        raise UserError(f"shown={cfg.shown} is more than n_pictures={cfg.n_pictures}; use at most that many")
-    if cfg.trainer.max_steps < 1:
-        raise UserError(f"trainer.max_steps={cfg.trainer.max_steps}; the demo distils for at least 1 iteration")
     return _judge_folder(cfg.judge)
 
 

@@ -1,4 +1,4 @@
-"""Values that commands take from lists of names, checked before a command and all that it needs is imported."""
+"""What commands check by themselves, done before a command and all that it needs is imported."""
 
 from __future__ import annotations
 
@@ -8,10 +8,34 @@ from omegaconf import DictConfig, OmegaConf
 
 from swd.commands.gpus import checked_gpu
 from swd.commands.group_options import check_metrics
+from swd.commands.numbers import check_given, check_numbers
+from swd.commands.training_keys import check_unread
+from swd.config import to_plain
+from swd.evaluation.entries import check_row_names, entry_of
 from swd.modules.family_names import known_families, unknown_family
 
-CHECKS: Mapping[str, Callable[[DictConfig], object]] = {"plan": checked_gpu, "evaluate": check_metrics}
-"""What a command checks by itself, by its name. The command checks it again, for those who call it from Python."""
+
+def check_entries(cfg: DictConfig) -> None:
+    """Raise UserError for an entry of `models` or `metrics` of an evaluation that is none."""
+    check_row_names([entry_of(entry)["name"] for entry in to_plain(cfg.models)])
+    check_metrics(cfg)
+
+
+FIRST: Mapping[str, Callable[[DictConfig], object]] = {"encode": check_unread}
+"""What a command checks before keys and types: values that others refer to."""
+CHECKS: Mapping[str, Callable[[DictConfig], object]] = {"plan": checked_gpu, "evaluate": check_entries}
+"""What a command checks beside its numbers. The command checks it again, for those who call it from Python."""
+
+
+def check_presence(command: str, cfg: DictConfig) -> None:
+    """Check that required keys are given, and what the command checks before keys and types.
+
+    Raises:
+        UserError: naming the key and the fix.
+    """
+    check_given(cfg, command)
+    if command in FIRST and not any(OmegaConf.is_missing(cfg, key) for key in cfg):
+        FIRST[command](cfg)
 
 
 def check_named_values(command: str, cfg: DictConfig) -> None:
@@ -20,6 +44,7 @@ def check_named_values(command: str, cfg: DictConfig) -> None:
     Raises:
         UserError: naming the value and the fix.
     """
+    check_numbers(cfg, command)
     family = OmegaConf.select(cfg, "model.family")
     if isinstance(family, str) and "." not in family and family not in known_families():
         raise unknown_family(family)

@@ -15,20 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from swd import __version__
 from swd.commands import keys, shared
 from swd.commands.keys import Posterior
-from swd.config import build, check, fits, given_keys
+from swd.commands.numbers import check_given, check_numbers
+from swd.commands.training_keys import check_unread
+from swd.config import build, check
 from swd.data.cache import TEXT, Precision, latents_name, pack_latents, pack_text, relative_error
 from swd.data.datamodule import GuardedLoader, check_pixels
 from swd.data.decoders import PictureDecoder, empty_name
 from swd.data.identity import identity
 from swd.data.indexed import IndexedShards
-from swd.data.job import MOST_IN_A_SHARD, Job, Sample, in_shared_memory, say
+from swd.data.job import Job, Sample, in_shared_memory, say
 from swd.data.shard_writer import is_done, shard_name
 from swd.data.shards import CorruptSample
 from swd.io import limits
@@ -43,8 +45,6 @@ from swd.schedule import ScaleSchedule, downscale
 from swd.types import SeededDraws, Size, UserError, in_unit_range, stacked
 
 ROOT = keys.ENCODE
-UNREAD = ("endless", "prefetch", "window", "max_bad", "seed")
-"""Keys of `data` that say how a training goes through samples."""
 NOTES = "notes"
 """Name of the folder with one note for each finished shard: its measurements and its unusable rows."""
 LOOKED_AT = 1000
@@ -112,32 +112,12 @@ class EncodingPlan:
     max_bad: float
 
 
-def check_unread(cfg: DictConfig) -> None:
-    """Raise UserError for keys that only a training reads, such as its batch size."""
-    plain: Any = OmegaConf.to_container(cfg, resolve=False)
-    for group, taken in (("data", "${recipe.batch_size}"), ("recipe", "${batch_size}")):
-        given = (plain.get(group) or {}).get("batch_size", taken)
-        if given != taken:
-            raise UserError(f"{group}.batch_size={given} is of a training; here it is batch_size=NUMBER")
-    for key in given_keys():
-        group, _, name = key.partition(".")
-        if group == "data" and name in UNREAD:
-            here = f"; here it is {name}=VALUE" if name in ROOT else "; remove it"
-            raise UserError(f"{key} is of a training{here}")
-    if not fits(cfg.batch_size, int):  # before values that refer to it are reported in its place
-        raise UserError(f"batch_size={cfg.batch_size!r} is not valid; expected an integer")
-    limits.whole("batch_size", cfg.batch_size, 1, limits.AT_ONCE, "no device encodes more at once")
-
-
 def check_values(cfg: DictConfig) -> None:
     """Raise UserError for values of the configuration that no model or data set could be encoded with."""
-    if OmegaConf.is_missing(cfg, "out"):
-        raise UserError("out is missing; give out=FOLDER")
+    check_given(cfg, "encode")
     check_unread(cfg)
     check(cfg, ROOT)
-    limits.whole("shard_size", cfg.shard_size, 1, MOST_IN_A_SHARD, "a shard is kept in memory until it is complete")
-    limits.whole("limit", cfg.limit, 1)
-    limits.number("max_bad", cfg.max_bad, 0, 1, "a share of the samples")
+    check_numbers(cfg, "encode")
 
 
 def prepare(cfg: DictConfig) -> EncodingPlan:

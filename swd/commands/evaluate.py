@@ -19,20 +19,19 @@ from rich.table import Table
 from swd import __version__
 from swd.commands import keys, shared
 from swd.commands.group_options import composed, metric_node, option, options
+from swd.commands.numbers import check_given, check_numbers
 from swd.commands.sample import check_machine, check_tiny_vae, final_size
-from swd.config import allowed_here, build_node, check, fits, given_keys, node_of, overrides, to_plain
-from swd.data.job import MOST_IN_A_SHARD
+from swd.config import allowed_here, build_node, check, given_keys, node_of, overrides, to_plain
 from swd.evaluation import result_files
 from swd.evaluation.candidate_pictures import CandidatePainter, check_levels, check_space, draw_share
 from swd.evaluation.candidates import (
     Candidate,
     DrawingModel,
-    check_row_names,
     given_pictures,
     holds_pictures,
-    name_of,
     real_pictures,
 )
+from swd.evaluation.entries import check_row_names, entry_of
 from swd.evaluation.plan import Plan, chunks_of, mine
 from swd.evaluation.score import Bootstrap, Real, Scoring
 from swd.evaluation.timing import Costs, Timing, warn_of_slow_precision
@@ -64,16 +63,6 @@ SHAPES = "shapes"
 """Value of `prompts` and `reference` that stands for those of the embedded model."""
 SHAPES_PROMPTS = 1024
 """Prompts of shapes where no number is given, and rendered pictures at least: as many as assets/shapes-judge is of."""
-OPTIONS = {
-    "name": str,
-    "model": str,
-    "base": str,
-    "steps": int,
-    "guidance_scale": int | float,
-    "sigmas": list[float],
-    "schedule": str | dict[str, Any],
-}
-"""Keys of an entry of `models` that is a mapping."""
 OF_TEACHERS, OF_STUDENTS = ("steps", "guidance_scale", "sigmas"), ("schedule",)
 
 
@@ -227,16 +216,9 @@ def prepare(cfg: DictConfig) -> Evaluation:
     Raises:
         UserError: naming what is wrong and the fix.
     """
-    examples = {
-        "models": "'[teacher, RUN]'",
-        "prompts": "coco.csv, or shapes with the embedded model",
-        "metrics": "'[fid, clip]', or '[shapes_accuracy]' with the embedded model",
-    }
-    for key, example in examples.items():
-        if OmegaConf.is_missing(cfg, key):
-            raise UserError(f"{key} is missing; give {key}={example}")
+    check_given(cfg, "evaluate")
     check(cfg, ROOT)
-    check_numbers(cfg)
+    check_numbers(cfg, "evaluate")
     timing = timing_of(cfg)
     requests = evaluated_requests(cfg)
     metrics, settings = metrics_of(cfg)
@@ -248,19 +230,6 @@ def prepare(cfg: DictConfig) -> Evaluation:
     scoring = Scoring(plan, metrics, real_of(cfg, requests), bootstrap, settings)
     scoring.check()
     return Evaluation(plan, scoring, timing, published_of(cfg, candidates))
-
-
-def check_numbers(cfg: DictConfig) -> None:
-    """Raise UserError for a number out of range."""
-    limits.whole("n", cfg.n, 2)
-    limits.whole("images_per_prompt", cfg.images_per_prompt, 1)
-    limits.whole("batch_size", cfg.batch_size, 1, limits.AT_ONCE, "no device draws more at once")
-    limits.whole("chunk_size", cfg.chunk_size, 1, MOST_IN_A_SHARD, "the features of a chunk are one file")
-    limits.whole("bootstrap.draws", cfg.bootstrap.draws, 2, 10**6, "far more than an interval needs")
-    if not 0 < cfg.bootstrap.level < 1:
-        raise UserError(f"bootstrap.level={cfg.bootstrap.level}; use a number between 0 and 1, e.g. 0.95")
-    limits.seed("seed", cfg.seed)
-    limits.seed("bootstrap.seed", cfg.bootstrap.seed)
 
 
 def published_of(cfg: DictConfig, candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
@@ -292,16 +261,13 @@ def timing_of(cfg: DictConfig) -> Timing | None:
     """How latency is measured; None: not at all.
 
     Raises:
-        UserError: for a number out of range, or an option that this machine lacks something for.
+        UserError: for an option that this machine lacks something for.
     """
     if cfg.timing is None:
         return None
     given = to_plain(cfg.timing)
     settings = {key: given.pop(key) for key in ("tiny_vae", "compile", "compile_coders") if key in given}
     timing = Timing(**given, options=DrawingOptions(**settings))
-    limits.whole("timing.batch", timing.batch, 1, limits.AT_ONCE, "no device draws more at once")
-    limits.whole("timing.runs", timing.runs, 1, 10**6)
-    limits.whole("timing.warmup", timing.warmup, 0, 10**6)
     check_machine(timing.options, "timing.")
     return timing
 
@@ -411,25 +377,6 @@ def _pixels(size: Sequence[int]) -> str:
     return "x".join(map(str, reversed(size)))
 
 
-def entry_of(entry: Any) -> dict[str, Any]:
-    """An entry of `models` as a mapping with a name.
-
-    Raises:
-        UserError: for an unknown key, or a value of another type.
-    """
-    given = {"model": entry} if isinstance(entry, str) else entry
-    if not isinstance(given, dict) or "model" not in given:
-        raise UserError(f"models: {entry!r} is no model; give a path, or {{name: NAME, model: PATH, OPTION: VALUE}}")
-    for key, value in given.items():
-        if key not in OPTIONS:
-            raise UserError(f"models: unknown key {key} in {entry!r}; known keys are {', '.join(OPTIONS)}")
-        if not fits(value, OPTIONS[key]) or isinstance(value, bool):
-            raise UserError(f"models: {key}={value!r} is not valid")
-    if not given["model"].strip():
-        raise UserError("models: an entry is empty; give a path, or teacher")
-    return {"name": name_of(given["model"])} | given
-
-
 def candidate_of(
     entry: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], cfg: DictConfig, requests: Requests
 ) -> Candidate:
@@ -489,7 +436,6 @@ def teacher_candidate(entry: Mapping[str, Any], node: Any, cfg: DictConfig) -> D
         check_levels(name, sigmas, model)
     steps = len(sigmas) if sigmas is not None else entry.get("steps", model.teacher_steps)
     limits.whole(f"models: steps of {name}", steps, 1, limits.STEPS)
-    limits.number(f"models: guidance_scale of {name}", entry.get("guidance_scale"), 1, limits.GUIDANCE, "1 for none")
     model.draw_with(steps, entry.get("guidance_scale"))
     levels = None if sigmas is None else tuple(map(float, sigmas))
     return DrawingModel(name, TEACHER, model, None, None, final_size(cfg, model), steps, levels)

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from swd.commands import keys, shared
+from swd.commands.numbers import check_given
 from swd.config import check
 from swd.export.student_folder import build_model, check_target, export, recorded_model, schedule_of
 from swd.io.job_log import JobLog
 from swd.modules.adapters import locate
 from swd.modules.saved_student import load_student
-from swd.types import UserError
 
 ROOT = keys.EXPORT
 
 
 def run(cfg: DictConfig) -> None:
     """Export the student that `run` names; prints the folder."""
-    if OmegaConf.is_missing(cfg, "to"):
-        raise UserError("to is missing; give to=FOLDER")
+    check_given(cfg, "export")
     check(cfg, ROOT)
     shared.quiet()
     target = Path(cfg.to)

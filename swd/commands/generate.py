@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from swd import __version__
 from swd.commands import keys, shared
+from swd.commands.numbers import check_given, check_numbers
 from swd.commands.sample import final_size
 from swd.config import build, check, given_keys, to_plain
 from swd.data.identity import attention_kernel, quantized_layers, whole_fingerprint
-from swd.data.job import MOST_IN_A_SHARD, PARTIAL, Job, Sample, say
+from swd.data.job import PARTIAL, Job, Sample, say
 from swd.data.shard_writer import is_done, shard_name
-from swd.io import limits, video
+from swd.io import video
 from swd.io.files import write_aside
 from swd.io.pictures import picture_bytes, to_pil
 from swd.io.ranks import is_first, share
@@ -126,10 +127,9 @@ def prepare(cfg: DictConfig) -> DrawingPlan:
     Raises:
         UserError: naming what is wrong and the fix.
     """
-    for key, example in (("prompts", "prompts.csv"), ("out", "folder")):
-        if OmegaConf.is_missing(cfg, key):
-            raise UserError(f"{key} is missing; give {key}={example}")
+    check_given(cfg, "generate")
     check(cfg, ROOT)
+    check_numbers(cfg, "generate")
     requests = requests_of(cfg)
     model = model_of(cfg)
     if model.backbone_class.video:
@@ -149,17 +149,8 @@ def requests_of(cfg: DictConfig) -> Requests:
     """The requests of all rows: `images_per_prompt` for each prompt of the list.
 
     Raises:
-        UserError: if the list cannot be read, or a number is out of range.
+        UserError: if the list cannot be read.
     """
-    limits.whole("images_per_prompt", cfg.images_per_prompt, 1)
-    limits.whole("batch_size", cfg.batch_size, 1, limits.AT_ONCE, "no device draws more at once")
-    limits.whole("shard_size", cfg.shard_size, 1, MOST_IN_A_SHARD, "a shard is one file")
-    limits.whole("fps", cfg.fps, 1, limits.FPS)
-    limits.whole("steps", cfg.steps, 1, limits.STEPS, "the noise levels that models are trained on")
-    limits.number("guidance_scale", cfg.guidance_scale, 1, limits.GUIDANCE, "1 for none")
-    if not 1 <= cfg.quality <= 100:
-        raise UserError(f"quality={cfg.quality}; use 1 to 100")
-    limits.seed("seed", cfg.seed)
     rows = read_prompts(Path(cfg.prompts), "prompts")
     check_filled(rows, cfg.prompts)
     return Requests(rows, cfg.images_per_prompt, cfg.seed)

@@ -32,6 +32,13 @@ def options(group: str) -> list[str]:
     return [name for name in found if not name.startswith("_")]
 
 
+def check_option(group: str, name: Any, key: str) -> None:
+    """Raise UserError if a group has no option of this name; arguments as of `option`."""
+    known = options(group)
+    if name not in known:
+        raise UserError(f"{key}: there is no {group} {name!r}; choose from {', '.join(known)}")
+
+
 def option(group: str, name: Any, key: str) -> dict[str, Any]:
     """An option of a group as plain values.
 
@@ -49,9 +56,7 @@ def option(group: str, name: Any, key: str) -> dict[str, Any]:
 
 def composed(group: str, name: Any, key: str) -> dict[str, Any]:
     """An option of a group, as `option`, under the group's name, and beside it what its file sets in other groups."""
-    known = options(group)
-    if name not in known:
-        raise UserError(f"{key}: there is no {group} {name!r}; choose from {', '.join(known)}")
+    check_option(group, name, key)
     with hydra_ready():
         found: dict[str, Any] = to_plain(compose(f"{group}/{name}"))
     return found
@@ -62,21 +67,30 @@ def metric_node(entry: Any) -> tuple[str | None, dict[str, Any]]:
 
     The name is None for a constructor (`_target_`), whose metric names itself.
     """
-    if isinstance(entry, str):
-        return entry, option("metric", entry, "metrics")
-    if isinstance(entry, dict) and "_target_" in entry:
-        return None, entry
-    if not isinstance(entry, dict) or not isinstance(entry.get("metric"), str):
-        raise UserError(f"metrics: {entry!r} is no metric; give a name, or {{metric: NAME, OPTION: VALUE}}")
-    name = entry.get("name", entry["metric"])
-    if not isinstance(name, str):
-        raise UserError(f"metrics: name={name!r} is no name; use letters and digits")
-    more = {key: value for key, value in entry.items() if key not in ("metric", "name")}
-    merged: Any = OmegaConf.to_container(OmegaConf.merge(option("metric", entry["metric"], "metrics"), more))
-    return name, merged
+    given = _metric_mapping(entry)
+    if "_target_" in given:
+        return None, given
+    more = {key: value for key, value in given.items() if key not in ("metric", "name")}
+    merged: Any = OmegaConf.to_container(OmegaConf.merge(option("metric", given["metric"], "metrics"), more))
+    return given["name"], merged
 
 
 def check_metrics(cfg: DictConfig) -> None:
-    """Raise UserError for an entry of `metrics` that names no metric."""
+    """Raise UserError for an entry of `metrics` that names no metric; none is composed, which takes long."""
     for entry in to_plain(cfg.metrics):
-        metric_node(entry)
+        given = _metric_mapping(entry)
+        if "_target_" not in given:
+            check_option("metric", given["metric"], "metrics")
+
+
+def _metric_mapping(entry: Any) -> dict[str, Any]:
+    """An entry of `metrics` as a mapping that has `metric` and `name`, or a `_target_`."""
+    given = {"metric": entry} if isinstance(entry, str) else entry
+    if isinstance(given, dict) and "_target_" in given:
+        return given
+    if not isinstance(given, dict) or not isinstance(given.get("metric"), str):
+        raise UserError(f"metrics: {entry!r} is no metric; give a name, or {{metric: NAME, OPTION: VALUE}}")
+    name = given.get("name", given["metric"])
+    if not isinstance(name, str):
+        raise UserError(f"metrics: name={name!r} is no name; use letters and digits")
+    return given | {"name": name}

@@ -210,6 +210,7 @@ ROOTS: Mapping[str, Mapping[str, Any]] = {
     "export": EXPORT,
     "generate": GENERATE,
     "import": IMPORT,
+    "encode": ENCODE,
     "plan": PLAN,
     "spectra": SPECTRA,
     "dashboard": DASHBOARD,
@@ -217,4 +218,4 @@ ROOTS: Mapping[str, Mapping[str, Any]] = {
     "report": REPORT,
     "compare": COMPARE,
 }
-"""The tables of the commands that check nothing else before them."""
+"""The tables of all commands."""

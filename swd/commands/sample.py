@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from swd import __version__
 from swd.commands import keys, shared, starting_pictures
+from swd.commands.numbers import check_numbers, check_sides
 from swd.commands.starting_pictures import StartPlan, start_plan
 from swd.config import check, given_keys, node_of, read_recorded, stored
 from swd.data.buckets import aspect_size
@@ -293,11 +294,7 @@ def plan(cfg: DictConfig, captions: Sequence[str] | None = None) -> list[Request
     Raises:
         UserError: for an empty list of prompts, an empty prompt, or numbers out of range.
     """
-    # Plain numbers.
-    limits.whole("images_per_prompt", cfg.images_per_prompt, 1)
-    limits.whole("batch_size", cfg.batch_size, 1, limits.AT_ONCE, "no device draws more at once")
-    limits.whole("fps", cfg.fps, 1, limits.FPS)
-    limits.seed("seed", cfg.seed)
+    check_numbers(cfg, "sample")
 
     # Prompts.
     if captions is not None:
@@ -346,6 +343,7 @@ def final_size(cfg: DictConfig, model: Pretrained, native: Size | None = None) -
         UserError: if it is not a size that the model can take.
     """
     # Height and width.
+    check_sides(cfg)
     factor = model.factor
     *frames, height, width = native or model.size
     if cfg.aspect is not None:
@@ -354,7 +352,6 @@ def final_size(cfg: DictConfig, model: Pretrained, native: Size | None = None) -
         height, width = aspect_size(cfg.aspect, height * width, model.limits.divisor)
     for key, old in (("height", height), ("width", width)):
         pixels = cfg[key]
-        limits.whole(key, pixels, 1, limits.SIDE, "eight times what models are trained on")
         if pixels is not None and pixels % (factor * model.limits.divisor):
             step = factor * model.limits.divisor
             near = max(step, round(pixels / step) * step)

@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from swd import __version__
 from swd.commands import keys, shared
+from swd.commands.numbers import check_given, check_numbers
 from swd.config import build, check
 from swd.data.decoders import CacheDecoder
 from swd.data.indexed import IndexedShards
 from swd.data.job import say
 from swd.data.shards import ShardSet
-from swd.io import limits
 from swd.io.files import claim_folder, write_json, write_text
 from swd.io.job_log import JobLog
 from swd.metrics.spectrum import NoisedSpectrum, noised, power_in_space, power_in_time
@@ -104,16 +104,10 @@ def prepare(cfg: DictConfig) -> SpectraPlan:
         UserError: naming the setting and the fix.
     """
     # Settings alone.
-    if OmegaConf.is_missing(cfg, "cache"):
-        raise UserError(
-            "cache is missing; encode pictures or videos first: swd encode ... out=FOLDER, then cache=FOLDER"
-        )
+    check_given(cfg, "spectra")
     check(cfg, ROOT)
-    limits.whole("n", cfg.n, 1)
-    limits.whole("batch_size", cfg.batch_size, 1, limits.AT_ONCE)
+    check_numbers(cfg, "spectra")
     levels = sorted({float(level) for level in cfg.levels})
-    if not levels or not 0 < levels[0] <= levels[-1] < 1:
-        raise UserError(f"levels={list(cfg.levels)}; use numbers between 0 (clean) and 1 (pure noise), e.g. [0.6,0.8]")
 
     # The cache, and whether it is this model's.
     model, schedule = build(cfg, "model"), build(cfg, "schedule")

@@ -25,7 +25,7 @@ from swd.io import job_log
 from swd.io.files import claim_folder, file_hash, write_json
 from swd.io.folder_lock import held_share
 from swd.io.job_log import JobLog
-from swd.io.limits import MOST_ROWS
+from swd.io.limits import MOST_IN_A_SHARD, MOST_ROWS
 from swd.io.masking import mask
 from swd.io.ranks import is_first, share
 from swd.modules.model_folders import read_json
@@ -34,9 +34,6 @@ from swd.types import UserError
 JOB = "job.json"
 PARTIAL = ".partial"
 """Folder for finished rows of shards that are not complete yet; only some jobs use it."""
-
-MOST_IN_A_SHARD = 10**6
-"""Rows of one shard at most, since a shard is begun again after a kill; WebDataset's examples have 10,000."""
 
 CHECKERS = 4
 """Threads that check shards: about as many as keep a local disk busy."""

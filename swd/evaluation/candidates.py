@@ -124,28 +124,6 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def check_row_names(names: Sequence[str]) -> None:
-    """Raise UserError for a name that is no folder's, or that two models have."""
-    for name in names:
-        if not re.fullmatch(r"[A-Za-z0-9][\w.+-]{0,99}", name):
-            raise UserError(
-                f"models: {name!r} is no name of a row; use letters, digits, '.', '_', '-' and '+', e.g. "
-                "{name: mine, model: FOLDER}"
-            )
-        # File systems may not tell capitals from small letters.
-        if [other.lower() for other in names].count(name.lower()) > 1:
-            raise UserError(f"models: two are called {name}; give one another name: {{name: NAME, model: ...}}")
-
-
-def name_of(source: str) -> str:
-    """The name of a row that is given none: the end of its path, with the folder above a run's time."""
-    parts = [part for part in Path(source).parts if part not in ("/", "..")]
-    last = Path(parts[-1]).stem if parts and parts[-1].endswith(".safetensors") else (parts or ["model"])[-1]
-    if re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d|adapter|student", last) and len(parts) > 1:
-        last = f"{parts[-2]}_{last}"
-    return re.sub(r"[^\w.+-]+", "-", last, flags=re.ASCII).strip("-.") or "model"
-
-
 # Folders of pictures
 
 

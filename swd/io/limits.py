@@ -25,6 +25,8 @@ FRAMES = 1000
 """Frames of a video at most: ten times the number that these models were trained on."""
 MOST_ROWS = 10**7
 """Rows of one job at most: ten times the largest published training set of generated pictures."""
+MOST_IN_A_SHARD = 10**6
+"""Rows of one shard at most, since a shard is begun again after a kill; WebDataset's examples have 10,000."""
 FPS = 240
 """Frames a second at most: those of the fastest displays."""
 BATCH = 2**16

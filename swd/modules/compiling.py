@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 
 import torch
+from torch import nn
+from torch.fx.experimental import _config as fx_config
 
 from swd.modules.networks import Networks
 from swd.types import UserError
@@ -18,18 +21,24 @@ uncompiled without an error; a tiny SD3 of three blocks has 18."""
 
 
 def compile_blocks(networks: Networks, backend: str = "inductor") -> None:
-    """Let the blocks of all roles run compiled code, in place and for any size; a graph is made when it first runs.
+    """Let the blocks of all roles of a training run compiled code: `compile_in_place` of each."""
+    backbones = [networks.backbone_of(role) for role in ("teacher", *networks.roles)]
+    compile_in_place((block for backbone in backbones for block in backbone.repeated_blocks), backend)
+
+
+def compile_in_place(blocks: Iterable[nn.Module], backend: str = "inductor") -> None:
+    """Let blocks run compiled code, for any size; a graph is made when it first runs, once for all that are alike.
 
     A block's hooks, and the checkpointing that calls it, stay outside.
 
     Args:
-        networks: the roles.
+        blocks: the modules; one that is there twice is compiled once.
         backend: of `torch.compile`; "aot_eager" traces the same graphs and compiles nothing.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    backbones = [networks.backbone_of(role) for role in ("teacher", *networks.roles)]
-    for block in dict.fromkeys(block for backbone in backbones for block in backbone.repeated_blocks):
+    fx_config.use_duck_shape = False  # or a graph that is made for squares does not take other proportions
+    for block in dict.fromkeys(blocks):
         block.forward = torch.compile(block.forward, dynamic=True, backend=backend)  # type: ignore[method-assign]
 
 

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from swd.modules.attention import check_gpu
+from swd.modules.compiling import compile_in_place
 from swd.modules.encoders import channels_last
 from swd.modules.pretrained import Pretrained
 from swd.modules.quantize import quantize
@@ -127,18 +128,15 @@ def compile_parts(pipe: Any, model: Pretrained, whole: bool, coders: bool) -> No
     Args:
         pipe: the pipeline.
         model: its model.
-        whole: each network as one; False: each of its repeated blocks, which are compiled once for all of them. A
-            network's hooks run outside of what is compiled.
+        whole: each network as one, whose hooks run outside of what is compiled; False: each of its repeated blocks, as
+            `compile_in_place` does.
         coders: also text encoders and the VAE's decoder.
     """
     for network, _ in denoising_networks(pipe, model):
         if whole:
             network.forward = torch.compile(network.forward, dynamic=True)
         else:
-            # Some diffusers classes do not say which of their blocks repeat.
-            blocks = model.backbone_class(network).block_list
-            network._repeated_blocks = network._repeated_blocks or [type(blocks[0]).__name__]
-            network.compile_repeated_blocks(dynamic=True)
+            compile_in_place(model.backbone_class(network).repeated_blocks)
     if coders:
         names = model.backbone_class.encoders_type.text_encoders
         for encoder in (getattr(pipe, name, None) for name in names):

@@ -94,7 +94,8 @@ class DryRun:
             *self.terms.parameters(),
             *self.terms.buffers(),
         )
-        meter = _Meter(self._shapes, weights)
+        gradients = (weight.grad for weight in weights if weight.grad is not None)
+        meter = _Meter(self._shapes, (*weights, *gradients))
         self.as_on_gpu.meter = meter
         with meter, self.as_on_gpu:
             draws = _Shapes()
@@ -182,7 +183,7 @@ class _Meter(TorchDispatchMode):
 
     Args:
         shapes: shapes of results that are known from earlier updates, filled in.
-        weights: tensors that are there already, and whose views take no memory either.
+        weights: tensors that are there already, their gradients too; what is written into them takes no memory either.
 
     Attributes:
         flop: floating-point operations so far.

@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from swd.modules.adapters import fold_alpha, write_base, write_layouts
 from swd.modules.backbones.base import Backbone
+from swd.modules.compiling import check_compiler, compile_in_place
 from swd.modules.finite import all_finite
 from swd.modules.hub import is_hub_id
 from swd.modules.muon import MuonAdamW, hidden_matrices
@@ -137,6 +138,8 @@ class FlowMatching(WatchedTask):
         self.sigma_shift = sigma_shift
         self.sigma_spread = sigma_spread
         self.reuse = reuse
+        if compile:
+            check_compiler("task.compile=true")
         self.compile_blocks = compile
         self.save_every = save_every
         self.save_dtype = SAVE_DTYPES[save_dtype]
@@ -224,10 +227,7 @@ class FlowMatching(WatchedTask):
             skip = shutil.ignore_patterns(self.model.backbone_class.subfolder, ".*")
             shutil.copytree(self.model.fetch(), self.out, ignore=skip, dirs_exist_ok=True)
         if self.compile_blocks:
-            # One graph for all sizes; beyond its default limit of graphs dynamo would silently run eagerly.
-            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-            for block in self.backbone.block_list:
-                block.compile(dynamic=True)
+            compile_in_place(self.backbone.repeated_blocks)
 
     def training_step(self, batch: PictureBatch, batch_idx: int) -> Tensor:
         generator = torch.Generator().manual_seed((self.seed << 32) + self.global_step * 1009 + self.global_rank)

@@ -16,6 +16,7 @@ from diffusers import AutoencoderTiny
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch._dynamo.utils import counters
 
 from swd.commands import sample, train
 from swd.config import build
@@ -330,11 +331,7 @@ def test_what_is_compiled_is_what_runs(made, tmp_path: Path, monkeypatch: Any, h
 
         return run
 
-    def block(self: Any, *args: Any, **options: Any) -> None:
-        self.register_forward_pre_hook(lambda *_: calls.update([type(self).__name__]))
-
     monkeypatch.setattr(torch, "compile", counting)
-    monkeypatch.setattr(torch.nn.Module, "compile", block)
     cfg = config(model, adapter, tmp_path / "out", compile=how, compile_coders=str(coders).lower())
     requests = [sample.Request(PROMPTS[0], 3)]
     plain, pipe = (
@@ -372,9 +369,10 @@ def test_compiled_blocks_draw_the_same(made, tmp_path: Path) -> None:
     requests = [sample.Request(PROMPTS[0], 3)]
     drawn = []
     for settings in (None, cfg):
+        counters.clear()
         pipe = sample.build_pipeline(model, load(adapter), tiny.build_schedule().scheduler(2), settings)
         drawn.append(sample.draw(pipe, model, requests)[0][0])
-    assert pipe.transformer.transformer_blocks[0]._compiled_call_impl is not None
+    assert counters["stats"]["unique_graphs"] > 0
     torch.testing.assert_close(drawn[1], drawn[0], rtol=0, atol=1e-4)
 
 

@@ -15,14 +15,33 @@ from swd.commands import cli
 
 LARGE = ("torch", "lightning", "diffusers", "transformers", "torchmetrics", "peft")
 """Packages that take a second or more to import, or stand on one that does."""
-CASES = {
+RIGHT = {
     "commands": ["--help"],
     "version": ["--version"],
-    "unknown command": ["trian"],
     **{f"{command} help": [command, "--help"] for command in cli.COMMANDS},
     "help with an option": ["train", "model=shapes", "-h"],
     "configuration": ["train", "--cfg", "job"],
     "completion": ["train", "-sc", "install=bash"],
+}
+EVALUATE = ["evaluate", "prompts=shapes", "metrics=[kid]"]
+NAMED = {
+    "batch_size=0; use at least 1": ["sample", "batch_size=0"],
+    "height=0; use at least 1": ["sample", "height=0"],
+    "guidance_scale=0.5; use 1 to 100, 1 for none": ["generate", "out=x", "prompts=y", "guidance_scale=0.5"],
+    "max_bad=2.0; use 0 to 1, a share of the samples": ["encode", "out=x", "max_bad=2.0"],
+    "batch_size=-1; use at least 1": ["encode", "out=x", "batch_size=-1"],
+    "data.max_bad is of a training; here it is max_bad=VALUE": ["encode", "out=x", "data=webdataset", "data.max_bad=1"],
+    "levels=[0.5, 1.5]; use numbers between 0 (clean) and 1 (pure noise)": ["spectra", "cache=x", "levels=[0.5,1.5]"],
+    "n_pictures=1; use at least 2": ["demo", "n_pictures=1"],
+    "timing.runs=0; use at least 1": [*EVALUATE, "models=[teacher]", "timing.runs=0"],
+    "models: steps of teacher=0; use at least 1": [*EVALUATE, "models=[{model: teacher, steps: 0}]"],
+    "models: two are called teacher": [*EVALUATE, "models=[teacher, teacher]"],
+    "prompts is missing; give prompts=prompts.csv": ["generate", "out=x"],
+    "to is missing; give to=FOLDER": ["export"],
+}
+"""Values that one command alone checks, by the beginning of the line that it says about them."""
+WRONG = {
+    "unknown command": ["trian"],
     "key": ["train", "model.rnak=3"],
     "key of another program": ["train", "checkpoint=x"],
     "group": ["train", "lsos=mmd"],
@@ -40,28 +59,10 @@ CASES = {
     "name of a GPU": ["plan", "gpu=h10"],
     "name of a family": ["sample", "model.family=sd4"],
     "name of a metric": ["evaluate", "models=[teacher]", "prompts=shapes", "metrics=[fidd]"],
+    **NAMED,
 }
-WRONG = (
-    "unknown command",
-    "key",
-    "key of another program",
-    "group",
-    "option",
-    "no key",
-    "key of another command",
-    "new key",
-    "new key of a group",
-    "new key of a callback",
-    "value",
-    "value of a choice",
-    "value of a loss",
-    "value at the root",
-    "value of a model",
-    "name of a GPU",
-    "name of a family",
-    "name of a metric",
-)
 """Cases that end with one line about what is wrong."""
+CASES = RIGHT | WRONG
 WORKER = """
 import json, os, sys
 cases, large, folder = json.loads(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
@@ -108,6 +109,11 @@ def test_nothing_large_is_imported(launches: dict[str, dict[str, Any]], case: st
     assert launch["loaded"] == [], launch["text"]
     assert launch["code"] == (2 if case in WRONG else 0), launch["text"]
     assert launch["text"].startswith("error: ") == (case in WRONG), launch["text"]
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_a_value_is_named_with_the_way_out(launches: dict[str, dict[str, Any]], case: str) -> None:
+    assert launches[case]["text"].startswith(f"error: {case}")
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from swd.evaluation.candidate_pictures import CandidatePainter, check_levels
-from swd.evaluation.candidates import DrawingModel, check_row_names, given_pictures, name_of
+from swd.evaluation.candidates import DrawingModel, given_pictures
+from swd.evaluation.entries import check_row_names, name_of
 from swd.evaluation.plan import Plan, chunks_of, mine
 from swd.modules.pretrained import Pretrained
 from swd.modules.requests import Requests

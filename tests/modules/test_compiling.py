@@ -8,15 +8,19 @@ from typing import Any
 
 import families
 import pytest
+import tiny
 import torch
 import torch._dynamo
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.fx.experimental import _config as fx_config
 from torch.testing import assert_close
 
+from swd.commands import train
 from swd.losses import MMD
 from swd.modules import compiling, distiller
-from swd.modules.compiling import GRAPHS, compile_blocks
+from swd.modules.adapters import load, write_layouts
+from swd.modules.compiling import GRAPHS, compile_blocks, compile_in_place
 from swd.modules.distiller import Distiller
 from swd.modules.networks import Networks
 from swd.schedule import ScaleSchedule
@@ -28,7 +32,8 @@ SIZES = ((4, 4), (6, 8))
 @pytest.fixture
 def fresh() -> Iterator[None]:
     """Dynamo without graphs, and with its settings as they were."""
-    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+    dynamo = torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False)
+    with dynamo, fx_config.patch(use_duck_shape=True):
         torch._dynamo.reset()
         counters.clear()
         yield
@@ -74,6 +79,56 @@ def test_compiled_blocks_are_traced_once_for_each_role_and_mode(recompute: bool,
     # All graphs are there after one size, and no later size, role or mode adds one.
     assert warm[True] == warm[False] <= GRAPHS
     assert not counters["graph_break"]
+
+
+class Block(nn.Module):
+    """A layer and its activation, as a network repeats them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.gelu(self.layer(x))
+
+
+@torch.no_grad()
+def test_blocks_that_are_alike_share_a_graph_and_their_hooks_stay_outside(fresh: None) -> None:
+    blocks = [Block() for _ in range(3)]
+    network = nn.Sequential(*blocks)
+    inputs = [torch.randn(2, *size, 8) for size in ((4, 4), (4, 7))]  # a square first
+    expected = [network(x) for x in inputs]
+    inside: list[bool] = []
+    blocks[1].register_forward_hook(lambda *_: inside.append(torch.compiler.is_compiling()))
+    compile_in_place([*blocks, blocks[0]], "eager")
+    for x, values in zip(inputs * 2, expected * 2, strict=True):
+        assert_close(network(x), values)
+    assert inside == [False] * 4
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.slow
+def test_a_compiled_training_on_a_base_with_adapters_moves_as_a_plain_one(tmp_path: Path, fresh: None) -> None:
+    """By the real compiler."""
+    folder = families.save("sd3", tmp_path / "m")
+    style = tmp_path / "style"
+    style.mkdir()
+    model = families.pretrained("sd3", folder)
+    write_layouts(style, families.random_state(model), "base", model.backbone_class.subfolder)
+
+    def trained(name: str, adapters: str, compiled: str) -> dict[str, Tensor]:
+        more = {"loss": "mmd", "callbacks": "adapter", "model__adapters": adapters, "task__compiled": compiled}
+        train.run(tiny.composed(tiny.overrides(folder, tmp_path / name, **more)))
+        return load(tmp_path / name / "adapter").state
+
+    entry = f"[{{path:{style},weight:0.5}}]"
+    without, plain = trained("without", "null", "false"), trained("plain", entry, "false")
+    assert not counters["stats"]["unique_graphs"]
+    compiled = trained("compiled", entry, "true")
+    assert counters["stats"]["unique_graphs"]
+    for key, value in plain.items():
+        assert_close(compiled[key], value, rtol=1e-3, atol=1e-6)
+    assert any((without[key] - value).abs().max() > 1e-4 for key, value in plain.items())
 
 
 def test_a_task_compiles_its_networks_where_there_is_a_compiler(

@@ -121,6 +121,15 @@ def test_recomputing_takes_less_memory_and_more_work() -> None:
         assert 1.2 * one.flop < less.flop < 1.5 * one.flop and less.peak < one.peak / 2
 
 
+@pytest.mark.parametrize("kind", ["generator", "critic"])
+def test_gradients_of_weights_are_counted_with_the_weights_alone(kind: Any) -> None:
+    model = Pretrained(**options("shapes") | {"tuning": "full"})
+    dry = DryRun(model, terms_of(model, "dmd", "mmd", "gan"), ScaleSchedule([1.0], [4]), checkpointing=True)
+    trained = {"generator": dry.networks.role_parameters("student"), "critic": dry.networks.role_parameters("fake")}
+    gradients = sum(4 * parameter.numel() for parameter in trained[kind])
+    assert dry.update(kind, 0).peak < gradients / 2  # casts of a few blocks' weights to bf16
+
+
 def test_costs_between_measured_sizes_are_exact() -> None:
     """Work is quadratic in the number of tokens, and memory linear, so that three sizes tell the others."""
     model = Pretrained(**options("shapes"))
