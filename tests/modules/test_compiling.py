@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -18,10 +19,11 @@ from torch.testing import assert_close
 
 from swd.commands import train
 from swd.losses import MMD
-from swd.modules import compiling, distiller
+from swd.modules import compiling, distiller, flow_matching
 from swd.modules.adapters import load, write_layouts
 from swd.modules.compiling import GRAPHS, compile_blocks, compile_in_place
 from swd.modules.distiller import Distiller
+from swd.modules.flow_matching import FlowMatching
 from swd.modules.networks import Networks
 from swd.schedule import ScaleSchedule
 from swd.types import Conditioning, Role, UserError
@@ -148,3 +150,17 @@ def test_a_task_compiles_its_networks_where_there_is_a_compiler(
     ):
         Distiller(model, schedule, terms, compiled=True)
     Distiller(model, schedule, terms)
+
+
+def test_pretraining_compiles_the_blocks_that_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = families.pretrained("sd3", families.save("sd3", tmp_path / "m"))
+    task = FlowMatching(model, [4], out=str(tmp_path / "m"), compile=True)
+    task.configure_model()
+    monkeypatch.setattr(FlowMatching, "trainer", SimpleNamespace(is_global_zero=False))
+    given: list[Any] = []
+    monkeypatch.setattr(flow_matching, "compile_in_place", given.extend)
+    task.on_fit_start()
+    assert given == list(task.backbone.repeated_blocks) and given
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"^task\.compile=true needs a C compiler"):
+        FlowMatching(model, [4], out=str(tmp_path / "m"), compile=True)
