@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,17 +12,30 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from torch import Tensor, nn
 
-_as_in_pipelines: ContextVar[bool] = ContextVar("as_in_pipelines", default=False)
+
+@dataclass
+class _Order:
+    """How networks compute; a plain attribute, since compiled code cannot read a `ContextVar` without a break.
+
+    Attributes:
+        stock: as diffusers does.
+    """
+
+    stock: bool = False
+
+
+_order = _Order()
 
 
 @contextmanager
 def as_in_pipelines() -> Iterator[None]:
     """Context in which networks compute as diffusers does, bit for bit, so that stock pipelines draw the same."""
-    token = _as_in_pipelines.set(True)
+    before = _order.stock
+    _order.stock = True
     try:
         yield
     finally:
-        _as_in_pipelines.reset(token)
+        _order.stock = before
 
 
 class JointAttention(Attention):
@@ -42,7 +55,7 @@ class JointAttention(Attention):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        is_stock = _as_in_pipelines.get() or type(self.processor) is not JointAttnProcessor2_0
+        is_stock = _order.stock or type(self.processor) is not JointAttnProcessor2_0
         if is_stock or attention_mask is not None or kwargs:
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         query, key, value = self._image_heads(hidden_states)
