@@ -29,6 +29,7 @@ from swd.schedule import ScaleSchedule
 from swd.types import Conditioning, Role, UserError
 
 SIZES = ((4, 4), (6, 8))
+OTHERS = [name for name in families.SIZES if name != "sd3"]
 
 
 @pytest.fixture
@@ -107,6 +108,20 @@ def test_blocks_that_are_alike_share_a_graph_and_their_hooks_stay_outside(fresh:
         assert_close(network(x), values)
     assert inside == [False] * 4
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("name", ["sd3", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+@torch.no_grad()
+def test_a_compiled_block_is_one_graph(name: str, tmp_path: Path, fresh: None) -> None:
+    """With a break in it, each part would be compiled and started alone."""
+    model = families.pretrained(name, families.save(name, tmp_path / "m"))
+    networks = model.networks(("student",))
+    text = model.backbone_class.random_conditioning(model.network_config, 2, 12)
+    x_t = torch.randn(2, model.channels, *model.size)
+    expected = networks.x0("student", x_t, torch.tensor([0.9, 0.3]), text)[0]
+    compile_blocks(networks, "eager")
+    assert_close(networks.x0("student", x_t, torch.tensor([0.9, 0.3]), text)[0], expected, rtol=1e-4, atol=1e-6)
+    assert counters["stats"]["unique_graphs"] and not counters["graph_break"]
 
 
 @pytest.mark.slow
