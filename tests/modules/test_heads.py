@@ -125,6 +125,26 @@ def test_a_frozen_adapter_gets_no_gradient() -> None:
             assert (weight.grad is not None) is weight.requires_grad
 
 
+def test_a_trained_bias_gets_its_gradient() -> None:
+    layers: Any = three_layers(())
+    layers[0].bias.requires_grad_(True)
+    gradients_loss(heads_of(random(2, 5, 6).requires_grad_(), layers, [None] * 3, HEADS)).backward()
+    assert layers[0].bias.grad.all()
+
+
+@pytest.mark.parametrize("adapted", [(), ("0", "1", "2")])
+def test_a_layer_whose_forward_pass_was_replaced_keeps_it(adapted: tuple[str, ...]) -> None:
+    """As accelerate does it, which brings weights to the device first."""
+    layers: Any = three_layers(adapted)
+    x = random(2, 5, 6)
+    before = heads_of(x, layers, [None] * 3, HEADS)
+    own = layers[1].forward
+    layers[1].forward = lambda given: 2 * own(given)
+    after = heads_of(x, layers, [None] * 3, HEADS)
+    for a, b, factor in zip(after, before, (1, 2, 1), strict=True):
+        assert_close(a, factor * b, rtol=1e-12, atol=1e-12)
+
+
 def test_dtypes_that_differ_without_autocast_are_left_to_the_layers() -> None:
     layers: Any = three_layers()
     for layer in layers:
