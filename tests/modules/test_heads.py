@@ -27,7 +27,7 @@ def three_layers(adapted: tuple[str, ...] = ("0", "1", "2"), ranks: tuple[int, .
     torch.manual_seed(1)
     layers = nn.ModuleList([nn.Linear(6, 8, bias=number != 1) for number in range(3)])
     if adapted:
-        pattern = {str(number): rank for number, rank in enumerate(ranks)}
+        pattern = {name: ranks[int(name)] for name in adapted}
         config = LoraConfig(
             r=3, lora_alpha=6, rank_pattern=pattern, init_lora_weights=False, target_modules=list(adapted)
         )
@@ -130,6 +130,25 @@ def test_a_trained_bias_gets_its_gradient() -> None:
     layers[0].bias.requires_grad_(True)
     gradients_loss(heads_of(random(2, 5, 6).requires_grad_(), layers, [None] * 3, HEADS)).backward()
     assert layers[0].bias.grad.all()
+
+
+def test_a_trained_norm_gets_its_gradient() -> None:
+    layers, of_heads = three_layers(), norms()
+    of_heads[1].weight.requires_grad_(True)
+    gradients_loss(heads_of(random(2, 5, 6), layers, of_heads, HEADS)).backward()
+    assert of_heads[1].weight.grad.all() and of_heads[0].weight.grad is None
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 2)])
+def test_heads_that_nothing_reads_have_a_gradient_of_zero(used: tuple[int, ...]) -> None:
+    layers, of_heads = three_layers(), norms()
+    asked = [random(2, 5, 6).requires_grad_(), *(weight for weight in layers.parameters() if weight.requires_grad)]
+    found = []
+    for heads in (heads_of(asked[0], layers, of_heads, HEADS), one_by_one(asked[0], layers, of_heads)):
+        loss = torch.stack([heads[number].pow(3).sum() for number in used]).sum()
+        found.append(torch.autograd.grad(loss, asked, materialize_grads=True, allow_unused=True))
+    for a, b in zip(*found, strict=True):
+        assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("adapted", [(), ("0", "1", "2")])

@@ -80,6 +80,21 @@ def test_gradients_by_finite_differences() -> None:
     torch.autograd.gradcheck(lambda u: gelu(ours.net[0], u), (tokens().requires_grad_(),))
 
 
+@pytest.mark.parametrize("frozen", ["0.proj.lora_A", "0.proj.lora_B", "2.lora_A", "2.lora_B", "0.proj", "2"])
+def test_weights_that_are_not_frozen_get_their_gradients(frozen: str) -> None:
+    found: list[list[Tensor | None]] = []
+    for layer in layers(["net.0.proj", "net.2"]):
+        layer.net.get_submodule(frozen).requires_grad_(False)
+        layer(tokens()).pow(3).sum().backward()
+        found.append([weight.grad for weight in layer.parameters()])
+    theirs, ours = found
+    assert sum(gradient is not None for gradient in theirs) == (3 if "lora" in frozen else 2)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None) is (b is None)
+        if a is not None:
+            assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e4])
 def test_gelu_is_exact_for_small_and_large_numbers(scale: float) -> None:
     """In float32, and its gradient too."""
