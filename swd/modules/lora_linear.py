@@ -85,7 +85,7 @@ class RoleLinear(Linear):
         )
 
     def _parts(self, role: Role) -> PlainParts:
-        """What a plain layer consists of in a role."""
+        """The layers that a plain one consists of in a role."""
         base = self.base_layer
         if role == "teacher":
             return PlainParts(role, base, None, None, None, self.scaling, hooks_of(base))
@@ -145,7 +145,7 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up
 
 
 def hooks_of(layer: nn.Module) -> list[dict[int, Any]]:
-    """The hooks of a module that run with its passes; empty where there are none, but for the list."""
+    """The dictionaries of hooks that run with a module's passes; each is empty where nothing listens."""
     return [layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks]
 
 
@@ -352,8 +352,9 @@ def products_gradients(
 
 
 def kept_weights(layers: Sequence[Factors]) -> list[Tensor | None]:
-    """What a node that computes layers keeps of their weights: three for each. Only so does checkpointing let go of
-    copies in autocast's dtype.
+    """The weights W, A and B of each layer, for `save_for_backward`; biases have no part in gradients.
+
+    A node that kept them in another way would hold copies in autocast's dtype in memory, which checkpointing frees.
     """
     return [weight for layer in layers for weight in (layer.weight, layer.down, layer.up)]
 
