@@ -1,4 +1,4 @@
-"""What commands check by themselves, done before a command and all that it needs is imported."""
+"""Checks of commands that run before a command, and all that it needs, is imported."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def check_entries(cfg: DictConfig) -> None:
 
 
 FIRST: Mapping[str, Callable[[DictConfig], object]] = {"encode": check_unread}
-"""What a command checks before keys and types: values that others refer to."""
+"""Checks of a command that come before those of keys and types: of values that others refer to."""
 CHECKS: Mapping[str, Callable[[DictConfig], object]] = {"plan": checked_gpu, "evaluate": check_entries}
-"""What a command checks beside its numbers. The command checks it again, for those who call it from Python."""
+"""Checks of a command beside those of its numbers. The command repeats them, for those who call it from Python."""
 
 
 def check_presence(command: str, cfg: DictConfig) -> None:

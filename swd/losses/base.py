@@ -289,7 +289,7 @@ class CriticStep(Step):
         else:
             x0 = None
             features = self.networks.features("fake", x_t, sigma, conditioning, blocks)
-        # Not two slices, each of whose gradients would be padded with zeros to the whole, and both added.
+        # One split: the gradients of two slices would each be padded with zeros to the whole, and added.
         halves = zip(*(feature.chunk(2) for feature in features), strict=True)
         own, of_real = (dict(zip(blocks, half, strict=True)) for half in halves)
         return FakeOutput(x0, own, of_real)

@@ -17,8 +17,8 @@ from swd.modules.lora_linear import has_hooks
 class JointBlock(JointTransformerBlock):
     """Diffusers' block of SD3, whose values it gives but for rounding; `install_blocks` makes these of diffusers' own.
 
-    Norms are scaled and shifted, and results gated and added, in one operation each. Feed-forward layers in chunks go
-    through diffusers' own forward pass.
+    Norms are scaled and shifted, and results gated and added, in one operation each. Blocks with
+    feed-forward layers in chunks, or with hooks on the first norms, go through diffusers' own forward pass.
     """
 
     def forward(

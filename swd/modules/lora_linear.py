@@ -73,11 +73,11 @@ class RoleLinear(Linear):
     def _is_plain(self, role: Role) -> bool:
         """Whether the layer is `x W' + b + scale (x A') B'` in this role, of linear layers of torch's own class."""
         if role == "teacher":
-            return type(self.base_layer) is nn.Linear
+            return _is_linear(self.base_layer)
         down = self.lora_A[role]
         up = self.lora_B[role]
         return (
-            all(type(layer) is nn.Linear for layer in (self.base_layer, down, up))
+            all(map(_is_linear, (self.base_layer, down, up)))
             and down.bias is None
             and up.bias is None
             and type(self.lora_dropout[role]) is nn.Identity
@@ -85,14 +85,14 @@ class RoleLinear(Linear):
         )
 
     def _parts(self, role: Role) -> PlainParts:
-        """What a plain layer consists of in a role."""
+        """The layers that a plain one consists of in a role."""
         base = self.base_layer
         if role == "teacher":
-            return PlainParts(role, base, None, None, self.scaling, hooks_of(base))
+            return PlainParts(role, base, None, None, None, self.scaling, hooks_of(base))
         down = self.lora_A[role]
         up = self.lora_B[role]
-        empty = [*hooks_of(base), *hooks_of(down), *hooks_of(up), self.merged_adapters]
-        return PlainParts(role, base, down, up, self.scaling, empty)
+        empty = [*hooks_of(base), *hooks_of(down), *hooks_of(up), self.merged_adapters, self.lora_variant]
+        return PlainParts(role, base, down, up, self.lora_dropout[role], self.scaling, empty)
 
 
 def install(network: nn.Module, played: PlayedRole) -> list[LoraLayer]:
@@ -145,13 +145,18 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up
 
 
 def hooks_of(layer: nn.Module) -> list[dict[int, Any]]:
-    """The hooks of a module that run with its passes; empty where there are none, but for the list."""
+    """The dictionaries of hooks that run with a module's passes; each is empty where nothing listens."""
     return [layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks]
 
 
 def has_hooks(layer: nn.Module) -> bool:
-    """Whether anything listens to a module."""
-    return any(hooks_of(layer))
+    """Whether anything listens to a module, or has put another forward pass into it, as offloading does."""
+    return any(hooks_of(layer)) or "forward" in layer.__dict__
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    """Whether a layer is a linear one of torch's own class, with the forward pass of that class."""
+    return type(layer) is nn.Linear and "forward" not in layer.__dict__
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,22 +168,29 @@ class PlainParts:
         base: the frozen layer.
         down: with A; None in the teacher's role.
         up: with B, likewise.
+        dropout: before A, which does nothing; likewise.
         scaling: alpha / r by role.
-        empty: what must be empty: the layers' hooks, and peft's list of adapters that are folded in.
+        empty: what must be empty: the layers' hooks, and peft's lists of adapters that are folded in, and of variants.
     """
 
     role: Role
     base: nn.Module
     down: nn.Module | None
     up: nn.Module | None
+    dropout: nn.Module | None
     scaling: Mapping[str, float]
     empty: list[Any]
 
     def are_of(self, layer: RoleLinear) -> bool:
-        """Whether the layer still consists of these."""
-        if self.base is not layer.base_layer or self.down is None:
-            return self.base is layer.base_layer
-        return self.down is layer.lora_A[self.role] and self.up is layer.lora_B[self.role]
+        """Whether the layer still consists of these, with their own forward passes."""
+        now: dict[str, Any] = layer._modules
+        if now["base_layer"] is not self.base or "forward" in self.base.__dict__:
+            return False
+        if self.down is None:
+            return True
+        lists = (now["lora_A"], now["lora_B"], now["lora_dropout"])
+        down, up, dropout = (each._modules.get(self.role) for each in lists)
+        return down is self.down and up is self.up and dropout is self.dropout
 
     def factors(self) -> Factors:
         """The weights as they are now."""
@@ -253,9 +265,11 @@ def _factors_of(layer: nn.Module) -> Factors | None:
     """The weights of a plain layer, with or without LoRA."""
     if type(layer) is RoleLinear:
         return layer.factors()
-    if type(layer) is not nn.Linear or layer.weight.requires_grad:
+    if type(layer) is not nn.Linear:
         return None
-    return Factors(layer.weight, layer.bias)
+    weight = layer.weight
+    bias = layer.bias
+    return None if weight.requires_grad or (bias is not None and bias.requires_grad) else Factors(weight, bias)
 
 
 def as_rows(x: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -338,8 +352,9 @@ def products_gradients(
 
 
 def kept_weights(layers: Sequence[Factors]) -> list[Tensor | None]:
-    """What a node that computes layers keeps of their weights: three for each. Only so does checkpointing let go of
-    copies in autocast's dtype.
+    """The weights W, A and B of each layer, for `save_for_backward`; biases have no part in gradients.
+
+    A node that kept them in another way would hold copies in autocast's dtype in memory, which checkpointing frees.
     """
     return [weight for layer in layers for weight in (layer.weight, layer.down, layer.up)]
 

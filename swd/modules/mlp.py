@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -30,6 +29,12 @@ from swd.modules.lora_linear import (
 SLOPE = 2 * math.sqrt(2 / math.pi)
 CUBE = 0.044715
 """GELU's tanh form is `u sigmoid(SLOPE (u + CUBE u^3))` (arXiv 1606.08415, section 2)."""
+SLOPES = {
+    dtype: torch.tensor(SLOPE, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64, torch.bfloat16)
+}
+"""`SLOPE` as tensors on the CPU, in the dtypes with room for cubes of activations: in float16, which ends at 65504, the
+gradient would be NaN from 500 on. They are made on import, because a first call may run within `torch.device` or a mode
+of fake tensors, and what is made there is of that kind."""
 
 
 class TanhGELU(GELU):
@@ -79,17 +84,12 @@ def install_mlps(network: nn.Module) -> None:
                 module.__class__ = GELUFeedForward
 
 
-@cache
-def _slope(dtype: torch.dtype) -> Tensor:
-    """`SLOPE` as a tensor on the CPU."""
-    return torch.tensor(SLOPE, dtype=dtype)
-
-
 def _gelu(u: Tensor) -> tuple[Tensor, Tensor | None]:
     """GELU's tanh form, and on the CPU its sigmoid, with which torch takes half the time that its own GELU takes."""
-    if u.device.type != "cpu":
+    slope = SLOPES.get(u.dtype)
+    if slope is None or not u.is_cpu or type(u) is not Tensor:
         return F.gelu(u, approximate="tanh"), None
-    gate = torch.addcmul(_slope(u.dtype), u, u, value=SLOPE * CUBE).mul_(u).sigmoid_()
+    gate = torch.addcmul(slope, u, u, value=SLOPE * CUBE).mul_(u).sigmoid_()
     return u * gate, gate
 
 
@@ -99,7 +99,7 @@ def _gelu_gradient(grad: Tensor, u: Tensor, gate: Tensor | None) -> Tensor:
         found: Tensor = torch.ops.aten.gelu_backward(grad, u, approximate="tanh")
         return found
     # The derivative is g + g (1 - g) u d with the sigmoid g and the derivative d of its argument.
-    rise = torch.addcmul(_slope(u.dtype), u, u, value=3 * SLOPE * CUBE).mul_(u).mul_(gate)
+    rise = torch.addcmul(SLOPES[u.dtype], u, u, value=3 * SLOPE * CUBE).mul_(u).mul_(gate)
     return torch.addcmul(gate, rise, 1 - gate).mul_(grad)
 
 

@@ -27,7 +27,7 @@ def three_layers(adapted: tuple[str, ...] = ("0", "1", "2"), ranks: tuple[int, .
     torch.manual_seed(1)
     layers = nn.ModuleList([nn.Linear(6, 8, bias=number != 1) for number in range(3)])
     if adapted:
-        pattern = {str(number): rank for number, rank in enumerate(ranks)}
+        pattern = {name: ranks[int(name)] for name in adapted}
         config = LoraConfig(
             r=3, lora_alpha=6, rank_pattern=pattern, init_lora_weights=False, target_modules=list(adapted)
         )
@@ -123,6 +123,45 @@ def test_a_frozen_adapter_gets_no_gradient() -> None:
         for part in (layer.lora_A, layer.lora_B):
             weight = part["student"].weight
             assert (weight.grad is not None) is weight.requires_grad
+
+
+def test_a_trained_bias_gets_its_gradient() -> None:
+    layers: Any = three_layers(())
+    layers[0].bias.requires_grad_(True)
+    gradients_loss(heads_of(random(2, 5, 6).requires_grad_(), layers, [None] * 3, HEADS)).backward()
+    assert layers[0].bias.grad.all()
+
+
+def test_a_trained_norm_gets_its_gradient() -> None:
+    layers, of_heads = three_layers(), norms()
+    of_heads[1].weight.requires_grad_(True)
+    gradients_loss(heads_of(random(2, 5, 6), layers, of_heads, HEADS)).backward()
+    assert of_heads[1].weight.grad.all() and of_heads[0].weight.grad is None
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 2)])
+def test_heads_that_nothing_reads_have_a_gradient_of_zero(used: tuple[int, ...]) -> None:
+    layers, of_heads = three_layers(), norms()
+    asked = [random(2, 5, 6).requires_grad_(), *(weight for weight in layers.parameters() if weight.requires_grad)]
+    found = []
+    for heads in (heads_of(asked[0], layers, of_heads, HEADS), one_by_one(asked[0], layers, of_heads)):
+        loss = torch.stack([heads[number].pow(3).sum() for number in used]).sum()
+        found.append(torch.autograd.grad(loss, asked, materialize_grads=True, allow_unused=True))
+    for a, b in zip(*found, strict=True):
+        assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("adapted", [(), ("0", "1", "2")])
+def test_a_layer_whose_forward_pass_was_replaced_keeps_it(adapted: tuple[str, ...]) -> None:
+    """As accelerate does it, which brings weights to the device first."""
+    layers: Any = three_layers(adapted)
+    x = random(2, 5, 6)
+    before = heads_of(x, layers, [None] * 3, HEADS)
+    own = layers[1].forward
+    layers[1].forward = lambda given: 2 * own(given)
+    after = heads_of(x, layers, [None] * 3, HEADS)
+    for a, b, factor in zip(after, before, (1, 2, 1), strict=True):
+        assert_close(a, factor * b, rtol=1e-12, atol=1e-12)
 
 
 def test_dtypes_that_differ_without_autocast_are_left_to_the_layers() -> None:

@@ -129,7 +129,16 @@ def test_it_takes_fewer_operations() -> None:
 
 @pytest.mark.parametrize(
     "heard",
-    ["norm1", "norm1_context", "attn.to_q", "attn.to_q.base_layer", "attn.norm_k", "ff.net.0", "ff_context.net.2"],
+    [
+        "norm1",
+        "norm1_context",
+        "attn.to_q",
+        "attn.to_q.base_layer",
+        "attn.norm_k",
+        "ff.net.0",
+        "ff.net.1",
+        "ff_context.net.2",
+    ],
 )
 def test_whoever_listens_to_a_layer_hears_it(heard: str) -> None:
     theirs, ours = blocks(TARGETS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from swd.modules.lora_linear import PlayedRole, RoleLinear, install, lora_linear
+from swd.modules.lora_linear import PlayedRole, RoleLinear, follow, install, lora_linear
 from swd.modules.quantize import quantize
 
 EXACT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
@@ -212,6 +213,31 @@ def test_what_is_known_of_a_layer_follows_its_changes() -> None:
     for parts, new in ((layer.lora_A, nn.Linear(7, 3, bias=False)), (layer.lora_B, nn.Linear(3, 5, bias=False))):
         parts["student"] = new.double()
         assert_close(layer(x), expected(layer), **EXACT)
+
+
+def test_what_a_layer_is_given_later_takes_part() -> None:
+    x = random(2, 7)
+
+    def dropout(layer: Any) -> None:
+        layer.lora_dropout["student"] = nn.Linear(7, 7).double().requires_grad_(False)
+
+    def variant(layer: Any) -> None:
+        layer.lora_variant["student"] = SimpleNamespace(forward=lambda module, result, **_: 3 * result)
+
+    def forward(layer: Any) -> None:
+        base = layer.base_layer
+        base.forward = lambda given: nn.functional.linear(2 * given, base.weight)
+
+    for change in (dropout, variant, forward):
+        theirs, ours = a_layer(), a_layer()
+        follow(theirs, "student")
+        install(ours, PlayedRole("student"))
+        before = ours(x)
+        for layer in (theirs, ours):
+            torch.manual_seed(0)
+            change(layer)
+        assert_close(ours(x), theirs(x), **EXACT)
+        assert (ours(x) - before).abs().max() > 0.1
 
 
 def test_gradients_of_a_whole_network_are_those_of_peft(monkeypatch: pytest.MonkeyPatch) -> None:

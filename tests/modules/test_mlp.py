@@ -12,6 +12,7 @@ from diffusers.models.activations import GELU
 from diffusers.models.attention import FeedForward
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from swd.modules.lora_linear import PlayedRole, install
@@ -79,6 +80,21 @@ def test_gradients_by_finite_differences() -> None:
     torch.autograd.gradcheck(lambda u: gelu(ours.net[0], u), (tokens().requires_grad_(),))
 
 
+@pytest.mark.parametrize("frozen", ["0.proj.lora_A", "0.proj.lora_B", "2.lora_A", "2.lora_B", "0.proj", "2"])
+def test_weights_that_are_not_frozen_get_their_gradients(frozen: str) -> None:
+    found: list[list[Tensor | None]] = []
+    for layer in layers(["net.0.proj", "net.2"]):
+        layer.net.get_submodule(frozen).requires_grad_(False)
+        layer(tokens()).pow(3).sum().backward()
+        found.append([weight.grad for weight in layer.parameters()])
+    theirs, ours = found
+    assert sum(gradient is not None for gradient in theirs) == (3 if "lora" in frozen else 2)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None) is (b is None)
+        if a is not None:
+            assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e4])
 def test_gelu_is_exact_for_small_and_large_numbers(scale: float) -> None:
     """In float32, and its gradient too."""
@@ -90,6 +106,28 @@ def test_gelu_is_exact_for_small_and_large_numbers(scale: float) -> None:
     assert_close(found.double(), expected, rtol=2e-6, atol=2e-6 * scale)
     gradients = [torch.autograd.grad(output.sum(), leaf)[0] for output, leaf in ((found, u), (expected, exact))]
     assert_close(gradients[0].double(), gradients[1], rtol=1e-5, atol=1e-5)
+
+
+def test_gelu_of_large_numbers_in_half_precision_has_finite_gradients() -> None:
+    """float16 ends at 65504, which the square of 256 passes."""
+    _, ours = layers(kind=torch.float16)
+    u = torch.tensor([-6e4, -1000.0, -2.0, 2.0, 1000.0, 6e4], dtype=torch.float16, requires_grad=True)
+    found = ours.net[0].gelu(u)
+    assert_close(found, F.gelu(u, approximate="tanh"))
+    found.sum().backward()
+    assert u.grad is not None
+    assert_close(u.grad[[0, 1, 4, 5]], torch.tensor([0, 0, 1, 1], dtype=torch.float16))
+
+
+def test_gelu_knows_no_default_device() -> None:
+    _, ours = layers(kind=torch.float32)
+    x = tokens(torch.float32)
+    expected = ours(x)
+    with torch.device("meta"):
+        assert torch.equal(ours(x), expected)
+    with FakeTensorMode():
+        assert ours.net[0].gelu(torch.ones(2)).shape == (2,)
+    assert torch.equal(ours(x), expected)
 
 
 def test_bf16_under_autocast() -> None:
