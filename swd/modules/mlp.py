@@ -29,12 +29,10 @@ from swd.modules.lora_linear import (
 SLOPE = 2 * math.sqrt(2 / math.pi)
 CUBE = 0.044715
 """GELU's tanh form is `u sigmoid(SLOPE (u + CUBE u^3))` (arXiv 1606.08415, section 2)."""
-SLOPES = {
-    dtype: torch.tensor(SLOPE, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64, torch.bfloat16)
-}
-"""`SLOPE` as tensors on the CPU, in the dtypes with room for cubes of activations: in float16, which ends at 65504, the
-gradient would be NaN from 500 on. They are made on import, because a first call may run within `torch.device` or a mode
-of fake tensors, and what is made there is of that kind."""
+SLOPES = {dtype: torch.tensor(SLOPE, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
+"""`SLOPE` as tensors on the CPU. In 16 bits torch's own GELU is more exact, since it computes in float32, and in
+float16 the gradient would be NaN from 500 on. They are made on import, because a first call may run within
+`torch.device` or a mode of fake tensors, and what is made there is of that kind."""
 
 
 class TanhGELU(GELU):
