@@ -673,6 +673,9 @@ def first_difference(old: Any, new: Any, path: str = "") -> str | None:
 def unresolved(error: BaseException) -> str:
     """The message of an OmegaConf error on one line; for a reference to nothing, it names both keys."""
     text = one_line(error)
+    taken_out = re.match(r"Key '[^']+' is not in struct full_key: (\S+)", text)
+    if taken_out:
+        return f"{taken_out[1]} is missing and needed; set it, or leave out ~{taken_out[1]}"
     found = re.search(r"Interpolation key '([^']+)' not found.*full_key: (\S+)", text)
     return f"{found[2]} refers to {found[1]}, which is not set" if found else text
 

@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 import pytest
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from swd.config import COLLECTIONS, GROUP, NODES, check, fits, one_line, type_text
+from swd.config import COLLECTIONS, GROUP, NODES, check, fits, one_line, type_text, unresolved
 from swd.types import UserError
 
 Kernel = Literal["linear", "rbf"]
@@ -146,3 +147,15 @@ def test_values_at_the_root_are_only_looked_at_on_request() -> None:
 
 def test_messages_become_one_line() -> None:
     assert one_line(ValueError("a\n   b\tc ")) == "a b c"
+
+
+@pytest.mark.parametrize("read", [lambda cfg: cfg.timing.batch, lambda cfg: cfg["timing"]["batch"]])
+def test_a_key_that_was_taken_out_and_is_read_is_named(read: Any) -> None:
+    cfg = OmegaConf.create({"timing": {"runs": 1}, "seed": "${other}"})
+    OmegaConf.set_struct(cfg, True)
+    with pytest.raises(OmegaConfBaseException) as caught:
+        read(cfg)
+    assert unresolved(caught.value) == "timing.batch is missing and needed; set it, or leave out ~timing.batch"
+    with pytest.raises(OmegaConfBaseException) as caught:
+        cfg["seed"]
+    assert unresolved(caught.value) == "seed refers to other, which is not set"

@@ -106,8 +106,7 @@ def _evaluate(cfg: DictConfig) -> None:
 def _spectra(cfg: DictConfig) -> None:
     limits.whole("n", cfg.n, 1)
     limits.whole("batch_size", cfg.batch_size, 1, limits.AT_ONCE)
-    levels = sorted(cfg.levels)
-    if not levels or not 0 < levels[0] <= levels[-1] < 1:
+    if not cfg.levels or not all(0 < level < 1 for level in cfg.levels):
         raise UserError(f"levels={list(cfg.levels)}; use numbers between 0 (clean) and 1 (pure noise), e.g. [0.6,0.8]")
 
 

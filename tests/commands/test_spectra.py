@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from shards import make_pictures
 from tiny import composed, exporting
 from torch.testing import assert_close
 
 from swd.commands import encode, spectra
+from swd.commands.numbers import check_numbers
 from swd.data.decoders import CacheDecoder
 from swd.data.indexed import IndexedShards
 from swd.data.shards import ShardSet
@@ -106,3 +107,10 @@ def test_wrong_input_is_one_line(
     with pytest.raises(UserError, match=message) as caught:
         spectra.prepare(configured(tiny_model, "folder=x", *given))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("levels", [[], [0.5, float("nan"), 0.6], [0.5, 1.0], [0.0, 0.5]])
+def test_levels_lie_between_clean_and_pure_noise(levels: list[float]) -> None:
+    cfg = OmegaConf.create({"n": None, "batch_size": 1, "levels": levels})
+    with pytest.raises(UserError, match="levels="):
+        check_numbers(cfg, "spectra")
