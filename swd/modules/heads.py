@@ -20,6 +20,7 @@ from swd.modules.lora_linear import (
     plain_layers,
     products,
     products_gradients,
+    trained_factors,
 )
 from swd.modules.rms_norm import FrozenRMSNorm
 
@@ -40,8 +41,7 @@ def heads_of(x: Tensor, layers: Sequence[nn.Module], norms: Sequence[nn.Module |
         found = [layer(x).view(*x.shape[:2], heads, -1) for layer in layers]
         return [each if norm is None else norm(each) for each, norm in zip(found, norms, strict=True)]
     if torch.is_grad_enabled():
-        adapters = [weight for layer in plain for weight in (layer.down, layer.up) if weight is not None]
-        outputs: tuple[Tensor, ...] = _Heads.apply(x, *adapters, plain, norms, heads)
+        outputs: tuple[Tensor, ...] = _Heads.apply(x, *trained_factors(plain), plain, norms, heads)
         return outputs
     return _heads(x, plain, norms, heads)[0]
 

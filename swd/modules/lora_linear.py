@@ -295,7 +295,7 @@ def products(x: Tensor, layers: Sequence[Factors]) -> tuple[list[Tensor], Tensor
     downs = [layer.down for layer in layers if layer.down is not None]
     if not downs:
         return outputs, None
-    down = downs[0] if len(downs) == 1 else torch.cat(downs)
+    down = _stacked(downs)
     inner = (x @ down.t()).t() if computes_as_in_pipelines() else down @ x.t()
     for output, layer, part in zip(outputs, layers, _parts(inner, layers), strict=True):
         assert layer.up is not None
@@ -341,14 +341,19 @@ def products_gradients(
         assert layer.up is not None
         grad_ups.append(_scaled((part @ grad).t(), layer.scale) if of_up else None)
         grad_inners.append(_scaled(layer.up.t() @ grad.t(), layer.scale))
-    grad_inner = grad_inners[0] if len(grad_inners) == 1 else torch.cat(grad_inners)
+    grad_inner = _stacked(grad_inners)
     if grad_x is not None:
         downs = [layer.down for layer in layers if layer.down is not None]
-        grad_x.addmm_(grad_inner.t(), downs[0] if len(downs) == 1 else torch.cat(downs))
+        grad_x.addmm_(grad_inner.t(), _stacked(downs))
     grad_downs: Sequence[Tensor | None] = [None] * len(layers)
     if x is not None and any(of_down for of_down, _ in of_adapters):
         grad_downs = _parts(grad_inner @ x, layers)
     return grad_x, [each for pair in zip(grad_downs, grad_ups, strict=True) for each in pair]
+
+
+def trained_factors(layers: Sequence[Factors]) -> list[Tensor]:
+    """A and B of each adapter in turn: what a node that computes layers is given, so that they get gradients."""
+    return [weight for layer in layers for weight in (layer.down, layer.up) if weight is not None]
 
 
 def kept_weights(layers: Sequence[Factors]) -> list[Tensor | None]:
@@ -362,6 +367,11 @@ def kept_weights(layers: Sequence[Factors]) -> list[Tensor | None]:
 def layers_again(kept: Sequence[Tensor], scales: Sequence[float]) -> list[Factors]:
     """The layers, without biases, of what `kept_weights` gave, and their scales."""
     return [Factors(kept[3 * n], None, kept[3 * n + 1], kept[3 * n + 2], scale) for n, scale in enumerate(scales)]
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors `[r, ...]` of adapters under each other; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _parts(stacked: Tensor, layers: Sequence[Factors]) -> Sequence[Tensor]:
@@ -384,7 +394,7 @@ class _LoraLinear(torch.autograd.Function):
         factors = Factors(weight, bias, down, up, scale).to(dtype)
         rows = as_rows(x, dtype)
         outputs, inner = products(rows, [factors])
-        ctx.save_for_backward(rows, inner, factors.down, factors.up, factors.weight)
+        ctx.save_for_backward(*kept_weights([factors]), rows, inner)
         ctx.scale = scale
         ctx.shape = x.shape
         return outputs[0].view(*x.shape[:-1], outputs[0].shape[-1])
@@ -392,11 +402,11 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, inner, down, up, weight = ctx.saved_tensors
-        layer = Factors(weight, None, down, up, ctx.scale)
-        asked = [(goes_on(ctx, 1), goes_on(ctx, 2))]
-        grads = [grad.reshape(-1, len(up))]
-        grad_x, others = products_gradients(grads, x, inner, [layer], ctx.needs_input_grad[0], asked)
+        *weights, rows, inner = ctx.saved_tensors
+        layers = layers_again(weights, [ctx.scale])
+        grads = [grad.reshape(-1, grad.shape[-1])]
+        asked = asked_adapters(ctx, 1, 1)
+        grad_x, others = products_gradients(grads, rows, inner, layers, ctx.needs_input_grad[0], asked)
         return None if grad_x is None else grad_x.view(ctx.shape), *others, None, None, None
 
 

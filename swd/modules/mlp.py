@@ -24,6 +24,7 @@ from swd.modules.lora_linear import (
     plain_layers,
     products,
     products_gradients,
+    trained_factors,
 )
 
 SLOPE = 2 * math.sqrt(2 / math.pi)
@@ -60,8 +61,7 @@ class GELUFeedForward(FeedForward):
             output: Tensor = super().forward(hidden_states, *args, **kwargs)
             return output
         if torch.is_grad_enabled():
-            adapters = [weight for layer in layers for weight in (layer.down, layer.up) if weight is not None]
-            return _node(hidden_states, *adapters, layers)
+            return _node(hidden_states, *trained_factors(layers), layers)
         return _product(hidden_states, layers)[0]
 
     def _plain(self, x: Tensor) -> list[Factors] | None:
