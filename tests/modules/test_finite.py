@@ -358,5 +358,10 @@ def test_finite_means_every_element_of_every_tensor(dtype: torch.dtype, kind: ty
         for place in ((0, 0), (2, 4)):
             spoilt = largest.clone()
             spoilt[place] = value
-            found = all_finite([*rest, spoilt])
-            assert found.dtype == torch.bool and found.shape == () and not found
+            for others in (rest, 3 * rest, [*rest, torch.zeros(2**17, dtype=dtype)]):  # few, many, large and small ones
+                found = all_finite([*others, spoilt])
+                assert found.dtype == torch.bool and found.shape == () and not found
+    large = torch.zeros(2**17, dtype=dtype)
+    assert all_finite([*3 * rest, large])
+    large[-1] = NAN
+    assert not all_finite([*3 * rest, large])
