@@ -15,7 +15,7 @@ from lightning import LightningModule
 from lightning.pytorch.profilers import Profiler
 from torch import Tensor
 from torch.nn import ModuleDict, Parameter, ParameterDict
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
@@ -447,8 +447,7 @@ class Distiller(LightningModule):
             self.trainer.strategy.step_only(parameters)
         parts = self.parts_of(inputs.interval.index)
         done = accumulate(inputs, parts, work, self.manual_backward, self.trainer.strategy)
-        # Not `self.clip_gradients`, which does not tell the norm.
-        norm = whole_tensor(clip_grad_norm_(parameters, self.clip, foreach=True))
+        norm = clipped(parameters, self.clip)
         owner = owner_of(role)
         checks = done.checks | {f"gradient norm of {owner}": norm.isfinite()}
         good = self.bad_steps.good(self.trainer, role, norm, checks, inputs.place, self._stepped)
@@ -648,6 +647,16 @@ def checked_decay(ema: float | None) -> float | None:
 def average_key(key: str) -> str:
     """The key in a checkpoint of the average of a weight of the student."""
     return f"average.module.{average_name(key.removeprefix('networks.'))}"
+
+
+def clipped(parameters: Sequence[Parameter], most: float) -> Tensor:
+    """The norm of all gradients together as it was before they were clipped here to `most`, by their common factor."""
+    total = get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    norm = whole_tensor(total)
+    # Torch multiplies by a factor of 1 too, which changes nothing; on a GPU, looking at the norm would mean waiting.
+    if not (norm.is_cpu and norm + 1e-6 <= most):
+        clip_grads_with_norm_(parameters, most, total, foreach=True)
+    return norm
 
 
 def mean_metrics(rows: Sequence[Metrics]) -> Metrics:
