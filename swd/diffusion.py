@@ -137,11 +137,10 @@ class RectifiedFlow:
         return ((1 - sigma.float()) / sigma.float()).square()
 
     def add_noise(self, x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
-        s = expand(sigma, x0)
-        return (1 - s) * x0.float() + s * eps.float()
+        return torch.lerp(x0.float(), eps.float(), expand(sigma, x0))
 
     def to_x0(self, x_t: Tensor, prediction: Tensor, sigma: Tensor) -> Tensor:
-        return x_t.float() - expand(sigma, x_t) * prediction.float()
+        return torch.addcmul(x_t.float(), expand(sigma, x_t), prediction.float(), value=-1)
 
 
 class VariancePreserving:

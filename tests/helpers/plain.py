@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from swd.diffusion import RectifiedFlow, expand
 from swd.losses.base import Step
 from swd.losses.update import student_x0
 from swd.modules import distiller, joint_attention, joint_block, mlp, rms_norm
@@ -37,6 +38,13 @@ def go_the_plain_way(monkeypatch: pytest.MonkeyPatch, norms: bool = True) -> Non
     monkeypatch.setattr(Step, "_joins", lambda step: False)
     monkeypatch.setattr(distiller, "with_predictions", one_by_one)
     monkeypatch.setattr(distiller, "FUSED", ())
+    monkeypatch.setattr(RectifiedFlow, "add_noise", lambda _, x0, eps, sigma: blended(x0, eps, expand(sigma, x0)))
+    monkeypatch.setattr(RectifiedFlow, "to_x0", lambda _, x_t, velocity, sigma: x_t - expand(sigma, x_t) * velocity)
+
+
+def blended(x0: Tensor, eps: Tensor, share: Tensor) -> Tensor:
+    """Noised latents, operation by operation."""
+    return (1 - share) * x0 + share * eps
 
 
 class BlockRuns:
