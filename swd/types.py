@@ -308,7 +308,7 @@ class SeededDraws:
 
         drawn = torch.empty(shape, dtype=torch.float32, device="cpu", pin_memory=pinned)
         for row, generator in zip(drawn, self._generators(purpose, shape[0]), strict=True):
-            torch.randn(row.shape, generator=generator, out=row)
+            row.normal_(generator=generator)
         return drawn
 
     def index(self, purpose: str, low: int, high: int, batch: int) -> Tensor:
@@ -316,7 +316,7 @@ class SeededDraws:
 
         drawn = torch.empty(batch, dtype=torch.int64, device="cpu")
         for row, generator in zip(drawn, self._generators(purpose, batch), strict=True):
-            torch.randint(low, high + 1, (), generator=generator, out=row)
+            row.random_(low, high + 1, generator=generator)
         return drawn
 
     def _generators(self, purpose: str, batch: int) -> Iterator[torch.Generator]:
