@@ -110,6 +110,8 @@ def test_text_goes_no_further_than_it_is_read(build: Callable[[], Networks]) -> 
     for number in range(2):  # the last of three blocks makes no text
         mlp = backbone.block_list[number].get_submodule("ff_context.net")[2]
         mlp.register_forward_hook(lambda module, args, output, number=number: seen.append((number, len(output))))
+    ends: list[int] = []
+    backbone.network.get_submodule("proj_out").register_forward_hook(lambda module, args, out: ends.append(len(out)))
     x, sigma, text = noise(8, 0, batch=4).double(), torch.full((4,), 0.5), build_conditioning(4)
     whole = networks.x0("fake", x, sigma, text, (0, 1))
     assert seen == [(0, 4), (1, 4)]
@@ -118,7 +120,7 @@ def test_text_goes_no_further_than_it_is_read(build: Callable[[], Networks]) -> 
     assert seen == [(0, 4), (1, 0)]
     seen.clear()
     some = networks.x0("fake", x, sigma, text, (1,), rows=3)
-    assert seen == [(0, 4), (1, 3)] and len(some[0]) == 3
+    assert seen == [(0, 4), (1, 3)] and len(some[0]) == 3 and ends == [4, 3]
     assert_close(some[0], whole[0][:3], **EXACT)
     detached = networks.x0("fake", x, sigma, text, (0, 1), grad_to_features_only=True)
     assert_close(detached[0], whole[0], **EXACT)

@@ -160,6 +160,8 @@ class Backbone(nn.Module, ABC):
             there but for the network's last layers, and `rows_of` cuts its inputs.
         text_mlp: name of a block's submodule that only its text tokens go through, once the image tokens have done with
             them; None where blocks have none. In the block of the last features it runs for the samples that go on.
+        last_norm: name of the norm behind all blocks, where that and what follows it can take the samples that go on
+            alone; None where they need as many as the network was given: then zeros stand for the others.
         last: the last features of the forward pass that runs, where not all its samples go on behind them.
     """
 
@@ -185,6 +187,7 @@ class Backbone(nn.Module, ABC):
     poor_at_low_resolution: ClassVar[bool] = False
     narrows: ClassVar[bool] = False
     text_mlp: ClassVar[str | None] = None
+    last_norm: ClassVar[str | None] = None
 
     def __init__(self, network: nn.Module, guidance: float | None = None) -> None:
         super().__init__()
@@ -419,7 +422,7 @@ class Backbone(nn.Module, ABC):
             behind = self.without_text_mlp(LastFeatures(max(blocks), len(x_t), len(x_t), graph=False))
         with self._hooks(blocks, after) as found, behind, torch.set_grad_enabled(torch.is_grad_enabled()):
             prediction = self.call(x_t, sigma, conditioning)
-        return prediction[:rows], [found[block] for block in blocks]
+        return prediction if rows is None else self.rows_of(prediction, rows), [found[block] for block in blocks]
 
     def features(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning, blocks: Sequence[int]) -> list[Tensor]:
         """Features `[B, L, D]` per block asked for; stops at the last of them."""
@@ -481,16 +484,19 @@ class Backbone(nn.Module, ABC):
 
     @contextmanager
     def _narrowed(self, last: LastFeatures) -> Iterator[None]:
-        """Context in which what runs behind a block takes the first samples, and makes zeros of the others."""
+        """Context in which what runs behind a block takes the first samples."""
 
         def cut(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             return self.narrow(module, args, kwargs)
 
-        modules = self.behind(last.block)
+        modules = [*self.behind(last.block)]
+        filled = modules[-1:]  # the network's last layers find as many samples as it was given
+        if self.last_norm:
+            modules.append(self.network.get_submodule(self.last_norm))
+            filled = []
         self._narrow = dict.fromkeys(modules, last.rows)
         handles = [module.register_forward_pre_hook(cut, with_kwargs=True) for module in modules]
-        # The network's last layers find as many samples as it was given.
-        handles += [module.register_forward_hook(_filled(last.samples)) for module in modules[-1:]]
+        handles += [module.register_forward_hook(_filled(last.samples)) for module in filled]
         try:
             with self.without_text_mlp(last):
                 yield

@@ -50,6 +50,7 @@ class ChromaBackbone(Backbone):
     comfyui: ClassVar[bool] = True
     layout: ClassVar[str] = "tokens"
     narrows: ClassVar[bool] = True
+    last_norm: ClassVar[str | None] = "norm_out"
     text_mlp: ClassVar[str | None] = "ff_context"
 
     _image_tokens = 0  # in the forward pass that runs

@@ -39,6 +39,7 @@ class FluxBackbone(Backbone):
     comfyui: ClassVar[bool] = True
     layout: ClassVar[str] = "tokens"
     narrows: ClassVar[bool] = True
+    last_norm: ClassVar[str | None] = "norm_out"
     text_mlp: ClassVar[str | None] = "ff_context"
 
     @staticmethod

@@ -47,6 +47,7 @@ class Flux2KleinBackbone(Backbone):
     comfyui: ClassVar[bool] = True
     layout: ClassVar[str] = "patches"
     narrows: ClassVar[bool] = True
+    last_norm: ClassVar[str | None] = "norm_out"
     text_mlp: ClassVar[str | None] = "ff_context"
     targets: ClassVar[tuple[str, ...]] = (
         *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),

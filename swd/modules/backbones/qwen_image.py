@@ -57,6 +57,7 @@ class QwenImageBackbone(Backbone):
     comfyui: ClassVar[bool] = True
     layout: ClassVar[str] = "tokens"
     narrows: ClassVar[bool] = True
+    last_norm: ClassVar[str | None] = "norm_out"
     text_mlp: ClassVar[str | None] = "txt_mlp"
     # Of models that edit pictures, draw layers, or are fed a guidance scale.
     unknown_settings: ClassVar[tuple[str, ...]] = (

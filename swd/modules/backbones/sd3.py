@@ -49,6 +49,7 @@ class SD3Backbone(Backbone):
     trains_from_scratch: ClassVar[bool] = True  # the embedded teacher
     comfyui: ClassVar[bool] = True
     narrows: ClassVar[bool] = True
+    last_norm: ClassVar[str | None] = "norm_out"
     text_mlp: ClassVar[str | None] = "ff_context"
 
     @staticmethod
