@@ -16,7 +16,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from swd.modules import joint_attention, joint_block, mlp, rms_norm
+from swd.modules import joint_attention, joint_block, mlp, rms_norm, time_waves
 from swd.modules.autocast import autocast_on_meta
 from swd.modules.backbones.base import TARGETS, Backbone
 from swd.modules.layouts import whole_tensor
@@ -44,6 +44,7 @@ class Networks(nn.Module, ABC):
         joint_attention.install_attention(backbone.network)
         joint_block.install_blocks(backbone.network)
         mlp.install_mlps(backbone.network)
+        time_waves.install_waves(backbone.network)
         self.process = backbone.process
         self.roles = tuple(roles)
         self.played = PlayedRole()
