@@ -12,14 +12,11 @@ from torch.autograd.function import once_differentiable
 from swd.modules import rms_norm
 from swd.modules.lora_linear import (
     Factors,
-    as_rows,
+    Product,
     asked_adapters,
     has_hooks,
-    kept_weights,
-    layers_again,
     plain_layers,
     products,
-    products_gradients,
     trained_factors,
 )
 from swd.modules.rms_norm import FrozenRMSNorm
@@ -53,10 +50,9 @@ def _is_plain(norm: nn.Module | None) -> bool:
 
 def _heads(
     x: Tensor, layers: Sequence[Factors], norms: Sequence[Any], heads: int
-) -> tuple[list[Tensor], tuple[Tensor | None, ...]]:
-    """The heads, and what their gradient needs."""
-    rows = as_rows(x, layers[0].weight.dtype)
-    outputs, inner = products(rows, layers)
+) -> tuple[list[Tensor], Product, list[Tensor]]:
+    """The heads, and what their gradient needs: of the layers, and of the norms."""
+    outputs, product = products(x, layers)
     found = [output.view(*x.shape[:2], heads, output.shape[-1] // heads) for output in outputs]
     of_norms: list[Tensor] = []
     for number, norm in enumerate(norms):
@@ -64,7 +60,7 @@ def _heads(
             before = found[number]
             found[number], inverse = rms_norm.product(before, norm.weight, norm.eps)
             of_norms += [before, inverse, norm.weight]
-    return found, (None if inner is None else rows, inner, *of_norms)
+    return found, product, of_norms
 
 
 class _Heads(torch.autograd.Function):
@@ -73,8 +69,8 @@ class _Heads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *given: Any) -> tuple[Tensor, ...]:
         *_, layers, ctx.norms, heads = given
-        found, kept = _heads(x, layers, ctx.norms, heads)
-        ctx.save_for_backward(*kept_weights(layers), *kept)
+        found, product, of_norms = _heads(x, layers, ctx.norms, heads)
+        ctx.save_for_backward(*product.kept(), *of_norms)
         ctx.scales = [layer.scale for layer in layers]
         ctx.shape = x.shape
         return tuple(found)
@@ -82,16 +78,14 @@ class _Heads(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        weights = 3 * len(ctx.scales)
-        layers = layers_again(saved[:weights], ctx.scales)
-        rows, inner, *of_norms = saved[weights:]
+        saved = iter(ctx.saved_tensors)
+        product = Product.again(saved, ctx.scales)
         grads = list(given)
         for number, norm in enumerate(ctx.norms):
             if norm is not None:
-                before, inverse, weight, *of_norms = of_norms
+                before, inverse, weight = next(saved), next(saved), next(saved)
                 grads[number] = rms_norm.gradient(grads[number], before, weight, inverse)
         flat = [grad.reshape(-1, grad.shape[-1] * grad.shape[-2]) for grad in grads]
-        asked = asked_adapters(ctx, 1, 0 if inner is None else len(layers))
-        grad_rows, others = products_gradients(flat, rows, inner, layers, ctx.needs_input_grad[0], asked)
+        asked = asked_adapters(ctx, 1, product.adapters)
+        grad_rows, others = product.gradients(flat, ctx.needs_input_grad[0], asked)
         return None if grad_rows is None else grad_rows.view(ctx.shape), *others, None, None, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -139,9 +139,9 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up
     """
     if torch.is_grad_enabled():
         return _node(x, down, up, weight, bias, scale)
-    dtype = autocast_dtype(x.device.type)
-    outputs, _ = products(as_rows(x, dtype), [Factors(weight, bias, down, up, scale).to(dtype)])
-    return outputs[0].view(*x.shape[:-1], outputs[0].shape[-1])
+    factors = Factors(weight, bias, down, up, scale).to(autocast_dtype(x.device.type))
+    (output,), _ = products(x, [factors])
+    return output
 
 
 def hooks_of(layer: nn.Module) -> list[dict[int, Any]]:
@@ -272,115 +272,123 @@ def _factors_of(layer: nn.Module) -> Factors | None:
     return None if weight.requires_grad or (bias is not None and bias.requires_grad) else Factors(weight, bias)
 
 
-def as_rows(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """`[..., in]` as `[N, in]`, contiguous, in a dtype; None: as it is."""
-    x = x if dtype is None else x.to(dtype)
-    return x.contiguous().view(-1, x.shape[-1])
+class Product(NamedTuple):
+    """Frozen linear layers that took the same input, and what their gradient needs.
+
+    Attributes:
+        layers: all with an adapter, or none. Behind `again` they have no biases, which have no part in gradients.
+        rows: the input `[N, in]`; None without adapters.
+        inner: A x' of all adapters `[sum of r, N]`; None without adapters.
+    """
+
+    layers: Sequence[Factors]
+    rows: Tensor | None = None
+    inner: Tensor | None = None
+
+    @property
+    def adapters(self) -> int:
+        """Number of adapters."""
+        return 0 if self.inner is None else len(self.layers)
+
+    def kept(self) -> list[Tensor | None]:
+        """What `again` takes, for `save_for_backward`.
+
+        A node that kept weights in another way would hold copies in autocast's dtype in memory, which checkpointing
+        frees.
+        """
+        weights = [weight for layer in self.layers for weight in (layer.weight, layer.down, layer.up)]
+        return [self.rows, self.inner, *weights]
+
+    @staticmethod
+    def again(saved: Iterator[Any], scales: Sequence[float]) -> Product:
+        """What `kept` gave, and the layers' scales."""
+        rows, inner = next(saved), next(saved)
+        layers = [Factors(next(saved), None, next(saved), next(saved), scale) for scale in scales]
+        return Product(layers, rows, inner)
+
+    def gradients(
+        self, grads: Sequence[Tensor], of_x: bool, of_adapters: Sequence[tuple[bool, bool]]
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Gradients of `products`, each where it is asked for.
+
+        Args:
+            grads: of the outputs, `[N, out]` each.
+            of_x: whether the input's gradient is asked for.
+            of_adapters: of which A, and of which B of each adapter.
+
+        Returns:
+            The gradient of the input; and those of A and B of each adapter in turn.
+        """
+        layers = self.layers
+        grad_x: Tensor | None = None
+        if of_x:
+            grad_x = grads[0] @ layers[0].weight
+            for grad, layer in zip(grads[1:], layers[1:], strict=True):
+                grad_x.addmm_(grad, layer.weight)
+        if self.inner is None or self.rows is None:
+            return grad_x, []
+        grad_ups: list[Tensor | None] = []
+        grad_inners: list[Tensor] = []
+        for grad, layer, part, (_, of_up) in zip(grads, layers, _parts(self.inner, layers), of_adapters, strict=True):
+            assert layer.up is not None
+            grad_ups.append(_scaled((part @ grad).t(), layer.scale) if of_up else None)
+            grad_inners.append(_scaled(layer.up.t() @ grad.t(), layer.scale))
+        grad_inner = _stacked(grad_inners)
+        if grad_x is not None:
+            grad_x.addmm_(grad_inner.t(), _stacked([layer.down for layer in layers if layer.down is not None]))
+        grad_downs: Sequence[Tensor | None] = [None] * len(layers)
+        if any(of_down for of_down, _ in of_adapters):
+            grad_downs = _parts(grad_inner @ self.rows, layers)
+        return grad_x, [each for pair in zip(grad_downs, grad_ups, strict=True) for each in pair]
 
 
-def products(x: Tensor, layers: Sequence[Factors]) -> tuple[list[Tensor], Tensor | None]:
-    """Outputs `[N, out]` of layers that take the same input.
+def products(x: Tensor, layers: Sequence[Factors]) -> tuple[list[Tensor], Product]:
+    """Outputs of layers that take the same input.
 
     In `as_in_pipelines` the products of an adapter stand in peft's order. Elsewhere their short side comes first: on
     the CPU the other order takes twice as long.
 
     Args:
-        x: `[N, in]`, contiguous.
-        layers: all with an adapter, or none.
+        x: `[..., in]`.
+        layers: all with an adapter, or none, and of one dtype, in which they are computed.
 
     Returns:
-        One output a layer; and A x' of all adapters `[sum of r, N]`, for `products_gradients`.
+        One output `[..., out]` a layer, and what their gradient needs.
     """
+    x = x.to(layers[0].weight.dtype).contiguous()
     outputs = [F.linear(x, layer.weight, layer.bias) for layer in layers]
     downs = [layer.down for layer in layers if layer.down is not None]
     if not downs:
-        return outputs, None
+        return outputs, Product(layers)
+    rows = x.view(-1, x.shape[-1])
     down = _stacked(downs)
-    inner = (x @ down.t()).t() if computes_as_in_pipelines() else down @ x.t()
+    inner = (rows @ down.t()).t() if computes_as_in_pipelines() else down @ rows.t()
     for output, layer, part in zip(outputs, layers, _parts(inner, layers), strict=True):
         assert layer.up is not None
+        added = output.view(-1, output.shape[-1])
         if output.dtype in (torch.float16, torch.bfloat16):
             # Rounded where peft rounds, so that a student predicts in a stock pipeline what it predicts in training.
-            output += _scaled(part.t() @ layer.up.t(), layer.scale)
+            added += _scaled(part.t() @ layer.up.t(), layer.scale)
         else:
-            output.addmm_(part.t(), layer.up.t(), alpha=layer.scale)
-    return outputs, inner
+            added.addmm_(part.t(), layer.up.t(), alpha=layer.scale)
+    return outputs, Product(layers, rows, inner)
 
 
-def products_gradients(
-    grads: Sequence[Tensor],
-    x: Tensor | None,
-    inner: Tensor | None,
-    layers: Sequence[Factors],
-    of_x: bool,
-    of_adapters: Sequence[tuple[bool, bool]],
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Gradients of `products`, each where it is asked for.
-
-    Args:
-        grads: of the outputs, `[N, out]` each.
-        x: the input `[N, in]`; None where no A's gradient is asked for.
-        inner: of `products`.
-        layers: as there.
-        of_x: whether x's gradient is asked for.
-        of_adapters: of which A, and of which B of each adapter.
-
-    Returns:
-        The gradient of x; and those of A and B of each adapter in turn.
-    """
-    grad_x: Tensor | None = None
-    if of_x:
-        grad_x = grads[0] @ layers[0].weight
-        for grad, layer in zip(grads[1:], layers[1:], strict=True):
-            grad_x.addmm_(grad, layer.weight)
-    if inner is None:
-        return grad_x, []
-    grad_ups: list[Tensor | None] = []
-    grad_inners: list[Tensor] = []
-    for grad, layer, part, (_, of_up) in zip(grads, layers, _parts(inner, layers), of_adapters, strict=True):
-        assert layer.up is not None
-        grad_ups.append(_scaled((part @ grad).t(), layer.scale) if of_up else None)
-        grad_inners.append(_scaled(layer.up.t() @ grad.t(), layer.scale))
-    grad_inner = _stacked(grad_inners)
-    if grad_x is not None:
-        downs = [layer.down for layer in layers if layer.down is not None]
-        grad_x.addmm_(grad_inner.t(), _stacked(downs))
-    grad_downs: Sequence[Tensor | None] = [None] * len(layers)
-    if x is not None and any(of_down for of_down, _ in of_adapters):
-        grad_downs = _parts(grad_inner @ x, layers)
-    return grad_x, [each for pair in zip(grad_downs, grad_ups, strict=True) for each in pair]
-
-
-def trained_factors(layers: Sequence[Factors]) -> list[Tensor]:
+def trained_factors(layers: Iterable[Factors]) -> list[Tensor]:
     """A and B of each adapter in turn: what a node that computes layers is given, so that they get gradients."""
     return [weight for layer in layers for weight in (layer.down, layer.up) if weight is not None]
 
 
-def kept_weights(layers: Sequence[Factors]) -> list[Tensor | None]:
-    """The weights W, A and B of each layer, for `save_for_backward`; biases have no part in gradients.
-
-    A node that kept them in another way would hold copies in autocast's dtype in memory, which checkpointing frees.
-    """
-    return [weight for layer in layers for weight in (layer.weight, layer.down, layer.up)]
-
-
-def layers_again(kept: Sequence[Tensor], scales: Sequence[float]) -> list[Factors]:
-    """The layers, without biases, of what `kept_weights` gave, and their scales."""
-    return [Factors(kept[3 * n], None, kept[3 * n + 1], kept[3 * n + 2], scale) for n, scale in enumerate(scales)]
-
-
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
-    """Tensors `[r, ...]` of adapters under each other; one alone is not copied."""
+    """Tensors `[r, ...]` under each other; one alone is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _parts(stacked: Tensor, layers: Sequence[Factors]) -> Sequence[Tensor]:
     """The rows of each layer's adapter in `[sum of r, ...]`."""
-    return (
-        (stacked,)
-        if len(layers) == 1
-        else stacked.split([len(layer.down) for layer in layers if layer.down is not None])
-    )
+    if len(layers) == 1:
+        return (stacked,)
+    return torch.split_with_sizes(stacked, [len(layer.down) for layer in layers if layer.down is not None])
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -390,23 +398,19 @@ class _LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, down: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, scale: float
     ) -> Tensor:
-        dtype = autocast_dtype(x.device.type)
-        factors = Factors(weight, bias, down, up, scale).to(dtype)
-        rows = as_rows(x, dtype)
-        outputs, inner = products(rows, [factors])
-        ctx.save_for_backward(*kept_weights([factors]), rows, inner)
+        factors = Factors(weight, bias, down, up, scale).to(autocast_dtype(x.device.type))
+        (output,), product = products(x, [factors])
+        ctx.save_for_backward(*product.kept())
         ctx.scale = scale
         ctx.shape = x.shape
-        return outputs[0].view(*x.shape[:-1], outputs[0].shape[-1])
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *weights, rows, inner = ctx.saved_tensors
-        layers = layers_again(weights, [ctx.scale])
+        product = Product.again(iter(ctx.saved_tensors), [ctx.scale])
         grads = [grad.reshape(-1, grad.shape[-1])]
-        asked = asked_adapters(ctx, 1, 1)
-        grad_x, others = products_gradients(grads, rows, inner, layers, ctx.needs_input_grad[0], asked)
+        grad_x, others = product.gradients(grads, ctx.needs_input_grad[0], asked_adapters(ctx, 1, 1))
         return None if grad_x is None else grad_x.view(ctx.shape), *others, None, None, None
 
 

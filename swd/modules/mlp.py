@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,11 @@ from torch.autograd.function import once_differentiable
 from swd.modules.in_pipelines import computes_as_in_pipelines
 from swd.modules.lora_linear import (
     Factors,
-    as_rows,
+    Product,
     asked_adapters,
     has_hooks,
-    kept_weights,
-    layers_again,
     plain_layers,
     products,
-    products_gradients,
     trained_factors,
 )
 
@@ -98,18 +95,25 @@ def _gelu_gradient(grad: Tensor, u: Tensor, gate: Tensor | None) -> Tensor:
         return found
     # The derivative is g + g (1 - g) u d with the sigmoid g and the derivative d of its argument.
     rise = torch.addcmul(SLOPES[u.dtype], u, u, value=3 * SLOPE * CUBE).mul_(u).mul_(gate)
-    return torch.addcmul(gate, rise, 1 - gate).mul_(grad)
+    return rise.addcmul_(rise, gate, value=-1).add_(gate).mul_(grad)
 
 
-def _product(x: Tensor, layers: Sequence[Factors]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """The output, and what its gradient needs; inputs of layers only where an adapter needs them."""
+class _MLP(NamedTuple):
+    """What the gradient of a feed-forward layer needs: both products, GELU's argument and its sigmoid."""
+
+    wide: Product
+    narrow: Product
+    before: Tensor
+    gate: Tensor | None
+
+
+def _product(x: Tensor, layers: Sequence[Factors]) -> tuple[Tensor, _MLP]:
+    """The output, and what its gradient needs."""
     wide, narrow = layers
-    rows = as_rows(x, wide.weight.dtype)
-    (before,), inner_wide = products(rows, [wide])
+    (before,), of_wide = products(x, [wide])
     after, gate = _gelu(before)
-    (output,), inner_narrow = products(after, [narrow])
-    kept = (None if inner_wide is None else rows, inner_wide, before, gate)
-    return output.view(*x.shape[:-1], output.shape[-1]), (*kept, None if inner_narrow is None else after, inner_narrow)
+    (output,), of_narrow = products(after, [narrow])
+    return output, _MLP(of_wide, of_narrow, before, gate)
 
 
 class _GELU(torch.autograd.Function):
@@ -133,8 +137,8 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *given: Any) -> Tensor:
         layers = given[-1]
-        output, kept = _product(x, layers)
-        ctx.save_for_backward(*kept_weights(layers), *kept)
+        output, (wide, narrow, before, gate) = _product(x, layers)
+        ctx.save_for_backward(before, gate, *wide.kept(), *narrow.kept())
         ctx.scales = [layer.scale for layer in layers]
         ctx.shape = x.shape
         return output
@@ -142,17 +146,15 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        wide, narrow = layers_again(saved[:6], ctx.scales)
-        rows, inner_wide, before, gate, after, inner_narrow = saved[6:]
-        of_wide = asked_adapters(ctx, 1, int(inner_wide is not None))
-        of_narrow = asked_adapters(ctx, 1 + 2 * len(of_wide), int(inner_narrow is not None))
-        grad = grad.reshape(-1, grad.shape[-1])
-        grad_after, grads_narrow = products_gradients([grad], after, inner_narrow, [narrow], True, of_narrow)
+        saved = iter(ctx.saved_tensors)
+        before, gate = next(saved), next(saved)
+        wide, narrow = (Product.again(saved, [scale]) for scale in ctx.scales)
+        of_wide = asked_adapters(ctx, 1, wide.adapters)
+        of_narrow = asked_adapters(ctx, 1 + 2 * len(of_wide), narrow.adapters)
+        grad_after, grads_narrow = narrow.gradients([grad.reshape(-1, grad.shape[-1])], True, of_narrow)
         assert grad_after is not None
-        grad_before = _gelu_gradient(grad_after, before, gate)
-        of_x = ctx.needs_input_grad[0]
-        grad_x, grads_wide = products_gradients([grad_before], rows, inner_wide, [wide], of_x, of_wide)
+        grad_before = _gelu_gradient(grad_after.view(before.shape), before, gate).flatten(0, -2)
+        grad_x, grads_wide = wide.gradients([grad_before], ctx.needs_input_grad[0], of_wide)
         return None if grad_x is None else grad_x.view(ctx.shape), *grads_wide, *grads_narrow, None
 
 
