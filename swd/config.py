@@ -37,8 +37,9 @@ OPTIONAL = ("callbacks", "logger")
 """Groups that may be left out: `callbacks=null`."""
 OPTIONAL_TABLES = ("timing",)
 """Tables of plain values that may be left out: `timing=null`."""
-GIVEN: Mapping[str, Sequence[str]] = {"task": ("model", "schedule", "loss")}
-"""Groups that are built once and passed to the constructor of another group, if it has an argument of that name."""
+GIVEN: Mapping[str, Sequence[str]] = {"task": ("schedule", "loss", "model")}
+"""Groups that are built once and passed to the constructor of another group, if it has an argument of that name. The
+model comes last: its files may have to be downloaded, and a mistake in the others is to be told before."""
 REFERRED = ("recipe", "sample_prompts")
 """Keys at the root that are read only where another one refers to them, as in `lr: ${recipe.lr}`."""
 SCHEDULES: Mapping[str, tuple[str, str]] = {

@@ -15,6 +15,7 @@ STEPS = 1000
 """Steps of a sampler at most: these models were trained on 1,000 noise levels, and more steps would repeat some."""
 GUIDANCE = 100.0
 """Guidance scale at most: ten times the largest that any of these models is published with."""
+NO_GUIDANCE = "1 for none"
 AT_ONCE = 4096
 """Pictures or prompts in one batch at most: more than any device holds of the smallest model."""
 SIDE = 8192
@@ -34,19 +35,29 @@ BATCH = 2**16
 HEAD_LAYERS = 64
 """Layers of the discriminator's head at most: their widths fall from the network's to 1."""
 
+ALPHAS = 1e-3, 1e6
+"""Range of LoRA alpha. Alphas in use are within ten times the rank; with far smaller ones updates vanish in float32."""
+
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from `least` to `most`, both included; `above`: `least` itself is not."""
+    """Numbers from `least` to `most`, both included; `above`: `least` itself is not.
+
+    Attributes:
+        why: the reason of both limits; with it they are told together.
+    """
 
     least: float = 0
     most: float = math.inf
     above: bool = False
+    why: str = ""
 
     def problem(self, value: Any) -> str | None:
         """The fix for a `value` out of range, "use ..."; None if it is in range, or is no number."""
         if isinstance(value, bool) or not isinstance(value, int | float):
             return None
+        if self.why:
+            return None if self.least <= value <= self.most else f"use {self.least:g} to {self.most:g}, {self.why}"
         if value < self.least or (self.above and value == self.least):
             return f"use a number above {self.least:g}" if self.above else f"use {self.least:g} or more"
         return f"use at most {self.most:,.15g}" if value > self.most else None
@@ -58,6 +69,7 @@ LARGEST_INTEGER = 2**63 - 1
 """Largest number of int64, which tensors and files store."""
 
 SHARE, COUNT, WEIGHT = Range(0, 1), Range(1, 2**31 - 1), Range(0, 1e6)
+ABOVE = Range(0, above=True)
 RATE = Range(0, 1e6, above=True)
 """Learning rates. AdamW moves every weight by about the rate at each step, so a rate near 1 already destroys a network;
 this bound only refuses numbers that nobody can have meant."""
@@ -89,6 +101,15 @@ RANGES: Mapping[str, Range] = {
     "max_steps": COUNT,
     "num_nodes": Range(1, 100_000),
     "memory_gb": Range(0, 1e6, above=True),
+    "rank": COUNT,
+    "alpha": Range(*ALPHAS, why="null for alpha = rank"),
+    "dmd_guidance_scale": Range(0, GUIDANCE, why=NO_GUIDANCE),
+    "drawing_guidance_scale": Range(1, GUIDANCE, why=NO_GUIDANCE),
+    "clip": ABOVE,
+    "accumulate": COUNT,
+    "exploding": Range(1, above=True),
+    "bandwidth": ABOVE,
+    "critic_max_snr": ABOVE,
 }
 """Ranges of arguments of this project's constructors and of the Trainer, by name; a name means the same everywhere."""
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from swd.config import read_recorded
 from swd.io.files import file_hash
+from swd.io.limits import ALPHAS
 from swd.modules.adapters import Adapter, Baked, baked_of, check_expert, fold_alpha
 from swd.modules.backbones import known_families, load_family
 from swd.modules.checkpoint_files import read_resumable
 from swd.modules.pretrained import Pretrained
-from swd.modules.tuning import ALPHAS
 from swd.types import UserError
 
 AVERAGED = "average.module."

@@ -22,7 +22,7 @@ def guidance_scales(dmd: float | None, drawing: float | None, both: float | None
         UserError: for a scale that cannot be used, or all three at once.
     """
     for key, scale, least in (("dmd", dmd, 0.0), ("drawing", drawing, 1.0), ("", both, 0.0)):
-        limits.number(f"model.{key}{key and '_'}guidance_scale", scale, least, limits.GUIDANCE, "1 for none")
+        limits.number(f"model.{key}{key and '_'}guidance_scale", scale, least, limits.GUIDANCE, limits.NO_GUIDANCE)
     if both is None:
         return DMD_GUIDANCE if dmd is None else float(dmd), DRAWING_GUIDANCE if drawing is None else float(drawing)
     if dmd is not None and drawing is not None:

@@ -16,9 +16,6 @@ LARGEST_RANK = 256
 """LoRA ranks up to this are always allowed, larger ones up to the network's width; the SwD paper has up to 128
 (appendix A)."""
 
-ALPHAS = 1e-3, 1e6
-"""Range of LoRA alpha. Alphas in use are within ten times the rank; with far smaller ones updates vanish in float32."""
-
 
 @dataclass(frozen=True)
 class Tuning:
@@ -49,7 +46,7 @@ class Tuning:
             raise UserError(f"model.tuning=full trains every weight, so model.{given} cannot be set; use tuning=lora")
         if self.rank < 1:
             raise UserError(f"model.rank={self.rank}; a LoRA rank is at least 1")
-        limits.number("model.alpha", self.alpha, *ALPHAS, "null for alpha = rank")
+        limits.number("model.alpha", self.alpha, *limits.ALPHAS, "null for alpha = rank")
         if self.init_adapter is not None and not self.init_adapter.strip():
             raise UserError(
                 "model.init_adapter is empty; name a run, an adapter's folder or file, or use null for a fresh start"

@@ -36,6 +36,17 @@ NAMED = {
     "timing.runs=0; use at least 1": [*EVALUATE, "models=[teacher]", "timing.runs=0"],
     "models: steps of teacher=0; use at least 1": [*EVALUATE, "models=[{model: teacher, steps: 0}]"],
     "models: two are called teacher": [*EVALUATE, "models=[teacher, teacher]"],
+    "model.rank=0; use 1 or more": ["train", "model.rank=0"],
+    "model.alpha=-1; use 0.001 to 1e+06, null for alpha = rank": ["sample", "model.alpha=-1"],
+    "model.drawing_guidance_scale=0.5; use 1 to 100, 1 for none": [
+        "generate",
+        "out=x",
+        "prompts=y",
+        "model.drawing_guidance_scale=0.5",
+    ],
+    "task.clip=0; use a number above 0": ["train", "task.clip=0"],
+    "task.accumulate=0; use 1 or more": ["train", "task.accumulate=0"],
+    "loss.mmd.bandwidth=0; use a number above 0": ["train", "loss.mmd.bandwidth=0"],
     "prompts is missing; give prompts=prompts.csv": ["generate", "out=x"],
     "to is missing; give to=FOLDER": ["export"],
 }

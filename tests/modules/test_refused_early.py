@@ -79,6 +79,10 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "block": (["loss.mmd.blocks=[3]"], ["loss.mmd.blocks", "block 3", "0 to 2"]),
     "unknown target": (["model.targets=[to_q,to_x]"], ["model.targets", "'to_x'"]),
     "no text tokens": (["model.max_text_tokens=0"], ["model.max_text_tokens=0", "at least 1"]),
+    "levels, before the model is looked for": (
+        ["model.path={sd3}/nowhere", "schedule.sigmas=[0.5,1.0]"],
+        ["schedule.sigmas must be strictly decreasing"],
+    ),
     "workers": (["data.workers=-1"], ["data.workers=-1", "0 or more"]),
     "no tokenizer": (["model.path={no-tokenizer_2}"], ["'tokenizer_2' is missing"]),
     "wrong tokenizer": (["model.path={wrong-tokenizer}"], ["'tokenizer' holds no tokenizer", "spiece.model"]),
