@@ -97,16 +97,19 @@ class Stage(nn.Module):
         grown = following if wide else channels
         self.grow = nn.Conv2d(grown, growth * grown, 1, bias=False)
 
-    def remember(self, frames: Tensor, memory: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Run the blocks.
+    def forward(self, frames: Tensor, memory: Sequence[Tensor], skip: int = 0) -> tuple[Tensor, list[Tensor]]:
+        """Frames `[B, growth F - skip, following, 2 H, 2 W]`, and the memory for those that come next.
 
         Args:
             frames: `[B, F, C, H, W]`.
             memory: for each block the frame `[B, 1, C, H, W]` that it took before these.
-
-        Returns:
-            The frames after the blocks, and the memory for those that come next.
+            skip: frames at the beginning of the result that are left out.
         """
+        frames, kept = self.remember(frames, memory)
+        return self.enlarge(frames, skip), kept
+
+    def remember(self, frames: Tensor, memory: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Frames and memory after the blocks, in the shapes of those before them."""
         kept = []
         for block, last in zip(self.blocks, memory, strict=True):
             kept.append(frames[:, -1:].clone())  # alone, so that the other frames are freed
@@ -114,8 +117,8 @@ class Stage(nn.Module):
             frames = block(frames.flatten(0, 1), before.flatten(0, 1)).unflatten(0, frames.shape[:2])
         return frames, kept
 
-    def enlarge(self, frames: Tensor, skip: int = 0) -> Tensor:
-        """Frames `[B, growth F - skip, following, 2 H, 2 W]` of `[B, F, C, H, W]`, without the first `skip`."""
+    def enlarge(self, frames: Tensor, skip: int) -> Tensor:
+        """Frames `[B, growth F - skip, following, 2 H, 2 W]` of `[B, F, C, H, W]`."""
         frames = frames[:, skip // self.growth :]
         batch, skip = len(frames), skip % self.growth
         x = frames.flatten(0, 1)
@@ -134,7 +137,7 @@ class TinyVideoDecoder(ModelMixin, ConfigMixin):
     """TAEHV's decoder in place of the VAE of a stock pipeline, which only decodes.
 
     It is causal: a frame depends on no later latent. The first latent is one frame, as the VAE has it: of the `growth`
-    frames that it becomes, the last counts.
+    frames that it becomes, the last counts. The defaults are those of the file taew2_1.
 
     Args:
         latent_channels: channels of the latents.
@@ -165,10 +168,10 @@ class TinyVideoDecoder(ModelMixin, ConfigMixin):
         self.wide = wide
         self.widths = tuple(widths)
         self.lead = math.prod(growth) - 1
-        first = (
-            nn.Conv2d(latent_channels, widths[0], 1, bias=False) if wide else convolution(latent_channels, widths[0])
-        )
-        self.first = first
+        if wide:
+            self.first = nn.Conv2d(latent_channels, widths[0], 1, bias=False)
+        else:
+            self.first = convolution(latent_channels, widths[0])
         self.stages = nn.ModuleList(Stage(widths[i], widths[i + 1], growth[i], wide) for i in range(STAGES))
         self.last = convolution(widths[STAGES], 3 * patch**2)
         self.register_to_config(
@@ -185,7 +188,7 @@ class TinyVideoDecoder(ModelMixin, ConfigMixin):
         `[B, C, H, W]`."""
         latents = (z if z.ndim == 5 else z.unsqueeze(2)).transpose(1, 2)
         memory = self.no_memory(latents)
-        parts = []
+        parts: list[Tensor] = []
         for part in latents.split(self.config.frames_at_once, dim=1):
             frames, memory = self.step(part, memory, 0 if parts else self.lead)
             parts.append(frames)
@@ -212,9 +215,8 @@ class TinyVideoDecoder(ModelMixin, ConfigMixin):
         frames = x.unflatten(0, latents.shape[:2])
         kept = []
         for i, stage in enumerate(self.stages):
-            frames, remembered = stage.remember(frames, memory[i])
+            frames, remembered = stage(frames, memory[i], skip if i == STAGES - 1 else 0)
             kept.append(remembered)
-            frames = stage.enlarge(frames, skip if i == STAGES - 1 else 0)
         x = frames.flatten(0, 1)
         x = self.last(x if self.wide else x.relu_())
         pixels = functional.pixel_shuffle(x, self.patch).clamp_(0, 1) * 2 - 1

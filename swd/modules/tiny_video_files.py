@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 
 from swd.modules.family_folder import FamilyFolder
 from swd.modules.latents import KINDS, ChannelLatents
-from swd.modules.model_folders import is_whole_file, read_json
+from swd.modules.model_folders import read_json
+from swd.modules.pipeline_folder import reason_of
 from swd.modules.tiny_video import BLOCKS, STAGES, TinyVideoDecoder
 from swd.types import UserError
 
@@ -41,7 +42,7 @@ def name_in_file(name: str, wide: bool) -> str:
     return theirs + name.removeprefix(ours)
 
 
-def settings_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def settings_by_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Arguments of `TinyVideoDecoder` by the shapes of a file's weights.
 
     Raises:
@@ -62,7 +63,7 @@ def settings_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     }
 
 
-def read_settings(file: Path, where: str) -> dict[str, Any]:
+def decoder_settings(file: Path, where: str) -> dict[str, Any]:
     """Arguments of `TinyVideoDecoder` for a file; no weights are read.
 
     Args:
@@ -72,11 +73,14 @@ def read_settings(file: Path, where: str) -> dict[str, Any]:
     Raises:
         UserError: if the file is damaged, or has no such decoder.
     """
-    shapes = shapes_in(file) if is_whole_file(file) else None
-    if shapes is None:
-        raise UserError(f"{where} is damaged; download it again from {SOURCE}")
     try:
-        settings = settings_of(shapes)
+        shapes = shapes_in(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{where} is damaged or cannot be read ({reason_of(error)}); download it again from {SOURCE}"
+        ) from None
+    try:
+        settings = settings_by_shapes(shapes)
         misfit = first_other_shape(shapes, settings)
     except KeyError as error:
         misfit = f"it has no {error.args[0]}"
@@ -87,13 +91,10 @@ def read_settings(file: Path, where: str) -> dict[str, Any]:
     return settings
 
 
-def shapes_in(file: Path) -> dict[str, tuple[int, ...]] | None:
-    """Shapes of the tensors in a safetensors file by their names; None if it is damaged."""
-    try:
-        with safe_open(file, "pt") as opened:
-            return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
-    except SafetensorError:
-        return None
+def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a safetensors file by their names."""
+    with safe_open(file, "pt") as opened:
+        return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
 
 
 def first_other_shape(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any]) -> str | None:
@@ -159,15 +160,16 @@ def check_video_decoder(path: str, model: FamilyFolder, where: str) -> None:
     file = decoder_file(path, where, fits)
     if other := OTHER_MODELS.get(file.stem.lower()):
         raise UserError(f"{where} is for {other}, as its name says; give {fits}, downloaded from {SOURCE}")
-    settings = read_settings(file, where)
+    settings = decoder_settings(file, where)
     frames, side = math.prod(settings["growth"]), 2**STAGES * settings["patch"]
-    found = {
-        f"decodes {settings['latent_channels']} channels, this model's latents have {model.channels}":
-            settings["latent_channels"] == model.channels,
-        f"enlarges {side} times, this model's decoder {model.factor} times": side == model.factor,
-        f"makes {frames} frames of one, this model's decoder {model.frame_factor}": frames == model.frame_factor,
-    }  # fmt: skip
-    wrong = next((text for text, right in found.items() if not right), None)
+    channels = settings["latent_channels"]
+    wrong = None
+    if channels != model.channels:
+        wrong = f"decodes {channels} channels, this model's latents have {model.channels}"
+    elif side != model.factor:
+        wrong = f"enlarges {side} times, this model's decoder {model.factor} times"
+    elif frames != model.frame_factor:
+        wrong = f"makes {frames} frames of one, this model's decoder {model.frame_factor}"
     if wrong:
         raise UserError(f"{where} {wrong}; give {fits}, downloaded from {SOURCE}")
 
@@ -184,7 +186,7 @@ def load_video_decoder(path: str, dtype: torch.dtype, where: str) -> TinyVideoDe
         UserError: if there is none.
     """
     file = decoder_file(path, where, "a decoder's file")
-    settings = read_settings(file, where)
+    settings = decoder_settings(file, where)
     with torch.device("meta"):
         decoder = TinyVideoDecoder(**settings)
     with safe_open(file, "pt") as opened:

@@ -219,7 +219,7 @@ def damaged(folder: Path, kind: str) -> Path:
             "missing",
             r"does not exist; give taew2_1\.safetensors, downloaded from https://github\.com/madebyollin/taehv",
         ),
-        ("short", "is damaged; download it again"),
+        ("short", r"is damaged or cannot be read \(.+\); download it again"),
         ("no_layer", r"is no decoder of TAEHV \(it has no decoder\.13\.conv\.weight\)"),
         (
             "narrow_layer",
