@@ -38,6 +38,7 @@ from swd.modules.model_folders import check_model_folder, read_json
 from swd.modules.pretrained import Pretrained
 from swd.modules.requests import Request, read_prompts
 from swd.modules.saved_student import Student, load_student
+from swd.modules.tiny_video_files import check_video_decoder, takes_video_decoder
 from swd.modules.tokens import warn_beyond
 from swd.scheduler import ScaleWiseScheduler
 from swd.types import Size, UserError
@@ -254,18 +255,23 @@ def check_machine(cfg: DictConfig | DrawingOptions, table: str = "") -> None:
 
 
 def check_tiny_vae(path: str, model: Pretrained, key: str = "tiny_vae") -> None:
-    """Raise UserError unless a distilled decoder fits the model's latents; reads its configuration only.
+    """Raise UserError unless a distilled decoder fits the model's latents; reads no weights.
 
     Args:
-        path: folder or hub id.
+        path: folder or hub id of an `AutoencoderTiny`; for latents of Wan's VAEs and Qwen-Image's, a file of TAEHV.
         model: the model.
         key: what the user calls the setting.
     """
     where = f"{key}={path}"
+    if takes_video_decoder(model.files.parts.get("vae", ("", ""))[1]):
+        check_video_decoder(path, model, where)
+        return
     if model.backbone_class.video:
+        raise UserError(f"{where}: no small decoder of {model.family}'s videos is known; leave it out")
+    if Path(path).is_file() or Path(path).suffix == ".safetensors":
         raise UserError(
-            f"{where} decodes pictures, and {model.family} draws videos; diffusers has no class for the small decoders "
-            "of videos (TAEHV), so leave it out"
+            f"{where} is a file, as the small decoders of Wan and Qwen-Image are; {model.family} takes a folder or hub "
+            "id of an AutoencoderTiny, e.g. madebyollin/taesd3"
         )
     folder = hub.configuration(path, key=key) if hub.is_hub_id(path) else Path(path)
     if not (folder / "config.json").is_file():

@@ -17,6 +17,8 @@ from swd.modules.pretrained import Pretrained
 from swd.modules.quantize import quantize
 from swd.modules.requests import Request
 from swd.modules.saved_student import Student
+from swd.modules.tiny_video import TinyVideoDecoder
+from swd.modules.tiny_video_files import load_video_decoder, takes_video_decoder
 from swd.scheduler import ScaleWiseScheduler
 from swd.types import Size, UserError
 
@@ -39,7 +41,8 @@ class DrawingOptions:
     """What makes drawing faster, or smaller, than the stock pipeline's; `swd sample` has the same keys.
 
     Attributes:
-        tiny_vae: folder or hub id of a distilled decoder of pictures that takes the VAE's place.
+        tiny_vae: a distilled decoder that takes the VAE's place: folder or hub id of an `AutoencoderTiny`; of Wan's and
+            Qwen-Image's latents a file of TAEHV.
         compile: "blocks" (or True): the network's repeated blocks; "whole": the network as one.
         compile_coders: text encoders and the decoder too.
         offload: "model" or "sequential": weights wait in main memory until they are needed.
@@ -102,7 +105,7 @@ def build_pipeline(
     if cfg is None:
         return pipe.to(device)
     if cfg.tiny_vae is not None:
-        pipe.vae = load_tiny_vae(cfg.tiny_vae, dtype)
+        pipe.vae = load_tiny_vae(cfg.tiny_vae, dtype, type(pipe.vae).__name__)
     if cfg.compile:
         compile_parts(pipe, model, whole=cfg.compile == "whole", coders=cfg.compile_coders)
     if cfg.offload == "none":
@@ -142,15 +145,25 @@ def compile_parts(pipe: Any, model: Pretrained, whole: bool, coders: bool) -> No
         for encoder in (getattr(pipe, name, None) for name in names):
             if encoder is not None:
                 encoder.forward = torch.compile(encoder.forward)
-        pipe.vae.decode = torch.compile(pipe.vae.decode, dynamic=True)
+        if isinstance(pipe.vae, TinyVideoDecoder):  # what it repeats, for videos of any length
+            pipe.vae.step = torch.compile(pipe.vae.step, dynamic=True)
+        else:
+            pipe.vae.decode = torch.compile(pipe.vae.decode, dynamic=True)
 
 
-def load_tiny_vae(path: str, dtype: torch.dtype) -> Any:
-    """A distilled decoder of pictures in place of the VAE: a small fraction of its time, at some loss.
+def load_tiny_vae(path: str, dtype: torch.dtype, vae_class: str) -> Any:
+    """A distilled decoder in place of the VAE: a small fraction of its time, at some loss.
+
+    Args:
+        path: folder or hub id of an `AutoencoderTiny`, or a file of TAEHV.
+        dtype: dtype of its weights.
+        vae_class: class of the VAE, which says whether TAEHV is what its latents are decoded by.
 
     Raises:
         UserError: if it cannot be loaded.
     """
+    if takes_video_decoder(vae_class):
+        return load_video_decoder(path, dtype, f"tiny_vae={path}")
     try:
         return AutoencoderTiny.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
     except Exception as error:

@@ -49,7 +49,10 @@ class DeterministicLatents(PlainLatents):
 
 
 class ChannelLatents(PlainLatents):
-    """`AutoencoderKLWan`: a mean and a standard deviation for each channel, of latents `[B, C, F, H, W]`."""
+    """`AutoencoderKLWan`: a mean and a standard deviation for each channel, of latents `[B, C, F, H, W]`.
+
+    So has `TinyVideoDecoder`, which takes its place: 0 and 1, since it decodes the network's own latents.
+    """
 
     @staticmethod
     def shift_and_scale(vae: Any, latents: Tensor) -> tuple[Any, Any]:
@@ -98,6 +101,7 @@ KINDS: dict[str, type[PlainLatents]] = {
     "AutoencoderKLWan": ChannelLatents,
     "AutoencoderKLQwenImage": PictureOfVideoLatents,
     "AutoencoderKLFlux2": PatchLatents,
+    "TinyVideoDecoder": ChannelLatents,
 }
 """Kinds of latents by the VAE's class; those of other classes are plain."""
 

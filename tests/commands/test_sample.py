@@ -8,7 +8,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import families
 import pytest
 import tiny
 import torch
@@ -282,12 +281,14 @@ def test_a_tiny_vae_that_does_not_fit_is_refused_before_anything_loads(made, tmp
             sample.prepare(config(model, adapter, tmp_path / "out", tiny_vae=folder))
 
 
-def test_a_tiny_vae_is_not_for_videos(tmp_path: Path) -> None:
-    model = families.pretrained("wan", families.save("wan", tmp_path / "wan"))
-    with pytest.raises(
-        UserError, match=r"decodes pictures, and wan draws videos; diffusers has no class for .*\(TAEHV\)"
-    ):
-        sample.check_tiny_vae("madebyollin/taew2_1", model)
+def test_a_file_is_no_tiny_vae_of_pictures(made, tmp_path: Path) -> None:
+    """The small decoders of Wan's latents are files, and Stable Diffusion's are folders."""
+    given = tmp_path / "taew2_1.safetensors"
+    for exists in (False, True):
+        if exists:
+            given.write_bytes(b"")
+        with pytest.raises(UserError, match=f"^tiny_vae={given} is a file, .*; sd3 takes a folder or hub id"):
+            sample.check_tiny_vae(str(given), made[0])
 
 
 @pytest.mark.parametrize("how", ["model", "sequential"])
