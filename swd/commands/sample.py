@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,14 @@ ROOT = keys.SAMPLE
 
 MOST_PICTURES = 100_000
 """Files of one `swd sample` at most: nobody looks through a folder of more."""
+TINY_VAES: Mapping[str, str] = {
+    "sd3": "taesd3",
+    "flux": "taef1",
+    "chroma": "taef1",
+    "z_image": "taef1",
+    "sdxl": "taesdxl",
+}
+"""Names under which small decoders of pictures are published (huggingface.co/madebyollin), by family."""
 
 
 def run(cfg: DictConfig) -> None:
@@ -255,7 +263,7 @@ def check_machine(cfg: DictConfig | DrawingOptions, table: str = "") -> None:
 
 
 def check_tiny_vae(path: str, model: Pretrained, key: str = "tiny_vae") -> None:
-    """Raise UserError unless a distilled decoder fits the model's latents; reads no weights.
+    """Raise UserError unless a distilled decoder fits the model's latents.
 
     Args:
         path: folder or hub id of an `AutoencoderTiny`; for latents of Wan's VAEs and Qwen-Image's, a file of TAEHV.
@@ -268,18 +276,23 @@ def check_tiny_vae(path: str, model: Pretrained, key: str = "tiny_vae") -> None:
         return
     if model.backbone_class.video:
         raise UserError(f"{where}: no small decoder of {model.family}'s videos is known; leave it out")
+    published = TINY_VAES.get(model.family)
+    fitting = "an AutoencoderTiny" + (f", e.g. madebyollin/{published}" if published else "")
     if Path(path).is_file() or Path(path).suffix == ".safetensors":
         raise UserError(
             f"{where} is a file, as the small decoders of Wan and Qwen-Image are; {model.family} takes a folder or hub "
-            "id of an AutoencoderTiny, e.g. madebyollin/taesd3"
+            f"id of {fitting}"
         )
+    name = Path(path).name.lower()
+    if name in TINY_VAES.values() and name != published:
+        raise UserError(f"{where} decodes other latents than those of {model.family}; give {fitting}")
     folder = hub.configuration(path, key=key) if hub.is_hub_id(path) else Path(path)
     if not (folder / "config.json").is_file():
         reason = "has no config.json" if folder.is_dir() else "does not exist"
-        raise UserError(f"{where} {reason}; give a folder or hub id of an AutoencoderTiny, e.g. madebyollin/taesd3")
+        raise UserError(f"{where} {reason}; give a folder or hub id of {fitting}")
     config = read_json(folder / "config.json")
     if config.get("_class_name") != "AutoencoderTiny":
-        raise UserError(f"{where} is a {config.get('_class_name')}; give an AutoencoderTiny, e.g. madebyollin/taesd3")
+        raise UserError(f"{where} is a {config.get('_class_name')}; give {fitting}")
     if not hub.is_hub_id(path):
         check_model_folder(folder, f"{where} is incomplete: it")
     channels = config.get("latent_channels", 4)

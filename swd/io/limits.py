@@ -44,7 +44,7 @@ class Range:
     """Numbers from `least` to `most`, both included; `above`: `least` itself is not.
 
     Attributes:
-        why: the reason of both limits; with it they are told together.
+        why: what is said behind the limits, such as which value means none; with it both limits are told.
     """
 
     least: float = 0

@@ -153,7 +153,7 @@ class _FeedForward(torch.autograd.Function):
         of_narrow = asked_adapters(ctx, 1 + 2 * len(of_wide), narrow.adapters)
         grad_after, grads_narrow = narrow.gradients([grad.reshape(-1, grad.shape[-1])], True, of_narrow)
         assert grad_after is not None
-        grad_before = _gelu_gradient(grad_after.view(before.shape), before, gate).flatten(0, -2)
+        grad_before = _gelu_gradient(grad_after.view(before.shape), before, gate).view(grad_after.shape)
         grad_x, grads_wide = wide.gradients([grad_before], ctx.needs_input_grad[0], of_wide)
         return None if grad_x is None else grad_x.view(ctx.shape), *grads_wide, *grads_narrow, None
 

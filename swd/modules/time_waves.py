@@ -11,7 +11,7 @@ from torch import Tensor, nn
 CHANNELS = 256
 """Sines and cosines together, as in DiT (arXiv 2212.09748) and so in most diffusion transformers."""
 LONGEST = 10_000
-"""The lowest frequency is nearly this part of the highest one (diffusers, after DDPM, arXiv 2006.11239)."""
+"""The highest frequency is nearly so many times the lowest one (diffusers, after DDPM, arXiv 2006.11239)."""
 HALF = CHANNELS // 2
 FREQUENCIES = torch.exp(-math.log(LONGEST) * torch.arange(HALF, dtype=torch.float32, device="cpu") / HALF)
 """`[128]` on the CPU; made on import, because a first call may run within a mode of fake tensors."""

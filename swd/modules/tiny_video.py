@@ -145,8 +145,8 @@ class TinyVideoDecoder(ModelMixin, ConfigMixin):
         growth: frames that one becomes in each stage.
         patch: sides of the patches of pixels that the last convolution gives.
         wide: the variant of the files `..._super`: wider, with other blocks.
-        frames_at_once: latent frames that are decoded together; more changes nothing but memory and speed. One is ours:
-            of 480x832 pixels, four frames fill a device.
+        frames_at_once: latent frames that are decoded together; more changes nothing but memory and speed. The default
+            is ours: one latent frame of a video of 480x832 pixels is four large pictures, enough work for a device.
 
     Attributes:
         config: as a VAE of Wan has it. The decoder takes latents as the denoising network has them, so their mean is 0

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from swd.modules.family_folder import FamilyFolder
 from swd.modules.latents import KINDS, ChannelLatents
@@ -21,7 +22,7 @@ SOURCE = "https://github.com/madebyollin/taehv"
 FILES = {16: "taew2_1.safetensors", 48: "taew2_2.safetensors or taew2_2_super.safetensors"}
 """Files that fit, by the number of the model's latent channels: Wan2.1's VAE has 16, that of Wan2.2 TI2V-5B 48."""
 OTHER_MODELS = {"taehv": "HunyuanVideo", "taecvx": "CogVideoX", "taeos1_3": "Open-Sora 1.3"}
-"""Published files whose weights have the shapes of taew2_1's, and which decode the latents of other models."""
+"""Beginnings of the names of published files for other models' latents, whose weights have the shapes of taew2_1's."""
 
 
 def names_in_files(wide: bool) -> dict[str, str]:
@@ -128,7 +129,7 @@ def decoder_file(path: str, where: str, fits: str) -> Path:
     if not given.exists():
         raise UserError(f"{where} does not exist; {advice}")
     if given.is_file():
-        if given.suffix != ".safetensors":
+        if given.suffix.lower() != ".safetensors":
             raise UserError(f"{where} is no .safetensors file, and others can run code; {advice}")
         return given
     if (given / "config.json").is_file():
@@ -149,7 +150,7 @@ def takes_video_decoder(vae_class: str) -> bool:
 
 
 def check_video_decoder(path: str, model: FamilyFolder, where: str) -> None:
-    """Raise UserError unless a file holds a decoder of TAEHV that fits a model's latents; reads no weights.
+    """Raise UserError unless a file holds a decoder of TAEHV that fits a model's latents, with finite weights.
 
     Args:
         path: the file, or a folder with nothing else of this kind.
@@ -158,7 +159,8 @@ def check_video_decoder(path: str, model: FamilyFolder, where: str) -> None:
     """
     fits = FILES.get(model.channels, "the file")
     file = decoder_file(path, where, fits)
-    if other := OTHER_MODELS.get(file.stem.lower()):
+    other = next((model for name, model in OTHER_MODELS.items() if file.name.lower().startswith(name)), None)
+    if other:
         raise UserError(f"{where} is for {other}, as its name says; give {fits}, downloaded from {SOURCE}")
     settings = decoder_settings(file, where)
     frames, side = math.prod(settings["growth"]), 2**STAGES * settings["patch"]
@@ -172,6 +174,21 @@ def check_video_decoder(path: str, model: FamilyFolder, where: str) -> None:
         wrong = f"makes {frames} frames of one, this model's decoder {model.frame_factor}"
     if wrong:
         raise UserError(f"{where} {wrong}; give {fits}, downloaded from {SOURCE}")
+    for name, weight in decoder_weights(file, settings).items():
+        if not weight.dtype.is_floating_point:
+            wrong = f"has {name} of {weight.dtype}, which is no floating-point type"
+        elif not weight.float().isfinite().all():
+            wrong = f"has values in {name} that are not finite"
+        if wrong:
+            raise UserError(f"{where} {wrong}; give {fits}, downloaded from {SOURCE} again")
+
+
+def decoder_weights(file: Path, settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The decoder's weights in a file, by our names."""
+    with torch.device("meta"):
+        names = TinyVideoDecoder(**settings).state_dict()
+    with safe_open(file, "pt") as opened:
+        return {ours: opened.get_tensor(name_in_file(ours, settings["wide"])) for ours in names}
 
 
 def load_video_decoder(path: str, dtype: torch.dtype, where: str) -> TinyVideoDecoder:
@@ -189,8 +206,6 @@ def load_video_decoder(path: str, dtype: torch.dtype, where: str) -> TinyVideoDe
     settings = decoder_settings(file, where)
     with torch.device("meta"):
         decoder = TinyVideoDecoder(**settings)
-    with safe_open(file, "pt") as opened:
-        names = {ours: name_in_file(ours, settings["wide"]) for ours in decoder.state_dict()}
-        weights = {ours: opened.get_tensor(theirs).to(dtype) for ours, theirs in names.items()}
-    decoder.load_state_dict(weights, assign=True)
+    weights = decoder_weights(file, settings)
+    decoder.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
     return decoder.requires_grad_(False).eval()

@@ -281,6 +281,13 @@ def test_a_tiny_vae_that_does_not_fit_is_refused_before_anything_loads(made, tmp
             sample.prepare(config(model, adapter, tmp_path / "out", tiny_vae=folder))
 
 
+def test_a_published_tiny_vae_of_another_family_is_refused_by_its_name(made) -> None:
+    """Those of SD3 and FLUX have as many channels, and would draw wrong colours without an error."""
+    for given in ("madebyollin/taef1", "somewhere/TAESDXL"):
+        with pytest.raises(UserError, match=f"^tiny_vae={given} decodes other latents .* e.g. madebyollin/taesd3$"):
+            sample.check_tiny_vae(given, made[0])
+
+
 def test_a_file_is_no_tiny_vae_of_pictures(made, tmp_path: Path) -> None:
     """The small decoders of Wan's latents are files, and Stable Diffusion's are folders."""
     given = tmp_path / "taew2_1.safetensors"

@@ -52,6 +52,14 @@ def results(layer: nn.Module, x: Tensor) -> list[Tensor]:
     ]
 
 
+@pytest.mark.parametrize("lora", [None, ["net.0.proj", "net.2"]])
+def test_a_single_vector_has_gradients_too(lora: list[str] | None) -> None:
+    theirs, ours = layers(lora)
+    vector = tokens()[0, 0]
+    for a, b in zip(results(ours, vector), results(theirs, vector), strict=True):
+        assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("lora", [None, ["net.0.proj", "net.2"], ["net.0.proj"], ["net.2"]])
 def test_values_and_gradients_are_those_of_diffusers(lora: list[str] | None) -> None:
     theirs, ours = layers(lora)

@@ -196,6 +196,10 @@ def damaged(folder: Path, kind: str) -> Path:
         save_file(load_file(file) | {"decoder.9.conv.2.weight": torch.zeros(8, 4, 3, 3)}, file)
     if kind == "pixels":
         save_file(load_file(file) | {"decoder.22.weight": torch.zeros(5, 6, 3, 3)}, file)
+    if kind == "nan":
+        save_file(load_file(file) | {"decoder.22.bias": torch.tensor([0.0, torch.nan, 0.0])}, file)
+    if kind == "whole_numbers":
+        save_file({key: value.int() for key, value in load_file(file).items()}, file)
     if kind == "growth":
         tiny_video_files.save(file, **WAN21, growth=(2, 2, 2))
     if kind == "patch":
@@ -233,6 +237,9 @@ def damaged(folder: Path, kind: str) -> Path:
         ("pictures", "is of the class AutoencoderTiny, which does not decode this model's latents; give taew2_1"),
         ("taehv", "is for HunyuanVideo, as its name says; give taew2_1"),
         ("taecvx", "is for CogVideoX, as its name says; give taew2_1"),
+        ("taehv_fp16", "is for HunyuanVideo, as its name says; give taew2_1"),
+        ("nan", r"has values in last\.bias that are not finite; give taew2_1"),
+        ("whole_numbers", r"has \S+ of torch\.int32, which is no floating-point type; give taew2_1"),
     ],
 )
 def test_other_files_are_refused_in_one_line(
