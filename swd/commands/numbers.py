@@ -67,7 +67,7 @@ def _generate(cfg: DictConfig) -> None:
     limits.whole("shard_size", cfg.shard_size, 1, limits.MOST_IN_A_SHARD, "a shard is one file")
     limits.whole("fps", cfg.fps, 1, limits.FPS)
     limits.whole("steps", cfg.steps, 1, limits.STEPS, "the noise levels that models are trained on")
-    limits.number("guidance_scale", cfg.guidance_scale, 1, limits.GUIDANCE, "1 for none")
+    limits.number("guidance_scale", cfg.guidance_scale, 1, limits.GUIDANCE, limits.NO_GUIDANCE)
     if not 1 <= cfg.quality <= 100:
         raise UserError(f"quality={cfg.quality}; use 1 to 100")
     limits.seed("seed", cfg.seed)

@@ -42,7 +42,7 @@ def entry_of(entry: Any) -> dict[str, Any]:
     named: dict[str, Any] = {"name": name_of(given["model"])} | given
     limits.whole(f"models: steps of {named['name']}", named.get("steps"), 1, limits.STEPS)
     scale = named.get("guidance_scale")
-    limits.number(f"models: guidance_scale of {named['name']}", scale, 1, limits.GUIDANCE, "1 for none")
+    limits.number(f"models: guidance_scale of {named['name']}", scale, 1, limits.GUIDANCE, limits.NO_GUIDANCE)
     return named
 
 

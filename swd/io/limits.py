@@ -16,6 +16,7 @@ STEPS = 1000
 GUIDANCE = 100.0
 """Guidance scale at most: ten times the largest that any of these models is published with."""
 NO_GUIDANCE = "1 for none"
+"""Said behind the range of a guidance scale."""
 AT_ONCE = 4096
 """Pictures or prompts in one batch at most: more than any device holds of the smallest model."""
 SIDE = 8192

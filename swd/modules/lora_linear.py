@@ -329,16 +329,17 @@ class Product(NamedTuple):
             return grad_x, []
         grad_ups: list[Tensor | None] = []
         grad_inners: list[Tensor] = []
-        for grad, layer, part, (_, of_up) in zip(grads, layers, _parts(self.inner, layers), of_adapters, strict=True):
-            assert layer.up is not None
+        downs, ups = _adapters(layers)
+        parts = _parts(self.inner, downs)
+        for grad, layer, up, part, (_, of_up) in zip(grads, layers, ups, parts, of_adapters, strict=True):
             grad_ups.append(_scaled((part @ grad).t(), layer.scale) if of_up else None)
-            grad_inners.append(_scaled(layer.up.t() @ grad.t(), layer.scale))
+            grad_inners.append(_scaled(up.t() @ grad.t(), layer.scale))
         grad_inner = _stacked(grad_inners)
         if grad_x is not None:
-            grad_x.addmm_(grad_inner.t(), _stacked([layer.down for layer in layers if layer.down is not None]))
+            grad_x.addmm_(grad_inner.t(), _stacked(downs))
         grad_downs: Sequence[Tensor | None] = [None] * len(layers)
         if any(of_down for of_down, _ in of_adapters):
-            grad_downs = _parts(grad_inner @ self.rows, layers)
+            grad_downs = _parts(grad_inner @ self.rows, downs)
         return grad_x, [each for pair in zip(grad_downs, grad_ups, strict=True) for each in pair]
 
 
@@ -357,20 +358,19 @@ def products(x: Tensor, layers: Sequence[Factors]) -> tuple[list[Tensor], Produc
     """
     x = x.to(layers[0].weight.dtype).contiguous()
     outputs = [F.linear(x, layer.weight, layer.bias) for layer in layers]
-    downs = [layer.down for layer in layers if layer.down is not None]
+    downs, ups = _adapters(layers)
     if not downs:
         return outputs, Product(layers)
     rows = x.view(-1, x.shape[-1])
     down = _stacked(downs)
     inner = (rows @ down.t()).t() if computes_as_in_pipelines() else down @ rows.t()
-    for output, layer, part in zip(outputs, layers, _parts(inner, layers), strict=True):
-        assert layer.up is not None
+    for output, layer, up, part in zip(outputs, layers, ups, _parts(inner, downs), strict=True):
         added = output.view(-1, output.shape[-1])
         if output.dtype in (torch.float16, torch.bfloat16):
             # Rounded where peft rounds, so that a student predicts in a stock pipeline what it predicts in training.
-            added += _scaled(part.t() @ layer.up.t(), layer.scale)
+            added += _scaled(part.t() @ up.t(), layer.scale)
         else:
-            added.addmm_(part.t(), layer.up.t(), alpha=layer.scale)
+            added.addmm_(part.t(), up.t(), alpha=layer.scale)
     return outputs, Product(layers, rows, inner)
 
 
@@ -379,16 +379,20 @@ def trained_factors(layers: Iterable[Factors]) -> list[Tensor]:
     return [weight for layer in layers for weight in (layer.down, layer.up) if weight is not None]
 
 
+def _adapters(layers: Sequence[Factors]) -> tuple[list[Tensor], list[Tensor]]:
+    """A of all adapters, and B."""
+    downs = [layer.down for layer in layers if layer.down is not None]
+    return downs, [layer.up for layer in layers if layer.up is not None]
+
+
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
     """Tensors `[r, ...]` under each other; one alone is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _parts(stacked: Tensor, layers: Sequence[Factors]) -> Sequence[Tensor]:
-    """The rows of each layer's adapter in `[sum of r, ...]`."""
-    if len(layers) == 1:
-        return (stacked,)
-    return torch.split_with_sizes(stacked, [len(layer.down) for layer in layers if layer.down is not None])
+def _parts(stacked: Tensor, downs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The rows of each adapter in `[sum of r, ...]`, given the A `[r, in]` of all."""
+    return (stacked,) if len(downs) == 1 else torch.split_with_sizes(stacked, [len(down) for down in downs])
 
 
 class _LoraLinear(torch.autograd.Function):

@@ -31,48 +31,39 @@ def convolution(channels: int, following: int, bias: bool = True) -> nn.Conv2d:
 
 
 class MemoryBlock(nn.Module):
-    """Adds to each frame what three 3x3 convolutions find in it and in the frame before it.
+    """Adds to each frame what convolutions find in it and in the frame before it.
+
+    Three of 3x3; in wide decoders one of 7x7 for each channel by itself, then a perceptron at each place.
 
     Args:
         channels: of a frame.
+        wide: as of `TinyVideoDecoder`.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, wide: bool) -> None:
         super().__init__()
-        self.conv = nn.Sequential(
-            convolution(2 * channels, channels),
-            nn.ReLU(inplace=True),
-            convolution(channels, channels),
-            nn.ReLU(inplace=True),
-            convolution(channels, channels),
-        )
+        self.wide = wide
+        if wide:
+            layers: list[nn.Module] = [
+                nn.Conv2d(2 * channels, 2 * channels, 7, padding=3, groups=2 * channels, bias=False),
+                nn.Conv2d(2 * channels, 4 * channels, 1),
+                nn.ReLU(inplace=True),
+                nn.Conv2d(4 * channels, channels, 1, bias=False),
+            ]
+        else:
+            layers = [
+                convolution(2 * channels, channels),
+                nn.ReLU(inplace=True),
+                convolution(channels, channels),
+                nn.ReLU(inplace=True),
+                convolution(channels, channels),
+            ]
+        self.conv = nn.Sequential(*layers)
 
     def forward(self, frames: Tensor, before: Tensor) -> Tensor:
         """Frames `[N, C, H, W]`; `before`, of the same shape, holds the frame before each."""
         changed: Tensor = self.conv(torch.cat([frames, before], 1)) + frames
-        return changed.relu_()
-
-
-class WideMemoryBlock(nn.Module):
-    """The same of wide decoders: a 7x7 convolution of each channel by itself, then a perceptron at each place.
-
-    Args:
-        channels: of a frame.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Sequential(
-            nn.Conv2d(2 * channels, 2 * channels, 7, padding=3, groups=2 * channels, bias=False),
-            nn.Conv2d(2 * channels, 4 * channels, 1),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(4 * channels, channels, 1, bias=False),
-        )
-
-    def forward(self, frames: Tensor, before: Tensor) -> Tensor:
-        """Frames `[N, C, H, W]`; `before`, of the same shape, holds the frame before each."""
-        changed: Tensor = self.conv(torch.cat([frames, before], 1)) + frames
-        return changed
+        return changed if self.wide else changed.relu_()
 
 
 class Stage(nn.Module):
@@ -89,7 +80,7 @@ class Stage(nn.Module):
         super().__init__()
         self.growth = growth
         self.wide = wide
-        self.blocks = nn.ModuleList((WideMemoryBlock if wide else MemoryBlock)(channels) for _ in range(BLOCKS))
+        self.blocks = nn.ModuleList(MemoryBlock(channels, wide) for _ in range(BLOCKS))
         if wide:
             self.convolution = convolution(channels, 4 * following)
         else:

@@ -104,9 +104,7 @@ def first_other_shape(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[s
     Raises:
         KeyError: for a weight that the file lacks.
     """
-    with torch.device("meta"):
-        weights = TinyVideoDecoder(**settings).state_dict()
-    for ours, weight in weights.items():
+    for ours, weight in without_weights(settings).state_dict().items():
         name = name_in_file(ours, settings["wide"])
         if shapes[name] != tuple(weight.shape):
             return f"{name} is {shapes[name]}, where {tuple(weight.shape)} would fit the others"
@@ -159,7 +157,7 @@ def check_video_decoder(path: str, model: FamilyFolder, where: str) -> None:
     """
     fits = FILES.get(model.channels, "the file")
     file = decoder_file(path, where, fits)
-    other = next((model for name, model in OTHER_MODELS.items() if file.name.lower().startswith(name)), None)
+    other = next((whose for name, whose in OTHER_MODELS.items() if file.name.lower().startswith(name)), None)
     if other:
         raise UserError(f"{where} is for {other}, as its name says; give {fits}, downloaded from {SOURCE}")
     settings = decoder_settings(file, where)
@@ -174,7 +172,7 @@ def check_video_decoder(path: str, model: FamilyFolder, where: str) -> None:
         wrong = f"makes {frames} frames of one, this model's decoder {model.frame_factor}"
     if wrong:
         raise UserError(f"{where} {wrong}; give {fits}, downloaded from {SOURCE}")
-    for name, weight in decoder_weights(file, settings).items():
+    for name, weight in decoder_weights(file, without_weights(settings)).items():
         if not weight.dtype.is_floating_point:
             wrong = f"has {name} of {weight.dtype}, which is no floating-point type"
         elif not weight.float().isfinite().all():
@@ -183,12 +181,16 @@ def check_video_decoder(path: str, model: FamilyFolder, where: str) -> None:
             raise UserError(f"{where} {wrong}; give {fits}, downloaded from {SOURCE} again")
 
 
-def decoder_weights(file: Path, settings: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The decoder's weights in a file, by our names."""
+def without_weights(settings: Mapping[str, Any]) -> TinyVideoDecoder:
+    """A decoder with these settings on the meta device."""
     with torch.device("meta"):
-        names = TinyVideoDecoder(**settings).state_dict()
+        return TinyVideoDecoder(**settings)
+
+
+def decoder_weights(file: Path, decoder: TinyVideoDecoder) -> dict[str, Tensor]:
+    """The weights of a decoder in a file, by our names."""
     with safe_open(file, "pt") as opened:
-        return {ours: opened.get_tensor(name_in_file(ours, settings["wide"])) for ours in names}
+        return {ours: opened.get_tensor(name_in_file(ours, decoder.wide)) for ours in decoder.state_dict()}
 
 
 def load_video_decoder(path: str, dtype: torch.dtype, where: str) -> TinyVideoDecoder:
@@ -203,9 +205,7 @@ def load_video_decoder(path: str, dtype: torch.dtype, where: str) -> TinyVideoDe
         UserError: if there is none.
     """
     file = decoder_file(path, where, "a decoder's file")
-    settings = decoder_settings(file, where)
-    with torch.device("meta"):
-        decoder = TinyVideoDecoder(**settings)
-    weights = decoder_weights(file, settings)
+    decoder = without_weights(decoder_settings(file, where))
+    weights = decoder_weights(file, decoder)
     decoder.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
     return decoder.requires_grad_(False).eval()

@@ -46,7 +46,7 @@ class Tuning:
             raise UserError(f"model.tuning=full trains every weight, so model.{given} cannot be set; use tuning=lora")
         if self.rank < 1:
             raise UserError(f"model.rank={self.rank}; a LoRA rank is at least 1")
-        limits.number("model.alpha", self.alpha, *limits.ALPHAS, "null for alpha = rank")
+        limits.number("model.alpha", self.alpha, *limits.ALPHAS, limits.RANGES["alpha"].why)
         if self.init_adapter is not None and not self.init_adapter.strip():
             raise UserError(
                 "model.init_adapter is empty; name a run, an adapter's folder or file, or use null for a fresh start"
